@@ -1,0 +1,185 @@
+"""ModelConfig: what one needs to know about a model before its weights, for the whole Mistral line.
+
+One block type covers the line. Five switches tell its members apart: an explicit `head_dim`, a window per layer, the kind
+of RoPE (theta, YaRN, and the row order that the checkpoint uses), a query temperature, and a mixture of experts.
+The files that a configuration is read from are the business of `config_files.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mistral_ref.errors import ConfigError, shown
+
+RowOrder = Literal["interleaved", "halves"]
+
+# No published model comes near these; a number beyond them is a broken file, refused before anything is allocated.
+LIMITS = {
+    "dim": 2**20,
+    "n_layers": 2**10,
+    "n_heads": 2**12,
+    "n_kv_heads": 2**12,
+    "head_dim": 2**14,
+    "hidden_dim": 2**22,
+    "vocab_size": 2**24,
+    "max_seq_len": 2**40,
+    "sliding_window": 2**40,
+    "original_max_position_embeddings": 2**40,
+    "num_experts": 2**12,
+    "num_experts_per_tok": 2**12,
+}
+
+
+def checked_count(field: str, value: object) -> int:
+    """Return `value` if it is an integer from 1 to the field's limit; raise ConfigError naming the field otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LIMITS[field]:
+        raise ConfigError(f"{field} is {shown(value)}; expected a whole number from 1 to {LIMITS[field]}")
+    return value
+
+
+def checked_number(field: str, value: object, *, zero: bool = False) -> float:
+    """Return `value` as a float if it is finite and positive (or zero, where allowed); raise ConfigError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{field} is {shown(value)}; expected a number")
+    # An integer too large for a float raises OverflowError, so it is compared before it is converted.
+    if not (0 <= value <= 1e30) or (value == 0 and not zero) or not math.isfinite(float(value)):
+        raise ConfigError(f"{field} is {shown(value)}; expected a finite number {'of at least' if zero else 'above'} 0")
+    return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN: how RoPE's frequencies are stretched past the length a model was first trained on (arXiv:2309.00071).
+
+    Pairs that turn more than `beta_fast` times within `original_max_position_embeddings` keep their frequency, those
+    that turn less than `beta_slow` times have it divided by `factor`, and a ramp joins the two. `attention_factor`
+    multiplies cosines and sines; the reader has resolved it from mscale or apply_scale. `truncate` rounds the ramp's
+    ends outwards to whole pairs.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("factor", "beta_fast", "beta_slow", "attention_factor"):
+            object.__setattr__(self, field, checked_number(f"yarn.{field}", getattr(self, field)))
+        checked_count("original_max_position_embeddings", self.original_max_position_embeddings)
+        if self.factor < 1:
+            raise ConfigError(f"yarn.factor is {self.factor}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryTemperature:
+    """Queries at position p are multiplied by 1 + beta * ln(1 + floor(p / original_max_position_embeddings)).
+
+    Keeps attention sharp over long contexts in Ministral 3, where the files call it llama_4_scaling.
+    """
+
+    beta: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", checked_number("query_temperature.beta", self.beta))
+        checked_count("original_max_position_embeddings", self.original_max_position_embeddings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOfExperts:
+    """Each token's feed-forward is the weighted sum of `num_experts_per_tok` out of `num_experts` networks."""
+
+    num_experts: int
+    num_experts_per_tok: int
+
+    def __post_init__(self) -> None:
+        checked_count("num_experts", self.num_experts)
+        checked_count("num_experts_per_tok", self.num_experts_per_tok)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; expected at most num_experts, {self.num_experts}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture of one model. Names are Mistral's own; every field is checked when one is made.
+
+    dim                 D, width of the residual stream
+    n_layers            L
+    n_heads             H, query heads
+    n_kv_heads          G, key/value heads; query head h reads key/value head h // (H / G)
+    head_dim            K, width of one head, even; H * K need not equal D
+    hidden_dim          F, width of the feed-forward network (of one expert, where there are experts)
+    vocab_size          V
+    norm_eps            epsilon inside RMSNorm's square root
+    rope_theta          base of RoPE's frequencies
+    sliding_window      for each layer the number of keys a query sees, itself included; None sees all
+    rope_row_order      which rows of wq and wk form a pair: "interleaved" (0,1), (2,3), ... in Mistral's own files,
+                        "halves" (0,K/2), (1,K/2+1), ... in Hugging Face's
+    yarn, query_temperature, moe    the switches; None where the model has none
+    tied_embeddings     whether the output matrix is the embedding where the files hold none
+    max_seq_len         longest sequence the model is meant for; None where the files do not say
+
+    Raises ConfigError, naming the field, its value and what was expected.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    sliding_window: tuple[int | None, ...]
+    rope_row_order: RowOrder
+    yarn: Yarn | None = None
+    query_temperature: QueryTemperature | None = None
+    moe: MixtureOfExperts | None = None
+    tied_embeddings: bool = False
+    max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
+            checked_count(field, getattr(self, field))
+        for field in ("norm_eps", "rope_theta"):
+            object.__setattr__(self, field, checked_number(field, getattr(self, field)))
+        if self.max_seq_len is not None:
+            checked_count("max_seq_len", self.max_seq_len)
+        if not isinstance(self.tied_embeddings, bool):
+            raise ConfigError(f"tied_embeddings is {shown(self.tied_embeddings)}; expected true or false")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"n_kv_heads is {self.n_kv_heads}; expected a divisor of n_heads, {self.n_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; expected an even number, since RoPE turns pairs")
+        if self.rope_row_order not in get_args(RowOrder):
+            raise ConfigError(f"rope_row_order is {shown(self.rope_row_order)}; expected one of {get_args(RowOrder)}")
+        if not isinstance(self.sliding_window, tuple) or len(self.sliding_window) != self.n_layers:
+            raise ConfigError(
+                f"sliding_window is {shown(self.sliding_window)}; expected one entry for each of {self.n_layers} layers"
+            )
+        for window in self.sliding_window:
+            if window is not None:
+                checked_count("sliding_window", window)
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights: V*D embeddings (twice if the output is not tied), L blocks, and the last norm's D."""
+        q_out, kv_out = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim * q_out + 2 * self.dim * kv_out
+        feed_forward = 3 * self.dim * self.hidden_dim
+        if self.moe is not None:
+            feed_forward = feed_forward * self.moe.num_experts + self.dim * self.moe.num_experts
+        embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
+        return embeddings + self.n_layers * (attention + feed_forward + 2 * self.dim) + self.dim
+
+    def replace(self, **changes: object) -> ModelConfig:
+        """Return a copy with some fields changed and everything checked again."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,52 @@
+"""The one family of errors, and how a found value is shown in a message.
+
+Every message is one line and says which file, which tensor or field, what was found and what was expected. A user who
+catches `MistralRefError` has caught everything that this library raises on purpose.
+"""
+
+from __future__ import annotations
+
+import reprlib
+
+
+class MistralRefError(ValueError):
+    """Something given to mistral_ref cannot be used. The message is one line."""
+
+
+class ConfigError(MistralRefError):
+    """A configuration (params.json, config.json or a ModelConfig) is missing something or contradicts itself."""
+
+
+class CheckpointError(MistralRefError):
+    """A directory of weights cannot be read: a file, an index or a tensor is not what it should be."""
+
+
+class TokenizerError(MistralRefError):
+    """A tokenizer file cannot be read, or does not belong to the model."""
+
+
+class InputError(MistralRefError):
+    """An argument of a call is out of range: token ids, a prompt, an edit, a sampling parameter."""
+
+
+class CacheError(MistralRefError):
+    """A cache is used with a model, a length or an order that it was not made for."""
+
+
+class MistralRefWarning(UserWarning):
+    """Something was assumed or left aside while loading, and the result may depend on it."""
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 4
+_repr.maxlevel = 2
+
+
+def shown(value: object) -> str:
+    """Return `value` as it appears in a message: its repr, cut to a length that keeps the message on one line.
+
+    >>> shown("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    """
+    return _repr.repr(value)
