@@ -73,6 +73,8 @@ class Yarn:
         checked_count("original_max_position_embeddings", self.original_max_position_embeddings)
         if self.factor < 1:
             raise ConfigError(f"yarn.factor is {self.factor}; expected at least 1")
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError(f"yarn.beta_fast is {self.beta_fast}; expected at least beta_slow, {self.beta_slow}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,8 @@ class ModelConfig:
             checked_count(field, getattr(self, field))
         for field in ("norm_eps", "rope_theta"):
             object.__setattr__(self, field, checked_number(field, getattr(self, field)))
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta is {self.rope_theta}; expected above 1, so that later pairs turn slower")
         if self.max_seq_len is not None:
             checked_count("max_seq_len", self.max_seq_len)
         if not isinstance(self.tied_embeddings, bool):

@@ -1,0 +1,7 @@
+"""python -m mistral_ref: the same as the command mistral-ref."""
+
+import sys
+
+from mistral_ref.cli import main
+
+sys.exit(main())

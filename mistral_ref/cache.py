@@ -1,0 +1,284 @@
+"""KVCache: the keys and values of the tokens so far, one ring per layer.
+
+A layer with a window of W keeps a ring of W + chunk - 1 slots, where chunk is the longest pass; a layer without one keeps
+everything and grows. The key of position p lies in slot p % capacity. A pass always writes its keys first and reads
+afterwards: with that many slots nothing that one of its queries may see has been overwritten, so a prompt and a single
+token follow one rule. This file holds all of that arithmetic; how the bytes lie is the operations' business.
+
+A window of 3 and passes of up to 2 tokens need 4 slots. Tokens 4 and 5 overwrite 0 and 1; token 4, the first query of
+that pass, sees 2, 3 and itself, and all three are there:
+
+    slot        0  1  2  3
+    positions   4  5  2  3
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import CacheError, InputError, shown
+from mistral_ref.ops import KeyView, Ops
+
+DEFAULT_CHUNK = 512
+_FIRST_CAPACITY = 64
+_FORMAT = "mistral_ref.cache.v1"
+
+
+def attends(query: Any, key: Any, window: int | None) -> Any:
+    """Return whether the token at position `query` sees the one at position `key`; positions may be arrays.
+
+    0 <= query - key < window: itself and the window - 1 tokens before it. The one place where this is written.
+
+        window 3        key 0 1 2 3 4
+             query 0        x
+             query 1        x x
+             query 2        x x x
+             query 3          x x x
+             query 4            x x x
+
+    >>> [key for key in range(10) if attends(4, key, window=3)]
+    [2, 3, 4]
+    """
+    distance = query - key
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+@dataclass
+class Ring:
+    """The slots of one layer: position p lies in slot p % capacity. `store` is whatever the operations made.
+
+    `limit` is the capacity at which positions begin to share slots; until then the ring grows by doubling.
+
+    >>> ring = Ring(window=3, limit=4, capacity=4)
+    >>> ring.slots(4, 6), ring.slots(3, 6)
+    (slice(0, 2, None), array([3, 0, 1]))
+    >>> ring.first_visible(4)
+    2
+    """
+
+    window: int | None
+    limit: int | None
+    capacity: int
+    oldest: int = 0  # positions below have been overwritten
+    store: Any = None
+
+    def slots(self, start: int, stop: int) -> slice | np.ndarray:
+        """Return the slots of positions start to stop - 1, in that order: a slice where they are neighbours."""
+        first = start % self.capacity
+        if first + stop - start <= self.capacity:
+            return slice(first, first + stop - start)
+        return np.arange(start, stop) % self.capacity
+
+    def first_visible(self, query: int) -> int:
+        """Return the oldest position that a query sees."""
+        return 0 if self.window is None else max(0, query - self.window + 1)
+
+    def capacity_for(self, length: int) -> int:
+        """Return the capacity to hold `length` positions: doubled until it suffices, the limit at most."""
+        capacity = self.capacity
+        while capacity < length and capacity != self.limit:
+            capacity = 2 * capacity if self.limit is None else min(2 * capacity, self.limit)
+        return capacity
+
+
+class KVCache:
+    """Keys and values of one sequence. Made by `model.new_cache()`, filled by `model.forward(tokens, cache)`.
+
+    length      number of tokens that have gone through a complete pass
+    chunk       the longest single pass; `model.forward` splits longer input
+    max_tokens  bound on length, or None
+    dtype       what keys and values are stored as
+
+    A pass that does not end (an exception, an abandoned walk) leaves `length` and all that later queries see as it was.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        *,
+        chunk: int = DEFAULT_CHUNK,
+        max_tokens: int | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        for name, value in (("chunk", chunk), ("max_tokens", max_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {shown(value)}; expected a whole number of at least 1")
+        self.dtype = ops.dtype.name if dtype is None else dtype
+        if self.dtype not in ops.cache_dtypes:
+            raise InputError(f"dtype is {shown(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
+        self.config, self.ops, self.chunk, self.max_tokens = config, ops, chunk, max_tokens
+        self.length = 0
+        self._running: Pass | None = None
+        self.rings = [self._new_ring(window) for window in config.sliding_window]
+
+    def _new_ring(self, window: int | None) -> Ring:
+        limits = [n for n in (self.max_tokens, window and window + self.chunk - 1) if n is not None]
+        limit = min(limits) if limits else None
+        capacity = min([_FIRST_CAPACITY, *limits])
+        return Ring(window, limit, capacity, store=self._new_store(capacity))
+
+    def _new_store(self, capacity: int) -> Any:
+        return self.ops.new_store(capacity, self.config.n_kv_heads, self.config.head_dim, self.dtype)
+
+    def bytes_for(self, length: int) -> int:
+        """Return the memory that keys and values take once the cache holds `length` tokens."""
+        kv_width = self.config.n_kv_heads * self.config.head_dim
+        return sum(2 * ring.capacity_for(length) * kv_width for ring in self.rings) * np.dtype(self.dtype).itemsize
+
+    def begin(self, n_tokens: int) -> Pass:
+        """Start a pass of n tokens: make room, and return what the forward pass writes and reads through.
+
+        Raises CacheError if n is more than `chunk` or leads past `max_tokens`.
+        """
+        end = self.length + n_tokens
+        if n_tokens > self.chunk:
+            raise CacheError(
+                f"a pass of {n_tokens} tokens; this cache takes {self.chunk} at once: new_cache(chunk=...)"
+            )
+        if self.max_tokens is not None and end > self.max_tokens:
+            raise CacheError(f"{end} tokens; this cache was made for {self.max_tokens}: new_cache(max_tokens=...)")
+        for ring in self.rings:
+            self._grow(ring, ring.capacity_for(end))
+            ring.oldest = max(ring.oldest, end - ring.capacity)
+        self._running = Pass(self, self.length, n_tokens)
+        return self._running
+
+    def _grow(self, ring: Ring, capacity: int) -> None:
+        if capacity == ring.capacity:
+            return
+        store = self._new_store(capacity)
+        kept = slice(0, self.length)  # a ring that can still grow has not wrapped: slots are positions
+        self.ops.write(store, kept, *self.ops.read(ring.store, kept))
+        ring.capacity, ring.store = capacity, store
+
+    def commit(self, finished: Pass) -> None:
+        """End a pass: its tokens count from now on."""
+        finished.check()
+        self.length += finished.n_tokens
+        self._running = None
+
+    def truncate(self, length: int) -> None:
+        """Take back the last tokens, so that `length` remain.
+
+        Any number can be taken back while no ring has wrapped. After that the oldest keys are gone: a cache can go back
+        by `chunk` tokens from the furthest position that a pass has written, an abandoned pass included. Raises
+        CacheError beyond that.
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= self.length:
+            raise InputError(f"length is {shown(length)}; expected a whole number from 0 to {self.length}")
+        for number, ring in enumerate(self.rings):
+            if ring.first_visible(length) < min(ring.oldest, length):
+                raise CacheError(
+                    f"cannot go back to {length} tokens: token {length} would see {ring.first_visible(length)}, and "
+                    f"layer {number} has overwritten all before {ring.oldest}"
+                )
+        for ring in self.rings:
+            ring.oldest = min(ring.oldest, length)
+        self.length = length
+        self._running = None
+
+    def copy(self) -> KVCache:
+        """Return an independent copy, so that several continuations can share one prompt."""
+        twin = copy.copy(self)
+        twin._running = None
+        twin.rings = copy.deepcopy(self.rings)
+        return twin
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache as a safetensors file: layers.N.k and layers.N.v (S, G, K), oldest position first.
+
+        The file appears under its name only when it is complete.
+        """
+        tensors: dict[str, np.ndarray] = {}
+        for number, ring in enumerate(self.rings):
+            k_SGK, v_SGK = self.ops.read(ring.store, ring.slots(ring.oldest, self.length))
+            tensors |= {f"layers.{number}.k": np.ascontiguousarray(k_SGK)}
+            tensors |= {f"layers.{number}.v": np.ascontiguousarray(v_SGK)}
+        settings = {"length": self.length, "chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
+        metadata = {_FORMAT: json.dumps(settings), "config": _config_json(self.config)}
+        partial = f"{os.fspath(path)}.partial"
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:
+        """Return the cache that `save` wrote, for a model of the same configuration; any operations can take it up.
+
+        Raises CacheError if the file is none, is damaged, or belongs to another configuration.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                settings = json.loads(metadata[_FORMAT])
+                if metadata["config"] != _config_json(config):
+                    raise CacheError(f"{path}: this cache belongs to a model of another configuration")
+                length = settings.pop("length")
+                cache = cls(config, ops, **settings)
+                for number, ring in enumerate(cache.rings):
+                    k_SGK, v_SGK = file.get_tensor(f"layers.{number}.k"), file.get_tensor(f"layers.{number}.v")
+                    cache._restore(ring, length, k_SGK, v_SGK)
+        except CacheError:
+            raise
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise CacheError(f"{path}: not a cache that save() wrote, or damaged: {error}") from None
+        cache.length = length
+        return cache
+
+    def _restore(self, ring: Ring, length: int, k_SGK: np.ndarray, v_SGK: np.ndarray) -> None:
+        shape = (len(k_SGK), self.config.n_kv_heads, self.config.head_dim)
+        ring.oldest = length - len(k_SGK)
+        self._grow(ring, ring.capacity_for(length))
+        fits = length - ring.capacity <= ring.oldest <= max(0, ring.first_visible(length))
+        if k_SGK.shape != shape or v_SGK.shape != shape or not fits or ring.oldest < 0:
+            raise CacheError(f"keys {k_SGK.shape} and values {v_SGK.shape} do not fit a cache of {length} tokens")
+        self.ops.write(ring.store, ring.slots(ring.oldest, length), k_SGK, v_SGK)
+
+
+def _config_json(config: ModelConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass over a cache: the tokens at positions start to start + n_tokens - 1."""
+
+    cache: KVCache
+    start: int
+    n_tokens: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.n_tokens
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.arange(self.start, self.stop)
+
+    def check(self) -> None:
+        """Raise CacheError if another pass, or truncate, has used the cache since this one began."""
+        if self.cache._running is not self:
+            raise CacheError("the cache has been used by another pass since this one began; this one cannot go on")
+
+    def write(self, layer: int, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
+        """Put this pass's keys and values in their slots, over positions that no query will see again."""
+        self.check()
+        ring = self.cache.rings[layer]
+        self.cache.ops.write(ring.store, ring.slots(self.start, self.stop), k_TGK, v_TGK)
+
+    def keys(self, layer: int) -> KeyView:
+        """Return what this pass's queries see: every key from the oldest that the first one sees to the newest."""
+        ring = self.cache.rings[layer]
+        first = ring.first_visible(self.start)
+        keys = range(first, self.stop)
+        return KeyView(ring.store, ring.slots(first, self.stop), keys, range(self.start, self.stop), ring.window)

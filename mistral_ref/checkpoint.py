@@ -1,0 +1,308 @@
+"""From a directory to mapped tensors under Mistral's own names, whichever of the two published layouts it has.
+
+    consolidated    consolidated.safetensors; tok_embeddings, layers.0.attention.wq, ...; rows of wq, wk interleaved
+    huggingface     model.safetensors, or shards with an index; model.embed_tokens, ...; rows of wq, wk in halves
+
+Nothing is copied, unpickled or executed. This is the only file that knows the other layout's names.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mistral_ref.config import ModelConfig, RowOrder
+from mistral_ref.config_files import read_json
+from mistral_ref.errors import CheckpointError, MistralRefWarning, shown
+from mistral_ref.tensor_file import Tensor, open_tensor_file
+from mistral_ref.weights import FP8_BLOCK, ExpertFeedForward, FeedForward, Layer, Matrix, Weights
+
+# Hugging Face's names within a layer, and Mistral's own.
+_IN_LAYER = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "block_sparse_moe.gate": "feed_forward.gate",
+    "mlp.gate": "feed_forward.gate",
+}
+_AROUND_LAYERS = {"embed_tokens": "tok_embeddings", "norm": "norm"}
+_ENDINGS = {"weight": "weight", "weight_scale_inv": "qscale_weight", "activation_scale": "qscale_act"}
+_EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])")
+# transformers 5 keeps all experts of a layer in two tensors: (E, 2F, D), w1 above w3, and (E, D, F), w2.
+_FUSED = {"mlp.experts.gate_up_proj": "experts.w1_w3", "mlp.experts.down_proj": "experts.w2"}
+
+_OWN_NAME = re.compile(r"(tok_embeddings|norm|output|layers\.\d+\..+)\.(weight|qscale_weight)")
+_LAYER = re.compile(r"(layers\.\d+\.)?(.*)", re.DOTALL)
+_TEXT_PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.")
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector|vision_encoder|vision_language_adapter|patch_merger"
+    r"|pre_mm_projector_norm)\."
+)
+# Tables and calibration that older converters saved; the forward pass has no use for them.
+_UNUSED = re.compile(r".*(\.rotary_emb\.inv_freq|kv_fake_quantizer\..*|\.qscale_act|\.activation_scale)")
+
+
+def mistral_name(name: str) -> str | None:
+    """Return Mistral's own name of a tensor of either layout; None if it belongs to no text model.
+
+    >>> mistral_name("model.layers.3.self_attn.q_proj.weight")
+    'layers.3.attention.wq.weight'
+    >>> mistral_name("lm_head.weight")
+    'output.weight'
+    """
+    if _OWN_NAME.fullmatch(name):
+        return name
+    if name in ("lm_head.weight", "language_model.lm_head.weight"):
+        return "output.weight"
+    prefix = _TEXT_PREFIX.match(name)
+    if prefix is None:
+        return None
+    layer, rest = _LAYER.fullmatch(name[prefix.end() :]).groups("")  # type: ignore[union-attr]
+    if rest in _FUSED:
+        return f"{layer}feed_forward.{_FUSED[rest]}"
+    stem, _, ending = rest.rpartition(".")
+    if match := _EXPERT.fullmatch(stem):
+        own = f"feed_forward.experts.{match[1]}.{match[2]}"
+    else:
+        own = (_IN_LAYER if layer else _AROUND_LAYERS).get(stem, "")
+    return f"{layer}{own}.{_ENDINGS[ending]}" if own and ending in _ENDINGS else None
+
+
+def huggingface_name(name: str) -> str:
+    """Return Hugging Face's name of a tensor that Mistral's own files call `name`.
+
+    >>> huggingface_name("layers.3.attention.wq.weight")
+    'model.layers.3.self_attn.q_proj.weight'
+    """
+    layer, rest = _LAYER.fullmatch(name).groups("")  # type: ignore[union-attr]
+    if rest == "output.weight":
+        return "lm_head.weight"
+    for fused, own in _FUSED.items():
+        if rest == f"feed_forward.{own}":
+            return f"model.{layer}{fused}"
+    stem, _, ending = rest.rpartition(".")
+    stems = {own: theirs for theirs, own in (_IN_LAYER if layer else _AROUND_LAYERS).items()}
+    endings = {own: theirs for theirs, own in _ENDINGS.items()}
+    stem = stems.get(stem, stem.replace("feed_forward.experts", "block_sparse_moe.experts"))
+    return f"model.{layer}{stem}.{endings[ending]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The mapped tensors of one directory.
+
+    tensors     by Mistral's own names; each Tensor keeps the name it has in its file
+    row_order   which rows of wq and wk form RoPE's pairs, by whose names the tensors bear
+    skipped     names of tensors that belong to other parts (vision), or are of no use
+    """
+
+    directory: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, Tensor]
+    row_order: RowOrder
+    skipped: tuple[str, ...]
+
+    @property
+    def layout(self) -> str:
+        return "consolidated" if self.row_order == "interleaved" else "huggingface"
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Map the weights of a directory and name every tensor.
+
+    Where both layouts are present the consolidated one is used, with a warning. Raises CheckpointError if there are no
+    safetensors, a shard is missing, a file is broken, or a tensor is unknown or named twice.
+    """
+    paths, expected = _choose_files(directory)
+    tensors: dict[str, Tensor] = {}
+    skipped: list[str] = []
+    own_names = 0
+    for tensor in (tensor for path in paths for tensor in open_tensor_file(path)):
+        if expected is not None and expected.pop(tensor.name, tensor.path.name) != tensor.path.name:
+            raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is in another file according to the index")
+        if _OTHER_PARTS.match(tensor.name) or _UNUSED.fullmatch(tensor.name):
+            skipped.append(tensor.name)
+            continue
+        name = mistral_name(tensor.name)
+        if name is None:
+            raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is a tensor of no model that is known here")
+        if name in tensors:
+            raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is there twice, also in {tensors[name].path}")
+        tensors[name] = tensor
+        own_names += name == tensor.name
+    if expected:
+        missing = next(iter(expected))
+        raise CheckpointError(f"{directory / expected[missing]}: {shown(missing)} is missing, though the index has it")
+    if 0 < own_names < len(tensors):
+        raise CheckpointError(f"{directory}: some tensors bear Mistral's own names, some Hugging Face's")
+    if parts := sorted({match[2] for name in skipped if (match := _OTHER_PARTS.match(name))}):
+        warnings.warn(f"{directory}: only the text model is read, not {', '.join(parts)}", MistralRefWarning, 2)
+    return Checkpoint(directory, tuple(paths), tensors, "interleaved" if own_names else "halves", tuple(skipped))
+
+
+def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the files to open, and the index's map from tensor to file name where there is an index."""
+    layouts = [
+        stem for stem in ("consolidated", "model") if any(path.exists() for path in _candidates(directory, stem))
+    ]
+    if not layouts:
+        pickles = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".pth", ".pt", ".bin", ".ckpt")]
+        if pickles:
+            raise CheckpointError(
+                f"{directory}: has only pickled weights ({shown(pickles[0])}), which can run code and are never opened; "
+                "expected safetensors"
+            )
+        found = [path.name for path in sorted(directory.glob("*.safetensors"))]
+        raise CheckpointError(
+            f"{directory}: found {shown(found) if found else 'no weights'}; expected consolidated.safetensors, "
+            "model.safetensors, or shards with model.safetensors.index.json"
+        )
+    if len(layouts) == 2:
+        warnings.warn(f"{directory}: has both layouts; consolidated is read, model is not", MistralRefWarning, 3)
+    single, index = _candidates(directory, layouts[0])
+    if single.exists():
+        return [single], None
+    weight_map = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map is {shown(weight_map)}; expected file names by tensor")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: names the file {shown(name)}; expected a safetensors file beside it")
+    return [directory / name for name in names], dict(weight_map)
+
+
+def _candidates(directory: Path, stem: str) -> tuple[Path, Path]:
+    """Return the two files that a layout may consist of: all in one, or the index of its shards."""
+    return directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+
+
+class _Shelf:
+    """The tensors of a checkpoint that nobody has taken yet; taking one checks its dtype and shape."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.directory = checkpoint.directory
+        self.left = dict(checkpoint.tensors)
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.left.pop(name, None)
+        if tensor is None:
+            raise CheckpointError(f"{self.directory}: {name} is missing; expected a tensor of shape {shape}")
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected {shape} by the configuration"
+            )
+        return tensor
+
+    def vector(self, name: str, n: int) -> np.ndarray:
+        """Take a norm's weight (n,), widened to float32."""
+        kind, data = self._take(f"{name}.weight", (n,)).mapped()
+        if kind == "fp8":
+            raise CheckpointError(f"{self.directory}: {name}.weight is fp8; expected F32, F16 or BF16")
+        return Matrix(name, kind, data[np.newaxis]).rows(slice(None), np.float32)[0]
+
+    def matrix(self, name: str, n_out: int, n_in: int) -> Matrix:
+        """Take a matrix (n_out, n_in), with its scale if it is fp8."""
+        tensor = self._take(f"{name}.weight", (n_out, n_in))
+        kind, data = tensor.mapped()
+        scale = self.left.pop(f"{name}.qscale_weight", None)
+        if (scale is None) == (kind == "fp8"):
+            problem = "fp8 without its scale" if scale is None else f"{tensor.dtype} with a scale"
+            raise CheckpointError(f"{tensor.path}: {tensor.name} is {problem}")
+        return Matrix(name, kind, data, None if scale is None else _fp8_scale(scale, n_out, n_in))
+
+    def experts(self, layer: str, config: ModelConfig) -> tuple[FeedForward, ...]:
+        """Take the feed-forward networks of a layer's experts, stored one by one or all in two tensors."""
+        assert config.moe is not None
+        n, dim, hidden = config.moe.num_experts, config.dim, config.hidden_dim
+        names = [f"{layer}.experts.{expert}" for expert in range(n)]
+        if f"{layer}.experts.w1_w3" not in self.left:
+            return tuple(self.feed_forward(name, config) for name in names)
+        kind, w1_w3 = self._take(f"{layer}.experts.w1_w3", (n, 2 * hidden, dim)).mapped()
+        kind_w2, w2 = self._take(f"{layer}.experts.w2", (n, dim, hidden)).mapped()
+        if "fp8" in (kind, kind_w2):
+            raise CheckpointError(f"{self.directory}: {layer}.experts are fp8 without scales")
+        return tuple(
+            FeedForward(
+                Matrix(f"{name}.w1", kind, w1_w3[expert, :hidden]),
+                Matrix(f"{name}.w2", kind_w2, w2[expert]),
+                Matrix(f"{name}.w3", kind, w1_w3[expert, hidden:]),
+            )
+            for expert, name in enumerate(names)
+        )
+
+    def feed_forward(self, name: str, config: ModelConfig) -> FeedForward:
+        return FeedForward(
+            self.matrix(f"{name}.w1", config.hidden_dim, config.dim),
+            self.matrix(f"{name}.w2", config.dim, config.hidden_dim),
+            self.matrix(f"{name}.w3", config.hidden_dim, config.dim),
+        )
+
+
+def _fp8_scale(tensor: Tensor, n_out: int, n_in: int) -> np.ndarray:
+    """Return the scale of an fp8 matrix as float32 (1, 1) or (ceil(n_out/128), ceil(n_in/128))."""
+    kind, data = tensor.mapped()
+    blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
+    if kind == "fp8" or not (data.size == 1 or data.shape == blocks):
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.name} is {tensor.dtype} of shape {shown(tensor.shape)}; "
+            f"expected one float, or {blocks} of them"
+        )
+    shape = (1, 1) if data.size == 1 else blocks
+    return Matrix(tensor.name, kind, data.reshape(shape)).rows(slice(None), np.float32)
+
+
+def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
+    """Return the tensors of a model, every dtype and shape checked, and none left over.
+
+    An output matrix in the files is used. Where there is none the embedding takes its place if the configuration says
+    that the two are tied; otherwise it is an error, since a lost shard must not become a tied model.
+    """
+    shelf = _Shelf(checkpoint)
+    tok_embeddings = shelf.matrix("tok_embeddings", config.vocab_size, config.dim)
+    layers = tuple(_layer(shelf, f"layers.{number}", config) for number in range(config.n_layers))
+    norm = shelf.vector("norm", config.dim)
+    if "output.weight" in shelf.left:
+        output = shelf.matrix("output", config.vocab_size, config.dim)
+    elif config.tied_embeddings:
+        output = tok_embeddings
+    else:
+        raise CheckpointError(
+            f"{checkpoint.directory}: output.weight (lm_head.weight) is missing, and the configuration does not say "
+            "that it is tied to the embedding"
+        )
+    for tensor in shelf.left.values():
+        raise CheckpointError(
+            f"{tensor.path}: {shown(tensor.name)} has no place in a model of {config.n_layers} layers"
+            f" with{'' if config.moe else 'out'} experts"
+        )
+    return Weights(tok_embeddings, layers, norm, output)
+
+
+def _layer(shelf: _Shelf, name: str, config: ModelConfig) -> Layer:
+    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    feed_forward = f"{name}.feed_forward"
+    return Layer(
+        attention_norm=shelf.vector(f"{name}.attention_norm", config.dim),
+        wq=shelf.matrix(f"{name}.attention.wq", q_out, config.dim),
+        wk=shelf.matrix(f"{name}.attention.wk", kv_out, config.dim),
+        wv=shelf.matrix(f"{name}.attention.wv", kv_out, config.dim),
+        wo=shelf.matrix(f"{name}.attention.wo", config.dim, q_out),
+        ffn_norm=shelf.vector(f"{name}.ffn_norm", config.dim),
+        feed_forward=shelf.feed_forward(feed_forward, config)
+        if config.moe is None
+        else ExpertFeedForward(
+            shelf.matrix(f"{feed_forward}.gate", config.moe.num_experts, config.dim),
+            shelf.experts(feed_forward, config),
+        ),
+    )

@@ -1,0 +1,62 @@
+"""The command line: parse, call the library, print. Text goes to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+import mistral_ref
+from mistral_ref.cli import generate, info
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like those of the library."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = OneLineParser(
+        prog="mistral-ref",
+        description="The Mistral transformer, written to be read and stepped through.",
+        epilog="mistral-ref COMMAND --help tells more of each command.",
+    )
+    parser.add_argument("--version", action="version", version=f"mistral-ref {mistral_ref.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (generate, info):
+        command.add_to(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", mistral_ref.MistralRefWarning)
+            warnings.showwarning = _show_notice  # type: ignore[assignment]
+            arguments.run(arguments)
+            sys.stdout.flush()
+    except mistral_ref.MistralRefError as error:
+        print(f"mistral-ref: {error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("mistral-ref: not enough memory", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has left, as `head` does. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _show_notice(message: Warning | str, category: type[Warning], *_: object) -> None:
+    print(f"mistral-ref: note: {message}", file=sys.stderr)

@@ -1,0 +1,39 @@
+"""Options and helpers that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+import mistral_ref
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model to load and how."""
+    parser.add_argument(
+        "--model", metavar="DIR", help="directory with the weights, in Mistral's or Hugging Face's layout"
+    )
+    parser.add_argument("--backend", choices=["numpy"], default="numpy", help="what computes (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the matrix products (default: all)")
+
+
+def load_model(arguments: argparse.Namespace) -> mistral_ref.Model:
+    """Load the model that the options name."""
+    if arguments.model is None:
+        raise mistral_ref.InputError(
+            "no model given: add --model DIR, a directory with params.json or config.json and safetensors"
+        )
+    return mistral_ref.load(arguments.model, backend=arguments.backend, threads=arguments.threads)
+
+
+def size(n_bytes: int) -> str:
+    """Return a number of bytes in the largest unit of which there is at least one.
+
+    >>> size(7_241_732_096 * 2)
+    '13.49 GiB'
+    >>> size(12)
+    '12 bytes'
+    """
+    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if n_bytes >= 2**exponent:
+            return f"{n_bytes / 2**exponent:.2f} {unit}"
+    return f"{n_bytes} bytes"

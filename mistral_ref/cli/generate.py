@@ -1,0 +1,132 @@
+"""mistral-ref generate: continue a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+import mistral_ref
+from mistral_ref.cli.common import add_model_options, load_model
+
+_EXAMPLES = """\
+examples:
+  mistral-ref generate --model DIR "Once upon a time"
+  mistral-ref generate --model DIR --temperature 0.8 --top-p 0.95 --seed 7 --max-tokens 100 "The castle"
+  cat story.txt | mistral-ref generate --model DIR --stop "The end" --stats
+"""
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to the command line."""
+    parser = commands.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text. The prompt and what follows it go to standard output as they come.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="?", help="the text to continue; without it, standard input is read")
+    add_model_options(parser)
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="tokens at most (default: %(default)s)"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument("--no-echo", action="store_true", help="print only what follows the prompt")
+    parser.add_argument("--stats", action="store_true", help="print times and rates to standard error at the end")
+    sampling = parser.add_argument_group(
+        "sampling", "Applied in this order; log-probabilities are from before all of it."
+    )
+    sampling.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: seen tokens less (default: 1)"
+    )
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default: 0)"
+    )
+    sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest (default: all)")
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that together reach P (default: 1)"
+    )
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="only those at least P times the likeliest (default: 0)"
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help="makes the draws reproducible (default: random)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print a prompt and its continuation."""
+    started = time.perf_counter()
+    model = load_model(arguments)
+    loaded = time.perf_counter()
+    ids = model.token_ids(read_prompt(arguments))
+    with ExitStack() as stack:
+        tokens = model.generate(
+            ids,
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            repetition_penalty=arguments.repetition_penalty,
+            seed=arguments.seed,
+            stop=arguments.stop,
+            progress=prefill_bar(stack),
+        )
+        first = next(tokens)
+    if not arguments.no_echo and model.tokenizer is not None:
+        print(model.tokenizer.decode(ids), end="")
+    print(first.text, end="", flush=True)
+    first_at, count, last = time.perf_counter(), 1, first
+    for last in tokens:
+        count += 1
+        print(last.text, end="", flush=True)
+    print()
+    if arguments.stats:
+        ended = time.perf_counter()
+        print_stats(model, last, len(ids), count, [started, loaded, first_at, ended])
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """Return the prompt from the argument or from standard input."""
+    if arguments.prompt is not None:
+        return str(arguments.prompt)
+    if sys.stdin.isatty():
+        raise mistral_ref.InputError("no prompt: give it as an argument or on standard input")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise mistral_ref.InputError(f"standard input is not {error.encoding} text: {error.reason}") from None
+
+
+def prefill_bar(stack: ExitStack) -> Callable[[int, int], None]:
+    """Return a callback that shows a bar on standard error while a long prompt is read, until `stack` is left."""
+    bar = Progress(console=Console(stderr=True), transient=True)
+    tasks: list[TaskID] = []
+
+    def update(done: int, total: int) -> None:
+        if not tasks:
+            stack.enter_context(bar)
+            tasks.append(bar.add_task("reading the prompt", total=total))
+        bar.update(tasks[0], completed=done)
+
+    return update
+
+
+def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:
+    """Print what took how long, to standard error. Times: start, loaded, first token, end."""
+    load_s, first_s, rest_s = (later - earlier for earlier, later in zip(at, at[1:], strict=False))
+    rest = f"{count - 1} tokens in {rest_s:.3f} s, {(count - 1) / rest_s:.1f} tokens/s" if count > 1 else "no tokens"
+    print(
+        f"load          {load_s:.3f} s\n"
+        f"first token   {first_s:.3f} s after loading, {n_prompt} prompt tokens, {n_prompt / first_s:.1f} tokens/s\n"
+        f"then          {rest}\n"
+        f"ended by      {last.finish_reason}\n"
+        f"computed by   numpy, {model.ops.dtype}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,140 @@
+"""mistral-ref info: what a directory holds, without computing anything."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+import mistral_ref
+from mistral_ref.checkpoint import Checkpoint, huggingface_name, open_checkpoint
+from mistral_ref.cli.common import add_model_options, load_model, size
+from mistral_ref.config import ModelConfig
+
+_LENGTHS = (1024, 4096, 32768, 131072)
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to the command line."""
+    parser = commands.add_parser(
+        "info",
+        help="what a directory holds",
+        description="Show a model's architecture, its files and tensors, its tokenizer, and the memory that it needs.",
+    )
+    add_model_options(parser)
+    parser.add_argument("--tensors", action="store_true", help="list every tensor with its name in both layouts")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print everything about a directory."""
+    model = load_model(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load_model has said it all
+        checkpoint = open_checkpoint(Path(arguments.model))
+    print_rows("architecture", architecture(model.config))
+    print_rows("checkpoint", files(checkpoint))
+    print_rows("memory", memory(model))
+    print_rows("tokenizer", tokenizer(model))
+    if arguments.tensors:
+        print_tensors(checkpoint)
+
+
+def print_rows(title: str, rows: dict[str, object]) -> None:
+    """Print a title and its rows, values aligned."""
+    print(title)
+    for name, value in rows.items():
+        print(f"  {name:<20}{value}")
+
+
+def architecture(config: ModelConfig) -> dict[str, object]:
+    """Return what the configuration says, in the order in which one would ask."""
+    rows: dict[str, object] = {
+        "layers": config.n_layers,
+        "width": f"{config.dim}, feed-forward {config.hidden_dim}",
+        "heads": f"{config.n_heads} query heads over {config.n_kv_heads} key/value heads, each {config.head_dim} wide",
+        "vocabulary": config.vocab_size,
+        "window": windows(config),
+        "RoPE": f"theta {config.rope_theta:g}, pairs {config.rope_row_order} in the rows of wq and wk",
+        "norm eps": f"{config.norm_eps:g}",
+        "longest sequence": config.max_seq_len or "not said",
+    }
+    if config.yarn:
+        rows["YaRN"] = (
+            f"{config.yarn.factor:g} times {config.yarn.original_max_position_embeddings} positions, "
+            f"attention factor {config.yarn.attention_factor:.4g}"
+        )
+    if config.query_temperature:
+        temperature = config.query_temperature
+        rows["query temperature"] = (
+            f"beta {temperature.beta:g}, every {temperature.original_max_position_embeddings} positions"
+        )
+    if config.moe:
+        rows["experts"] = f"{config.moe.num_experts_per_tok} of {config.moe.num_experts} for each token"
+    return rows
+
+
+def windows(config: ModelConfig) -> str:
+    """Return the windows as runs of layers: "4096 keys in all layers", or "all keys in 1, 32768 keys in 3, ..."."""
+    runs = [(window, len(list(layers))) for window, layers in groupby(config.sliding_window)]
+    words = [("all keys" if window is None else f"{window} keys", n) for window, n in runs]
+    if len(words) == 1:
+        return f"{words[0][0]} in every layer"
+    return ", ".join(f"{keys} in {n}" for keys, n in words[:4]) + (
+        " layers, and so on" if len(words) > 4 else " layers"
+    )
+
+
+def files(checkpoint: Checkpoint) -> dict[str, object]:
+    """Return the layout, the files and what they add up to."""
+    dtypes = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.dtype] += math.prod(tensor.shape)
+    weights = sum(math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if name.endswith(".weight"))
+    names = [path.name for path in checkpoint.files]
+    return {
+        "layout": checkpoint.layout,
+        "files": names[0] if len(names) == 1 else f"{len(names)}, {names[0]} to {names[-1]}",
+        "size on disk": size(sum(path.stat().st_size for path in checkpoint.files)),
+        "parameters": f"{weights:,}",
+        "stored as": ", ".join(f"{dtype} ({n:,})" for dtype, n in dtypes.most_common()),
+        "tied embeddings": "no" if "output.weight" in checkpoint.tensors else "yes",
+        "left aside": f"{len(checkpoint.skipped)} tensors",
+    }
+
+
+def memory(model: mistral_ref.Model) -> dict[str, object]:
+    """Return what the weights take, and the cache at several lengths."""
+    longest = model.config.max_seq_len or _LENGTHS[-1]
+    lengths = sorted({n for n in _LENGTHS if n < longest} | {min(longest, _LENGTHS[-1])})
+    cache = model.new_cache()
+    rows: dict[str, object] = {"weights": "mapped from the files, shared with the page cache"}
+    return rows | {f"cache at {n}": f"{size(cache.bytes_for(n))} as {cache.dtype}" for n in lengths}
+
+
+def tokenizer(model: mistral_ref.Model) -> dict[str, object]:
+    """Return what the tokenizer is, if there is one."""
+    if model.tokenizer is None:
+        return {"kind": "none; prompts are token ids"}
+    return {
+        "kind": "SentencePiece",
+        "pieces": model.tokenizer.vocab_size,
+        "begins with": f"{model.tokenizer.bos_id} {model.tokenizer.piece(model.tokenizer.bos_id)}",
+        "ends with": ", ".join(f"{token} {model.tokenizer.piece(token)}" for token in sorted(model.eos_ids)),
+    }
+
+
+def print_tensors(checkpoint: Checkpoint) -> None:
+    """Print every tensor: both names, dtype, shape and file."""
+    rows = [
+        (name, huggingface_name(name), tensor.dtype, "x".join(map(str, tensor.shape)), tensor.path.name)
+        for name, tensor in checkpoint.tensors.items()
+    ]
+    header = ("Mistral's name", "Hugging Face's name", "dtype", "shape", "file")
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    print("tensors")
+    for row in [header, *rows]:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

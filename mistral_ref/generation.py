@@ -1,0 +1,146 @@
+"""From a prompt to a stream of tokens: prefill in chunks, then one pass a token, until there is a reason to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from mistral_ref.cache import KVCache
+from mistral_ref.errors import InputError, shown
+from mistral_ref.sampling import SamplingSettings, log_softmax, sample
+from mistral_ref.tokenizer import TokenStream
+
+FinishReason = Literal["eos", "stop", "length", "model_length"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    id              in the model's vocabulary
+    text            the text that has become certain with it; pieces of a character, or of what may turn out to be a
+                    stop string, are held back until they are decided
+    logprob         natural logarithm of its probability by the model alone, before any sampling setting
+    finish_reason   None but for the last token: "eos" (the model ended), "stop" (a stop string or id), "length"
+                    (max_tokens), "model_length" (the longest sequence that the model is meant for)
+    """
+
+    id: int
+    text: str
+    logprob: float
+    finish_reason: FinishReason | None = None
+
+
+class StopStrings:
+    """Watches a stream of text for the first of some strings, and holds back what may become one.
+
+    >>> watch = StopStrings(["END"])
+    >>> watch.push("one E"), watch.push("N"), watch.push("tre END two"), watch.found
+    ('one ', '', 'ENtre ', True)
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = strings
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Return the text that no stop string can claim any more; all before a stop string once one is found."""
+        text = self._held + text
+        starts = [start for string in self._strings if (start := text.find(string)) >= 0]
+        if starts:
+            self.found = True
+            self._held = ""
+            return text[: min(starts)]
+        longest = max((_overlap(text, string) for string in self._strings), default=0)
+        self._held = text[len(text) - longest :]
+        return text[: len(text) - longest]
+
+    def flush(self) -> str:
+        """Return what is held back, at the end of the stream."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, string: str) -> int:
+    """Return how many characters at the end of `text` are the beginning of `string`."""
+    return next(n for n in range(min(len(text), len(string) - 1), -1, -1) if text.endswith(string[:n]))
+
+
+class NextTokenModel(Protocol):
+    """What generation asks of a model: the logits that follow some tokens."""
+
+    def forward(
+        self, tokens: Sequence[int], cache: KVCache | None = None, *, last_only: bool = False
+    ) -> np.ndarray: ...
+
+
+def split_stops(stop: str | int | Sequence[str | int]) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Return the stop strings and the stop ids among `stop`, which may be a single one."""
+    stops = (stop,) if isinstance(stop, (str, int)) else tuple(stop)
+    for one in stops:
+        if isinstance(one, bool) or not isinstance(one, (str, int)) or one == "":
+            raise InputError(f"stop holds {shown(one)}; expected strings that are not empty, or token ids")
+    return tuple(s for s in stops if isinstance(s, str)), frozenset(s for s in stops if isinstance(s, int))
+
+
+def prefill(model: NextTokenModel, ids: Sequence[int], cache: KVCache, progress: Progress | None) -> np.ndarray:
+    """Take a prompt through the model, at most `cache.chunk` tokens at a time; return the last token's logits (V,).
+
+    `progress(done, total)` is called before the first chunk and after each.
+    """
+    for start in range(0, len(ids), cache.chunk):
+        if progress is not None:
+            progress(start, len(ids))
+        logits_1V = model.forward(ids[start : start + cache.chunk], cache, last_only=True)
+    if progress is not None:
+        progress(len(ids), len(ids))
+    return logits_1V[0]
+
+
+def generate(
+    model: NextTokenModel,
+    prompt_ids: Sequence[int],
+    cache: KVCache,
+    *,
+    settings: SamplingSettings,
+    max_tokens: int,
+    stop_strings: Sequence[str],
+    stop_ids: frozenset[int],
+    eos_ids: frozenset[int],
+    max_seq_len: int | None,
+    stream: TokenStream | None,
+    rng: np.random.Generator,
+    progress: Progress | None,
+) -> Iterator[Token]:
+    """Yield tokens until the model ends, a stop is met, `max_tokens` are made or the sequence is `max_seq_len` long.
+
+    Each token is yielded as soon as it is known; the pass for the next one runs when it is asked for, and none runs
+    after the last. Without a `stream` (a model without tokenizer) texts are empty.
+    """
+    logits_V = prefill(model, prompt_ids, cache, progress)
+    watch = StopStrings(stop_strings)
+    seen = list(prompt_ids)
+    for count in range(1, max_tokens + 1):
+        token = sample(logits_V, settings, rng, seen)
+        logprob = float(log_softmax(logits_V)[token])
+        seen.append(token)
+        reason: FinishReason | None = "length" if count == max_tokens else None
+        if max_seq_len is not None and cache.length + 1 >= max_seq_len:
+            reason = "model_length"
+        if token in eos_ids or token in stop_ids:
+            reason, text = ("eos" if token in eos_ids else "stop"), ""
+        else:
+            text = watch.push(stream.push(token)) if stream else ""
+        if reason is not None and stream and not watch.found:
+            text += watch.push(stream.flush()) + watch.flush()
+        if watch.found:
+            reason = "stop"
+        yield Token(token, text, logprob, reason)
+        if reason is not None:
+            return
+        logits_V = model.forward([token], cache, last_only=True)[0]

@@ -1,0 +1,254 @@
+"""Model: one object over a checkpoint, its tokenizer and the operations; and `load`, which makes one from a directory."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mistral_ref.cache import DEFAULT_CHUNK, KVCache
+from mistral_ref.checkpoint import build_weights, open_checkpoint
+from mistral_ref.config import ModelConfig
+from mistral_ref.config_files import read_config, read_eos_ids
+from mistral_ref.errors import InputError, MistralRefWarning, TokenizerError, shown
+from mistral_ref.generation import Progress, Token, generate, split_stops
+from mistral_ref.ops import Ops
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.rope import AnglePrecision
+from mistral_ref.sampling import SamplingSettings, log_softmax
+from mistral_ref.tokenizer import SentencePieceTokenizer, find_tokenizer, load_tokenizer
+from mistral_ref.trace import Edit, Walk, check_edits, run_with_edits
+from mistral_ref.transformer import Transformer, drain
+from mistral_ref.weights import Weights
+
+Prompt = str | Sequence[int] | np.ndarray
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "numpy",
+    dtype: str = "float32",
+    threads: int | None = None,
+    rope_angles: AnglePrecision = "float64",
+) -> Model:
+    """Return the model in a directory: weights mapped, not copied, in either published layout.
+
+    path          directory with params.json or config.json, safetensors, and mostly a tokenizer
+    backend       "numpy"
+    dtype         of all activations: "float32", or "float64" for the oracle
+    threads       threads of NumPy's products; None leaves them as they are
+    rope_angles   "float32" rounds RoPE's angles as the published implementations do
+
+    Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was assumed
+    or left aside.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}")
+    if backend != "numpy":
+        raise InputError(f"backend is {shown(backend)}; expected 'numpy'")
+    ops = ReferenceOps(dtype, threads=threads, angles=rope_angles)
+    config = read_config(directory)
+    checkpoint = open_checkpoint(directory)
+    config = config.replace(rope_row_order=checkpoint.row_order)
+    tokenizer = load_tokenizer(directory) if find_tokenizer(directory) else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {config.vocab_size}"
+        )
+    return Model(config, build_weights(checkpoint, config), ops, tokenizer=tokenizer, eos_ids=read_eos_ids(directory))
+
+
+class Model:
+    """A transformer with its tokenizer.
+
+    config      ModelConfig
+    weights     the tensors, under Mistral's own names
+    ops         the operations that compute with them
+    tokenizer   None where the directory has none; prompts are then token ids
+    eos_ids     the ids that end a text
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        ops: Ops,
+        *,
+        tokenizer: SentencePieceTokenizer | None = None,
+        eos_ids: Sequence[int] = (),
+    ) -> None:
+        self.config, self.weights, self.ops, self.tokenizer = config, weights, ops, tokenizer
+        self.eos_ids = frozenset(eos_ids) or frozenset([tokenizer.eos_id] if tokenizer else [])
+        self.transformer = Transformer(config, weights, ops)
+
+    def new_cache(
+        self, *, max_tokens: int | None = None, chunk: int = DEFAULT_CHUNK, dtype: str | None = None
+    ) -> KVCache:
+        """Return an empty cache for one sequence.
+
+        max_tokens  bound on its length; without it the cache grows as needed
+        chunk       the longest single pass, and how many tokens can be taken back; a window of W keeps W + chunk - 1 keys
+        dtype       what keys and values are stored as: the operations' own, or "float16" in half the memory
+        """
+        return KVCache(self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype)
+
+    def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
+        """Return the cache that `cache.save(path)` wrote."""
+        return KVCache.load(path, self.config, self.ops)
+
+    def token_ids(self, prompt: Prompt, cache: KVCache | None = None) -> list[int]:
+        """Return a prompt as token ids, each checked to be in [0, V).
+
+        Text is encoded, with BOS in front unless the cache holds tokens already; ids are taken as they are. Raises
+        InputError if there is no token, an id is out of range, or the sequence gets longer than the model is meant for.
+        """
+        length = 0 if cache is None else cache.length
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("this model has no tokenizer; expected the prompt as token ids")
+            prompt = self.tokenizer.encode(prompt, bos=length == 0)
+        try:
+            array = np.asarray(prompt)
+        except ValueError:  # rows of different lengths
+            array = np.empty(0)
+        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+            raise InputError(f"tokens are {shown(prompt)}; expected text, or a flat sequence of at least one token id")
+        outside = array[(array < 0) | (array >= self.config.vocab_size)]
+        if outside.size:
+            raise InputError(
+                f"token id {outside[0]} is outside the vocabulary; expected 0 to {self.config.vocab_size - 1}"
+            )
+        longest = self.config.max_seq_len
+        if longest is not None and length + array.size > longest:
+            raise InputError(f"{length + array.size} tokens; the model is meant for at most {longest} (max_seq_len)")
+        ids: list[int] = array.tolist()
+        if self.tokenizer is not None and ids[:2] == [self.tokenizer.bos_id] * 2:
+            warnings.warn("the prompt begins with BOS twice; the model has never seen that", MistralRefWarning, 3)
+        return ids
+
+    def forward(
+        self,
+        tokens: Prompt,
+        cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
+        edits: Mapping[str, Edit] | None = None,
+    ) -> np.ndarray:
+        """Return logits (T, V), or (1, V) of the last token with `last_only`.
+
+        With a cache the tokens follow those in it and are appended; any split into calls gives the same logits. Without
+        one nothing is kept. `edits` maps names of steps, or globs, to an array or a function of the step's value; an
+        edited pass is never split, so T is at most the cache's chunk.
+        """
+        ids = np.array(self.token_ids(tokens, cache))
+        if edits:
+            walk = self._walk(ids, cache, last_only, check_edits(edits, self.config))
+            return run_with_edits(walk, edits)
+        self._check_cache(cache)
+        cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
+        chunks = [ids[start : start + cache.chunk] for start in range(0, len(ids), cache.chunk)]
+        parts = [self._run(chunk, cache, last_only) for chunk in chunks]
+        return parts[-1] if last_only else np.concatenate(parts)
+
+    def _run(self, ids: np.ndarray, cache: KVCache, last_only: bool) -> np.ndarray:
+        return drain(self.transformer.forward_steps(ids, cache.begin(len(ids)), last_only=last_only), self.ops)
+
+    def steps(self, tokens: Prompt, cache: KVCache | None = None) -> Walk:
+        """Return a Walk through the forward pass of these tokens: iterate over it to get every Step.
+
+        With a cache the pass starts after the tokens in it, takes at most `cache.chunk` tokens, and counts once the walk
+        has reached its end.
+        """
+        return self._walk(np.array(self.token_ids(tokens, cache)), cache, last_only=False, observe_attention=True)
+
+    def _walk(self, ids: np.ndarray, cache: KVCache | None, last_only: bool, observe_attention: bool) -> Walk:
+        self._check_cache(cache)
+        cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
+        steps = self.transformer.forward_steps(
+            ids, cache.begin(len(ids)), last_only=last_only, observe_attention=observe_attention
+        )
+        return Walk(steps, self.ops)
+
+    def _check_cache(self, cache: KVCache | None) -> None:
+        if cache is not None and cache.ops is not self.ops:
+            raise InputError("the cache was made by another model; expected one from this model's new_cache()")
+
+    def score(self, tokens: Prompt) -> np.ndarray:
+        """Return the log-probability (T-1,) of each token after the first, given those before it; float64, in nats.
+
+        Memory stays bounded: logits exist for one chunk at a time.
+        """
+        ids = self.token_ids(tokens)
+        cache = self.new_cache(max_tokens=len(ids))
+        scores = [np.empty(0)]
+        for start in range(0, len(ids) - 1, cache.chunk):
+            following = ids[start + 1 : start + cache.chunk + 1]
+            logprobs_TV = log_softmax(self.forward(ids[start : start + len(following)], cache))
+            scores.append(logprobs_TV[np.arange(len(following)), following])
+        return np.concatenate(scores)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | int | Sequence[str | int] = (),
+        cache: KVCache | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Token]:
+        """Yield the tokens that follow a prompt, one by one.
+
+        max_tokens          how many at most
+        temperature, top_k, top_p, min_p, repetition_penalty    see sampling.py; temperature 0 takes the likeliest token
+        seed                makes the draws reproducible
+        stop                strings and token ids that end the text; a stop string is not part of it
+        cache               holds what comes before the prompt; afterwards also the prompt and all tokens but the last
+        progress            called with (tokens done, tokens in all) while the prompt is read
+
+        The texts joined are what decoding prompt and ids together adds to the prompt. Everything is checked before this
+        returns. Raises InputError.
+        """
+        settings = SamplingSettings(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InputError(f"max_tokens is {shown(max_tokens)}; expected a whole number of at least 1")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise InputError(f"seed is {shown(seed)}; expected a whole number of at least 0")
+        stop_strings, stop_ids = split_stops(stop)
+        if stop_strings and self.tokenizer is None:
+            raise InputError("this model has no tokenizer; expected stops as token ids")
+        self._check_cache(cache)
+        ids = self.token_ids(prompt, cache)
+        cache = self.new_cache() if cache is None else cache
+        if self.config.max_seq_len is not None and cache.length + len(ids) >= self.config.max_seq_len:
+            raise InputError(f"the prompt fills the model's {self.config.max_seq_len} positions (max_seq_len)")
+        return generate(
+            self,
+            ids,
+            cache,
+            settings=settings,
+            max_tokens=max_tokens,
+            stop_strings=stop_strings,
+            stop_ids=stop_ids,
+            eos_ids=self.eos_ids,
+            max_seq_len=self.config.max_seq_len,
+            stream=self.tokenizer.stream(ids) if self.tokenizer else None,
+            rng=np.random.default_rng(seed),
+            progress=progress,
+        )
+
+    def complete(self, prompt: Prompt, **settings: object) -> str:
+        """Return the text that `generate` yields for a prompt, all at once; it takes the same settings."""
+        return "".join(token.text for token in self.generate(prompt, **settings))  # type: ignore[arg-type]

@@ -1,0 +1,181 @@
+"""ReferenceOps: the mathematics of the model in NumPy. The truth that everything faster is measured against.
+
+`ReferenceOps("float32")` is the plain backend, `ReferenceOps("float64")` the oracle: float64 in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from mistral_ref.cache import attends
+from mistral_ref.config import ModelConfig, RowOrder
+from mistral_ref.errors import InputError, shown
+from mistral_ref.ops import KeyView, Slots
+from mistral_ref.rope import AnglePrecision, Rotation, rotation
+from mistral_ref.steps import StepFactory, Steps
+from mistral_ref.weights import Matrix
+
+# Elements of the largest temporary arrays: widened rows of a matrix, scores of a block of queries.
+_BLOCK_ELEMENTS = 2**22
+
+
+class Store(NamedTuple):
+    """Keys and values of one layer, (capacity, G, K) each."""
+
+    k: np.ndarray
+    v: np.ndarray
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Return exp(x - max x) / sum of the same, over the last axis.
+
+    >>> softmax(np.array([0.0, np.log(3.0), -np.inf])).tolist()
+    [0.25, 0.75, 0.0]
+    """
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def _blocks(n: int, row_elements: int) -> Iterator[slice]:
+    """Yield slices of range(n), each of as many rows as make a temporary of bounded size."""
+    step = max(1, _BLOCK_ELEMENTS // row_elements)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+class ReferenceOps:
+    """The operations of ops.py in NumPy, every array of one dtype: "float32" or "float64".
+
+    threads     BLAS threads while a pass runs; None leaves them as they are
+    angles      "float32" rounds RoPE's angles as the published implementations do
+    """
+
+    def __init__(
+        self, dtype: str = "float32", *, threads: int | None = None, angles: AnglePrecision = "float64"
+    ) -> None:
+        if dtype not in ("float32", "float64"):
+            raise InputError(f"dtype is {shown(dtype)}; expected 'float32' or 'float64'")
+        if angles not in ("float32", "float64"):
+            raise InputError(f"rope_angles is {shown(angles)}; expected 'float64' or 'float32'")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise InputError(f"threads is {shown(threads)}; expected a whole number of at least 1")
+        self.dtype = np.dtype(dtype)
+        self.cache_dtypes: tuple[str, ...] = (dtype, "float16")
+        self.angles: AnglePrecision = angles
+        self._threads = threads
+        self._blas = ThreadpoolController()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        # exp overflows to the right limit in swiglu; NaN from broken weights is reported by whoever draws a token.
+        with ExitStack() as stack:
+            stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
+            if self._threads is not None:
+                stack.enter_context(self._blas.limit(limits=self._threads, user_api="blas"))
+            yield
+
+    def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation:
+        return rotation(positions_T, config, self.dtype, self.angles)
+
+    def embed(self, tokens_T: np.ndarray, tok_embeddings: Matrix) -> np.ndarray:
+        return tok_embeddings.rows(tokens_T, self.dtype)
+
+    def rms_norm(self, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+        mean_square = np.mean(x_TD * x_TD, axis=-1, keepdims=True)
+        return x_TD / np.sqrt(mean_square + self.dtype.type(eps)) * weight_D.astype(self.dtype)
+
+    def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
+        n_out, n_in = weight_OI.shape
+        y_TO = np.empty((len(x_TI), n_out), self.dtype)
+        for rows in _blocks(n_out, n_in):
+            y_TO[:, rows] = x_TI @ weight_OI.rows(rows, self.dtype).T
+        return y_TO
+
+    def split_heads(self, x_TO: np.ndarray, n_heads: int, row_order: RowOrder) -> np.ndarray:
+        n_tokens = len(x_TO)
+        if row_order == "interleaved":
+            return x_TO.reshape(n_tokens, n_heads, -1)
+        return x_TO.reshape(n_tokens, n_heads, 2, -1).swapaxes(2, 3).reshape(n_tokens, n_heads, -1)
+
+    def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        x0, x1 = x_THK[..., 0::2], x_THK[..., 1::2]
+        cos, sin = cos[:, np.newaxis], sin[:, np.newaxis]
+        turned = np.empty_like(x_THK)
+        turned[..., 0::2] = x0 * cos - x1 * sin
+        turned[..., 1::2] = x0 * sin + x1 * cos
+        return turned
+
+    def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> Store:
+        shape = (capacity, n_kv_heads, head_dim)
+        return Store(np.zeros(shape, dtype), np.zeros(shape, dtype))
+
+    def write(self, store: Store, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
+        store.k[slots] = k_TGK
+        store.v[slots] = v_TGK
+
+    def read(self, store: Store, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+        return store.k[slots], store.v[slots]
+
+    def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
+        k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))
+        queries_T, keys_S = np.array(view.queries), np.array(view.keys)
+        blocks = list(_blocks(len(q_THK), q_THK.shape[1] * len(keys_S)))
+
+        def block_scores(rows: slice) -> np.ndarray:
+            return self._scores(q_THK[rows], k_SGK, attends(queries_T[rows, np.newaxis], keys_S, view.window))
+
+        if observed is None:
+            return np.concatenate([self._gather(softmax(block_scores(rows)), v_SGK) for rows in blocks])
+        # The same blocks, laid out the same way, so that every number comes out of the same additions as above.
+        scores_HTS = np.concatenate([block_scores(rows) for rows in blocks], axis=1)
+        scores_HTS = yield observed("scores", scores_HTS, view.keys)
+        parts = [softmax(np.ascontiguousarray(scores_HTS[:, rows])) for rows in blocks]
+        weights_HTS = yield observed("attention_weights", np.concatenate(parts, axis=1), view.keys)
+        return np.concatenate([self._gather(np.ascontiguousarray(weights_HTS[:, rows]), v_SGK) for rows in blocks])
+
+    def _scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
+        """Return q[b, h] · k[s, h // (H/G)] / sqrt(K) as (H, B, S), -inf where key s is out of sight.
+
+        The H/G query heads that share a key/value head are neighbours: heads 0 and 1 of 4 read the first of 2.
+        """
+        n_queries, n_heads, head_dim = q_BHK.shape
+        n_keys, n_kv_heads, _ = k_SGK.shape
+        q_GMBK = q_BHK.reshape(n_queries, n_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
+        scores = q_GMBK.reshape(n_kv_heads, -1, head_dim) @ k_SGK.transpose(1, 2, 0)
+        scores *= self.dtype.type(head_dim**-0.5)
+        return np.where(visible_BS, scores.reshape(n_heads, n_queries, n_keys), self.dtype.type(-np.inf))
+
+    def _gather(self, weights_HBS: np.ndarray, v_SGK: np.ndarray) -> np.ndarray:
+        """Return the sum over s of weights[h, b, s] v[s, h // (H/G)] as (B, H, K)."""
+        n_heads, n_queries, n_keys = weights_HBS.shape
+        _, n_kv_heads, head_dim = v_SGK.shape
+        gathered = weights_HBS.reshape(n_kv_heads, -1, n_keys) @ v_SGK.transpose(1, 0, 2)
+        return gathered.reshape(n_heads, n_queries, head_dim).transpose(1, 0, 2)
+
+    def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        return gate / (1 + np.exp(-gate)) * up
+
+    def route(self, router_logits_TE: np.ndarray, n_chosen: int) -> np.ndarray:
+        chosen = np.argsort(-router_logits_TE, axis=-1, kind="stable")[:, :n_chosen]
+        weights_TE = np.zeros_like(router_logits_TE)
+        shares = softmax(np.take_along_axis(router_logits_TE, chosen, axis=-1))
+        np.put_along_axis(weights_TE, chosen, shares, axis=-1)
+        return weights_TE
+
+    def expert_linear(self, x_NI: np.ndarray, experts_N: np.ndarray, weights: tuple[Matrix, ...]) -> np.ndarray:
+        y_NO = np.empty((len(x_NI), weights[0].shape[0]), self.dtype)
+        for expert in np.unique(experts_N):
+            rows = experts_N == expert
+            y_NO[rows] = self.linear(x_NI[rows], weights[expert])
+        return y_NO
+
+    def mix_experts(
+        self, y_ND: np.ndarray, tokens_N: np.ndarray, experts_N: np.ndarray, weights_TE: np.ndarray
+    ) -> np.ndarray:
+        z_TD = np.zeros((len(weights_TE), y_ND.shape[1]), self.dtype)
+        np.add.at(z_TD, tokens_N, weights_TE[tokens_N, experts_N, np.newaxis] * y_ND)
+        return z_TD

@@ -1,0 +1,165 @@
+"""Step: one named value of the forward pass, and the catalogue of all of them.
+
+The forward pass is a generator that yields a Step for every value worth looking at, and goes on with whatever the Step
+holds when it is resumed. The catalogue below is the contract: what each step is called, its axes, its formula.
+
+Letters in shapes, here and in the names of variables everywhere: T tokens in this pass, S keys visible, D model width,
+H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary, E experts, N (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import InputError
+
+
+class StepKind(NamedTuple):
+    """What the catalogue says of a step: the names of its axes, its formula, and one sentence."""
+
+    axes: tuple[str, ...]
+    formula: str
+    sentence: str
+
+
+_QUERY_HEADS = ("token", "head", "head_dim")
+_KV_HEADS = ("token", "kv_head", "head_dim")
+_SCORES = ("head", "query", "key")
+
+CATALOGUE: dict[str, StepKind] = {
+    "embedding": StepKind(("token", "dim"), "x = tok_embeddings[token]", "Each token's row of the embedding matrix."),
+    "attention_norm": StepKind(
+        ("token", "dim"), "a = x / sqrt(mean(x²) + eps) * weight", "The residual stream, scaled to unit RMS."
+    ),
+    "q": StepKind(_QUERY_HEADS, "q = a · wqᵀ", "What each token asks for; pairs that RoPE turns are neighbours."),
+    "k": StepKind(_KV_HEADS, "k = a · wkᵀ", "What each token offers to be found by; pairs are neighbours."),
+    "v": StepKind(_KV_HEADS, "v = a · wvᵀ", "What each token hands over once it is found."),
+    "q_rotated": StepKind(
+        _QUERY_HEADS, "q' = t(p) · R(p) q", "Queries turned by their position p; t is the query temperature, mostly 1."
+    ),
+    "k_rotated": StepKind(_KV_HEADS, "k' = R(p) k", "Keys turned by their position; this is what the cache holds."),
+    "scores": StepKind(
+        _SCORES, "s[h,i,j] = q'[i,h] · k'[j, h // (H/G)] / sqrt(K)", "How well key j answers query i; -inf if unseen."
+    ),
+    "attention_weights": StepKind(_SCORES, "w = softmax(s) over keys", "How much of each key's value a query takes."),
+    "heads": StepKind(
+        _QUERY_HEADS, "o[i,h] = sum over j of w[h,i,j] v[j, h // (H/G)]", "The values that each head has gathered."
+    ),
+    "attention_out": StepKind(("token", "dim"), "y = concat(heads) · woᵀ", "All heads, brought back to width D."),
+    "residual_after_attention": StepKind(("token", "dim"), "x = x + y", "The residual stream after attention."),
+    "ffn_norm": StepKind(
+        ("token", "dim"), "b = x / sqrt(mean(x²) + eps) * weight", "The residual stream, scaled to unit RMS."
+    ),
+    "router_logits": StepKind(("token", "expert"), "r = b · gateᵀ", "How much each expert suits each token."),
+    "expert_weights": StepKind(
+        ("token", "expert"), "e = softmax(top-k of r), 0 elsewhere", "The chosen experts' shares; 0 means not chosen."
+    ),
+    "gate": StepKind(("token", "ffn"), "g = b · w1ᵀ", "Decides how far each hidden unit opens."),
+    "up": StepKind(("token", "ffn"), "u = b · w3ᵀ", "What passes where the gate is open."),
+    "ffn_hidden": StepKind(("token", "ffn"), "h = g · sigmoid(g) · u", "SwiGLU: the gated hidden units."),
+    "ffn_out": StepKind(("token", "dim"), "z = h · w2ᵀ", "The hidden units, brought back to width D."),
+    "residual_after_ffn": StepKind(("token", "dim"), "x = x + z", "The residual stream after the block."),
+    "norm": StepKind(
+        ("token", "dim"), "n = x / sqrt(mean(x²) + eps) * weight", "The last residual stream, scaled to unit RMS."
+    ),
+    "logits": StepKind(("token", "vocabulary"), "l = n · outputᵀ", "A score for every possible next token."),
+}
+
+# With experts the feed-forward steps have a row for each pair of a token and an expert that it was sent to, sorted by
+# token, then by expert.
+_PAIRS = ("pair", "ffn")
+EXPERT_CATALOGUE: dict[str, StepKind] = CATALOGUE | {
+    "gate": StepKind(_PAIRS, "g[n] = b[token n] · w1[expert n]ᵀ", "Decides how far each hidden unit opens."),
+    "up": StepKind(_PAIRS, "u[n] = b[token n] · w3[expert n]ᵀ", "What passes where the gate is open."),
+    "ffn_hidden": StepKind(_PAIRS, "h = g · sigmoid(g) · u", "SwiGLU: the gated hidden units of each pair."),
+    "ffn_out": StepKind(
+        ("token", "dim"), "z[t] = sum over experts of e[t] · (h · w2ᵀ)", "The experts' outputs, mixed by their shares."
+    ),
+}
+
+_ATTENTION = ("attention_norm", "q", "k", "v", "q_rotated", "k_rotated", "scores", "attention_weights", "heads")
+_BLOCK = (*_ATTENTION, "attention_out", "residual_after_attention", "ffn_norm")
+_ROUTING = ("router_logits", "expert_weights")
+_FEED_FORWARD = ("gate", "up", "ffn_hidden", "ffn_out", "residual_after_ffn")
+
+
+def step_names(config: ModelConfig) -> Iterator[str]:
+    """Yield the full name of every step of an observed pass, in order: "embedding", "layers.0.attention_norm", ..."""
+    block = (*_BLOCK, *(_ROUTING if config.moe else ()), *_FEED_FORWARD)
+    yield "embedding"
+    for layer in range(config.n_layers):
+        yield from (f"layers.{layer}.{name}" for name in block)
+    yield from ("norm", "logits")
+
+
+class Step:
+    """One value of the forward pass while the pass stands still.
+
+    name            "layers.3.q_rotated", "logits", ...
+    value           the array; assigning another of the same shape and dtype changes what the pass goes on with
+    axes            the names of its axes
+    formula         how it came about
+    source          file and line that yielded it; "" where nobody is watching
+    key_positions   for scores and attention_weights the positions of their keys, else None
+    """
+
+    __slots__ = ("_value", "key_positions", "kind", "name", "source")
+
+    def __init__(self, name: str, kind: StepKind, value: np.ndarray, key_positions: range | None = None) -> None:
+        self.name = name
+        self.kind = kind
+        self._value = value
+        self.key_positions = key_positions
+        self.source = ""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.kind.axes
+
+    @property
+    def formula(self) -> str:
+        return self.kind.formula
+
+    @property
+    def value(self) -> np.ndarray:
+        return self._value
+
+    @value.setter
+    def value(self, new: np.ndarray) -> None:
+        new = np.array(new)
+        if new.shape != self._value.shape or new.dtype != self._value.dtype:
+            raise InputError(
+                f"step {self.name} was given {new.dtype} of shape {new.shape}; "
+                f"expected {self._value.dtype} of shape {self._value.shape}"
+            )
+        new.flags.writeable = False
+        self._value = new
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.value.shape, strict=True))
+        return f"<Step {self.name} ({sizes}) {self.value.dtype}: {self.formula}>"
+
+
+# A part of the forward pass: it yields steps, is sent the value to go on with, and returns the last one.
+Steps = Generator[Step, np.ndarray, np.ndarray]
+
+
+class StepFactory(Protocol):
+    """Makes the Step called `name` of one layer (or of the model's ends)."""
+
+    def __call__(self, name: str, value: np.ndarray, key_positions: range | None = None) -> Step: ...
+
+
+def step_factory(config: ModelConfig, layer: int | None = None) -> StepFactory:
+    """Return the function that makes the steps of one layer, or of embedding, norm and logits if `layer` is None."""
+    catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
+    prefix = "" if layer is None else f"layers.{layer}."
+
+    def step(name: str, value: np.ndarray, key_positions: range | None = None) -> Step:
+        return Step(prefix + name, catalogue[name], value, key_positions)
+
+    return step

@@ -1,0 +1,95 @@
+"""One safetensors file, mapped: its tensors by name, without a byte of them being read.
+
+The safetensors library validates the header. It cannot hand bf16 or fp8 to NumPy (safetensors#598), so the bytes are
+mapped here, at the offsets that it has accepted. Format: 8 bytes little-endian header length, JSON header, data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mistral_ref.errors import CheckpointError, shown
+from mistral_ref.weights import Kind
+
+# A header expands about tenfold when it is parsed. The longest published one in scope is a quarter of this.
+MAX_HEADER_BYTES = 2**20
+
+_KINDS: dict[str, tuple[Kind, str]] = {
+    "F32": ("f32", "<f4"),
+    "F16": ("f16", "<f2"),
+    "BF16": ("bf16", "<u2"),
+    "F8_E4M3": ("fp8", "u1"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a mapped file: the name, dtype and shape that the header gives, and its bytes."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    raw: np.ndarray
+
+    def mapped(self) -> tuple[Kind, np.ndarray]:
+        """Return the kind of number and a read-only view of the file, possibly unaligned: bf16 as uint16, fp8 as uint8.
+
+        Raises CheckpointError for a dtype that is none of the four kinds.
+        """
+        if self.dtype not in _KINDS:
+            raise CheckpointError(
+                f"{self.path}: {shown(self.name)} is {self.dtype}; expected one of {', '.join(_KINDS)}"
+            )
+        kind, stored = _KINDS[self.dtype]
+        return kind, self.raw.view(stored).reshape(self.shape)
+
+
+def require_regular_file(path: Path) -> int:
+    """Return the size of the file at `path` (links followed); raise CheckpointError if it is not a regular file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def open_tensor_file(path: Path) -> list[Tensor]:
+    """Return the tensors of a safetensors file, mapped read-only.
+
+    Raises CheckpointError if it is no regular file, truncated, or its header is too long, broken or contradicts its
+    length: offsets that overlap, leave gaps or leave the file.
+    """
+    size = require_regular_file(path)
+    try:
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if length > size - 8:
+                raise CheckpointError(f"{path}: truncated, or not a safetensors file: {size} bytes in all")
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path}: its header has {length} bytes; at most {MAX_HEADER_BYTES} are read")
+            with safe_open(path, framework="np"):
+                pass
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        mapped = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a valid safetensors file: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    data = mapped[8 + length :]
+    return [
+        Tensor(path, name, entry["dtype"], tuple(entry["shape"]), data[slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    ]

@@ -1,0 +1,116 @@
+"""The Mistral transformer. If you read one file, read this one.
+
+The forward pass is a generator of named steps, written once. Whoever drives it receives each step and sends a value back:
+`drain` sends every value straight back and so computes the logits; a Walk hands the steps to a reader, who may look at
+them, or send back something else.
+
+    tokens ─ embedding ─┬─ norm ─ attention ─ + ─┬─ norm ─ feed-forward ─ + ─ ... L blocks ... ─ norm ─ output ─ logits
+                        └──────────>──────────┘  └──────────>───────────┘
+
+Shapes: T tokens in this pass, S keys visible, D model width, H query heads, G key/value heads, K head width, F feed-forward
+width, E experts, N (token, expert) pairs, V vocabulary. Sources: the block is Llama's (arXiv:2302.13971) with grouped
+queries and a sliding window (Mistral 7B, arXiv:2310.06825), with experts Mixtral's (arXiv:2401.04088).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mistral_ref.cache import Pass
+from mistral_ref.config import ModelConfig
+from mistral_ref.ops import Ops
+from mistral_ref.rope import Rotation
+from mistral_ref.steps import StepFactory, Steps, step_factory
+from mistral_ref.weights import ExpertFeedForward, FeedForward, Layer, Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Transformer:
+    """A configuration, weights that fit it, and the operations that compute with them."""
+
+    config: ModelConfig
+    weights: Weights
+    ops: Ops
+
+    def forward_steps(
+        self, tokens_T: np.ndarray, current: Pass, *, last_only: bool = False, observe_attention: bool = False
+    ) -> Steps:
+        """Yield every step of one pass and return logits (T, V), or (1, V) of the last token with `last_only`.
+
+        `current` is where the pass stands in its cache, which counts its tokens once the last step has gone back.
+        """
+        config, weights, ops = self.config, self.weights, self.ops
+        step = step_factory(config)
+        turn = ops.rotation(current.positions, config)
+        x_TD = yield step("embedding", ops.embed(tokens_T, weights.tok_embeddings))
+        for number, layer in enumerate(weights.layers):
+            x_TD = yield from self.block_steps(x_TD, number, layer, turn, current, observe_attention)
+        if last_only:
+            x_TD = x_TD[-1:]
+        x_TD = yield step("norm", ops.rms_norm(x_TD, weights.norm, config.norm_eps))
+        logits_TV = yield step("logits", ops.linear(x_TD, weights.output))
+        current.cache.commit(current)
+        return logits_TV
+
+    def block_steps(
+        self, x_TD: np.ndarray, number: int, layer: Layer, turn: Rotation, current: Pass, observe_attention: bool
+    ) -> Steps:
+        """One block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+        config, ops = self.config, self.ops
+        step = step_factory(config, number)
+        order, eps = config.rope_row_order, config.norm_eps
+
+        a_TD = yield step("attention_norm", ops.rms_norm(x_TD, layer.attention_norm, eps))
+        q_THK = yield step("q", ops.split_heads(ops.linear(a_TD, layer.wq), config.n_heads, order))
+        k_TGK = yield step("k", ops.split_heads(ops.linear(a_TD, layer.wk), config.n_kv_heads, order))
+        v_TGK = yield step("v", ops.split_heads(ops.linear(a_TD, layer.wv), config.n_kv_heads, "interleaved"))
+        q_THK = yield step("q_rotated", ops.rotate(q_THK, turn.query_cos, turn.query_sin))
+        k_TGK = yield step("k_rotated", ops.rotate(k_TGK, turn.key_cos, turn.key_sin))
+        current.write(number, k_TGK, v_TGK)  # always write, then read: one rule for a prompt and a single token
+        attention = ops.attention(q_THK, current.keys(number), step if observe_attention else None)
+        heads_THK = yield step("heads", (yield from attention))
+        out_TD = yield step("attention_out", ops.linear(heads_THK.reshape(len(x_TD), -1), layer.wo))
+        x_TD = yield step("residual_after_attention", x_TD + out_TD)
+
+        b_TD = yield step("ffn_norm", ops.rms_norm(x_TD, layer.ffn_norm, eps))
+        if isinstance(layer.feed_forward, FeedForward):
+            out_TD = yield from self.feed_forward_steps(b_TD, layer.feed_forward, step)
+        else:
+            out_TD = yield from self.expert_steps(b_TD, layer.feed_forward, step)
+        return (yield step("residual_after_ffn", x_TD + out_TD))
+
+    def feed_forward_steps(self, b_TD: np.ndarray, weights: FeedForward, step: StepFactory) -> Steps:
+        """SwiGLU: w2 · (silu(w1 · b) * (w3 · b))."""
+        ops = self.ops
+        gate_TF = yield step("gate", ops.linear(b_TD, weights.w1))
+        up_TF = yield step("up", ops.linear(b_TD, weights.w3))
+        hidden_TF = yield step("ffn_hidden", ops.swiglu(gate_TF, up_TF))
+        return (yield step("ffn_out", ops.linear(hidden_TF, weights.w2)))
+
+    def expert_steps(self, b_TD: np.ndarray, weights: ExpertFeedForward, step: StepFactory) -> Steps:
+        """A mixture of SwiGLUs: each token goes through the experts whose weight is not 0, and their outputs are mixed."""
+        ops = self.ops
+        assert self.config.moe is not None
+        router_TE = yield step("router_logits", ops.linear(b_TD, weights.gate))
+        shares_TE = yield step("expert_weights", ops.route(router_TE, self.config.moe.num_experts_per_tok))
+        tokens_N, experts_N = np.nonzero(shares_TE)
+        w1, w2, w3 = (tuple(getattr(expert, name) for expert in weights.experts) for name in ("w1", "w2", "w3"))
+        b_ND = b_TD[tokens_N]
+        gate_NF = yield step("gate", ops.expert_linear(b_ND, experts_N, w1))
+        up_NF = yield step("up", ops.expert_linear(b_ND, experts_N, w3))
+        hidden_NF = yield step("ffn_hidden", ops.swiglu(gate_NF, up_NF))
+        y_ND = ops.expert_linear(hidden_NF, experts_N, w2)
+        return (yield step("ffn_out", ops.mix_experts(y_ND, tokens_N, experts_N, shares_TE)))
+
+
+def drain(steps: Steps, ops: Ops) -> np.ndarray:
+    """Run a pass to its end, sending every value straight back; return what it returns."""
+    with ops.running():
+        step = next(steps)
+        try:
+            while True:
+                step = steps.send(step.value)
+        except StopIteration as end:
+            return end.value

@@ -1,0 +1,116 @@
+"""Matrices as they are stored, and the tensors of a model under Mistral's own names.
+
+A matrix stays a view of the mapped file. Only the rows that a product needs are widened to floats, when it needs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+Kind = Literal["f32", "f16", "bf16", "fp8"]
+Rows = slice | np.ndarray
+
+FP8_BLOCK = 128  # published fp8 checkpoints scale squares of 128 x 128 weights, or the whole matrix
+
+
+@cache
+def e4m3_values() -> np.ndarray:
+    """Return the 256 values of fp8 e4m3 ("fn": no infinities, NaN at 0x7f and 0xff) as float32.
+
+    One sign bit, four of exponent e (bias 7), three of mantissa m: (1 + m/8) 2^(e-7), and m/8 2^-6 where e is 0.
+
+    >>> e4m3_values()[[0x38, 0x7E, 0x01, 0xB8]].tolist()
+    [1.0, 448.0, 0.001953125, -1.0]
+    """
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    value = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    value[code & 127 == 127] = np.nan
+    return np.where(code < 128, value, -value).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix (O, I) of O outputs and I inputs, as stored.
+
+    data    (O, I), read-only: float32, float16, uint16 (bf16: the upper half of a float32) or uint8 (fp8 e4m3)
+    scale   fp8 only: float32, (1, 1) for the whole matrix or (ceil(O/128), ceil(I/128)); weight = value * scale
+    """
+
+    name: str
+    kind: Kind
+    data: np.ndarray
+    scale: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
+        """Return the rows at `index` (a slice or integers) as an aligned float array (R, I) of `dtype`.
+
+        Rows that are stored as `dtype` already are returned as they lie in the file, without a copy.
+        """
+        stored = self.data[index]
+        if self.kind == "bf16":
+            stored = (stored.astype(np.uint32) << 16).view(np.float32)
+        elif self.kind == "fp8":
+            return e4m3_values().astype(dtype)[stored] * self._scale_of(index).astype(dtype)
+        return np.require(stored, dtype, "A")
+
+    def _scale_of(self, index: Rows) -> np.ndarray:
+        """Return the scale of each weight in the rows at `index`, broadcastable to (R, I)."""
+        assert self.scale is not None
+        if self.scale.shape == (1, 1):
+            return self.scale
+        n_out, n_in = self.shape
+        return self.scale[np.ix_(np.arange(n_out)[index] // FP8_BLOCK, np.arange(n_in) // FP8_BLOCK)]
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward:
+    """w1 (F, D) the gate, w2 (D, F) down, w3 (F, D) up."""
+
+    w1: Matrix
+    w2: Matrix
+    w3: Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertFeedForward:
+    """gate (E, D) the router, and E feed-forward networks."""
+
+    gate: Matrix
+    experts: tuple[FeedForward, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One block: wq (H*K, D), wk and wv (G*K, D), wo (D, H*K), the two norms' weights (D,) float32, and the rest."""
+
+    attention_norm: np.ndarray
+    wq: Matrix
+    wk: Matrix
+    wv: Matrix
+    wo: Matrix
+    ffn_norm: np.ndarray
+    feed_forward: FeedForward | ExpertFeedForward
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """tok_embeddings (V, D), L blocks, norm (D,), output (V, D); tied models have one matrix for both ends."""
+
+    tok_embeddings: Matrix
+    layers: tuple[Layer, ...]
+    norm: np.ndarray
+    output: Matrix

@@ -1,0 +1,41 @@
+"""Paths that tests share, and the list of reasons for which a test may be skipped: any other skip fails the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+ALLOWED_SKIPS = {
+    "../shared is absent",
+    "mistral-common is not installed",
+}
+
+_unexpected: list[str] = []
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Return the folder of trained weights beside the repository; skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared is absent")
+    return SHARED
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _, _, reason = report.longrepr
+        if reason.removeprefix("Skipped: ") not in ALLOWED_SKIPS:
+            _unexpected.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unexpected and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in _unexpected:
+        terminalreporter.line(f"skipped for a reason that tests/conftest.py does not list: {line}", red=True)
