@@ -159,8 +159,8 @@ def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         pickles = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".pth", ".pt", ".bin", ".ckpt")]
         if pickles:
             raise CheckpointError(
-                f"{directory}: has only pickled weights ({shown(pickles[0])}), which can run code and are never opened; "
-                "expected safetensors"
+                f"{directory}: has only pickled weights ({shown(pickles[0])}), which can run code and are never "
+                "opened; expected safetensors"
             )
         found = [path.name for path in sorted(directory.glob("*.safetensors"))]
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """ModelConfig: what one needs to know about a model before its weights, for the whole Mistral line.
 
-One block type covers the line. Five switches tell its members apart: an explicit `head_dim`, a window per layer, the kind
-of RoPE (theta, YaRN, and the row order that the checkpoint uses), a query temperature, and a mixture of experts.
+One block type covers the line. Five switches tell its members apart: an explicit `head_dim`, a window per layer, the
+kind of RoPE (theta, YaRN, and the row order that the checkpoint uses), a query temperature, and a mixture of experts.
 The files that a configuration is read from are the business of `config_files.py`.
 """
 

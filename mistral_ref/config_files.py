@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from mistral_ref.errors import ConfigError, MistralRefError, MistralRefWarning, 
 # Python's objects are larger than their JSON: "[]" is 2 bytes in a file, about 100 in memory. The largest honest file,
 # the index of a mixture of experts, stays well within both limits, and parsing takes at most 16 MiB.
 MAX_JSON_BYTES = 512 * 1024
-MAX_JSON_CONTAINERS = 50_000
+MAX_JSON_CONTAINERS = 20_000
 
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -159,8 +158,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Readers differ in which value of a repeated key they take, so neither is taken."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {shown(key)} occurs twice")
+        absent = object()
+        twice = next(key for key, _ in pairs if values.pop(key, absent) is absent)
+        raise ValueError(f"key {shown(twice)} occurs twice")
     return values
 
 
@@ -316,7 +316,7 @@ def _unknown_in_params_json(file: dict[str, Any]) -> list[str]:
 
 
 def _params_json_windows(fields: _Fields) -> tuple[Any, ...]:
-    """One window holds for every layer; a list is repeated (mistral-inference, cache.py). Either may stand in a string."""
+    """One window holds for every layer; a list is repeated (mistral-inference, cache.py); either may be a string."""
     window, n_layers = fields.values.get("sliding_window"), fields.count("n_layers")
     if isinstance(window, str):
         try:

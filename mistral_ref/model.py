@@ -1,4 +1,4 @@
-"""Model: one object over a checkpoint, its tokenizer and the operations; and `load`, which makes one from a directory."""
+"""Model: one object over weights, tokenizer and operations; and `load`, which makes one from a directory."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def load(
     threads       threads of NumPy's products; None leaves them as they are
     rope_angles   "float32" rounds RoPE's angles as the published implementations do
 
-    Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was assumed
-    or left aside.
+    Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
+    assumed or left aside.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -58,7 +58,8 @@ def load(
     tokenizer = load_tokenizer(directory) if find_tokenizer(directory) else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {config.vocab_size}"
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces; "
+            f"expected at most the model's vocabulary of {config.vocab_size}"
         )
     return Model(config, build_weights(checkpoint, config), ops, tokenizer=tokenizer, eos_ids=read_eos_ids(directory))
 
@@ -92,7 +93,7 @@ class Model:
         """Return an empty cache for one sequence.
 
         max_tokens  bound on its length; without it the cache grows as needed
-        chunk       the longest single pass, and how many tokens can be taken back; a window of W keeps W + chunk - 1 keys
+        chunk       the longest single pass, and how many tokens can be taken back; a ring has W + chunk - 1 slots
         dtype       what keys and values are stored as: the operations' own, or "float16" in half the memory
         """
         return KVCache(self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype)
@@ -161,8 +162,8 @@ class Model:
     def steps(self, tokens: Prompt, cache: KVCache | None = None) -> Walk:
         """Return a Walk through the forward pass of these tokens: iterate over it to get every Step.
 
-        With a cache the pass starts after the tokens in it, takes at most `cache.chunk` tokens, and counts once the walk
-        has reached its end.
+        With a cache the pass starts after the tokens in it, takes at most `cache.chunk` tokens, and counts once the
+        walk has reached its end.
         """
         return self._walk(np.array(self.token_ids(tokens, cache)), cache, last_only=False, observe_attention=True)
 

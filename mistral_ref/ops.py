@@ -82,7 +82,7 @@ class Ops(Protocol):
         ...
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
-        """heads[t, h] = softmax over the keys that t sees of (q[t, h] · k[., g] / sqrt(K)), times v[., g]; g = h // (H/G)
+        """heads[t, h] = softmax over the keys s that t sees of (q[t, h] · k[s, g] / sqrt(K)) · v[s, g], g = h // (H/G)
 
         A generator that returns heads_THK (arXiv:1706.03762; grouped: arXiv:2305.13245). With `observed` it yields the
         steps "scores" and "attention_weights" (H, T, S) on its way.
@@ -94,7 +94,7 @@ class Ops(Protocol):
         ...
 
     def route(self, router_logits_TE: np.ndarray, n_chosen: int) -> np.ndarray:
-        """weights_TE: softmax over each token's n largest logits, 0 elsewhere; of equal logits the first expert wins."""
+        """weights_TE: softmax over each token's n largest logits, 0 elsewhere; of equal ones the first expert wins."""
         ...
 
     def expert_linear(self, x_NI: np.ndarray, experts_N: np.ndarray, weights: tuple[Matrix, ...]) -> np.ndarray:

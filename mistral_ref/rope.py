@@ -1,8 +1,8 @@
 """Rotary position embedding: by which angle each pair of a head turns at each position, plain or stretched by YaRN.
 
-At position p, pair j of a head of width K is turned by the angle p * theta^(-2j/K) (RoFormer, arXiv:2104.09864), so that
-the dot product of a query and a key depends on their distance alone. Both sets of operations take their cosines and
-sines from here.
+At position p, pair j of a head of width K is turned by the angle p * theta^(-2j/K) (RoFormer, arXiv:2104.09864), so
+that the dot product of a query and a key depends on their distance alone. All operations take their cosines and sines
+from here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def inverse_frequencies(theta: float, head_dim: int, yarn: Yarn | None = None) -
 def yarn_ramp(theta: float, head_dim: int, yarn: Yarn) -> tuple[float, float]:
     """Return the pairs between which YaRN goes from a frequency kept to one divided (arXiv:2309.00071, section 3.2).
 
-    Within L0 original positions pair j turns L0 theta^(-2j/K) / 2 pi times: r times at j = K ln(L0 / 2 pi r) / 2 ln theta.
+    Within L0 original positions pair j turns L0 theta^(-2j/K) / 2 pi times, which is r at
+    j = K ln(L0 / (2 pi r)) / (2 ln theta).
 
     Ministral 3 keeps pairs up to 20 and divides those from 37 on:
 

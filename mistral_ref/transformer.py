@@ -1,15 +1,15 @@
 """The Mistral transformer. If you read one file, read this one.
 
-The forward pass is a generator of named steps, written once. Whoever drives it receives each step and sends a value back:
-`drain` sends every value straight back and so computes the logits; a Walk hands the steps to a reader, who may look at
-them, or send back something else.
+The forward pass is a generator of named steps, written once. Whoever drives it receives each step and sends a value
+back: `drain` sends every value straight back and so computes the logits; a Walk hands the steps to a reader, who may
+look at them, or send back something else.
 
     tokens ─ embedding ─┬─ norm ─ attention ─ + ─┬─ norm ─ feed-forward ─ + ─ ... L blocks ... ─ norm ─ output ─ logits
                         └──────────>──────────┘  └──────────>───────────┘
 
-Shapes: T tokens in this pass, S keys visible, D model width, H query heads, G key/value heads, K head width, F feed-forward
-width, E experts, N (token, expert) pairs, V vocabulary. Sources: the block is Llama's (arXiv:2302.13971) with grouped
-queries and a sliding window (Mistral 7B, arXiv:2310.06825), with experts Mixtral's (arXiv:2401.04088).
+Shapes: T tokens in this pass, S keys visible, D model width, H query heads, G key/value heads, K head width,
+F feed-forward width, E experts, N (token, expert) pairs, V vocabulary. Sources: the block is Llama's (arXiv:2302.13971)
+with grouped queries and a sliding window (Mistral 7B, arXiv:2310.06825), with experts Mixtral's (arXiv:2401.04088).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Transformer:
         return (yield step("ffn_out", ops.linear(hidden_TF, weights.w2)))
 
     def expert_steps(self, b_TD: np.ndarray, weights: ExpertFeedForward, step: StepFactory) -> Steps:
-        """A mixture of SwiGLUs: each token goes through the experts whose weight is not 0, and their outputs are mixed."""
+        """A mixture of SwiGLUs: each token goes through the experts whose weight is not 0; their outputs are mixed."""
         ops = self.ops
         assert self.config.moe is not None
         router_TE = yield step("router_logits", ops.linear(b_TD, weights.gate))

@@ -49,7 +49,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.data.shape  # type: ignore[return-value]
+        return self.data.shape
 
     @property
     def nbytes(self) -> int:

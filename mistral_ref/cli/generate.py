@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -120,7 +121,7 @@ def prefill_bar(stack: ExitStack) -> Callable[[int, int], None]:
 
 def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:
     """Print what took how long, to standard error. Times: start, loaded, first token, end."""
-    load_s, first_s, rest_s = (later - earlier for earlier, later in zip(at, at[1:], strict=False))
+    load_s, first_s, rest_s = (later - earlier for earlier, later in pairwise(at))
     rest = f"{count - 1} tokens in {rest_s:.3f} s, {(count - 1) / rest_s:.1f} tokens/s" if count > 1 else "no tokens"
     print(
         f"load          {load_s:.3f} s\n"

@@ -1,0 +1,161 @@
+"""From the scores of every token to one token: what sampling does, and in which order.
+
+    logits  ->  repetition penalty  ->  temperature  ->  top-k  ->  top-p  ->  min-p  ->  one draw
+
+The order is part of the meaning, because each step changes what the next one sees: a high temperature flattens the
+distribution, so that a top-p after it keeps more tokens than a top-p before it. Temperature before top-p is the order
+of Mistral's own code (mistral-inference, generate.py) and of Hugging Face's `generate`; llama.cpp and MLX filter at
+temperature 1 and apply the temperature last. The same numbers given to two engines may thus mean two distributions.
+
+Every filter keeps the most probable tokens, only a different number of them; so tokens are sorted once, ties by the
+lower id, and a filter returns the beginning of the row that it is given. Probabilities are float64 throughout.
+
+Axes: V the vocabulary in order of ids, N the tokens still in play, most probable first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from sys import float_info
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mistral_ref.errors import InputError, shown
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How a token is chosen. The defaults are greedy: always the most probable one.
+
+    temperature         T >= 0: logits are divided by it; 0 takes the largest logit, and no filter matters
+    top_k               keep the k most probable tokens; None keeps all
+    top_p               keep tokens until their probabilities add up to p, 0 < p <= 1; 1 keeps all
+    min_p               keep tokens at least m times as probable as the most probable one, 0 <= m <= 1
+    repetition_penalty  c > 0: makes tokens seen before less likely where above 1, more likely where below
+
+    Raises InputError naming the setting, its value and what was expected.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        whole, real = (int, np.integer), (int, float, np.integer, np.floating)
+        for name, kinds, accepts, expected in (
+            ("temperature", real, lambda t: 0 <= t <= float_info.max, "a finite number of at least 0"),
+            ("top_k", (*whole, type(None)), lambda k: k is None or k >= 1, "a whole number of at least 1, or None"),
+            ("top_p", real, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
+            ("min_p", real, lambda m: 0 <= m <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", real, lambda c: 0 < c <= float_info.max, "a finite number above 0"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not accepts(value):
+                raise InputError(f"{name} is {shown(value)}; expected {expected}")
+
+
+def sample(
+    logits_V: ArrayLike, settings: SamplingSettings, rng: np.random.Generator, seen_ids: Iterable[int] = ()
+) -> int:
+    """Choose the next token: the steps above, each of them a function below.
+
+    logits_V    the model's scores, (V,); -inf makes a token impossible
+    rng         is asked for one number where the temperature is above 0, and for none where it is 0
+    seen_ids    the tokens that the repetition penalty applies to, in any order
+
+    Raises InputError if the logits hold NaN or +inf, or are all -inf; or if a seen id is not in [0, V).
+    """
+    # Overflow is meant: a tiny temperature sends all but the largest logit to -inf, whose probability is the right 0.
+    with np.errstate(over="ignore"):
+        scores_V = penalize(np.asarray(logits_V, dtype=np.float64), seen_ids, settings.repetition_penalty)
+        best = int(np.argmax(scores_V))  # the lowest id of equals; NaN counts as largest
+        if not np.isfinite(scores_V[best]):
+            raise InputError(f"the largest logit, of token {best}, is {scores_V[best]}; expected a finite number")
+        if settings.temperature == 0:
+            return best
+        ids_N = np.argsort(-scores_V, kind="stable")[: settings.top_k]
+        p_N = softmax(scores_V[ids_N], settings.temperature)
+        p_N = keep_min_p(keep_top_p(p_N, settings.top_p), settings.min_p)
+        return int(ids_N[draw(p_N, rng.random())])
+
+
+def penalize(logits_V: Floats, seen_ids: Iterable[int], penalty: float) -> Floats:
+    """Lower the logits of tokens seen before: l / c if l > 0, else l * c, once for each distinct token.
+
+    CTRL (arXiv:1909.05858, section 4.1) divides whatever the sign, which would make a token with l < 0 likelier.
+
+    >>> penalize(np.array([3.0, -3.0, 1.0]), seen_ids=[0, 1, 1], penalty=1.5)
+    array([ 2. , -4.5,  1. ])
+    """
+    if penalty == 1:
+        return logits_V
+    ids = np.unique(np.fromiter(seen_ids, dtype=np.int64))
+    if ids.size and not 0 <= ids[0] <= ids[-1] < len(logits_V):
+        raise InputError(f"seen ids run from {ids[0]} to {ids[-1]}; expected 0 to {len(logits_V) - 1}")
+    seen, penalized_V = logits_V[ids], logits_V.copy()
+    penalized_V[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+    return penalized_V
+
+
+def softmax(logits_N: Floats, temperature: float = 1.0) -> Floats:
+    """Return p_i = exp(l_i / T) / sum_j exp(l_j / T), with the largest logit taken from all first, so none overflows.
+
+    >>> softmax(np.log([0.6, 0.3, 0.1]), temperature=0.5).round(3)
+    array([0.783, 0.196, 0.022])
+    """
+    weights_N = np.exp((logits_N - logits_N.max()) / temperature)
+    return weights_N / weights_N.sum()
+
+
+def keep_top_p(p_N: Floats, top_p: float) -> Floats:
+    """Keep token i if the tokens before it hold at most p: p_0 + ... + p_(i-1) <= p. The one that crosses p is kept.
+
+    Nucleus sampling (arXiv:1904.09751) with the comparison of Mistral's code.
+
+    >>> keep_top_p(np.array([0.5, 0.25, 0.125, 0.125]), top_p=0.6)
+    array([0.5 , 0.25])
+    """
+    before_N = np.append(0.0, np.cumsum(p_N)[:-1])
+    # A p of 1 keeps all, even where the sum of the first ones is rounded to more than 1.
+    return p_N[before_N <= top_p] if top_p < 1 else p_N
+
+
+def keep_min_p(p_N: Floats, min_p: float) -> Floats:
+    """Keep token i if p_i >= m * p_0, where p_0 is the largest (arXiv:2407.01082).
+
+    >>> keep_min_p(np.array([0.5, 0.25, 0.125, 0.125]), min_p=0.5)
+    array([0.5 , 0.25])
+    """
+    return p_N[p_N >= min_p * p_N[0]]
+
+
+def draw(p_N: Floats, uniform: float) -> int:
+    """Return the first i with p_0 + ... + p_i > u * (p_0 + ... + p_(N-1)), for u in [0, 1): one draw, by inverse CDF.
+
+    What the filters have left need not add up to 1; the sum on the right makes up for it.
+
+    >>> [draw(np.array([0.5, 0.25]), uniform) for uniform in (0.0, 0.6, 0.7)]
+    [0, 0, 1]
+    """
+    cdf_N = np.cumsum(p_N)
+    return int(np.searchsorted(cdf_N, uniform * cdf_N[-1], side="right"))
+
+
+def log_softmax(logits: ArrayLike) -> Floats:
+    """Return log p_i = l_i - log sum_j exp(l_j) in float64, over the last axis: the log-probabilities that are reported.
+
+    They are the model's own, from before penalty, temperature and filters.
+
+    >>> log_softmax([[0.0, 0.0], [1000.0, 1000.0]]).round(4)
+    array([[-0.6931, -0.6931],
+           [-0.6931, -0.6931]])
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    shifted: Floats = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
