@@ -32,6 +32,7 @@ from mistral_ref.ops import KeyView, Ops
 DEFAULT_CHUNK = 512
 _FIRST_CAPACITY = 64
 _FORMAT = "mistral_ref.cache.v1"
+_MAX_LENGTH = 2**40  # positions stay exact in float64 angles and far from overflow
 
 
 def attends(query: Any, key: Any, window: int | None) -> Any:
@@ -224,6 +225,8 @@ class KVCache:
                 if metadata["config"] != _config_json(config):
                     raise CacheError(f"{path}: this cache belongs to a model of another configuration")
                 length = settings.pop("length")
+                if not isinstance(length, int) or not 0 <= length < _MAX_LENGTH:
+                    raise CacheError(f"{path}: length is {shown(length)}; expected 0 to {_MAX_LENGTH - 1}")
                 cache = cls(config, ops, **settings)
                 for number, ring in enumerate(cache.rings):
                     k_SGK, v_SGK = file.get_tensor(f"layers.{number}.k"), file.get_tensor(f"layers.{number}.v")

@@ -5,7 +5,8 @@
 The order is part of the meaning, because each step changes what the next one sees: a high temperature flattens the
 distribution, so that a top-p after it keeps more tokens than a top-p before it. Temperature before top-p is the order
 of Mistral's own code (mistral-inference, generate.py) and of Hugging Face's `generate`; llama.cpp and MLX filter at
-temperature 1 and apply the temperature last. The same numbers given to two engines may thus mean two distributions.
+temperature 1 and apply the temperature last. The same settings may thus mean two distributions in two engines. The
+log-probabilities that are reported (`log_softmax`) are the model's own, from before all of it.
 
 Every filter keeps the most probable tokens, only a different number of them; so tokens are sorted once, ties by the
 lower id, and a filter returns the beginning of the row that it is given. Probabilities are float64 throughout.
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from sys import float_info
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
 from mistral_ref.errors import InputError, shown
@@ -35,7 +37,7 @@ class SamplingSettings:
     top_k               keep the k most probable tokens; None keeps all
     top_p               keep tokens until their probabilities add up to p, 0 < p <= 1; 1 keeps all
     min_p               keep tokens at least m times as probable as the most probable one, 0 <= m <= 1
-    repetition_penalty  c > 0: makes tokens seen before less likely where above 1, more likely where below
+    repetition_penalty  c > 0: makes tokens seen before less likely if c > 1, more likely if c < 1
 
     Raises InputError naming the setting, its value and what was expected.
     """
@@ -47,22 +49,22 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        whole, real = (int, np.integer), (int, float, np.integer, np.floating)
-        for name, kinds, accepts, expected in (
-            ("temperature", real, lambda t: 0 <= t <= float_info.max, "a finite number of at least 0"),
-            ("top_k", (*whole, type(None)), lambda k: k is None or k >= 1, "a whole number of at least 1, or None"),
-            ("top_p", real, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
-            ("min_p", real, lambda m: 0 <= m <= 1, "a number from 0 to 1"),
-            ("repetition_penalty", real, lambda c: 0 < c <= float_info.max, "a finite number above 0"),
+        for name, low, high, expected in (
+            ("temperature", 0, float_info.max, "a finite number of at least 0"),
+            ("top_p", float_info.min, 1, "a number above 0 and at most 1"),
+            ("min_p", 0, 1, "a number from 0 to 1"),
+            ("repetition_penalty", float_info.min, float_info.max, "a finite number above 0"),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not accepts(value):
+            is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+            if not (is_number and low <= value <= high):
                 raise InputError(f"{name} is {shown(value)}; expected {expected}")
+        k = self.top_k
+        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
+            raise InputError(f"top_k is {shown(k)}; expected a whole number of at least 1, or None")
 
 
-def sample(
-    logits_V: ArrayLike, settings: SamplingSettings, rng: np.random.Generator, seen_ids: Iterable[int] = ()
-) -> int:
+def sample(logits_V: ArrayLike, settings: SamplingSettings, rng: Generator, seen_ids: Iterable[int]) -> int:
     """Choose the next token: the steps above, each of them a function below.
 
     logits_V    the model's scores, (V,); -inf makes a token impossible
@@ -76,7 +78,7 @@ def sample(
         scores_V = penalize(np.asarray(logits_V, dtype=np.float64), seen_ids, settings.repetition_penalty)
         best = int(np.argmax(scores_V))  # the lowest id of equals; NaN counts as largest
         if not np.isfinite(scores_V[best]):
-            raise InputError(f"the largest logit, of token {best}, is {scores_V[best]}; expected a finite number")
+            raise InputError(f"the model produced {scores_V[best]} as largest logit (token {best}); expected a number")
         if settings.temperature == 0:
             return best
         ids_N = np.argsort(-scores_V, kind="stable")[: settings.top_k]
@@ -104,13 +106,13 @@ def penalize(logits_V: Floats, seen_ids: Iterable[int], penalty: float) -> Float
 
 
 def softmax(logits_N: Floats, temperature: float = 1.0) -> Floats:
-    """Return p_i = exp(l_i / T) / sum_j exp(l_j / T), with the largest logit taken from all first, so none overflows.
+    """Return p_i = exp(l_i / T) / sum_j exp(l_j / T), after subtracting the largest logit so that none overflows.
 
     >>> softmax(np.log([0.6, 0.3, 0.1]), temperature=0.5).round(3)
     array([0.783, 0.196, 0.022])
     """
-    weights_N = np.exp((logits_N - logits_N.max()) / temperature)
-    return weights_N / weights_N.sum()
+    weights_N: Floats = np.exp((logits_N - logits_N.max()) / temperature)
+    return weights_N / np.sum(weights_N)
 
 
 def keep_top_p(p_N: Floats, top_p: float) -> Floats:
@@ -127,18 +129,16 @@ def keep_top_p(p_N: Floats, top_p: float) -> Floats:
 
 
 def keep_min_p(p_N: Floats, min_p: float) -> Floats:
-    """Keep token i if p_i >= m * p_0, where p_0 is the largest (arXiv:2407.01082).
+    """Keep token i if p_i >= m * max_j p_j (arXiv:2407.01082).
 
     >>> keep_min_p(np.array([0.5, 0.25, 0.125, 0.125]), min_p=0.5)
     array([0.5 , 0.25])
     """
-    return p_N[p_N >= min_p * p_N[0]]
+    return p_N[p_N >= min_p * np.max(p_N)]
 
 
 def draw(p_N: Floats, uniform: float) -> int:
-    """Return the first i with p_0 + ... + p_i > u * (p_0 + ... + p_(N-1)), for u in [0, 1): one draw, by inverse CDF.
-
-    What the filters have left need not add up to 1; the sum on the right makes up for it.
+    """Return the first i with p_0 + ... + p_i > u * sum_j p_j, for u in [0, 1): inverse CDF, renormalized on the way.
 
     >>> [draw(np.array([0.5, 0.25]), uniform) for uniform in (0.0, 0.6, 0.7)]
     [0, 0, 1]
@@ -148,14 +148,12 @@ def draw(p_N: Floats, uniform: float) -> int:
 
 
 def log_softmax(logits: ArrayLike) -> Floats:
-    """Return log p_i = l_i - log sum_j exp(l_j) in float64, over the last axis: the log-probabilities that are reported.
-
-    They are the model's own, from before penalty, temperature and filters.
+    """Return log p_i = l_i - log sum_j exp(l_j) over the last axis, in float64: the log-probabilities in reports.
 
     >>> log_softmax([[0.0, 0.0], [1000.0, 1000.0]]).round(4)
     array([[-0.6931, -0.6931],
            [-0.6931, -0.6931]])
     """
-    logits = np.asarray(logits, dtype=np.float64)
-    shifted: Floats = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted = np.subtract(logits, np.max(logits, axis=-1, keepdims=True), dtype=np.float64)
+    log_p: Floats = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    return log_p

@@ -1,0 +1,259 @@
+"""The ring: whatever has been done to a cache, the logits are those of the whole sequence in one pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tiny import chunkings, configs, model_of, tokens_for
+
+from mistral_ref import CacheError, InputError
+from mistral_ref.cache import KVCache, attends
+from mistral_ref.config import ModelConfig
+from mistral_ref.model import Model
+
+# Float64 rounding through three layers of peaked attention. A window that is off by one changes logits by about 1.
+CLOSE = {"rtol": 0, "atol": 1e-9}
+
+
+def config_with(window: int | None, n_layers: int = 2) -> ModelConfig:
+    return ModelConfig(
+        dim=10,
+        n_layers=n_layers,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=6,
+        hidden_dim=14,
+        vocab_size=13,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        sliding_window=(window,) * n_layers,
+        rope_row_order="interleaved",
+    )
+
+
+def whole(model: Model, tokens: list[int]) -> np.ndarray:
+    """Return the logits of one uncached pass: a cache with room for all, in which nothing ever shares a slot."""
+    return model.forward(tokens, model.new_cache(chunk=len(tokens)))
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.none() | st.integers(1, 12))
+def test_a_query_sees_itself_and_the_window_before_it(query: int, key: int, window: int | None) -> None:
+    first = 0 if window is None else query - window + 1
+    assert attends(query, key, window) == (key in range(first, query + 1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_split_into_calls_gives_the_same_logits(data: st.DataObject) -> None:
+    config = data.draw(configs())
+    chunk, n_tokens = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 60))
+    model, tokens = model_of(config, dtype="float64"), tokens_for(config, n_tokens)
+    cache = model.new_cache(chunk=chunk)
+    parts, done = [], 0
+    for length in data.draw(chunkings(n_tokens, 2 * chunk)):
+        parts.append(model.forward(tokens[done : done + length], cache))
+        done += length
+    np.testing.assert_allclose(np.concatenate(parts), whole(model, tokens), **CLOSE)
+
+
+def test_long_after_the_ring_has_wrapped() -> None:
+    model = model_of(config_with(window=3), dtype="float64")
+    tokens = tokens_for(model.config, 400)
+    cache = model.new_cache(chunk=2)
+    logits = np.concatenate([model.forward(tokens[i : i + 2], cache) for i in range(0, 400, 2)])
+    assert [ring.capacity for ring in cache.rings] == [4, 4]
+    np.testing.assert_allclose(logits, whole(model, tokens), **CLOSE)
+
+
+def test_a_token_changes_exactly_the_next_window_minus_one_tokens() -> None:
+    model = model_of(config_with(window=4, n_layers=1), dtype="float64")
+    tokens = tokens_for(model.config, 20)
+    changed = [*tokens[:9], (tokens[9] + 1) % 13, *tokens[10:]]
+    differs = np.abs(whole(model, tokens) - whole(model, changed)).max(axis=1) > 0
+    assert np.flatnonzero(differs).tolist() == [9, 10, 11, 12]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Anything that one can do to caches, in any order; `forward` is compared with a pass over the whole sequence."""
+
+    caches = Bundle("caches")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = model_of(config_with(window=3), dtype="float64")
+        self.tokens: dict[int, list[int]] = {}
+        self.keep: list[KVCache] = []
+
+    def known(self, cache: KVCache, tokens: list[int]) -> KVCache:
+        self.tokens[id(cache)] = tokens
+        self.keep.append(cache)  # so that no other cache gets its id
+        return cache
+
+    @rule(target=caches, chunk=st.integers(1, 6), bound=st.none() | st.just(50))
+    def new(self, chunk: int, bound: int | None) -> KVCache:
+        return self.known(self.model.new_cache(chunk=chunk, max_tokens=bound), [])
+
+    @rule(cache=caches, tokens=st.lists(st.integers(0, 12), min_size=1, max_size=14))
+    def forward(self, cache: KVCache, tokens: list[int]) -> None:
+        before = self.tokens[id(cache)]
+        if cache.max_tokens is not None and len(before) + len(tokens) > cache.max_tokens:
+            return
+        logits = self.model.forward(tokens, cache)
+        before += tokens
+        np.testing.assert_allclose(logits, whole(self.model, before)[-len(tokens) :], **CLOSE)
+
+    @rule(cache=caches, n_steps=st.integers(1, 60), tokens=st.lists(st.integers(0, 12), min_size=1, max_size=6))
+    def abandon_a_walk(self, cache: KVCache, n_steps: int, tokens: list[int]) -> None:
+        if len(tokens) > cache.chunk or (cache.max_tokens and cache.length + len(tokens) > cache.max_tokens):
+            return
+        walk = self.model.steps(tokens, cache)
+        names = [step.name for step, _ in zip(walk, range(n_steps), strict=False)]
+        if names[-1] == "logits" and n_steps >= len(names):
+            self.tokens[id(cache)] += tokens  # it was not abandoned after all
+
+    @rule(cache=caches, length=st.integers(0, 60))
+    def truncate(self, cache: KVCache, length: int) -> None:
+        tokens = self.tokens[id(cache)]
+        if length > len(tokens):
+            with pytest.raises(InputError):
+                cache.truncate(length)
+            return
+        try:
+            cache.truncate(length)
+        except CacheError:
+            assert length > 0
+            return
+        del tokens[length:]
+
+    @rule(target=caches, cache=caches)
+    def copy(self, cache: KVCache) -> KVCache:
+        return self.known(cache.copy(), list(self.tokens[id(cache)]))
+
+    @rule(target=caches, cache=caches)
+    def save_and_load(self, cache: KVCache) -> KVCache:
+        path = Path(self.folder) / "cache.safetensors"
+        cache.save(path)
+        return self.known(self.model.load_cache(path), list(self.tokens[id(cache)]))
+
+    @invariant()
+    @precondition(lambda self: self.keep)
+    def lengths_agree(self) -> None:
+        assert all(cache.length == len(self.tokens[id(cache)]) for cache in self.keep)
+
+
+def test_any_order_of_operations(tmp_path: Path) -> None:
+    CacheMachine.folder = tmp_path
+    machine = CacheMachine.TestCase
+    machine.settings = settings(deadline=None, max_examples=60, stateful_step_count=25)
+    machine().runTest()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_the_last_chunk_of_tokens_can_be_taken_back_and_no_more(chunk: int) -> None:
+    model = model_of(config_with(window=4), dtype="float64")
+    tokens = tokens_for(model.config, 40)
+    cache = model.new_cache(chunk=chunk)
+    model.forward(tokens, cache)
+    with pytest.raises(CacheError, match="has overwritten"):
+        cache.truncate(40 - chunk - 1)
+    assert cache.length == 40
+    cache.truncate(40 - chunk)
+    again = model.forward(tokens[40 - chunk :], cache)
+    np.testing.assert_allclose(again, whole(model, tokens)[40 - chunk :], **CLOSE)
+
+
+def test_without_a_window_everything_can_be_taken_back() -> None:
+    model = model_of(config_with(window=None), dtype="float64")
+    tokens = tokens_for(model.config, 300)
+    cache = model.new_cache()
+    model.forward(tokens, cache)
+    assert {ring.capacity for ring in cache.rings} == {512}  # grown by doubling
+    cache.truncate(7)
+    np.testing.assert_allclose(model.forward(tokens[7:20], cache), whole(model, tokens[:20])[7:], **CLOSE)
+
+
+def test_memory_stays_at_window_plus_chunk_minus_one() -> None:
+    model = model_of(config_with(window=70))
+    cache = model.new_cache(chunk=30)
+    predicted = cache.bytes_for(10_000)
+    for _ in range(10):
+        model.forward(tokens_for(model.config, 40), cache)
+    assert predicted == cache.bytes_for(cache.length) == sum(r.store.k.nbytes + r.store.v.nbytes for r in cache.rings)
+    assert {ring.capacity for ring in cache.rings} == {99}
+
+
+def test_float16_cache_is_half_the_memory_and_close() -> None:
+    model = model_of(config_with(window=5))
+    tokens = tokens_for(model.config, 30)
+    half, full = model.new_cache(dtype="float16"), model.new_cache()
+    logits, rounded = model.forward(tokens, full), model.forward(tokens, half)
+    assert 2 * half.bytes_for(30) == full.bytes_for(30)
+    # The keys' rounding, 2^-11 of scores of around 10, moves these logits of up to 8 by less than a tenth.
+    assert 0 < np.abs(rounded - logits).max() < 0.1
+
+
+def test_two_walks_on_one_cache_do_not_mix() -> None:
+    model = model_of(config_with(window=3))
+    cache = model.new_cache()
+    first = model.steps([1, 2], cache)
+    next(first)
+    model.forward([3], cache)
+    with pytest.raises(CacheError, match="another pass"):
+        list(first)
+    assert cache.length == 1
+
+
+def test_limits_are_errors() -> None:
+    model, other = model_of(config_with(window=3)), model_of(config_with(window=3))
+    with pytest.raises(CacheError, match="was made for 5"):
+        model.forward([1] * 6, model.new_cache(max_tokens=5))
+    with pytest.raises(CacheError, match="takes 2 at once"):
+        model.steps([1, 2, 3], model.new_cache(chunk=2))
+    with pytest.raises(InputError, match="another model"):
+        model.forward([1], other.new_cache())
+    for bad in ({"chunk": 0}, {"chunk": True}, {"max_tokens": -1}, {"max_tokens": 2.0}, {"dtype": "int8"}):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            model.new_cache(**bad)
+    for length in (-1, 1, True, 0.0):
+        with pytest.raises(InputError, match="length"):
+            model.new_cache().truncate(length)
+
+
+def test_a_saved_cache_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
+    model, path = model_of(config_with(window=3)), tmp_path / "cache.safetensors"
+    cache = model.new_cache(chunk=2)
+    model.forward([1, 2, 3, 4, 5, 6, 7], cache)
+    cache.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["cache.safetensors"]
+    tensors = load_file(path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+
+    def rejected(tensors: dict[str, np.ndarray], metadata: dict[str, str], match: str) -> None:
+        save_file(tensors, path, metadata)
+        with pytest.raises(CacheError, match=match):
+            model.load_cache(path)
+
+    rejected({name: values[3:] for name, values in tensors.items()}, metadata, "do not fit")
+    rejected({name: values[:, :1] for name, values in tensors.items()}, metadata, "do not fit")
+    rejected(tensors, {}, "not a cache")
+    rejected({}, metadata, "not a cache")
+    settings_key = next(key for key in metadata if key != "config")
+    for bad in ({"length": 3}, {"length": "7"}, {"length": -1}, {"chunk": 0}, {"dtype": "int8"}, {"length": 2**70}):
+        rejected(tensors, metadata | {settings_key: json.dumps(json.loads(metadata[settings_key]) | bad)}, "cache")
+    save_file(tensors, path, metadata)
+    with pytest.raises(CacheError, match="another configuration"):
+        model_of(config_with(window=4)).load_cache(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CacheError, match="damaged"):
+        model.load_cache(path)
+    with pytest.raises(CacheError, match="absent"):
+        model.load_cache(tmp_path / "absent")

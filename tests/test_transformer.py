@@ -1,0 +1,276 @@
+"""The generator of steps: its catalogue, walking, replacing, editing, abandoning, and float64 throughout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import configs, model_of, tokens_for
+
+import mistral_ref
+from mistral_ref import InputError, Walk
+from mistral_ref.config import ModelConfig
+from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, step_names
+
+
+def sizes_of(config: ModelConfig, n_tokens: int, n_keys: int, n_pairs: int) -> dict[str, int]:
+    """Return the size that each axis of the catalogue has."""
+    return {
+        "token": n_tokens,
+        "query": n_tokens,
+        "key": n_keys,
+        "pair": n_pairs,
+        "dim": config.dim,
+        "head": config.n_heads,
+        "kv_head": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "ffn": config.hidden_dim,
+        "vocabulary": config.vocab_size,
+        "expert": config.moe.num_experts if config.moe else 0,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_walk_yields_the_catalogue(family: object, dtype: str) -> None:
+    config = family.config
+    model = model_of(config, dtype=dtype)
+    catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
+    steps = list(model.steps(tokens_for(config, 6)))
+    assert [step.name for step in steps] == list(step_names(config))
+    pairs = 6 * config.moe.num_experts_per_tok if config.moe else 0
+    for step in steps:
+        kind = catalogue[step.name.rpartition(".")[2]]
+        sizes = sizes_of(config, 6, len(step.key_positions or ()), pairs)
+        assert (step.axes, step.formula) == (kind.axes, kind.formula)
+        assert step.value.shape == tuple(sizes[axis] for axis in step.axes), step
+        assert step.value.dtype == dtype, step
+    rest = set(EXPERT_CATALOGUE) - {step.name.rpartition(".")[2] for step in steps}
+    assert rest == (set() if config.moe else {"router_logits", "expert_weights"})
+
+
+def test_a_step_says_where_it_comes_from() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config)
+    root = Path(mistral_ref.__file__).parents[1]
+    for step in model.steps([1, 2]):
+        file, line = step.source.split(":")
+        short = step.name.rpartition(".")[2]
+        assert f'"{short}"' in (root / file).read_text().splitlines()[int(line) - 1], step.source
+
+
+@settings(deadline=None, max_examples=40)
+@given(configs(), st.integers(1, 20), st.sampled_from(["float32", "float64"]))
+def test_stepping_without_editing_is_running(config: ModelConfig, n_tokens: int, dtype: str) -> None:
+    model, tokens = model_of(config, dtype=dtype), tokens_for(config, n_tokens)
+    walk = model.steps(tokens)
+    values = [(step, step.value.copy()) for step in walk]
+    np.testing.assert_array_equal(walk.logits, model.forward(tokens))
+    for step, as_it_was in values:  # what a walk has shown stays as it was, and cannot be written to
+        np.testing.assert_array_equal(step.value, as_it_was)
+        assert not step.value.flags.writeable
+
+
+def test_stepping_is_running_also_when_scores_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(FAMILIES["dense_windowed"].config)
+    tokens = tokens_for(model.config, 50)
+    in_one = model.forward(tokens)
+    monkeypatch.setattr("mistral_ref.reference_ops._BLOCK_ELEMENTS", 700)  # 2 queries of 6 heads and 50 keys
+    walk = model.steps(tokens)
+    assert len(list(walk)) > 0
+    np.testing.assert_array_equal(walk.logits, model.forward(tokens))
+    np.testing.assert_allclose(walk.logits, in_one, rtol=0, atol=1e-5 * np.abs(in_one).max())
+
+
+@given(configs(), st.integers(1, 12))
+@settings(deadline=None, max_examples=30)
+def test_attention_weights_are_a_distribution_over_the_window(config: ModelConfig, n_tokens: int) -> None:
+    for step in model_of(config, dtype="float64").steps(tokens_for(config, n_tokens)):
+        if step.name.endswith("attention_weights"):
+            window = config.sliding_window[int(step.name.split(".")[1])] or n_tokens
+            distance = np.arange(n_tokens)[:, np.newaxis] - np.array(step.key_positions)
+            assert not step.value[:, (distance < 0) | (distance >= window)].any()
+            np.testing.assert_allclose(step.value.sum(axis=-1), 1, rtol=1e-12)
+
+
+def test_a_walk_from_a_cache_shows_the_positions_of_its_keys() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config)  # a window of 5
+    cache = model.new_cache(chunk=3)
+    model.forward(tokens_for(model.config, 20), cache)
+    positions = {step.name: step.key_positions for step in model.steps([1, 2], cache)}
+    assert positions["layers.1.scores"] == positions["layers.1.attention_weights"] == range(16, 22)
+    assert positions["layers.1.q"] is None
+    assert cache.length == 22
+
+
+def test_replacing_a_value_changes_what_comes_after_and_nothing_before() -> None:
+    model, tokens = model_of(FAMILIES["mixtral"].config), [5, 6, 7]
+    plain = {step.name: step.value for step in model.steps(tokens)}
+    walk = model.steps(tokens)
+    for step in walk:
+        if step.name == "layers.1.heads":
+            step.value = np.zeros_like(step.value)
+            assert not step.value.any()
+        elif step.name.startswith("layers.1.attention_out"):
+            assert not step.value.any()
+        elif step.name in list(plain)[: list(plain).index("layers.1.heads")]:
+            np.testing.assert_array_equal(step.value, plain[step.name])
+    assert np.abs(walk.logits - plain["logits"]).max() > 0.01
+    np.testing.assert_array_equal(model.forward(tokens, edits={"layers.1.heads": np.zeros_like}), walk.logits)
+
+
+@pytest.mark.parametrize("name", list(step_names(FAMILIES["mixtral"].config)))
+def test_every_step_can_be_edited(name: str) -> None:
+    model, tokens = model_of(FAMILIES["mixtral"].config, dtype="float64"), [5, 6, 7]
+    plain = model.forward(tokens)
+
+    def reversed_tokens(value: np.ndarray) -> np.ndarray:
+        axis = 1 if name.endswith(("scores", "attention_weights")) else 0
+        return np.flip(value, axis)
+
+    assert np.abs(model.forward(tokens, edits={name: reversed_tokens}) - plain).max() > 1e-6
+    np.testing.assert_array_equal(model.forward(tokens, edits={name: lambda value: value}), plain)
+
+
+def test_edited_attention_weights_may_look_beyond_the_window() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config, dtype="float64")
+    tokens = tokens_for(model.config, 12)
+
+    def all_on_first(weights_HTS: np.ndarray) -> np.ndarray:
+        return np.eye(12)[np.zeros(weights_HTS.shape[:2], int)]
+
+    walk = model.steps(tokens)
+    for step in walk:
+        if step.name == "layers.0.attention_weights":
+            step.value = all_on_first(step.value)
+        if step.name == "layers.0.v":
+            v_TGK = step.value
+        if step.name == "layers.0.heads":
+            group = model.config.n_heads // model.config.n_kv_heads
+            np.testing.assert_allclose(step.value, np.broadcast_to(v_TGK[:1].repeat(group, axis=1), step.value.shape))
+
+
+def test_globs_edit_every_layer() -> None:
+    model, seen = model_of(FAMILIES["dense_windowed"].config), []
+    model.forward([1, 2], edits={"layers.*.ffn_out": lambda value: seen.append(value.shape) or value})
+    assert seen == [(2, model.config.dim)] * 3
+
+
+def test_an_edited_pass_appends_to_its_cache() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config, dtype="float64")
+    cache, edits = model.new_cache(), {"layers.0.k": lambda k_TGK: -k_TGK}
+    model.forward([1, 2, 3], cache, edits=edits)
+    last = model.forward([4], cache, edits=edits, last_only=True)
+    np.testing.assert_allclose(last, model.forward([1, 2, 3, 4], edits=edits)[-1:], atol=1e-9)
+
+
+def test_an_abandoned_walk_leaves_the_cache_as_it_was() -> None:
+    model = model_of(FAMILIES["interleaved_windows"].config, dtype="float64")
+    tokens = tokens_for(model.config, 40)
+    cache = model.new_cache(chunk=4)
+    model.forward(tokens[:30], cache)
+    n_steps = len(list(step_names(model.config)))
+    for left_after in (1, n_steps // 2, n_steps):  # the last: shown every step, but never asked to go on
+        with model.steps([3, 1, 4, 1], cache) as walk:
+            for _ in range(left_after):
+                next(walk)
+        assert cache.length == 30
+    continued = model.forward(tokens[30:], cache)
+    np.testing.assert_allclose(continued, model.forward(tokens)[30:], atol=1e-9)
+
+
+def test_an_interrupt_in_the_middle_of_a_pass_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(FAMILIES["dense_windowed"].config, dtype="float64")
+    tokens = tokens_for(model.config, 30)
+    cache = model.new_cache(chunk=4)
+    model.forward(tokens[:20], cache)
+    swiglu, calls = model.ops.swiglu, []
+
+    def interrupted(*args: np.ndarray) -> np.ndarray:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return swiglu(*args)
+
+    monkeypatch.setattr(model.ops, "swiglu", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.forward(tokens[20:24], cache)
+    assert cache.length == 20
+    np.testing.assert_allclose(model.forward(tokens[20:], cache), model.forward(tokens)[20:], atol=1e-9)
+
+
+def test_mistakes_in_edits_are_errors() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config)
+    with pytest.raises(InputError, match=r"no step is called 'layers\.9\.q'"):
+        model.forward([1], edits={"layers.9.q": np.zeros_like})
+    with pytest.raises(InputError, match=r"no step is called 'router_logits'"):
+        model.forward([1], edits={"router_logits": np.zeros_like})
+    with pytest.raises(InputError, match=r"layers\.0\.q was given float64 .* expected float32 of shape \(1, 6, 8\)"):
+        model.forward([1], edits={"layers.0.q": lambda q: q.astype(float)})
+    with pytest.raises(InputError, match=r"of shape \(1, 6, 7\)"):
+        model.forward([1], edits={"layers.0.q": lambda q: q[..., 1:]})
+    with pytest.raises(ValueError, match="read-only"):
+        model.forward([1], edits={"layers.0.q": lambda q: q.fill(0)})
+    walk = model.steps([1])
+    next(walk)
+    with pytest.raises(InputError, match="not reached its end"):
+        _ = walk.logits
+
+
+def test_last_only_is_the_last_row() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config)
+    tokens = tokens_for(model.config, 9)
+    np.testing.assert_allclose(model.forward(tokens, last_only=True), model.forward(tokens)[-1:], rtol=0, atol=1e-4)
+
+
+def test_a_walk_can_be_iterated_in_pieces() -> None:
+    walk = model_of(FAMILIES["dense_windowed"].config).steps([1, 2])
+    assert isinstance(walk, Walk)
+    names = [next(walk).name, *(step.name for step in walk)]
+    assert names[0] == "embedding"
+    assert names[-1] == "logits"
+    assert list(walk) == []
+    assert walk.logits.shape == (2, 101)
+
+
+def test_score_is_the_log_probability_of_each_next_token() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config, dtype="float64")
+    tokens = tokens_for(model.config, 1100)  # more than two chunks
+    logits = model.forward(tokens[:-1])
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(model.score(tokens), expected[np.arange(1099), tokens[1:]], atol=1e-9)
+    assert model.score([3]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "at least one token id"),
+        ([[1, 2]], "flat sequence"),
+        ([[1], [2, 3]], "flat sequence"),
+        ([1.0], "flat sequence"),
+        ([True], "flat sequence"),
+        (None, "flat sequence"),
+        ([2**70], "flat sequence"),
+        ([-1], "token id -1 is outside the vocabulary; expected 0 to 100"),
+        ([0, 101], "token id 101 is outside"),
+        (np.zeros(2049, int), "at most 2048"),
+        ("text", "no tokenizer"),
+    ],
+)
+def test_tokens_are_checked(tokens: object, message: str) -> None:
+    model = model_of(FAMILIES["dense_windowed"].config)
+    for call in (model.forward, model.steps, model.score, model.generate):
+        with pytest.raises(InputError, match=message):
+            call(tokens)
+
+
+def test_positions_end_where_the_model_does() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config.replace(max_seq_len=10))
+    cache = model.new_cache()
+    model.forward([1] * 10, cache)
+    with pytest.raises(InputError, match="11 tokens; the model is meant for at most 10"):
+        model.forward([1], cache)

@@ -1,0 +1,71 @@
+"""Random tiny models in memory, and hypothesis strategies that draw their configurations and their chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from checkpoints import Family, draw_weights
+from hypothesis import strategies as st
+
+from mistral_ref.checkpoint import Checkpoint, build_weights
+from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
+from mistral_ref.model import Model
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.tensor_file import Tensor
+
+
+def model_of(config: ModelConfig, seed: int = 0, dtype: str = "float32") -> Model:
+    """Return a model with random float32 weights, drawn as the golden ones are: attention is peaked."""
+    family = Family(name="random", model_type="mistral", seed=seed, n_tokens=0, config=config)
+    tensors = {
+        name: Tensor(Path("memory"), name, "F32", values.shape, np.ascontiguousarray(values).view(np.uint8).reshape(-1))
+        for name, values in draw_weights(family).items()
+    }
+    checkpoint = Checkpoint(Path("memory"), (), tensors, "interleaved", ())
+    return Model(config, build_weights(checkpoint, config), ReferenceOps(dtype))
+
+
+def tokens_for(config: ModelConfig, n_tokens: int, seed: int = 0) -> list[int]:
+    """Return random token ids."""
+    return np.random.RandomState(seed).randint(0, config.vocab_size, n_tokens).tolist()
+
+
+@st.composite
+def configs(draw: st.DrawFn, max_window: int = 9) -> ModelConfig:
+    """Draw a configuration: any of the five switches, sizes that are multiples of nothing, H * K unlike D."""
+    n_kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    n_layers = draw(st.integers(1, 3))
+    windows = st.none() | st.integers(1, max_window)
+    yarn = Yarn(factor=4, original_max_position_embeddings=16, beta_fast=4, beta_slow=1, attention_factor=1.1)
+    return ModelConfig(
+        dim=draw(st.integers(3, 17)),
+        n_layers=n_layers,
+        n_heads=n_kv_heads * group,
+        n_kv_heads=n_kv_heads,
+        head_dim=2 * draw(st.integers(1, 5)),
+        hidden_dim=draw(st.integers(1, 19)),
+        vocab_size=draw(st.integers(2, 23)),
+        norm_eps=1e-5,
+        rope_theta=draw(st.sampled_from([1e4, 1e6])),
+        sliding_window=tuple(draw(st.lists(windows, min_size=n_layers, max_size=n_layers))),
+        rope_row_order=draw(st.sampled_from(["interleaved", "halves"])),
+        yarn=draw(st.none() | st.just(yarn)),
+        query_temperature=draw(
+            st.none() | st.just(QueryTemperature(beta=0.3, original_max_position_embeddings=7)),
+        ),
+        moe=draw(st.none() | st.just(MixtureOfExperts(num_experts=4, num_experts_per_tok=2))),
+        tied_embeddings=draw(st.booleans()),
+    )
+
+
+def chunkings(n_tokens: int, longest: int) -> st.SearchStrategy[list[int]]:
+    """Draw the lengths of calls that together take `n_tokens`, each at most `longest`."""
+    return st.lists(st.integers(1, longest), min_size=n_tokens, max_size=n_tokens).map(
+        lambda lengths: _cut(lengths, n_tokens)
+    )
+
+
+def _cut(lengths: list[int], n_tokens: int) -> list[int]:
+    ends = np.minimum(np.cumsum(lengths), n_tokens)
+    return [int(n) for n in np.diff(ends, prepend=0) if n]
