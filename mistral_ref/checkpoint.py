@@ -8,6 +8,7 @@ Nothing is copied, unpickled or executed. This is the only file that knows the o
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from mistral_ref.config import ModelConfig, RowOrder
 from mistral_ref.config_files import read_json
 from mistral_ref.errors import CheckpointError, MistralRefWarning, shown
 from mistral_ref.tensor_file import Tensor, open_tensor_file
-from mistral_ref.weights import FP8_BLOCK, ExpertFeedForward, FeedForward, Layer, Matrix, Weights
+from mistral_ref.weights import FP8_BLOCK, ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights
 
 # Hugging Face's names within a layer, and Mistral's own.
 _IN_LAYER = {
@@ -32,8 +33,8 @@ _IN_LAYER = {
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
+    "mlp.gate": "feed_forward.gate",  # beside fused experts; the published name is the next, so that it stands last
     "block_sparse_moe.gate": "feed_forward.gate",
-    "mlp.gate": "feed_forward.gate",
 }
 _AROUND_LAYERS = {"embed_tokens": "tok_embeddings", "norm": "norm"}
 _ENDINGS = {"weight": "weight", "weight_scale_inv": "qscale_weight", "activation_scale": "qscale_act"}
@@ -49,7 +50,15 @@ _OTHER_PARTS = re.compile(
     r"|pre_mm_projector_norm)\."
 )
 # Tables and calibration that older converters saved; the forward pass has no use for them.
-_UNUSED = re.compile(r".*(\.rotary_emb\.inv_freq|kv_fake_quantizer\..*|\.qscale_act|\.activation_scale)")
+_UNUSED = (".rotary_emb.inv_freq", ".qscale_act", ".activation_scale")
+
+# Several times what any model has. A tensor costs more in memory than its entry in a header does in a file.
+_MAX_TENSORS = 16_000
+
+# In order of preference: either layout in one file, or in shards with an index.
+_FILES = tuple(f"{stem}.safetensors{ending}" for stem in ("consolidated", "model") for ending in ("", ".index.json"))
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 
 
 def mistral_name(name: str) -> str | None:
@@ -120,7 +129,7 @@ class Checkpoint:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Map the weights of a directory and name every tensor.
 
-    Where both layouts are present the consolidated one is used, with a warning. Raises CheckpointError if there are no
+    Where both layouts are present the consolidated one is read, with a warning. Raises CheckpointError if there are no
     safetensors, a shard is missing, a file is broken, or a tensor is unknown or named twice.
     """
     paths, expected = _choose_files(directory)
@@ -130,7 +139,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for tensor in (tensor for path in paths for tensor in open_tensor_file(path)):
         if expected is not None and expected.pop(tensor.name, tensor.path.name) != tensor.path.name:
             raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is in another file according to the index")
-        if _OTHER_PARTS.match(tensor.name) or _UNUSED.fullmatch(tensor.name):
+        if _OTHER_PARTS.match(tensor.name) or tensor.name.endswith(_UNUSED) or "kv_fake_quantizer." in tensor.name:
             skipped.append(tensor.name)
             continue
         name = mistral_name(tensor.name)
@@ -138,6 +147,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is a tensor of no model that is known here")
         if name in tensors:
             raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is there twice, also in {tensors[name].path}")
+        if len(tensors) == _MAX_TENSORS:
+            raise CheckpointError(f"{tensor.path}: {_MAX_TENSORS} tensors came before; expected no more in all")
         tensors[name] = tensor
         own_names += name == tensor.name
     if expected:
@@ -152,63 +163,55 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """Return the files to open, and the index's map from tensor to file name where there is an index."""
-    layouts = [
-        stem for stem in ("consolidated", "model") if any(path.exists() for path in _candidates(directory, stem))
-    ]
-    if not layouts:
-        pickles = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".pth", ".pt", ".bin", ".ckpt")]
-        if pickles:
-            raise CheckpointError(
-                f"{directory}: has only pickled weights ({shown(pickles[0])}), which can run code and are never "
-                "opened; expected safetensors"
-            )
-        found = [path.name for path in sorted(directory.glob("*.safetensors"))]
+    names = [name for name in _FILES if os.path.lexists(directory / name)]  # a link that leads nowhere is told later
+    if not names:
+        found = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".safetensors", *_PICKLES)]
         raise CheckpointError(
             f"{directory}: found {shown(found) if found else 'no weights'}; expected consolidated.safetensors, "
-            "model.safetensors, or shards with model.safetensors.index.json"
+            "model.safetensors, or shards with model.safetensors.index.json; pickles can run code and are never opened"
         )
-    if len(layouts) == 2:
-        warnings.warn(f"{directory}: has both layouts; consolidated is read, model is not", MistralRefWarning, 3)
-    single, index = _candidates(directory, layouts[0])
-    if single.exists():
-        return [single], None
-    weight_map = read_json(index, CheckpointError).get("weight_map")
+    if len(names) > 1:
+        warnings.warn(f"{directory}: {names[0]} is read, not {' or '.join(names[1:])}", MistralRefWarning, 3)
+    path = directory / names[0]
+    if path.suffix == ".safetensors":
+        return [path], None
+    weight_map = read_json(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map is {shown(weight_map)}; expected file names by tensor")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: names the file {shown(name)}; expected a safetensors file beside it")
-    return [directory / name for name in names], dict(weight_map)
-
-
-def _candidates(directory: Path, stem: str) -> tuple[Path, Path]:
-    """Return the two files that a layout may consist of: all in one, or the index of its shards."""
-    return directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+        raise CheckpointError(f"{path}: weight_map is {shown(weight_map)}; expected file names by tensor")
+    shards = sorted(set(weight_map.values()))
+    for name in shards:
+        if not _SHARD.fullmatch(name):
+            raise CheckpointError(f"{path}: names the file {shown(name)}; expected a safetensors file beside it")
+    return [directory / name for name in shards], weight_map
 
 
 class _Shelf:
     """The tensors of a checkpoint that nobody has taken yet; taking one checks its dtype and shape."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.directory = checkpoint.directory
+        self.checkpoint = checkpoint
         self.left = dict(checkpoint.tensors)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.left.pop(name, None)
         if tensor is None:
-            raise CheckpointError(f"{self.directory}: {name} is missing; expected a tensor of shape {shape}")
+            name = name if self.checkpoint.row_order == "interleaved" else huggingface_name(name)
+            raise CheckpointError(f"{self.checkpoint.directory}: {name} is missing; expected shape {shape}")
         if tensor.shape != shape:
             raise CheckpointError(
                 f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected {shape} by the configuration"
             )
         return tensor
 
+    def _floats(self, name: str, shape: tuple[int, ...]) -> tuple[Kind, np.ndarray]:
+        tensor = self._take(name, shape)
+        if tensor.dtype == "F8_E4M3":
+            raise CheckpointError(f"{tensor.path}: {tensor.name} is fp8 without its scale; expected F32, F16 or BF16")
+        return tensor.mapped()
+
     def vector(self, name: str, n: int) -> np.ndarray:
         """Take a norm's weight (n,), widened to float32."""
-        kind, data = self._take(f"{name}.weight", (n,)).mapped()
-        if kind == "fp8":
-            raise CheckpointError(f"{self.directory}: {name}.weight is fp8; expected F32, F16 or BF16")
+        kind, data = self._floats(f"{name}.weight", (n,))
         return Matrix(name, kind, data[np.newaxis]).rows(slice(None), np.float32)[0]
 
     def matrix(self, name: str, n_out: int, n_in: int) -> Matrix:
@@ -228,10 +231,8 @@ class _Shelf:
         names = [f"{layer}.experts.{expert}" for expert in range(n)]
         if f"{layer}.experts.w1_w3" not in self.left:
             return tuple(self.feed_forward(name, config) for name in names)
-        kind, w1_w3 = self._take(f"{layer}.experts.w1_w3", (n, 2 * hidden, dim)).mapped()
-        kind_w2, w2 = self._take(f"{layer}.experts.w2", (n, dim, hidden)).mapped()
-        if "fp8" in (kind, kind_w2):
-            raise CheckpointError(f"{self.directory}: {layer}.experts are fp8 without scales")
+        kind, w1_w3 = self._floats(f"{layer}.experts.w1_w3", (n, 2 * hidden, dim))
+        kind_w2, w2 = self._floats(f"{layer}.experts.w2", (n, dim, hidden))
         return tuple(
             FeedForward(
                 Matrix(f"{name}.w1", kind, w1_w3[expert, :hidden]),
@@ -251,13 +252,13 @@ class _Shelf:
 
 def _fp8_scale(tensor: Tensor, n_out: int, n_in: int) -> np.ndarray:
     """Return the scale of an fp8 matrix as float32 (1, 1) or (ceil(n_out/128), ceil(n_in/128))."""
-    kind, data = tensor.mapped()
     blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
-    if kind == "fp8" or not (data.size == 1 or data.shape == blocks):
+    if tensor.dtype == "F8_E4M3" or tensor.shape not in ((), (1,), (1, 1), blocks):
         raise CheckpointError(
             f"{tensor.path}: {tensor.name} is {tensor.dtype} of shape {shown(tensor.shape)}; "
             f"expected one float, or {blocks} of them"
         )
+    kind, data = tensor.mapped()
     shape = (1, 1) if data.size == 1 else blocks
     return Matrix(tensor.name, kind, data.reshape(shape)).rows(slice(None), np.float32)
 

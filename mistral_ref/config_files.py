@@ -132,7 +132,7 @@ def read_json(path: Path, error: type[MistralRefError] = ConfigError) -> dict[st
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"expected at most {MAX_JSON_BYTES} bytes")
-        value = _parsed(data.decode("utf-8"))
+        value = parse_json(data.decode("utf-8"))
     except OSError as caught:
         problem = str(caught.strerror)
     except ValueError as caught:
@@ -144,7 +144,7 @@ def read_json(path: Path, error: type[MistralRefError] = ConfigError) -> dict[st
     raise error(f"{path}: cannot be read as JSON: {problem}")
 
 
-def _parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Return what JSON `text` holds; raise ValueError if it is none, or costs too much."""
     if text.count("[") + text.count("{") > MAX_JSON_CONTAINERS:
         raise ValueError(f"expected at most {MAX_JSON_CONTAINERS} lists and objects")
@@ -320,7 +320,7 @@ def _params_json_windows(fields: _Fields) -> tuple[Any, ...]:
     window, n_layers = fields.values.get("sliding_window"), fields.count("n_layers")
     if isinstance(window, str):
         try:
-            window = _parsed(window.replace("None", "null"))
+            window = parse_json(window.replace("None", "null"))
         except ValueError:
             expected = "a whole number, null or a list of these"
             raise ConfigError(f"sliding_window is {shown(window)}; expected {expected}") from None

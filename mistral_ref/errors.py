@@ -50,3 +50,13 @@ def shown(value: object) -> str:
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
     """
     return _repr.repr(value)
+
+
+def printable(text: str) -> str:
+    r"""Return foreign text, such as another library's message, as part of ours: on one line, escaped, not too long.
+
+    >>> printable("unknown variant `\x1b[2J\n`")
+    'unknown variant `\\x1b[2J\\n`'
+    """
+    kept = text if len(text) <= 200 else f"{text[:197]}..."
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in kept)

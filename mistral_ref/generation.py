@@ -120,7 +120,8 @@ def generate(
     """Yield tokens until the model ends, a stop is met, `max_tokens` are made or the sequence is `max_seq_len` long.
 
     Each token is yielded as soon as it is known; the pass for the next one runs when it is asked for, and none runs
-    after the last. Without a `stream` (a model without tokenizer) texts are empty.
+    after the last. Texts are empty without a `stream`, for a model without tokenizer, and for ids that the tokenizer has no
+    piece for, where the model's vocabulary is larger.
     """
     logits_V = prefill(model, prompt_ids, cache, progress)
     watch = StopStrings(stop_strings)
@@ -132,10 +133,11 @@ def generate(
         reason: FinishReason | None = "length" if count == max_tokens else None
         if max_seq_len is not None and cache.length + 1 >= max_seq_len:
             reason = "model_length"
+        text = ""
         if token in eos_ids or token in stop_ids:
-            reason, text = ("eos" if token in eos_ids else "stop"), ""
-        else:
-            text = watch.push(stream.push(token)) if stream else ""
+            reason = "eos" if token in eos_ids else "stop"
+        elif stream and token < stream.tokenizer.vocab_size:
+            text = watch.push(stream.push(token))
         if reason is not None and stream and not watch.found:
             text += watch.push(stream.flush()) + watch.flush()
         if watch.found:

@@ -19,7 +19,7 @@ from mistral_ref.ops import Ops
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.sampling import SamplingSettings, log_softmax
-from mistral_ref.tokenizer import SentencePieceTokenizer, find_tokenizer, load_tokenizer
+from mistral_ref.tokenizer import SentencePieceTokenizer, TokenStream, find_tokenizer, load_tokenizer
 from mistral_ref.trace import Edit, Walk, check_edits, run_with_edits
 from mistral_ref.transformer import Transformer, drain
 from mistral_ref.weights import Weights
@@ -245,10 +245,16 @@ class Model:
             stop_ids=stop_ids,
             eos_ids=self.eos_ids,
             max_seq_len=self.config.max_seq_len,
-            stream=self.tokenizer.stream(ids) if self.tokenizer else None,
+            stream=self._stream(ids),
             rng=np.random.default_rng(seed),
             progress=progress,
         )
+
+    def _stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
+        if self.tokenizer is None:
+            return None
+        n_pieces = self.tokenizer.vocab_size  # the model's vocabulary may be larger
+        return self.tokenizer.stream(token for token in prompt_ids if token < n_pieces)
 
     def complete(self, prompt: Prompt, **settings: object) -> str:
         """Return the text that `generate` yields for a prompt, all at once; it takes the same settings."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from sys import float_info
 
 import numpy as np
 from numpy.random import Generator
@@ -33,11 +32,11 @@ Floats = NDArray[np.float64]
 class SamplingSettings:
     """How a token is chosen. The defaults are greedy: always the most probable one.
 
-    temperature         T >= 0: logits are divided by it; 0 takes the largest logit, and no filter matters
+    temperature         logits are divided by it; 0 takes the largest logit, and no filter matters
     top_k               keep the k most probable tokens; None keeps all
-    top_p               keep tokens until their probabilities add up to p, 0 < p <= 1; 1 keeps all
-    min_p               keep tokens at least m times as probable as the most probable one, 0 <= m <= 1
-    repetition_penalty  c > 0: makes tokens seen before less likely if c > 1, more likely if c < 1
+    top_p               keep tokens until their probabilities add up to p; 1 keeps all
+    min_p               keep tokens at least m times as probable as the most probable one; 0 keeps all
+    repetition_penalty  above 1 it makes tokens seen before less likely, below 1 more likely
 
     Raises InputError naming the setting, its value and what was expected.
     """
@@ -49,16 +48,12 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, low, high, expected in (
-            ("temperature", 0, float_info.max, "a finite number of at least 0"),
-            ("top_p", float_info.min, 1, "a number above 0 and at most 1"),
-            ("min_p", 0, 1, "a number from 0 to 1"),
-            ("repetition_penalty", float_info.min, float_info.max, "a finite number above 0"),
-        ):
+        ranges = {"temperature": (0, 1e4), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (1e-4, 1e4)}
+        for name, (low, high) in ranges.items():
             value = getattr(self, name)
             is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
             if not (is_number and low <= value <= high):
-                raise InputError(f"{name} is {shown(value)}; expected {expected}")
+                raise InputError(f"{name} is {shown(value)}; expected a number from {low:g} to {high:g}")
         k = self.top_k
         if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
             raise InputError(f"top_k is {shown(k)}; expected a whole number of at least 1, or None")
@@ -111,7 +106,7 @@ def softmax(logits_N: Floats, temperature: float = 1.0) -> Floats:
     >>> softmax(np.log([0.6, 0.3, 0.1]), temperature=0.5).round(3)
     array([0.783, 0.196, 0.022])
     """
-    weights_N: Floats = np.exp((logits_N - logits_N.max()) / temperature)
+    weights_N = np.exp((logits_N - logits_N.max()) / temperature)
     return weights_N / np.sum(weights_N)
 
 
@@ -155,5 +150,4 @@ def log_softmax(logits: ArrayLike) -> Floats:
            [-0.6931, -0.6931]])
     """
     shifted = np.subtract(logits, np.max(logits, axis=-1, keepdims=True), dtype=np.float64)
-    log_p: Floats = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
-    return log_p
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

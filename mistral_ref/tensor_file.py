@@ -6,21 +6,19 @@ mapped here, at the offsets that it has accepted. Format: 8 bytes little-endian 
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mistral_ref.errors import CheckpointError, shown
+from mistral_ref.config_files import MAX_JSON_BYTES, parse_json
+from mistral_ref.errors import CheckpointError, printable, shown
 from mistral_ref.weights import Kind
-
-# A header expands about tenfold when it is parsed. The longest published one in scope is a quarter of this.
-MAX_HEADER_BYTES = 2**20
 
 _KINDS: dict[str, tuple[Kind, str]] = {
     "F32": ("f32", "<f4"),
@@ -72,24 +70,33 @@ def open_tensor_file(path: Path) -> list[Tensor]:
     """
     size = require_regular_file(path)
     try:
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > size - 8:
-                raise CheckpointError(f"{path}: truncated, or not a safetensors file: {size} bytes in all")
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path}: its header has {length} bytes; at most {MAX_HEADER_BYTES} are read")
-            with safe_open(path, framework="np"):
-                pass
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        header, start = _read_header(path, size)
         mapped = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a valid safetensors file: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    data = mapped[8 + length :]
-    return [
-        Tensor(path, name, entry["dtype"], tuple(entry["shape"]), data[slice(*entry["data_offsets"])])
-        for name, entry in header.items()
-    ]
+    return [_tensor(path, name, entry, mapped[start:]) for name, entry in header.items() if name != "__metadata__"]
+
+
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """Return the header of a file of `size` bytes, and where its data starts."""
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise CheckpointError(f"{path}: truncated, or not a safetensors file: {size} bytes in all")
+        if length > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: its header has {length} bytes; at most {MAX_JSON_BYTES} are read")
+        try:
+            with safe_open(path, framework="np"):
+                pass
+            return parse_json(file.read(length).decode("utf-8")), 8 + length
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a valid safetensors file: {printable(str(error))}") from None
+
+
+def _tensor(path: Path, name: str, entry: object, data: np.ndarray) -> Tensor:
+    """Return the tensor that an entry of the header describes. The library has checked its numbers, not its form."""
+    match entry:
+        case {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}:
+            return Tensor(path, name, dtype, tuple(shape), data[begin:end])
+    raise CheckpointError(f"{path}: {shown(name)} is {shown(entry)}; expected its dtype, shape and data_offsets")

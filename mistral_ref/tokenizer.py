@@ -138,8 +138,7 @@ class SentencePieceTokenizer:
 
         Raises InputError unless every id is an integer in [0, vocab_size).
         """
-        text: str = self._processor.decode(self.checked(ids))
-        return text
+        return self._processor.decode(self.checked(ids))
 
     def stream(self, context_ids: Iterable[int] = ()) -> TokenStream:
         """Return a stream for the text of the ids that follow `context_ids`, whose own text it does not repeat."""
@@ -191,14 +190,14 @@ class TokenStream:
     """
 
     def __init__(self, tokenizer: SentencePieceTokenizer, context_ids: Iterable[int] = ()) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._before: list[int] = []  # reads on like everything whose text is out, and is short
         self._open: list[int] = []  # the bytes of a character that is not complete
         self._advance(tokenizer.checked(context_ids))
 
     def push(self, token_id: int) -> str:
         """Return the text that became certain with this id; raise InputError if it is not one of the tokenizer's."""
-        return self._advance(self._tokenizer.checked([token_id]))
+        return self._advance(self.tokenizer.checked([token_id]))
 
     def flush(self) -> str:
         """Return the text of the bytes held back: one U+FFFD for each, since no more will come."""
@@ -215,7 +214,7 @@ class TokenStream:
         """Return how many of the last ids are bytes of a character that further bytes could complete (0 to 3)."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token_id in ids[-3:]:
-            byte = self._tokenizer.byte(token_id)
+            byte = self.tokenizer.byte(token_id)
             if byte is None:
                 decoder.reset()
             else:
@@ -226,7 +225,7 @@ class TokenStream:
     def _read(self, ids: list[int]) -> str:
         """Return what `ids` read as after all that came before them."""
         ids = self._before + ids
-        text = self._tokenizer.decode(ids)[len(self._tokenizer.decode(self._before)) :]
+        text = self.tokenizer.decode(ids)[len(self.tokenizer.decode(self._before)) :]
         # Without new text, the ids may still have mattered (one of them the space that is dropped), each of them once.
-        self._before = [self._tokenizer.landmark] if text else list(dict.fromkeys(ids))
+        self._before = [self.tokenizer.landmark] if text else list(dict.fromkeys(ids))
         return text
