@@ -40,7 +40,10 @@ _AROUND_LAYERS = {"embed_tokens": "tok_embeddings", "norm": "norm"}
 _ENDINGS = {"weight": "weight", "weight_scale_inv": "qscale_weight", "activation_scale": "qscale_act"}
 _EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])")
 # transformers 5 keeps all experts of a layer in two tensors: (E, 2F, D), w1 above w3, and (E, D, F), w2.
-_FUSED = {"mlp.experts.gate_up_proj": "experts.w1_w3", "mlp.experts.down_proj": "experts.w2"}
+_FUSED = {
+    "mlp.experts.gate_up_proj": "feed_forward.experts.w1_w3",
+    "mlp.experts.down_proj": "feed_forward.experts.w2",
+}
 
 _OWN_NAME = re.compile(r"(tok_embeddings|norm|output|layers\.\d+\..+)\.(weight|qscale_weight)")
 _LAYER = re.compile(r"(layers\.\d+\.)?(.*)", re.DOTALL)
@@ -78,7 +81,7 @@ def mistral_name(name: str) -> str | None:
         return None
     layer, rest = _LAYER.fullmatch(name[prefix.end() :]).groups("")  # type: ignore[union-attr]
     if rest in _FUSED:
-        return f"{layer}feed_forward.{_FUSED[rest]}"
+        return f"{layer}{_FUSED[rest]}"
     stem, _, ending = rest.rpartition(".")
     if match := _EXPERT.fullmatch(stem):
         own = f"feed_forward.experts.{match[1]}.{match[2]}"
@@ -96,14 +99,12 @@ def huggingface_name(name: str) -> str:
     layer, rest = _LAYER.fullmatch(name).groups("")  # type: ignore[union-attr]
     if rest == "output.weight":
         return "lm_head.weight"
-    for fused, own in _FUSED.items():
-        if rest == f"feed_forward.{own}":
-            return f"model.{layer}{fused}"
+    theirs = {own: name for names in (_IN_LAYER, _AROUND_LAYERS, _ENDINGS, _FUSED) for name, own in names.items()}
+    if rest in theirs:
+        return f"model.{layer}{theirs[rest]}"
     stem, _, ending = rest.rpartition(".")
-    stems = {own: theirs for theirs, own in (_IN_LAYER if layer else _AROUND_LAYERS).items()}
-    endings = {own: theirs for theirs, own in _ENDINGS.items()}
-    stem = stems.get(stem, stem.replace("feed_forward.experts", "block_sparse_moe.experts"))
-    return f"model.{layer}{stem}.{endings[ending]}"
+    stem = theirs.get(stem, stem.replace("feed_forward.experts", "block_sparse_moe.experts"))
+    return f"model.{layer}{stem}.{theirs[ending]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +148,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is a tensor of no model that is known here")
         if name in tensors:
             raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is there twice, also in {tensors[name].path}")
-        if len(tensors) == _MAX_TENSORS:
-            raise CheckpointError(f"{tensor.path}: {_MAX_TENSORS} tensors came before; expected no more in all")
+        if len(tensors) >= _MAX_TENSORS:
+            raise CheckpointError(f"{tensor.path}: more than {_MAX_TENSORS} tensors in all; no model has as many")
         tensors[name] = tensor
         own_names += name == tensor.name
     if expected:
@@ -176,13 +177,12 @@ def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     if path.suffix == ".safetensors":
         return [path], None
     weight_map = read_json(path, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict):
         raise CheckpointError(f"{path}: weight_map is {shown(weight_map)}; expected file names by tensor")
-    shards = sorted(set(weight_map.values()))
-    for name in shards:
-        if not _SHARD.fullmatch(name):
-            raise CheckpointError(f"{path}: names the file {shown(name)}; expected a safetensors file beside it")
-    return [directory / name for name in shards], weight_map
+    for tensor, name in weight_map.items():
+        if not (isinstance(name, str) and _SHARD.fullmatch(name)):
+            raise CheckpointError(f"{path}: {shown(tensor)} is in {shown(name)}; expected a safetensors file beside it")
+    return [directory / name for name in sorted(set(weight_map.values()))], weight_map
 
 
 class _Shelf:
@@ -224,16 +224,17 @@ class _Shelf:
             raise CheckpointError(f"{tensor.path}: {tensor.name} is {problem}")
         return Matrix(name, kind, data, None if scale is None else _fp8_scale(scale, n_out, n_in))
 
-    def experts(self, layer: str, config: ModelConfig) -> tuple[FeedForward, ...]:
-        """Take the feed-forward networks of a layer's experts, stored one by one or all in two tensors."""
+    def experts(self, layer: str, config: ModelConfig) -> ExpertFeedForward:
+        """Take a layer's router, and its experts' networks, stored one by one or all in two tensors."""
         assert config.moe is not None
         n, dim, hidden = config.moe.num_experts, config.dim, config.hidden_dim
         names = [f"{layer}.experts.{expert}" for expert in range(n)]
+        gate = self.matrix(f"{layer}.gate", n, dim)
         if f"{layer}.experts.w1_w3" not in self.left:
-            return tuple(self.feed_forward(name, config) for name in names)
+            return ExpertFeedForward(gate, tuple(self.feed_forward(name, config) for name in names))
         kind, w1_w3 = self._floats(f"{layer}.experts.w1_w3", (n, 2 * hidden, dim))
         kind_w2, w2 = self._floats(f"{layer}.experts.w2", (n, dim, hidden))
-        return tuple(
+        fused = (
             FeedForward(
                 Matrix(f"{name}.w1", kind, w1_w3[expert, :hidden]),
                 Matrix(f"{name}.w2", kind_w2, w2[expert]),
@@ -241,6 +242,7 @@ class _Shelf:
             )
             for expert, name in enumerate(names)
         )
+        return ExpertFeedForward(gate, tuple(fused))
 
     def feed_forward(self, name: str, config: ModelConfig) -> FeedForward:
         return FeedForward(
@@ -279,8 +281,7 @@ def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
         output = tok_embeddings
     else:
         raise CheckpointError(
-            f"{checkpoint.directory}: output.weight (lm_head.weight) is missing, and the configuration does not say "
-            "that it is tied to the embedding"
+            f"{checkpoint.directory}: output.weight (lm_head.weight) is missing, and not tied by the configuration"
         )
     for tensor in shelf.left.values():
         raise CheckpointError(
@@ -292,7 +293,7 @@ def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
 
 def _layer(shelf: _Shelf, name: str, config: ModelConfig) -> Layer:
     q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    feed_forward = f"{name}.feed_forward"
+    feed_forward = shelf.feed_forward if config.moe is None else shelf.experts
     return Layer(
         attention_norm=shelf.vector(f"{name}.attention_norm", config.dim),
         wq=shelf.matrix(f"{name}.attention.wq", q_out, config.dim),
@@ -300,10 +301,5 @@ def _layer(shelf: _Shelf, name: str, config: ModelConfig) -> Layer:
         wv=shelf.matrix(f"{name}.attention.wv", kv_out, config.dim),
         wo=shelf.matrix(f"{name}.attention.wo", config.dim, q_out),
         ffn_norm=shelf.vector(f"{name}.ffn_norm", config.dim),
-        feed_forward=shelf.feed_forward(feed_forward, config)
-        if config.moe is None
-        else ExpertFeedForward(
-            shelf.matrix(f"{feed_forward}.gate", config.moe.num_experts, config.dim),
-            shelf.experts(feed_forward, config),
-        ),
+        feed_forward=feed_forward(f"{name}.feed_forward", config),
     )

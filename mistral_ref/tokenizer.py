@@ -111,6 +111,7 @@ class SentencePieceTokenizer:
                 "expected two different ids, neither of them absent (-1)"
             )
         self._origin = origin
+        # A piece that is text, and no part of a character: what follows it is not at the beginning (see TokenStream).
         self.landmark = next((i for i in range(self.vocab_size) if self.decode([i]).strip("\ufffd")), -1)
         if self.landmark < 0:
             raise TokenizerError(f"{origin}: has no piece that stands for text")

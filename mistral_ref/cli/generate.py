@@ -94,20 +94,21 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
-    """Return the prompt from the argument or from standard input."""
+    """Return the prompt from the argument, or from standard input without the newline that ends its last line."""
     if arguments.prompt is not None:
         return str(arguments.prompt)
     if sys.stdin.isatty():
         raise mistral_ref.InputError("no prompt: give it as an argument or on standard input")
     try:
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise mistral_ref.InputError(f"standard input is not {error.encoding} text: {error.reason}") from None
+        raise mistral_ref.InputError(f"standard input is not UTF-8 text: {error.reason} at {error.start}") from None
 
 
 def prefill_bar(stack: ExitStack) -> Callable[[int, int], None]:
     """Return a callback that shows a bar on standard error while a long prompt is read, until `stack` is left."""
-    bar = Progress(console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     tasks: list[TaskID] = []
 
     def update(done: int, total: int) -> None:

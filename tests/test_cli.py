@@ -1,0 +1,170 @@
+"""The command line as a user meets it: in a process of its own, with good input, bad input, Ctrl-C and a closed pipe."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import FAMILIES, write_consolidated, write_hf
+from tiny_tokenizers import tiny_tokenizer
+
+import mistral_ref
+from mistral_ref.tokenizer import SentencePieceTokenizer
+
+TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
+COMMAND = [sys.executable, "-m", "mistral_ref"]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a tiny windowed model and a tokenizer, as Hugging Face would publish it."""
+    directory = tmp_path_factory.mktemp("models") / "tiny model"
+    directory.mkdir()
+    family = FAMILIES["dense_windowed"]
+    config = family.config.replace(vocab_size=TOKENIZER.vocab_size, max_seq_len=100_000)
+    write_hf(directory, replace(family, config=config))
+    (directory / "tokenizer.model").write_bytes(tiny_tokenizer())
+    return directory
+
+
+def run(*arguments: object, stdin: str | bytes = "", **options: object) -> subprocess.CompletedProcess[str]:
+    if isinstance(stdin, bytes):
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, check=False
+        )
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def test_generate_prints_the_prompt_and_what_the_library_generates(model_dir: Path) -> None:
+    done = run("generate", "--model", model_dir, "--max-tokens", 30, "The mill stood")
+    text = mistral_ref.load(model_dir).complete("The mill stood", max_tokens=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"The mill stood{text}\n"
+    quiet = run("generate", "--model", model_dir, "--max-tokens", 30, "--no-echo", stdin="The mill stood\n")
+    assert quiet.stdout == f"{text}\n"
+
+
+def test_every_sampling_option_reaches_the_library(model_dir: Path) -> None:
+    options = {"temperature": 1.5, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 5}
+    text = mistral_ref.load(model_dir).complete("A", max_tokens=20, stop=["q"], **options)
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    done = run("generate", "--model", model_dir, *flags, "--max-tokens", 20, "--stop", "q", "--threads", 1, "A")
+    assert done.stdout == f"A{text}\n"
+
+
+def test_stats_go_to_standard_error(model_dir: Path) -> None:
+    done = run("generate", "--model", model_dir, "--max-tokens", 5, "--stats", "A mill")
+    assert re.search(r"first token +\d+\.\d+ s after loading, \d+ prompt tokens", done.stderr)
+    assert re.search(r"then +4 tokens in \d+\.\d+ s, \d+\.\d tokens/s", done.stderr)
+    assert "tokens/s" not in done.stdout
+
+
+def test_info_shows_the_model(model_dir: Path) -> None:
+    done = run("info", "--model", model_dir, "--tensors")
+    config = mistral_ref.load(model_dir).config
+    assert done.returncode == 0
+    for line in (
+        f"{config.n_heads} query heads over {config.n_kv_heads} key/value heads, each {config.head_dim} wide",
+        "5 keys in every layer",
+        f"{config.n_parameters:,}",
+        "huggingface",
+        "SentencePiece",
+        "cache at 32768",
+    ):
+        assert line in done.stdout
+    row = next(line.split() for line in done.stdout.splitlines() if "layers.1.attention.wq.weight" in line)
+    assert row[1:] == ["model.layers.1.self_attn.q_proj.weight", "F32", "48x40", "model.safetensors"]
+
+
+def test_info_shows_every_switch(tmp_path: Path) -> None:
+    write_consolidated(tmp_path, FAMILIES["ministral3"])
+    done = run("info", "--model", tmp_path)
+    for words in ("16 times 48 positions, attention factor 1", "beta 0.1, every 48 positions", "none; prompts are"):
+        assert words in done.stdout
+    mixtral = tmp_path / "mixtral"
+    mixtral.mkdir()
+    write_hf(mixtral, FAMILIES["mixtral"])
+    assert "2 of 8 for each token" in run("info", "--model", mixtral).stdout
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["info"]])
+def test_help_teaches(command: list[str]) -> None:
+    done = run(*command, "--help")
+    assert done.returncode == 0
+    assert "usage: mistral-ref" in done.stdout
+
+
+def one_line_error(done: subprocess.CompletedProcess[str], words: str) -> None:
+    assert done.returncode == 2
+    assert re.fullmatch(r"mistral-ref[^\n]*\n", done.stderr)
+    assert words in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Path) -> None:
+    one_line_error(run(), "COMMAND")
+    one_line_error(run("generate", "A"), "add --model DIR")
+    one_line_error(run("generate", "--model", tmp_path / "absent", "A"), "no such directory")
+    one_line_error(run("generate", "--model", model_dir / "config.json", "A"), "not a directory")
+    one_line_error(run("generate", "--model", tmp_path, "A"), "params.json")
+    one_line_error(run("generate", "--model", model_dir, "--max-tokens", "many", "A"), "--max-tokens")
+    one_line_error(run("generate", "--model", model_dir, "--max-tokens", 0, "A"), "max_tokens is 0")
+    one_line_error(run("generate", "--model", model_dir, "--temperature", "nan", "A"), "temperature is nan")
+    one_line_error(run("generate", "--model", model_dir, "--threads", 0, "A"), "threads is 0")
+    one_line_error(run("generate", "--model", model_dir, "--no-such-option", "A"), "--no-such-option")
+    one_line_error(run("info"), "add --model DIR")
+    done = run("generate", "--model", model_dir, stdin=b"\xff\xfe")
+    assert done.returncode == 2
+    assert b"standard input is not UTF-8 text" in done.stderr
+
+
+def test_a_truncated_file_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    one_line_error(run("generate", "--model", tmp_path, "A"), str(weights))
+
+
+def test_an_empty_prompt_begins_with_bos_alone(model_dir: Path) -> None:
+    done = run("generate", "--model", model_dir, "--max-tokens", 4, "")
+    assert done.stdout == mistral_ref.load(model_dir).complete([1], max_tokens=4) + "\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_ctrl_c_leaves_what_was_printed_and_exits_130(model_dir: Path) -> None:
+    command = [*COMMAND, "generate", "--model", str(model_dir), "--max-tokens", "99000", "The mill"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        printed = os.read(process.stdout.fileno(), 100)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (printed + rest).startswith(b"The mill")
+    assert errors.strip() == b""
+
+
+def test_a_reader_that_leaves_early_is_no_error(model_dir: Path) -> None:
+    command = [*COMMAND, "generate", "--model", str(model_dir), "--max-tokens", "99000", "The mill"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        os.read(process.stdout.fileno(), 20)
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=30) == 0
