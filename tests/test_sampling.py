@@ -103,7 +103,6 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
     "settings",
     [
         SamplingSettings(temperature=1.0),
-        SamplingSettings(temperature=0.7, top_k=5),
         SamplingSettings(temperature=2.0, top_k=9, top_p=0.9, min_p=0.2, repetition_penalty=1.2),
     ],
 )

@@ -68,7 +68,7 @@ def test_bos_and_eos_are_where_they_are_asked_for_and_nowhere_else(text: str, bo
     for tokenizer in TOKENIZERS.values():
         inner = tokenizer.encode(text, bos=False)
         assert tokenizer.encode(text, bos=bos, eos=eos) == [1] * bos + inner + [2] * eos
-        assert 1 not in inner and 2 not in inner
+        assert not {1, 2} & set(inner)
 
 
 @given(st.lists(st.sampled_from(["<s>", "</s>", "<unk>", "[INST]", "[/INST]", " ", "hi"])).map("".join))
@@ -260,7 +260,7 @@ def test_a_directory_that_cannot_be_listed_is_refused(tmp_path: Path) -> None:
 def hammer() -> None:
     """Load damaged models and use those that load; whatever is wrong with them is a MistralRefError, and soon."""
     rng = random.Random(0)
-    for variant, whole in itertools.product(("mistral", "default"), range(600)):
+    for variant, whole in itertools.product(("mistral", "default"), range(400)):
         model = bytearray(tiny_tokenizer(variant))
         # The settings lie at the end, behind the pieces (and in one variant behind a long table of characters).
         begin = rng.choice([0, len(model) - 120])

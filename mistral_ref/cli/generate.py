@@ -9,9 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
 
-from rich.console import Console
-from rich.progress import Progress, TaskID
-
 import mistral_ref
 from mistral_ref.cli.common import add_model_options, load_model
 
@@ -107,6 +104,10 @@ def read_prompt(arguments: argparse.Namespace) -> str:
 
 def prefill_bar(stack: ExitStack) -> Callable[[int, int], None]:
     """Return a callback that shows a bar on standard error while a long prompt is read, until `stack` is left."""
+    # Imported here: a tenth of a second that --help and every mistake would otherwise wait for.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress, TaskID  # noqa: PLC0415
+
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     tasks: list[TaskID] = []
