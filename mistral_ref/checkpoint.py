@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from mistral_ref.config import ModelConfig, RowOrder
-from mistral_ref.config_files import read_json
 from mistral_ref.errors import CheckpointError, MistralRefWarning, shown
+from mistral_ref.json_file import read_json
 from mistral_ref.tensor_file import Tensor, open_tensor_file
 from mistral_ref.weights import FP8_BLOCK, ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights
 
@@ -56,7 +56,7 @@ _OTHER_PARTS = re.compile(
 _UNUSED = (".rotary_emb.inv_freq", ".qscale_act", ".activation_scale")
 
 # Several times what any model has. A tensor costs more in memory than its entry in a header does in a file.
-_MAX_TENSORS = 16_000
+_MAX_TENSORS = 8_000
 
 # In order of preference: either layout in one file, or in shards with an index.
 _FILES = tuple(f"{stem}.safetensors{ending}" for stem in ("consolidated", "model") for ending in ("", ".index.json"))

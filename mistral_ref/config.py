@@ -34,9 +34,13 @@ LIMITS = {
 
 
 def checked_count(field: str, value: object) -> int:
-    """Return `value` if it is an integer from 1 to the field's limit; raise ConfigError naming the field otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LIMITS[field]:
-        raise ConfigError(f"{field} is {shown(value)}; expected a whole number from 1 to {LIMITS[field]}")
+    """Return `value` if it is an integer from 1 to the field's limit; raise ConfigError naming the field otherwise.
+
+    A field may have the name of what it is part of in front: "yarn.original_max_position_embeddings".
+    """
+    limit = LIMITS[field.rpartition(".")[2]]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        raise ConfigError(f"{field} is {shown(value)}; expected a whole number from 1 to {limit}")
     return value
 
 
@@ -70,11 +74,11 @@ class Yarn:
     def __post_init__(self) -> None:
         for field in ("factor", "beta_fast", "beta_slow", "attention_factor"):
             object.__setattr__(self, field, checked_number(f"yarn.{field}", getattr(self, field)))
-        checked_count("original_max_position_embeddings", self.original_max_position_embeddings)
+        checked_count("yarn.original_max_position_embeddings", self.original_max_position_embeddings)
         if self.factor < 1:
             raise ConfigError(f"yarn.factor is {self.factor}; expected at least 1")
         if self.beta_fast < self.beta_slow:
-            raise ConfigError(f"yarn.beta_fast is {self.beta_fast}; expected at least beta_slow, {self.beta_slow}")
+            raise ConfigError(f"yarn.beta_fast is {self.beta_fast}; expected at least yarn.beta_slow, {self.beta_slow}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ class QueryTemperature:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", checked_number("query_temperature.beta", self.beta))
-        checked_count("original_max_position_embeddings", self.original_max_position_embeddings)
+        checked_count("query_temperature.original_max_position_embeddings", self.original_max_position_embeddings)
 
 
 @dataclass(frozen=True, kw_only=True)

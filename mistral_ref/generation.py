@@ -120,8 +120,8 @@ def generate(
     """Yield tokens until the model ends, a stop is met, `max_tokens` are made or the sequence is `max_seq_len` long.
 
     Each token is yielded as soon as it is known; the pass for the next one runs when it is asked for, and none runs
-    after the last. Texts are empty without a `stream`, for a model without tokenizer, and for ids that the tokenizer has no
-    piece for, where the model's vocabulary is larger.
+    after the last. Texts are empty without a `stream`, for a model without tokenizer, and for ids that the tokenizer has
+    no piece for, where the model's vocabulary is larger.
     """
     logits_V = prefill(model, prompt_ids, cache, progress)
     watch = StopStrings(stop_strings)

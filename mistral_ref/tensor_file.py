@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mistral_ref.config_files import MAX_JSON_BYTES, parse_json
 from mistral_ref.errors import CheckpointError, printable, shown
+from mistral_ref.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.weights import Kind
 
 _KINDS: dict[str, tuple[Kind, str]] = {

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, with good input, bad input, Ctrl-C and a closed pipe."""
+"""The command line as a user meets it: a process of its own; good and bad input, Ctrl-C, a closed pipe."""
 
 from __future__ import annotations
 

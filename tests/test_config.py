@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
-from mistral_ref.config_files import MAX_JSON_BYTES, read_config, read_eos_ids, read_json
+from mistral_ref.config_files import read_config, read_eos_ids
 from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning
+from mistral_ref.json_file import MAX_JSON_BYTES, read_json
 
 # A reading that should be silent is one: every warning that is not expected fails its test.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -76,10 +77,10 @@ def changed(values: Values, changes: Values) -> Values:
         block = values
         for part in blocks:
             block = block.setdefault(part, {}) if isinstance(block, dict) else {}
-        if value is GONE:
-            block.pop(name, None)
-        elif isinstance(block, dict):
+        if isinstance(block, dict):
             block[name] = value
+            if value is GONE:
+                del block[name]
     return values
 
 
@@ -523,14 +524,14 @@ def test_inconsistent_values(name: str, base: Values, field: str, value: Any, ex
 
 
 def test_a_billion_layers_fail_at_once(tmp_path: Path) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert refusal(tmp_path, "config.json", CONFIG, num_hidden_layers=10**9).startswith(
         "num_hidden_layers is 1000000000"
     )
     assert refusal(tmp_path, "params.json", PARAMS, n_layers=10**9, sliding_window=[8]).startswith(
         "n_layers is 1000000000"
     )
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 # Both files, neither, and fields of no meaning here
@@ -544,16 +545,14 @@ def test_neither_file(tmp_path: Path) -> None:
 
 def test_params_json_wins_and_it_is_said_where_config_json_differs(tmp_path: Path) -> None:
     config_json = tmp_path / "config.json"
-    config_json.write_text(json.dumps(CONFIG | {"sliding_window": 8, "rope_theta": 1e4}))
+    config_json.write_text(json.dumps(CONFIG | {"sliding_window": 8, "rope_theta": 1e4, "rope_scaling": YARN}))
     with pytest.warns(MistralRefWarning) as caught:
         config = read(tmp_path, "params.json", PARAMS, sliding_window=[None, 8])
-    assert (config.sliding_window, config.rope_theta) == ((None, 8, None, 8), 1e6)
-    differences = (
-        "rope_theta is 10000.0, in params.json 1000000.0; "
-        "sliding_window is (8, 8, 8, 8), in params.json (None, 8, None, 8)"
-    )
+    assert (config.sliding_window, config.rope_theta, config.yarn) == ((None, 8, None, 8), 1e6, None)
+    yarn = Yarn(factor=16, beta_fast=32, beta_slow=1, attention_factor=M_16, original_max_position_embeddings=256)
     assert [str(warning.message) for warning in caught] == [
-        f"{config_json}: params.json disagrees and is used: {differences}"
+        f"{config_json}: params.json disagrees and is used: rope_theta is 10000.0, in params.json 1000000.0; "
+        f"sliding_window is (8, 8, 8, 8), in params.json (None, 8, None, 8); yarn is {yarn}, in params.json None"
     ]
 
 
@@ -628,7 +627,7 @@ def read_in_bounds(directory: Path, name: str, content: bytes) -> str:
     """Read one file; return the one-line refusal or "". Nothing else may happen, nor take long or much memory."""
     path = directory / name
     path.write_bytes(content)
-    message, start = "", time.perf_counter()
+    message, start = "", time.process_time()
     tracemalloc.start()
     try:
         with warnings.catch_warnings():
@@ -642,7 +641,7 @@ def read_in_bounds(directory: Path, name: str, content: bytes) -> str:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         path.unlink()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert peak < len(content) + 16 * 2**20
     return message
 
@@ -665,7 +664,7 @@ def filled(unit: str) -> bytes:
         (b'{"dim": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
         (b"[" * 10_000 + b"]" * 10_000, "nested too deeply"),
         (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "nested too deeply"),
-        (b"{}" + b" " * MAX_JSON_BYTES, f"expected at most {MAX_JSON_BYTES} bytes"),
+        (b"{}" + b" " * (MAX_JSON_BYTES - 1), f"expected at most {MAX_JSON_BYTES} bytes"),
         (filled("[],"), "expected at most 20000 lists and objects"),
         (filled("{},"), "expected at most 20000 lists and objects"),
         (filled("[" * 400 + "]" * 400 + ","), "expected at most 20000 lists and objects"),

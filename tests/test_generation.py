@@ -1,4 +1,4 @@
-"""Generation: ends, stop strings, streamed text, prefill in chunks, reproducibility; and the stories model, to the id."""
+"""Generation: ends, stop strings, streamed text, prefill in chunks, seeds; and the stories model, to the id."""
 
 from __future__ import annotations
 

@@ -49,7 +49,10 @@ def test_linear_in_blocks_of_any_size(seed: int, n_tokens: int, n_out: int, n_in
     np.testing.assert_allclose(found, np.einsum("ti,oi->to", x, weight), atol=1e-12)
 
 
-@given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(0, 12), st.none() | st.integers(1, 6))
+windows = st.none() | st.integers(1, 6)
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(0, 12), windows)
 @settings(deadline=None)
 def test_attention(seed: int, n_kv_heads: int, group: int, n_tokens: int, start: int, window: int | None) -> None:
     n_heads, head_dim, stop = n_kv_heads * group, 4, start + n_tokens
@@ -116,9 +119,10 @@ def test_mixing_experts_is_a_sum_over_each_tokens_own(seed: int, n_tokens: int, 
     np.testing.assert_allclose(mixed, np.einsum("te,etd->td", shares, outputs), atol=1e-12)
 
 
-# How far a step of the float32 pass may lie from the oracle's, in float32 ulps of the step's largest value: what the step
-# adds by itself (the oracle goes on from the float32 values before it), and what has come together since the embedding,
-# which sharp attention magnifies layer by layer. About twice what was measured; docs/architecture.md has the figures.
+# How far a step of the float32 pass may lie from the oracle's, in float32 ulps of the step's largest value: what the
+# step adds by itself (the oracle goes on from the float32 values before it), and what has come together since the
+# embedding, which sharp attention magnifies layer by layer. About twice what was measured; docs/architecture.md has the
+# figures.
 # fmt: off
 OWN_BOUND = {
     "embedding": 0.01, "attention_norm": 5, "q": 12, "k": 12, "v": 12, "q_rotated": 3, "k_rotated": 3, "scores": 10,

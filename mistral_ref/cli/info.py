@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint = open_checkpoint(Path(arguments.model))
     print_rows("architecture", architecture(model.config))
     print_rows("checkpoint", files(checkpoint))
-    print_rows("memory", memory(model))
+    print_rows("memory", memory(model, checkpoint))
     print_rows("tokenizer", tokenizer(model))
     if arguments.tensors:
         print_tensors(checkpoint)
@@ -106,12 +106,13 @@ def files(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def memory(model: mistral_ref.Model) -> dict[str, object]:
+def memory(model: mistral_ref.Model, checkpoint: Checkpoint) -> dict[str, object]:
     """Return what the weights take, and the cache at several lengths."""
     longest = model.config.max_seq_len or _LENGTHS[-1]
     lengths = sorted({n for n in _LENGTHS if n < longest} | {min(longest, _LENGTHS[-1])})
     cache = model.new_cache()
-    rows: dict[str, object] = {"weights": "mapped from the files, shared with the page cache"}
+    weights = sum(tensor.raw.nbytes for tensor in checkpoint.tensors.values())
+    rows: dict[str, object] = {"weights": f"{size(weights)}, mapped from the files and shared with the page cache"}
     return rows | {f"cache at {n}": f"{size(cache.bytes_for(n))} as {cache.dtype}" for n in lengths}
 
 

@@ -1,0 +1,144 @@
+"""What params.json and config.json call each field of a model, and a file's fields under our names.
+
+Both files are read under our names; an error that comes of it, here or in ModelConfig, is translated back, so that it
+names the field as the file spells it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, checked_count, checked_number
+from mistral_ref.errors import ConfigError, shown
+
+ORIGINAL = "original_max_position_embeddings"
+
+# A dot leads into a nested object. Where a file has several names for a field, the first that holds a value counts.
+# fmt: off
+NAMES = {
+    # ours                            params.json                            config.json
+    "model_type":                    ("model_type",                         "model_type"),
+    "dim":                           ("dim",                                "hidden_size"),
+    "n_layers":                      ("n_layers",                           "num_hidden_layers"),
+    "n_heads":                       ("n_heads",                            "num_attention_heads"),
+    "n_kv_heads":                    ("n_kv_heads",                         "num_key_value_heads"),
+    "head_dim":                      ("head_dim",                           "head_dim"),
+    "hidden_dim":                    ("hidden_dim",                         "intermediate_size"),
+    "vocab_size":                    ("vocab_size",                         "vocab_size"),
+    "norm_eps":                      ("norm_eps",                           "rms_norm_eps"),
+    "max_seq_len":                   ("max_seq_len max_position_embeddings", "max_position_embeddings"),
+    "tied_embeddings":               ("tied_embeddings",                    "tie_word_embeddings"),
+    "sliding_window":                ("sliding_window _sliding_window",     "sliding_window"),
+    "layer_types":                   ("",                                   "layer_types"),
+    "num_experts":                   ("moe.num_experts",                    "num_local_experts"),
+    "num_experts_per_tok":           ("moe.num_experts_per_tok",            "num_experts_per_tok"),
+    "rope_theta":                    ("rope_theta",                         "rope_parameters.rope_theta rope_theta"),
+    "rope_type":                     ("",                  "rope_parameters.rope_type rope_parameters.type"),
+    "yarn.factor":                   ("yarn.factor",                        "rope_parameters.factor"),
+    "yarn.beta_fast":                ("yarn.beta",                          "rope_parameters.beta_fast"),
+    "yarn.beta_slow":                ("yarn.alpha",                         "rope_parameters.beta_slow"),
+    "yarn.apply_scale":              ("yarn.apply_scale",                   ""),
+    "yarn.attention_factor":         ("",                                   "rope_parameters.attention_factor"),
+    "yarn.mscale":                   ("",                                   "rope_parameters.mscale"),
+    "yarn.mscale_all_dim":           ("",                                   "rope_parameters.mscale_all_dim"),
+    "yarn.truncate":                 ("",                                   "rope_parameters.truncate"),
+    f"yarn.{ORIGINAL}":             (f"yarn.{ORIGINAL}",
+                                      f"{ORIGINAL} rope_parameters.{ORIGINAL} max_position_embeddings"),
+    "query_temperature.beta":        ("llama_4_scaling.beta",               "rope_parameters.llama_4_scaling_beta"),
+    f"query_temperature.{ORIGINAL}": (f"llama_4_scaling.{ORIGINAL}",      f"rope_parameters.{ORIGINAL}"),
+}
+# fmt: on
+
+
+def value_at(file: object, dotted: str, default: object = None) -> Any:
+    """Return what stands in `file` under a dotted name, or `default`; raise ConfigError if it leads into no object.
+
+    >>> value_at({"yarn": {"factor": 16}}, "yarn.factor")
+    16
+    """
+    path = dotted.split(".")
+    for depth, name in enumerate(path):
+        if file is None:
+            return default
+        if not isinstance(file, dict):
+            raise ConfigError(f"{'.'.join(path[:depth])} is {shown(file)}; expected an object")
+        if name not in file:
+            return default
+        file = file[name]
+    return file
+
+
+@contextmanager
+def renamed(names: Mapping[str, str], prefix: str = "") -> Iterator[None]:
+    """Let a ConfigError raised inside say `names` in place of our fields, after a prefix."""
+    try:
+        yield
+    except ConfigError as error:
+        # Fields are bare words. What follows a quotation mark is a value that was found, and stays.
+        message = re.sub(r"(?<!['\w.])[a-z][\w.]*", lambda word: names.get(word[0], word[0]), str(error))
+        raise ConfigError(prefix + message) from None
+
+
+class Fields:
+    """What a file says, under our names: `values` holds the fields that are there, `names` what the file calls each."""
+
+    def __init__(self, file: dict[str, Any], names: Mapping[str, str]) -> None:
+        absent = object()
+        self.names = {}
+        for field, alternatives in ((field, several.split()) for field, several in names.items() if several):
+            given = [name for name in alternatives if value_at(file, name) is not None]
+            self.names[field] = (given or alternatives)[0]
+        found = {field: value_at(file, name, absent) for field, name in self.names.items()}
+        self.values = {field: value for field, value in found.items() if value is not absent}
+
+    def required(self, field: str) -> Any:
+        """Return a field that has to be there."""
+        if field not in self.values:
+            raise ConfigError(f"{field} is missing")
+        return self.values[field]
+
+    def count(self, field: str) -> int:
+        """Return a field that has to be a whole number of at least 1."""
+        return checked_count(field, self.required(field))
+
+    def number_or(self, default: float, field: str) -> float:
+        """Return a number of at least 0, or `default` for one that is absent, null or 0, as in transformers."""
+        value = self.values.get(field)
+        return checked_number(field, default if value is None else value, zero=True) or default
+
+    def flag(self, field: str, default: bool | None = None) -> bool:
+        """Return a field that has to be true or false, and to be there unless there is a default."""
+        value = self.required(field) if default is None else self.values.get(field, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{field} is {shown(value)}; expected true or false")
+        return value
+
+    def query_temperature(self, block: str) -> QueryTemperature | None:
+        """Return what `beta` and the length in `block` say; a beta of 0 leaves queries as they are."""
+        beta = checked_number("query_temperature.beta", self.required("query_temperature.beta"), zero=True)
+        return QueryTemperature(beta=beta, **{ORIGINAL: self.count(f"{block}.{ORIGINAL}")}) if beta else None
+
+    def model_config(self, *, moe: bool, **others: Any) -> ModelConfig:
+        """Return the ModelConfig of the fields that both files give alike and of `others`."""
+        alike = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
+        experts = ("num_experts", "num_experts_per_tok")
+        n_kv_heads = self.values.get("n_kv_heads")
+        return ModelConfig(
+            **{field: self.required(field) for field in alike},
+            n_kv_heads=self.required("n_heads") if n_kv_heads is None else n_kv_heads,
+            max_seq_len=self.values.get("max_seq_len"),
+            moe=MixtureOfExperts(**{field: self.required(field) for field in experts}) if moe else None,
+            **others,
+        )
+
+
+def check_only(file: dict[str, Any], accepted: Mapping[str, object], level: str = "") -> None:
+    """Raise ConfigError for a field that is there with another value than the one that is accepted."""
+    for name, only in accepted.items():
+        value = value_at(file, level + name)
+        if value is not None and value != only:
+            raise ConfigError(f"{level}{name} is {shown(value)}; only {json.dumps(only)} is supported")

@@ -1,0 +1,56 @@
+"""JSON files that may be hostile: read in bounded time and memory, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from mistral_ref.errors import ConfigError, MistralRefError, shown
+
+# Python's objects are larger than their JSON: "[]" is 2 bytes in a file, about 100 in memory. The largest honest file,
+# the index of a mixture of experts, stays well within both limits, and parsing takes at most 16 MiB.
+MAX_JSON_BYTES = 512 * 1024
+MAX_JSON_CONTAINERS = 20_000
+
+
+def read_json(path: Path, error: type[MistralRefError] = ConfigError) -> dict[str, Any]:
+    """Return the object in a JSON file, in bounded time and memory; raise `error` if it does not hold one."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for its other end
+            raise ValueError("expected a regular file")
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"expected at most {MAX_JSON_BYTES} bytes")
+        value = parse_json(data.decode("utf-8"))
+    except OSError as caught:
+        problem = str(caught.strerror)
+    except ValueError as caught:
+        problem = str(caught)
+    else:
+        if isinstance(value, dict):
+            return value
+        problem = f"it holds {shown(value)}; expected an object"
+    raise error(f"{path}: cannot be read as JSON: {problem}")
+
+
+def parse_json(text: str) -> Any:
+    """Return what JSON `text` holds; raise ValueError if it is none, or costs too much."""
+    if text.count("[") + text.count("{") > MAX_JSON_CONTAINERS:
+        raise ValueError(f"expected at most {MAX_JSON_CONTAINERS} lists and objects")
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers differ in which value of a repeated key they take, so neither is taken."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        absent = object()
+        twice = next(key for key, _ in pairs if values.pop(key, absent) is absent)
+        raise ValueError(f"key {shown(twice)} occurs twice")
+    return values
