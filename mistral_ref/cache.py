@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, shown
+from mistral_ref.errors import CacheError, InputError, checked_whole, shown
 from mistral_ref.ops import KeyView, Ops
 
 DEFAULT_CHUNK = 512
@@ -112,13 +113,12 @@ class KVCache:
         max_tokens: int | None = None,
         dtype: str | None = None,
     ) -> None:
-        for name, value in (("chunk", chunk), ("max_tokens", max_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is {shown(value)}; expected a whole number of at least 1")
+        self.chunk = checked_whole("chunk", chunk, least=1)
+        self.max_tokens = None if max_tokens is None else checked_whole("max_tokens", max_tokens, least=1)
         self.dtype = ops.dtype.name if dtype is None else dtype
         if self.dtype not in ops.cache_dtypes:
             raise InputError(f"dtype is {shown(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
-        self.config, self.ops, self.chunk, self.max_tokens = config, ops, chunk, max_tokens
+        self.config, self.ops = config, ops
         self.length = 0
         self._running: Pass | None = None
         self.rings = [self._new_ring(window) for window in config.sliding_window]
@@ -176,8 +176,7 @@ class KVCache:
         by `chunk` tokens from the furthest position that a pass has written, an abandoned pass included. Raises
         CacheError beyond that.
         """
-        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= self.length:
-            raise InputError(f"length is {shown(length)}; expected a whole number from 0 to {self.length}")
+        length = checked_whole("length", length, least=0, most=self.length)
         for number, ring in enumerate(self.rings):
             if ring.first_visible(length) < min(ring.oldest, length):
                 raise CacheError(
@@ -208,9 +207,14 @@ class KVCache:
             tensors |= {f"layers.{number}.v": np.ascontiguousarray(v_SGK)}
         settings = {"length": self.length, "chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
         metadata = {_FORMAT: json.dumps(settings), "config": _config_json(self.config)}
-        partial = f"{os.fspath(path)}.partial"
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        partial = Path(f"{os.fspath(path)}.partial")
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"{path}: cannot be written: {error}") from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:
@@ -233,19 +237,20 @@ class KVCache:
                     cache._restore(ring, length, k_SGK, v_SGK)
         except CacheError:
             raise
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, MemoryError) as error:
             raise CacheError(f"{path}: not a cache that save() wrote, or damaged: {error}") from None
         cache.length = length
         return cache
 
     def _restore(self, ring: Ring, length: int, k_SGK: np.ndarray, v_SGK: np.ndarray) -> None:
         shape = (len(k_SGK), self.config.n_kv_heads, self.config.head_dim)
-        ring.oldest = length - len(k_SGK)
-        self._grow(ring, ring.capacity_for(length))
-        fits = length - ring.capacity <= ring.oldest <= max(0, ring.first_visible(length))
-        if k_SGK.shape != shape or v_SGK.shape != shape or not fits or ring.oldest < 0:
+        capacity, oldest = ring.capacity_for(length), length - len(k_SGK)
+        fits = max(0, length - capacity) <= oldest <= ring.first_visible(length)
+        if k_SGK.shape != shape or v_SGK.shape != shape or not fits:
             raise CacheError(f"keys {k_SGK.shape} and values {v_SGK.shape} do not fit a cache of {length} tokens")
-        self.ops.write(ring.store, ring.slots(ring.oldest, length), k_SGK, v_SGK)
+        self._grow(ring, capacity)
+        ring.oldest = oldest
+        self.ops.write(ring.store, ring.slots(oldest, length), k_SGK, v_SGK)
 
 
 def _config_json(config: ModelConfig) -> str:

@@ -6,7 +6,9 @@ catches `MistralRefError` has caught everything that this library raises on purp
 
 from __future__ import annotations
 
+import operator
 import reprlib
+from typing import SupportsIndex
 
 
 class MistralRefError(ValueError):
@@ -60,3 +62,18 @@ def printable(text: str) -> str:
     """
     kept = text if len(text) <= 200 else f"{text[:197]}..."
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in kept)
+
+
+def checked_whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Return an argument as an int if it is a whole number (NumPy's too) in bounds; otherwise raise InputError.
+
+    >>> checked_whole("max_tokens", 0, least=1)
+    Traceback (most recent call last):
+    mistral_ref.errors.InputError: max_tokens is 0; expected a whole number of at least 1
+    """
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        number = operator.index(value)
+        if least <= number and (most is None or number <= most):
+            return number
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise InputError(f"{name} is {shown(value)}; expected a whole number {bounds}")

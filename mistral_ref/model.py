@@ -13,7 +13,7 @@ from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.checkpoint import build_weights, open_checkpoint
 from mistral_ref.config import ModelConfig
 from mistral_ref.config_files import read_config, read_eos_ids
-from mistral_ref.errors import InputError, MistralRefWarning, TokenizerError, shown
+from mistral_ref.errors import InputError, MistralRefWarning, TokenizerError, checked_whole, shown
 from mistral_ref.generation import Progress, Token, generate, split_stops
 from mistral_ref.ops import Ops
 from mistral_ref.reference_ops import ReferenceOps
@@ -223,10 +223,8 @@ class Model:
         settings = SamplingSettings(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise InputError(f"max_tokens is {shown(max_tokens)}; expected a whole number of at least 1")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise InputError(f"seed is {shown(seed)}; expected a whole number of at least 0")
+        max_tokens = checked_whole("max_tokens", max_tokens, least=1)
+        rng = np.random.default_rng(None if seed is None else checked_whole("seed", seed, least=0))
         stop_strings, stop_ids = split_stops(stop)
         if stop_strings and self.tokenizer is None:
             raise InputError("this model has no tokenizer; expected stops as token ids")
@@ -246,7 +244,7 @@ class Model:
             eos_ids=self.eos_ids,
             max_seq_len=self.config.max_seq_len,
             stream=self._stream(ids),
-            rng=np.random.default_rng(seed),
+            rng=rng,
             progress=progress,
         )
 

@@ -14,7 +14,7 @@ from threadpoolctl import ThreadpoolController
 
 from mistral_ref.cache import attends
 from mistral_ref.config import ModelConfig, RowOrder
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.rope import AnglePrecision, Rotation, rotation
 from mistral_ref.steps import StepFactory, Steps
@@ -61,12 +61,10 @@ class ReferenceOps:
             raise InputError(f"dtype is {shown(dtype)}; expected 'float32' or 'float64'")
         if angles not in ("float32", "float64"):
             raise InputError(f"rope_angles is {shown(angles)}; expected 'float64' or 'float32'")
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise InputError(f"threads is {shown(threads)}; expected a whole number of at least 1")
         self.dtype = np.dtype(dtype)
         self.cache_dtypes: tuple[str, ...] = (dtype, "float16")
         self.angles: AnglePrecision = angles
-        self._threads = threads
+        self._threads = None if threads is None else checked_whole("threads", threads, least=1)
         self._blas = ThreadpoolController()
 
     @contextmanager

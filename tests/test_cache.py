@@ -247,7 +247,14 @@ def test_a_saved_cache_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
     rejected(tensors, {}, "not a cache")
     rejected({}, metadata, "not a cache")
     settings_key = next(key for key in metadata if key != "config")
-    for bad in ({"length": 3}, {"length": "7"}, {"length": -1}, {"chunk": 0}, {"dtype": "int8"}, {"length": 2**70}):
+    for bad in (
+        {"length": 3},
+        {"length": "7"},
+        {"length": -1},
+        {"chunk": 0},
+        {"dtype": "int8"},
+        {"length": 2**70},
+    ):
         rejected(tensors, metadata | {settings_key: json.dumps(json.loads(metadata[settings_key]) | bad)}, "cache")
     save_file(tensors, path, metadata)
     with pytest.raises(CacheError, match="another configuration"):
@@ -257,3 +264,5 @@ def test_a_saved_cache_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
         model.load_cache(path)
     with pytest.raises(CacheError, match="absent"):
         model.load_cache(tmp_path / "absent")
+    with pytest.raises(CacheError, match="cannot be written"):
+        cache.save(tmp_path / "absent" / "cache.safetensors")
