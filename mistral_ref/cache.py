@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError, InputError, checked_whole, shown
+from mistral_ref.json_file import parse_json
 from mistral_ref.ops import KeyView, Ops
 
 DEFAULT_CHUNK = 512
@@ -39,7 +40,7 @@ _MAX_LENGTH = 2**40  # positions stay exact in float64 angles and far from overf
 def attends(query: Any, key: Any, window: int | None) -> Any:
     """Return whether the token at position `query` sees the one at position `key`; positions may be arrays.
 
-    0 <= query - key < window: itself and the window - 1 tokens before it. The one place where this is written.
+    0 <= query - key < window: itself and the window - 1 tokens before it. `Ring.first_visible` is the oldest such key.
 
         window 3        key 0 1 2 3 4
              query 0        x
@@ -102,6 +103,7 @@ class KVCache:
     dtype       what keys and values are stored as
 
     A pass that does not end (an exception, an abandoned walk) leaves `length` and all that later queries see as it was.
+    Where a dtype of 16 bits is asked for, larger numbers than it holds (65504) become infinite.
     """
 
     def __init__(
@@ -120,17 +122,20 @@ class KVCache:
             raise InputError(f"dtype is {shown(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
         self.config, self.ops = config, ops
         self.length = 0
-        self._running: Pass | None = None
+        self._n_passes = 0  # each pass knows its number, so that only the last one begun can go on
         self.rings = [self._new_ring(window) for window in config.sliding_window]
 
     def _new_ring(self, window: int | None) -> Ring:
-        limits = [n for n in (self.max_tokens, window and window + self.chunk - 1) if n is not None]
-        limit = min(limits) if limits else None
-        capacity = min([_FIRST_CAPACITY, *limits])
+        in_ring = None if window is None else window + self.chunk - 1
+        limit = min((n for n in (in_ring, self.max_tokens) if n is not None), default=None)
+        capacity = _FIRST_CAPACITY if limit is None else min(_FIRST_CAPACITY, limit)
         return Ring(window, limit, capacity, store=self._new_store(capacity))
 
     def _new_store(self, capacity: int) -> Any:
         return self.ops.new_store(capacity, self.config.n_kv_heads, self.config.head_dim, self.dtype)
+
+    def __repr__(self) -> str:
+        return f"<KVCache of {self.length} tokens, {self.dtype}, chunk {self.chunk}, max_tokens {self.max_tokens}>"
 
     def bytes_for(self, length: int) -> int:
         """Return the memory that keys and values take once the cache holds `length` tokens."""
@@ -142,18 +147,23 @@ class KVCache:
 
         Raises CacheError if n is more than `chunk` or leads past `max_tokens`.
         """
-        end = self.length + n_tokens
         if n_tokens > self.chunk:
             raise CacheError(
                 f"a pass of {n_tokens} tokens; this cache takes {self.chunk} at once: new_cache(chunk=...)"
             )
-        if self.max_tokens is not None and end > self.max_tokens:
-            raise CacheError(f"{end} tokens; this cache was made for {self.max_tokens}: new_cache(max_tokens=...)")
+        self.require_room(n_tokens)
+        end = self.length + n_tokens
         for ring in self.rings:
             self._grow(ring, ring.capacity_for(end))
             ring.oldest = max(ring.oldest, end - ring.capacity)
-        self._running = Pass(self, self.length, n_tokens)
-        return self._running
+        self._n_passes += 1
+        return Pass(self, self.length, n_tokens, self._n_passes)
+
+    def require_room(self, n_tokens: int) -> None:
+        """Raise CacheError if n more tokens lead past `max_tokens`."""
+        end = self.length + n_tokens
+        if self.max_tokens is not None and end > self.max_tokens:
+            raise CacheError(f"{end} tokens; this cache was made for {self.max_tokens}: new_cache(max_tokens=...)")
 
     def _grow(self, ring: Ring, capacity: int) -> None:
         if capacity == ring.capacity:
@@ -166,8 +176,8 @@ class KVCache:
     def commit(self, finished: Pass) -> None:
         """End a pass: its tokens count from now on."""
         finished.check()
-        self.length += finished.n_tokens
-        self._running = None
+        self.length = finished.stop
+        self._n_passes += 1
 
     def truncate(self, length: int) -> None:
         """Take back the last tokens, so that `length` remain.
@@ -178,6 +188,7 @@ class KVCache:
         """
         length = checked_whole("length", length, least=0, most=self.length)
         for number, ring in enumerate(self.rings):
+            # The next token will be at `length` and has to find all that it sees, itself apart.
             if ring.first_visible(length) < min(ring.oldest, length):
                 raise CacheError(
                     f"cannot go back to {length} tokens: token {length} would see {ring.first_visible(length)}, and "
@@ -186,12 +197,11 @@ class KVCache:
         for ring in self.rings:
             ring.oldest = min(ring.oldest, length)
         self.length = length
-        self._running = None
+        self._n_passes += 1
 
     def copy(self) -> KVCache:
         """Return an independent copy, so that several continuations can share one prompt."""
         twin = copy.copy(self)
-        twin._running = None
         twin.rings = copy.deepcopy(self.rings)
         return twin
 
@@ -203,8 +213,8 @@ class KVCache:
         tensors: dict[str, np.ndarray] = {}
         for number, ring in enumerate(self.rings):
             k_SGK, v_SGK = self.ops.read(ring.store, ring.slots(ring.oldest, self.length))
-            tensors |= {f"layers.{number}.k": np.ascontiguousarray(k_SGK)}
-            tensors |= {f"layers.{number}.v": np.ascontiguousarray(v_SGK)}
+            tensors[f"layers.{number}.k"] = np.ascontiguousarray(k_SGK)
+            tensors[f"layers.{number}.v"] = np.ascontiguousarray(v_SGK)
         settings = {"length": self.length, "chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
         metadata = {_FORMAT: json.dumps(settings), "config": _config_json(self.config)}
         partial = Path(f"{os.fspath(path)}.partial")
@@ -218,19 +228,22 @@ class KVCache:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:
-        """Return the cache that `save` wrote, for a model of the same configuration; any operations can take it up.
+        """Return the cache that `save` wrote, for a model of the same configuration.
 
-        Raises CacheError if the file is none, is damaged, or belongs to another configuration.
+        Any operations can take it up; if they do not store its dtype they store their own. Raises CacheError if the
+        file is none, is damaged, or belongs to another configuration.
         """
         try:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
-                settings = json.loads(metadata[_FORMAT])
+                settings = dict(parse_json(metadata[_FORMAT]))
                 if metadata["config"] != _config_json(config):
                     raise CacheError(f"{path}: this cache belongs to a model of another configuration")
                 length = settings.pop("length")
                 if not isinstance(length, int) or not 0 <= length < _MAX_LENGTH:
                     raise CacheError(f"{path}: length is {shown(length)}; expected 0 to {_MAX_LENGTH - 1}")
+                if settings["dtype"] not in ops.cache_dtypes:
+                    settings["dtype"] = None
                 cache = cls(config, ops, **settings)
                 for number, ring in enumerate(cache.rings):
                     k_SGK, v_SGK = file.get_tensor(f"layers.{number}.k"), file.get_tensor(f"layers.{number}.v")
@@ -254,7 +267,10 @@ class KVCache:
 
 
 def _config_json(config: ModelConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+    """Return what two models have to agree on to share a cache: all but the order of rows in wq and wk."""
+    fields = dataclasses.asdict(config)
+    del fields["rope_row_order"]
+    return json.dumps(fields, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,18 +280,21 @@ class Pass:
     cache: KVCache
     start: int
     n_tokens: int
+    number: int
 
     @property
     def stop(self) -> int:
+        """One past the position of the last token."""
         return self.start + self.n_tokens
 
     @property
     def positions(self) -> np.ndarray:
+        """The positions (T,) of the tokens."""
         return np.arange(self.start, self.stop)
 
     def check(self) -> None:
         """Raise CacheError if another pass, or truncate, has used the cache since this one began."""
-        if self.cache._running is not self:
+        if self.cache._n_passes != self.number:
             raise CacheError("the cache has been used by another pass since this one began; this one cannot go on")
 
     def write(self, layer: int, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
@@ -287,6 +306,6 @@ class Pass:
     def keys(self, layer: int) -> KeyView:
         """Return what this pass's queries see: every key from the oldest that the first one sees to the newest."""
         ring = self.cache.rings[layer]
-        first = ring.first_visible(self.start)
-        keys = range(first, self.stop)
-        return KeyView(ring.store, ring.slots(first, self.stop), keys, range(self.start, self.stop), ring.window)
+        keys = range(ring.first_visible(self.start), self.stop)
+        queries = range(self.start, self.stop)
+        return KeyView(ring.store, ring.slots(keys.start, keys.stop), keys, queries, ring.window)

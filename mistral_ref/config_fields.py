@@ -78,8 +78,9 @@ def renamed(names: Mapping[str, str], prefix: str = "") -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        # Fields are bare words. What follows a quotation mark is a value that was found, and stays.
-        message = re.sub(r"(?<!['\w.])[a-z][\w.]*", lambda word: names.get(word[0], word[0]), str(error))
+        # Fields are bare words. What stands in quotation marks is a value that was found, and stays.
+        words = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?<![\w.])[a-z][\w.]*"""
+        message = re.sub(words, lambda word: names.get(word[0], word[0]), str(error))
         raise ConfigError(prefix + message) from None
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 from mistral_ref.config import ModelConfig, Yarn, checked_number
 from mistral_ref.config_fields import NAMES, ORIGINAL, Fields, check_only, renamed, value_at
-from mistral_ref.errors import ConfigError, MistralRefWarning, shown
+from mistral_ref.errors import ConfigError, shown, warn
 from mistral_ref.json_file import parse_json, read_json
 
 # fmt: off
@@ -57,13 +56,15 @@ def read_config(directory: Path) -> ModelConfig:
         if not os.path.lexists(config_json):
             raise ConfigError(f"{directory}: neither params.json nor config.json is there")
         return _from_config_json(config_json)
-    config = _from_params_json(params_json)
+    other = None
     if os.path.lexists(config_json):
         try:
-            if differences := _differences(config, _from_config_json(config_json)):
-                _warn(f"{config_json}: params.json disagrees and is used: {differences}")
+            other = _from_config_json(config_json)
         except ConfigError as error:
-            _warn(f"{error}; params.json is used")
+            warn(f"{error}; params.json is used")
+    config = _from_params_json(params_json, None if other is None else other.rope_theta)
+    if other is not None and (differences := _differences(config, other)):
+        warn(f"{config_json}: params.json disagrees and is used: {differences}")
     return config
 
 
@@ -79,10 +80,6 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
                         raise ConfigError(f"{name} is {shown(found)}; expected token ids, whole numbers from 0")
                     return tuple(ids)
     return ()
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, MistralRefWarning, stacklevel=3)
 
 
 def _differences(config: ModelConfig, other: ModelConfig) -> str:
@@ -110,7 +107,8 @@ def _magnitude(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _from_params_json(path: Path) -> ModelConfig:
+def _from_params_json(path: Path, theta_beside: float | None) -> ModelConfig:
+    """Read params.json; where it has no theta, the one in the config.json beside it counts, if there is one."""
     file = read_json(path)
     with renamed({}, f"{path}: "):
         fields = Fields(file, {field: names for field, (names, _) in NAMES.items()})
@@ -120,9 +118,11 @@ def _from_params_json(path: Path) -> ModelConfig:
                 bool(value_at(file, name)) for name in ("yarn", "llama_4_scaling", "moe")
             )
             windows = _params_json_windows(fields)
-            if fields.values.get("rope_theta") is None and (None not in windows or not any(windows)):
+            if fields.values.get("rope_theta") is None and theta_beside is not None:
+                fields.values["rope_theta"] = theta_beside
+            elif fields.values.get("rope_theta") is None and (None not in windows or not any(windows)):
                 theta, which = (1e4, "a") if any(windows) else (1e6, "no")
-                _warn(f"{path}: rope_theta is missing; {theta:g} is assumed, since there is {which} sliding window")
+                warn(f"{path}: rope_theta is missing; {theta:g} is assumed, since there is {which} sliding window")
                 fields.values["rope_theta"] = theta
             config = fields.model_config(
                 head_dim=fields.required("head_dim"),
@@ -134,7 +134,7 @@ def _from_params_json(path: Path) -> ModelConfig:
                 tied_embeddings=fields.flag("tied_embeddings", default=False),
             )
     if unknown := _unknown_in_params_json(file):
-        _warn(f"{path}: unknown fields are left aside: {', '.join(shown(name) for name in unknown[:20])}")
+        warn(f"{path}: unknown fields are left aside: {', '.join(shown(name) for name in unknown[:20])}")
     return config
 
 
@@ -225,7 +225,11 @@ def _config_json_windows(fields: Fields, model_type: str) -> tuple[int | None, .
         raise ConfigError(f"layer_types is {shown(layer_types)}; expected {expected}")
     if window is None and kinds[1] in layer_types:
         raise ConfigError(f"sliding_window is None; expected a whole number, since layer_types has {kinds[1]}")
-    return tuple(window if kind == kinds[1] else None for kind in layer_types)
+    windows = tuple(window if kind == kinds[1] else None for kind in layer_types)
+    # transformers reads layer_types in ministral alone, so elsewhere a pattern of them has two readings.
+    if model_type != "ministral" and windows != (window,) * n_layers:
+        raise ConfigError(f"layer_types contradicts sliding_window, {window}; only a ministral model may mix the two")
+    return windows
 
 
 def _config_json_yarn(fields: Fields) -> Yarn | None:

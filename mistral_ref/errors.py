@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import operator
 import reprlib
+import sys
+import warnings
 from typing import SupportsIndex
 
 
@@ -37,6 +39,14 @@ class CacheError(MistralRefError):
 
 class MistralRefWarning(UserWarning):
     """Something was assumed or left aside while loading, and the result may depend on it."""
+
+
+def warn(message: str) -> None:
+    """Give a MistralRefWarning that points at the line of the user's that called into this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("mistral_ref."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, MistralRefWarning, stacklevel=level)
 
 
 _repr = reprlib.Repr()

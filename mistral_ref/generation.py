@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from mistral_ref.cache import KVCache
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import CacheError, InputError, checked_whole
 from mistral_ref.sampling import SamplingSettings, log_softmax, sample
 from mistral_ref.tokenizer import TokenStream
 
 FinishReason = Literal["eos", "stop", "length", "model_length"]
 Progress = Callable[[int, int], None]
+Stop = str | int | Iterable[str | int] | None
+NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # takes tokens through a model, returns what follows, (V,)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Token:
                     stop string, are held back until they are decided
     logprob         natural logarithm of its probability by the model alone, before any sampling setting
     finish_reason   None but for the last token: "eos" (the model ended), "stop" (a stop string or id), "length"
-                    (max_tokens), "model_length" (the longest sequence that the model is meant for)
+                    (max_tokens, or the cache is full), "model_length" (the longest sequence the model is meant for)
     """
 
     id: int
@@ -71,24 +73,16 @@ def _overlap(text: str, string: str) -> int:
     return next(n for n in range(min(len(text), len(string) - 1), -1, -1) if text.endswith(string[:n]))
 
 
-class NextTokenModel(Protocol):
-    """What generation asks of a model: the logits that follow some tokens."""
-
-    def forward(
-        self, tokens: Sequence[int], cache: KVCache | None = None, *, last_only: bool = False
-    ) -> np.ndarray: ...
-
-
-def split_stops(stop: str | int | Sequence[str | int]) -> tuple[tuple[str, ...], frozenset[int]]:
-    """Return the stop strings and the stop ids among `stop`, which may be a single one."""
-    stops = (stop,) if isinstance(stop, (str, int)) else tuple(stop)
-    for one in stops:
-        if isinstance(one, bool) or not isinstance(one, (str, int)) or one == "":
-            raise InputError(f"stop holds {shown(one)}; expected strings that are not empty, or token ids")
-    return tuple(s for s in stops if isinstance(s, str)), frozenset(s for s in stops if isinstance(s, int))
+def split_stops(stop: Stop, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Return the stop strings and the stop ids among `stop`, which may be a single one or None."""
+    stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else () if stop is None else (stop,)
+    if "" in stops:
+        raise InputError("stop holds an empty string; expected text, or token ids")
+    ids = (checked_whole("stop", one, least=0, most=vocab_size - 1) for one in stops if not isinstance(one, str))
+    return tuple(one for one in stops if isinstance(one, str)), frozenset(ids)
 
 
-def prefill(model: NextTokenModel, ids: Sequence[int], cache: KVCache, progress: Progress | None) -> np.ndarray:
+def prefill(next_logits: NextLogits, ids: Sequence[int], cache: KVCache, progress: Progress | None) -> np.ndarray:
     """Take a prompt through the model, at most `cache.chunk` tokens at a time; return the last token's logits (V,).
 
     `progress(done, total)` is called before the first chunk and after each.
@@ -96,14 +90,14 @@ def prefill(model: NextTokenModel, ids: Sequence[int], cache: KVCache, progress:
     for start in range(0, len(ids), cache.chunk):
         if progress is not None:
             progress(start, len(ids))
-        logits_1V = model.forward(ids[start : start + cache.chunk], cache, last_only=True)
+        logits_V = next_logits(ids[start : start + cache.chunk], cache)
     if progress is not None:
         progress(len(ids), len(ids))
-    return logits_1V[0]
+    return logits_V
 
 
 def generate(
-    model: NextTokenModel,
+    next_logits: NextLogits,
     prompt_ids: Sequence[int],
     cache: KVCache,
     *,
@@ -120,18 +114,19 @@ def generate(
     """Yield tokens until the model ends, a stop is met, `max_tokens` are made or the sequence is `max_seq_len` long.
 
     Each token is yielded as soon as it is known; the pass for the next one runs when it is asked for, and none runs
-    after the last. Texts are empty without a `stream`, for a model without tokenizer, and for ids that the tokenizer has
-    no piece for, where the model's vocabulary is larger.
+    after the last. Texts are empty without a `stream`, for a model without tokenizer, and for ids that the tokenizer
+    has no piece for, where the model's vocabulary is larger.
     """
-    logits_V = prefill(model, prompt_ids, cache, progress)
+    logits_V = prefill(next_logits, prompt_ids, cache, progress)
+    length = cache.length
     watch = StopStrings(stop_strings)
     seen = list(prompt_ids)
     for count in range(1, max_tokens + 1):
         token = sample(logits_V, settings, rng, seen)
         logprob = float(log_softmax(logits_V)[token])
         seen.append(token)
-        reason: FinishReason | None = "length" if count == max_tokens else None
-        if max_seq_len is not None and cache.length + 1 >= max_seq_len:
+        reason: FinishReason | None = "length" if count == max_tokens or length == cache.max_tokens else None
+        if max_seq_len is not None and length + 1 >= max_seq_len:
             reason = "model_length"
         text = ""
         if token in eos_ids or token in stop_ids:
@@ -145,4 +140,7 @@ def generate(
         yield Token(token, text, logprob, reason)
         if reason is not None:
             return
-        logits_V = model.forward([token], cache, last_only=True)[0]
+        if cache.length != length:
+            raise CacheError("the cache has been used by another pass since the last token; this text cannot go on")
+        logits_V = next_logits([token], cache)
+        length += 1

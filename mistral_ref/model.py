@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,13 +12,13 @@ from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.checkpoint import build_weights, open_checkpoint
 from mistral_ref.config import ModelConfig
 from mistral_ref.config_files import read_config, read_eos_ids
-from mistral_ref.errors import InputError, MistralRefWarning, TokenizerError, checked_whole, shown
-from mistral_ref.generation import Progress, Token, generate, split_stops
+from mistral_ref.errors import CacheError, ConfigError, InputError, TokenizerError, checked_whole, shown, warn
+from mistral_ref.generation import Progress, Stop, Token, generate, split_stops
 from mistral_ref.ops import Ops
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.sampling import SamplingSettings, log_softmax
-from mistral_ref.tokenizer import SentencePieceTokenizer, TokenStream, find_tokenizer, load_tokenizer
+from mistral_ref.tokenizer import OTHER_FORMATS, SentencePieceTokenizer, TokenStream, find_tokenizer, load_tokenizer
 from mistral_ref.trace import Edit, Walk, check_edits, run_with_edits
 from mistral_ref.transformer import Transformer, drain
 from mistral_ref.weights import Weights
@@ -46,22 +45,41 @@ def load(
     Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
     assumed or left aside.
     """
+    if not os.path.isdir(path):
+        file = os.path.exists(path)
+        raise InputError(
+            f"{shown(os.fspath(path))}: "
+            + ("not a directory; give the one that holds it" if file else "no such directory")
+        )
     directory = Path(path)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}")
     if backend != "numpy":
         raise InputError(f"backend is {shown(backend)}; expected 'numpy'")
     ops = ReferenceOps(dtype, threads=threads, angles=rope_angles)
     config = read_config(directory)
     checkpoint = open_checkpoint(directory)
     config = config.replace(rope_row_order=checkpoint.row_order)
-    tokenizer = load_tokenizer(directory) if find_tokenizer(directory) else None
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+    weights = build_weights(checkpoint, config)
+    config = config.replace(tied_embeddings=weights.output is weights.tok_embeddings)
+    tokenizer, eos_ids = _text_side(directory, config)
+    return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:
+    """Return the tokenizer of a directory, None where there is none that can be read, and the ids that end a text."""
+    eos_ids = read_eos_ids(directory)
+    if eos_ids and max(eos_ids) >= config.vocab_size:
+        raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
+    if find_tokenizer(directory) is None:
+        if others := [name for name in OTHER_FORMATS if (directory / name).exists()]:
+            warn(f"{directory}: holds {others[0]}, but this version reads SentencePiece only; prompts are token ids")
+        return None, eos_ids
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces; "
             f"expected at most the model's vocabulary of {config.vocab_size}"
         )
-    return Model(config, build_weights(checkpoint, config), ops, tokenizer=tokenizer, eos_ids=read_eos_ids(directory))
+    return tokenizer, eos_ids
 
 
 class Model:
@@ -87,6 +105,10 @@ class Model:
         self.eos_ids = frozenset(eos_ids) or frozenset([tokenizer.eos_id] if tokenizer else [])
         self.transformer = Transformer(config, weights, ops)
 
+    def __repr__(self) -> str:
+        tokenizer = "no tokenizer" if self.tokenizer is None else repr(self.tokenizer)
+        return f"<Model of {self.config.n_parameters:,} parameters, {self.ops.dtype}, {tokenizer}>"
+
     def new_cache(
         self, *, max_tokens: int | None = None, chunk: int = DEFAULT_CHUNK, dtype: str | None = None
     ) -> KVCache:
@@ -108,6 +130,7 @@ class Model:
         Text is encoded, with BOS in front unless the cache holds tokens already; ids are taken as they are. Raises
         InputError if there is no token, an id is out of range, or the sequence gets longer than the model is meant for.
         """
+        self._check_cache(cache)
         length = 0 if cache is None else cache.length
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -129,7 +152,7 @@ class Model:
             raise InputError(f"{length + array.size} tokens; the model is meant for at most {longest} (max_seq_len)")
         ids: list[int] = array.tolist()
         if self.tokenizer is not None and ids[:2] == [self.tokenizer.bos_id] * 2:
-            warnings.warn("the prompt begins with BOS twice; the model has never seen that", MistralRefWarning, 3)
+            warn("the prompt begins with BOS twice; the model has never seen that")
         return ids
 
     def forward(
@@ -143,21 +166,31 @@ class Model:
         """Return logits (T, V), or (1, V) of the last token with `last_only`.
 
         With a cache the tokens follow those in it and are appended; any split into calls gives the same logits. Without
-        one nothing is kept. `edits` maps names of steps, or globs, to an array or a function of the step's value; an
-        edited pass is never split, so T is at most the cache's chunk.
+        one nothing is kept. A call that is interrupted keeps the chunks that it has finished: `cache.length` tells.
+
+        `edits` maps names of steps, or globs, to an array or a function of the step's value. An edited pass is never
+        split, so T is at most the cache's chunk.
         """
-        ids = np.array(self.token_ids(tokens, cache))
+        ids = self.token_ids(tokens, cache)
         if edits:
             walk = self._walk(ids, cache, last_only, check_edits(edits, self.config))
             return run_with_edits(walk, edits)
-        self._check_cache(cache)
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
-        chunks = [ids[start : start + cache.chunk] for start in range(0, len(ids), cache.chunk)]
-        parts = [self._run(chunk, cache, last_only) for chunk in chunks]
-        return parts[-1] if last_only else np.concatenate(parts)
+        return self._logits(ids, cache, last_only)
 
-    def _run(self, ids: np.ndarray, cache: KVCache, last_only: bool) -> np.ndarray:
-        return drain(self.transformer.forward_steps(ids, cache.begin(len(ids)), last_only=last_only), self.ops)
+    def _logits(self, ids: Sequence[int], cache: KVCache, last_only: bool) -> np.ndarray:
+        """Take checked ids through the model, a chunk at a time; return logits of all, or (1, V) of the last."""
+        cache.require_room(len(ids))
+        logits_TV = np.empty((1 if last_only else len(ids), self.config.vocab_size), self.ops.dtype)
+        for start in range(0, len(ids), cache.chunk):
+            chunk = np.array(ids[start : start + cache.chunk])
+            steps = self.transformer.forward_steps(chunk, cache.begin(len(chunk)), last_only=last_only)
+            rows = slice(None) if last_only else slice(start, start + len(chunk))
+            logits_TV[rows] = drain(steps, self.ops)
+        return logits_TV
+
+    def _next_logits(self, ids: Sequence[int], cache: KVCache) -> np.ndarray:
+        return self._logits(ids, cache, last_only=True)[0]
 
     def steps(self, tokens: Prompt, cache: KVCache | None = None) -> Walk:
         """Return a Walk through the forward pass of these tokens: iterate over it to get every Step.
@@ -165,19 +198,22 @@ class Model:
         With a cache the pass starts after the tokens in it, takes at most `cache.chunk` tokens, and counts once the
         walk has reached its end.
         """
-        return self._walk(np.array(self.token_ids(tokens, cache)), cache, last_only=False, observe_attention=True)
+        return self._walk(self.token_ids(tokens, cache), cache, last_only=False, observe_attention=True)
 
-    def _walk(self, ids: np.ndarray, cache: KVCache | None, last_only: bool, observe_attention: bool) -> Walk:
-        self._check_cache(cache)
+    def _walk(self, ids: list[int], cache: KVCache | None, last_only: bool, observe_attention: bool) -> Walk:
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
         steps = self.transformer.forward_steps(
-            ids, cache.begin(len(ids)), last_only=last_only, observe_attention=observe_attention
+            np.array(ids), cache.begin(len(ids)), last_only=last_only, observe_attention=observe_attention
         )
         return Walk(steps, self.ops)
 
     def _check_cache(self, cache: KVCache | None) -> None:
-        if cache is not None and cache.ops is not self.ops:
-            raise InputError("the cache was made by another model; expected one from this model's new_cache()")
+        if cache is None:
+            return
+        if not isinstance(cache, KVCache):
+            raise InputError(f"cache is {shown(cache)}; expected one from this model's new_cache()")
+        if cache.ops is not self.ops or cache.config != self.config:
+            raise CacheError("the cache was made by another model; expected one from this model's new_cache()")
 
     def score(self, tokens: Prompt) -> np.ndarray:
         """Return the log-probability (T-1,) of each token after the first, given those before it; float64, in nats.
@@ -189,7 +225,7 @@ class Model:
         scores = [np.empty(0)]
         for start in range(0, len(ids) - 1, cache.chunk):
             following = ids[start + 1 : start + cache.chunk + 1]
-            logprobs_TV = log_softmax(self.forward(ids[start : start + len(following)], cache))
+            logprobs_TV = log_softmax(self._logits(ids[start : start + len(following)], cache, last_only=False))
             scores.append(logprobs_TV[np.arange(len(following)), following])
         return np.concatenate(scores)
 
@@ -204,14 +240,15 @@ class Model:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: str | int | Sequence[str | int] = (),
+        stop: Stop = (),
         cache: KVCache | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Token]:
         """Yield the tokens that follow a prompt, one by one.
 
         max_tokens          how many at most
-        temperature, top_k, top_p, min_p, repetition_penalty    see sampling.py; temperature 0 takes the likeliest token
+        temperature, top_k, top_p, min_p    see sampling.py; temperature 0 takes the likeliest token
+        repetition_penalty  concerns the tokens of this prompt and those generated
         seed                makes the draws reproducible
         stop                strings and token ids that end the text; a stop string is not part of it
         cache               holds what comes before the prompt; afterwards also the prompt and all tokens but the last
@@ -225,16 +262,16 @@ class Model:
         )
         max_tokens = checked_whole("max_tokens", max_tokens, least=1)
         rng = np.random.default_rng(None if seed is None else checked_whole("seed", seed, least=0))
-        stop_strings, stop_ids = split_stops(stop)
+        stop_strings, stop_ids = split_stops(stop, self.config.vocab_size)
         if stop_strings and self.tokenizer is None:
             raise InputError("this model has no tokenizer; expected stops as token ids")
-        self._check_cache(cache)
         ids = self.token_ids(prompt, cache)
         cache = self.new_cache() if cache is None else cache
+        cache.require_room(len(ids))
         if self.config.max_seq_len is not None and cache.length + len(ids) >= self.config.max_seq_len:
             raise InputError(f"the prompt fills the model's {self.config.max_seq_len} positions (max_seq_len)")
         return generate(
-            self,
+            self._next_logits,
             ids,
             cache,
             settings=settings,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -23,15 +24,14 @@ class KeyView(NamedTuple):
 
     store       what `new_store` returned
     slots       where the keys lie in it, oldest first
-    keys        their positions
-    queries     the positions of this pass's queries
+    key_positions, query_positions      of these keys, and of this pass's queries
     window      how many keys a query sees, itself included; None: all
     """
 
     store: Any
     slots: Slots
-    keys: range
-    queries: range
+    key_positions: range
+    query_positions: range
     window: int | None
 
 
@@ -97,7 +97,7 @@ class Ops(Protocol):
         """weights_TE: softmax over each token's n largest logits, 0 elsewhere; of equal ones the first expert wins."""
         ...
 
-    def expert_linear(self, x_NI: np.ndarray, experts_N: np.ndarray, weights: tuple[Matrix, ...]) -> np.ndarray:
+    def expert_linear(self, x_NI: np.ndarray, experts_N: np.ndarray, weights: Sequence[Matrix]) -> np.ndarray:
         """y_NO: row n is x[n] · weights[experts[n]]ᵀ"""
         ...
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ from mistral_ref.weights import Matrix
 
 # Elements of the largest temporary arrays: widened rows of a matrix, scores of a block of queries.
 _BLOCK_ELEMENTS = 2**22
+
+
+# BLAS has one number of threads for the whole process, so passes that set it take turns.
+_BLAS_TURN = threading.RLock()
 
 
 class Store(NamedTuple):
@@ -48,7 +53,7 @@ def _blocks(n: int, row_elements: int) -> Iterator[slice]:
 
 
 class ReferenceOps:
-    """The operations of ops.py in NumPy, every array of one dtype: "float32" or "float64".
+    """The operations of ops.py, where their formulas stand, in NumPy; every array of one dtype, "float32" or "float64".
 
     threads     BLAS threads while a pass runs; None leaves them as they are
     angles      "float32" rounds RoPE's angles as the published implementations do
@@ -71,8 +76,9 @@ class ReferenceOps:
     def running(self) -> Iterator[None]:
         # exp overflows to the right limit in swiglu; NaN from broken weights is reported by whoever draws a token.
         with ExitStack() as stack:
-            stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
+            stack.enter_context(np.errstate(all="ignore"))
             if self._threads is not None:
+                stack.enter_context(_BLAS_TURN)
                 stack.enter_context(self._blas.limit(limits=self._threads, user_api="blas"))
             yield
 
@@ -120,7 +126,7 @@ class ReferenceOps:
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))
-        queries_T, keys_S = np.array(view.queries), np.array(view.keys)
+        queries_T, keys_S = np.array(view.query_positions), np.array(view.key_positions)
         blocks = list(_blocks(len(q_THK), q_THK.shape[1] * len(keys_S)))
 
         def block_scores(rows: slice) -> np.ndarray:
@@ -130,15 +136,21 @@ class ReferenceOps:
             return np.concatenate([self._gather(softmax(block_scores(rows)), v_SGK) for rows in blocks])
         # The same blocks, laid out the same way, so that every number comes out of the same additions as above.
         scores_HTS = np.concatenate([block_scores(rows) for rows in blocks], axis=1)
-        scores_HTS = yield observed("scores", scores_HTS, view.keys)
+        scores_HTS = yield observed("scores", scores_HTS, view.key_positions)
         parts = [softmax(np.ascontiguousarray(scores_HTS[:, rows])) for rows in blocks]
-        weights_HTS = yield observed("attention_weights", np.concatenate(parts, axis=1), view.keys)
+        weights_HTS = yield observed("attention_weights", np.concatenate(parts, axis=1), view.key_positions)
         return np.concatenate([self._gather(np.ascontiguousarray(weights_HTS[:, rows]), v_SGK) for rows in blocks])
 
     def _scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
         """Return q[b, h] · k[s, h // (H/G)] / sqrt(K) as (H, B, S), -inf where key s is out of sight.
 
-        The H/G query heads that share a key/value head are neighbours: heads 0 and 1 of 4 read the first of 2.
+        B queries in this block; M = H/G neighbouring query heads share a key/value head, and M and B are merged, so
+        that each key/value head is one matrix product. Heads 0 and 1 of 4 read the first of 2 key/value heads:
+
+        >>> ops, q_BHK = ReferenceOps("float64"), np.ones((1, 4, 4))
+        >>> k_SGK = np.array([[[1.0] * 4, [10.0] * 4]])
+        >>> ops._scores(q_BHK, k_SGK, np.array([[True]])).ravel().tolist()
+        [2.0, 2.0, 20.0, 20.0]
         """
         n_queries, n_heads, head_dim = q_BHK.shape
         n_keys, n_kv_heads, _ = k_SGK.shape
@@ -164,7 +176,7 @@ class ReferenceOps:
         np.put_along_axis(weights_TE, chosen, shares, axis=-1)
         return weights_TE
 
-    def expert_linear(self, x_NI: np.ndarray, experts_N: np.ndarray, weights: tuple[Matrix, ...]) -> np.ndarray:
+    def expert_linear(self, x_NI: np.ndarray, experts_N: np.ndarray, weights: Sequence[Matrix]) -> np.ndarray:
         y_NO = np.empty((len(x_NI), weights[0].shape[0]), self.dtype)
         for expert in np.unique(experts_N):
             rows = experts_N == expert

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, shown
 
 
 class StepKind(NamedTuple):
@@ -26,18 +26,17 @@ class StepKind(NamedTuple):
     sentence: str
 
 
+_RMS_NORM = "y = x / sqrt(mean(x²) + eps) * weight"
 _QUERY_HEADS = ("token", "head", "head_dim")
 _KV_HEADS = ("token", "kv_head", "head_dim")
 _SCORES = ("head", "query", "key")
 
 CATALOGUE: dict[str, StepKind] = {
     "embedding": StepKind(("token", "dim"), "x = tok_embeddings[token]", "Each token's row of the embedding matrix."),
-    "attention_norm": StepKind(
-        ("token", "dim"), "a = x / sqrt(mean(x²) + eps) * weight", "The residual stream, scaled to unit RMS."
-    ),
-    "q": StepKind(_QUERY_HEADS, "q = a · wqᵀ", "What each token asks for; pairs that RoPE turns are neighbours."),
-    "k": StepKind(_KV_HEADS, "k = a · wkᵀ", "What each token offers to be found by; pairs are neighbours."),
-    "v": StepKind(_KV_HEADS, "v = a · wvᵀ", "What each token hands over once it is found."),
+    "attention_norm": StepKind(("token", "dim"), _RMS_NORM, "The residual stream, scaled to unit RMS."),
+    "q": StepKind(_QUERY_HEADS, "q = y · wqᵀ", "What each token asks for; pairs that RoPE turns are neighbours."),
+    "k": StepKind(_KV_HEADS, "k = y · wkᵀ", "What each token offers to be found by; pairs are neighbours."),
+    "v": StepKind(_KV_HEADS, "v = y · wvᵀ", "What each token hands over once it is found."),
     "q_rotated": StepKind(
         _QUERY_HEADS, "q' = t(p) · R(p) q", "Queries turned by their position p; t is the query temperature, mostly 1."
     ),
@@ -47,34 +46,30 @@ CATALOGUE: dict[str, StepKind] = {
     ),
     "attention_weights": StepKind(_SCORES, "w = softmax(s) over keys", "How much of each key's value a query takes."),
     "heads": StepKind(
-        _QUERY_HEADS, "o[i,h] = sum over j of w[h,i,j] v[j, h // (H/G)]", "The values that each head has gathered."
+        _QUERY_HEADS, "heads[i,h] = sum over j of w[h,i,j] v[j, h // (H/G)]", "The values that each head has gathered."
     ),
-    "attention_out": StepKind(("token", "dim"), "y = concat(heads) · woᵀ", "All heads, brought back to width D."),
-    "residual_after_attention": StepKind(("token", "dim"), "x = x + y", "The residual stream after attention."),
-    "ffn_norm": StepKind(
-        ("token", "dim"), "b = x / sqrt(mean(x²) + eps) * weight", "The residual stream, scaled to unit RMS."
-    ),
-    "router_logits": StepKind(("token", "expert"), "r = b · gateᵀ", "How much each expert suits each token."),
+    "attention_out": StepKind(("token", "dim"), "o = concat(heads) · woᵀ", "All heads, brought back to width D."),
+    "residual_after_attention": StepKind(("token", "dim"), "x = x + o", "The residual stream after attention."),
+    "ffn_norm": StepKind(("token", "dim"), _RMS_NORM, "The residual stream, scaled to unit RMS."),
+    "router_logits": StepKind(("token", "expert"), "r = y · gateᵀ", "How much each expert suits each token."),
     "expert_weights": StepKind(
         ("token", "expert"), "e = softmax(top-k of r), 0 elsewhere", "The chosen experts' shares; 0 means not chosen."
     ),
-    "gate": StepKind(("token", "ffn"), "g = b · w1ᵀ", "Decides how far each hidden unit opens."),
-    "up": StepKind(("token", "ffn"), "u = b · w3ᵀ", "What passes where the gate is open."),
+    "gate": StepKind(("token", "ffn"), "g = y · w1ᵀ", "Decides how far each hidden unit opens."),
+    "up": StepKind(("token", "ffn"), "u = y · w3ᵀ", "What passes where the gate is open."),
     "ffn_hidden": StepKind(("token", "ffn"), "h = g · sigmoid(g) · u", "SwiGLU: the gated hidden units."),
     "ffn_out": StepKind(("token", "dim"), "z = h · w2ᵀ", "The hidden units, brought back to width D."),
     "residual_after_ffn": StepKind(("token", "dim"), "x = x + z", "The residual stream after the block."),
-    "norm": StepKind(
-        ("token", "dim"), "n = x / sqrt(mean(x²) + eps) * weight", "The last residual stream, scaled to unit RMS."
-    ),
-    "logits": StepKind(("token", "vocabulary"), "l = n · outputᵀ", "A score for every possible next token."),
+    "norm": StepKind(("token", "dim"), _RMS_NORM, "The last residual stream, scaled to unit RMS."),
+    "logits": StepKind(("token", "vocabulary"), "l = y · outputᵀ", "A score for every possible next token."),
 }
 
 # With experts the feed-forward steps have a row for each pair of a token and an expert that it was sent to, sorted by
 # token, then by expert.
 _PAIRS = ("pair", "ffn")
 EXPERT_CATALOGUE: dict[str, StepKind] = CATALOGUE | {
-    "gate": StepKind(_PAIRS, "g[n] = b[token n] · w1[expert n]ᵀ", "Decides how far each hidden unit opens."),
-    "up": StepKind(_PAIRS, "u[n] = b[token n] · w3[expert n]ᵀ", "What passes where the gate is open."),
+    "gate": StepKind(_PAIRS, "g[n] = y[token n] · w1[expert n]ᵀ", "Decides how far each hidden unit opens."),
+    "up": StepKind(_PAIRS, "u[n] = y[token n] · w3[expert n]ᵀ", "What passes where the gate is open."),
     "ffn_hidden": StepKind(_PAIRS, "h = g · sigmoid(g) · u", "SwiGLU: the gated hidden units of each pair."),
     "ffn_out": StepKind(
         ("token", "dim"), "z[t] = sum over experts of e[t] · (h · w2ᵀ)", "The experts' outputs, mixed by their shares."
@@ -103,11 +98,12 @@ class Step:
     value           the array; assigning another of the same shape and dtype changes what the pass goes on with
     axes            the names of its axes
     formula         how it came about
+    sentence        what that means
     source          file and line that yielded it; "" where nobody is watching
     key_positions   for scores and attention_weights the positions of their keys, else None
     """
 
-    __slots__ = ("_value", "key_positions", "kind", "name", "source")
+    __slots__ = ("_value", "is_past", "key_positions", "kind", "name", "source")
 
     def __init__(self, name: str, kind: StepKind, value: np.ndarray, key_positions: range | None = None) -> None:
         self.name = name
@@ -115,22 +111,37 @@ class Step:
         self._value = value
         self.key_positions = key_positions
         self.source = ""
+        self.is_past = False  # the pass has gone on from here
 
     @property
     def axes(self) -> tuple[str, ...]:
+        """The names of the axes of `value`."""
         return self.kind.axes
 
     @property
     def formula(self) -> str:
+        """How the value came about."""
         return self.kind.formula
 
     @property
+    def sentence(self) -> str:
+        """What the value means."""
+        return self.kind.sentence
+
+    @property
     def value(self) -> np.ndarray:
+        """The array that the pass goes on with; read-only in a walk."""
         return self._value
 
     @value.setter
     def value(self, new: np.ndarray) -> None:
-        new = np.array(new)
+        """Replace it, while the pass stands still here, by an array of the same shape and dtype; else InputError."""
+        if self.is_past:
+            raise InputError(f"the pass has gone past {self.name}; assign to a step's value before taking the next one")
+        try:
+            new = np.array(new)
+        except ValueError:  # rows of different lengths
+            raise InputError(f"step {self.name} was given {shown(new)}; expected an array") from None
         if new.shape != self._value.shape or new.dtype != self._value.dtype:
             raise InputError(
                 f"step {self.name} was given {new.dtype} of shape {new.shape}; "

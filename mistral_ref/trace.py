@@ -1,10 +1,11 @@
-"""Walk: a forward pass taken step by step, to look at and to change."""
+"""Walk: a forward pass taken step by step, to look at and to change. Edits: the same without a loop of one's own."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 from types import GeneratorType, TracebackType
 
 import numpy as np
@@ -39,7 +40,11 @@ class Walk(Iterator[Step]):
     def __next__(self) -> Step:
         try:
             with self._ops.running():
-                step = next(self._steps) if self._current is None else self._steps.send(self._current.value)
+                if self._current is None:
+                    step = next(self._steps)
+                else:
+                    self._current.is_past = True
+                    step = self._steps.send(self._current.value)
         except StopIteration as end:
             if end.value is not None:
                 self._logits = end.value
@@ -74,7 +79,12 @@ def _source(steps: object) -> str:
     while isinstance(steps, GeneratorType) and isinstance(steps.gi_yieldfrom, GeneratorType):
         steps = steps.gi_yieldfrom
     frame = steps.gi_frame if isinstance(steps, GeneratorType) else None
-    return f"{os.path.relpath(frame.f_code.co_filename, _PACKAGE_PARENT)}:{frame.f_lineno}" if frame else ""
+    return f"{_relative(frame.f_code.co_filename)}:{frame.f_lineno}" if frame else ""
+
+
+@cache
+def _relative(file: str) -> str:
+    return os.path.relpath(file, _PACKAGE_PARENT)
 
 
 def check_edits(edits: Mapping[str, Edit], config: ModelConfig) -> bool:
@@ -82,6 +92,8 @@ def check_edits(edits: Mapping[str, Edit], config: ModelConfig) -> bool:
 
     Keys are step names or globs such as "layers.*.ffn_out".
     """
+    if not isinstance(edits, Mapping):
+        raise InputError(f"edits is {shown(edits)}; expected a mapping from names of steps to values or functions")
     touched = set()
     for pattern in edits:
         matches = {name for name in step_names(config) if fnmatchcase(name, str(pattern))}
@@ -97,4 +109,4 @@ def run_with_edits(walk: Walk, edits: Mapping[str, Edit]) -> np.ndarray:
         for pattern, edit in edits.items():
             if fnmatchcase(step.name, pattern):
                 step.value = edit(step.value) if callable(edit) else edit
-    return walk.logits
+    return walk.logits.copy()

@@ -47,12 +47,17 @@ class Matrix:
     data: np.ndarray
     scale: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        return f"<Matrix {self.name} {self.shape} {self.kind}>"
+
     @property
     def shape(self) -> tuple[int, int]:
+        """(O, I)"""
         return self.data.shape
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file, those of the scale included."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+collect_ignore = ["golden/make_goldens.py"]  # a script, which needs torch
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 ALLOWED_SKIPS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -211,20 +212,55 @@ def test_two_walks_on_one_cache_do_not_mix() -> None:
     assert cache.length == 1
 
 
+def test_a_call_that_cannot_end_does_not_begin() -> None:
+    model = model_of(config_with(window=3))
+    cache = model.new_cache(max_tokens=10, chunk=4)
+    with pytest.raises(CacheError, match="12 tokens; this cache was made for 10"):
+        model.forward([1] * 12, cache)
+    assert cache.length == 0
+
+
+def test_an_abandoned_cache_is_freed_at_once() -> None:
+    model = model_of(config_with(window=3))
+    cache = model.new_cache()
+    walk = model.steps([1, 2], cache)
+    next(walk)
+    walk.close()
+    freed = weakref.ref(cache)
+    del walk, cache
+    assert freed() is None
+
+
 def test_limits_are_errors() -> None:
     model, other = model_of(config_with(window=3)), model_of(config_with(window=3))
     with pytest.raises(CacheError, match="was made for 5"):
         model.forward([1] * 6, model.new_cache(max_tokens=5))
     with pytest.raises(CacheError, match="takes 2 at once"):
         model.steps([1, 2, 3], model.new_cache(chunk=2))
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(CacheError, match="another model"):
         model.forward([1], other.new_cache())
+    with pytest.raises(InputError, match="cache is 'x'"):
+        model.forward([1], "x")
     for bad in ({"chunk": 0}, {"chunk": True}, {"max_tokens": -1}, {"max_tokens": 2.0}, {"dtype": "int8"}):
         with pytest.raises(InputError, match=next(iter(bad))):
             model.new_cache(**bad)
     for length in (-1, 1, True, 0.0):
         with pytest.raises(InputError, match="length"):
             model.new_cache().truncate(length)
+
+
+def test_a_saved_cache_can_be_taken_up_in_another_dtype_and_row_order(tmp_path: Path) -> None:
+    model, path = model_of(config_with(window=3)), tmp_path / "cache.safetensors"
+    cache, tokens = model.new_cache(chunk=2), tokens_for(model.config, 20)
+    model.forward(tokens[:15], cache)
+    cache.save(path)
+    oracle = model_of(config_with(window=3), dtype="float64")
+    taken_up = oracle.load_cache(path)
+    assert (taken_up.length, taken_up.chunk, taken_up.dtype) == (15, 2, "float64")
+    exact = whole(oracle, tokens)[15:]
+    np.testing.assert_allclose(oracle.forward(tokens[15:], taken_up), exact, rtol=0, atol=1e-4)
+    other_rows = model_of(model.config.replace(rope_row_order="halves"))
+    assert other_rows.load_cache(path).length == 15
 
 
 def test_a_saved_cache_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
@@ -252,10 +288,11 @@ def test_a_saved_cache_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
         {"length": "7"},
         {"length": -1},
         {"chunk": 0},
-        {"dtype": "int8"},
         {"length": 2**70},
     ):
         rejected(tensors, metadata | {settings_key: json.dumps(json.loads(metadata[settings_key]) | bad)}, "cache")
+    for broken in ("5", "[" * 100_000, '{"length"'):
+        rejected(tensors, metadata | {settings_key: broken}, "not a cache")
     save_file(tensors, path, metadata)
     with pytest.raises(CacheError, match="another configuration"):
         model_of(config_with(window=4)).load_cache(path)

@@ -102,9 +102,9 @@ def test_info_shows_every_switch(tmp_path: Path) -> None:
     assert "2 of 8 for each token" in run("info", "--model", mixtral).stdout
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["--help"], ["generate", "--help"], ["info", "--help"]])
 def test_help_teaches(command: list[str]) -> None:
-    done = run(*command, "--help")
+    done = run(*command)
     assert done.returncode == 0
     assert "usage: mistral-ref" in done.stdout
 
@@ -117,10 +117,12 @@ def one_line_error(done: subprocess.CompletedProcess[str], words: str) -> None:
 
 
 def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Path) -> None:
-    one_line_error(run(), "COMMAND")
+    one_line_error(run("no-such-command"), "no-such-command")
     one_line_error(run("generate", "A"), "add --model DIR")
     one_line_error(run("generate", "--model", tmp_path / "absent", "A"), "no such directory")
-    one_line_error(run("generate", "--model", model_dir / "config.json", "A"), "not a directory")
+    one_line_error(
+        run("generate", "--model", model_dir / "config.json", "A"), "not a directory; give the one that holds it"
+    )
     one_line_error(run("generate", "--model", tmp_path, "A"), "params.json")
     one_line_error(run("generate", "--model", model_dir, "--max-tokens", "many", "A"), "--max-tokens")
     one_line_error(run("generate", "--model", model_dir, "--max-tokens", 0, "A"), "max_tokens is 0")
@@ -141,12 +143,39 @@ def test_a_truncated_file_is_one_line(model_dir: Path, tmp_path: Path) -> None:
     one_line_error(run("generate", "--model", tmp_path, "A"), str(weights))
 
 
+@pytest.mark.parametrize(
+    "locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C.UTF-8"}]
+)
+def test_text_is_utf8_whatever_the_locale(model_dir: Path, locale: dict[str, str]) -> None:
+    text = mistral_ref.load(model_dir).complete("caf\N{LATIN SMALL LETTER E WITH ACUTE}", max_tokens=4)
+    environment = os.environ | locale | {"PYTHONIOENCODING": "ascii"}
+    options = ("--model", model_dir, "--max-tokens", 4, "--no-echo", b"caf\xc3\xa9".decode())
+    done = run("generate", *options, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == text.encode("ascii", "replace").decode() + "\n"
+
+
+def test_a_full_disk_is_one_line(model_dir: Path) -> None:
+    command = [*COMMAND, "info", "--model", str(model_dir)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "No space left" in done.stderr
+
+
+def test_closed_standard_streams_are_no_traceback(model_dir: Path) -> None:
+    arguments = f"{sys.executable} -m mistral_ref generate --max-tokens 2 --model '{model_dir}'"
+    for shell in (f"{arguments} A >&-", f"{arguments} <&-", f"{arguments} A 2>&-"):
+        done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (2 if "<&-" in shell else 0)
+
+
 def test_an_empty_prompt_begins_with_bos_alone(model_dir: Path) -> None:
     done = run("generate", "--model", model_dir, "--max-tokens", 4, "")
     assert done.stdout == mistral_ref.load(model_dir).complete([1], max_tokens=4) + "\n"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_ctrl_c_leaves_what_was_printed_and_exits_130(model_dir: Path) -> None:
     command = [*COMMAND, "generate", "--model", str(model_dir), "--max-tokens", "99000", "The mill"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

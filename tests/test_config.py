@@ -51,7 +51,7 @@ FULL_CONFIG = CONFIG | {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "sliding_window": 8,
-    "layer_types": [FULL, SLIDING] * 2,
+    "layer_types": [SLIDING] * 4,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
@@ -97,7 +97,9 @@ def read(directory: Path, name: str, values: Values, **changes: Any) -> ModelCon
 
 
 def refusal(directory: Path, name: str, values: Values, **changes: Any) -> str:
-    """Return the message of the refusal, less its first part: the file."""
+    """Return the message with which a file, the only one of its directory, is refused, less its first part: the path."""
+    for other in {"params.json", "config.json"} - {name}:
+        (directory / other).unlink(missing_ok=True)
     with pytest.raises(ConfigError) as caught:
         read(directory, name, values, **changes)
     message = str(caught.value)
@@ -398,9 +400,24 @@ def test_windows_refused_in_params_json(field: str, value: Any, tmp_path: Path) 
     assert refusal(tmp_path, "params.json", PARAMS, **{field: value}).startswith(f"{field} ")
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "ministral"])
-def test_layer_types(model_type: str, tmp_path: Path) -> None:
-    base = CONFIG | {"model_type": model_type, "layer_types": [FULL, SLIDING, SLIDING, FULL]}
+@pytest.mark.parametrize("model_type", ["mistral", "ministral3"])
+def test_layer_types_mean_something_in_ministral_alone(model_type: str, tmp_path: Path) -> None:
+    base = CONFIG | {
+        "model_type": model_type,
+        "rope_parameters": YARN | {"llama_4_scaling_beta": 0, "rope_theta": 1e6},
+        "head_dim": 8,
+    }
+    assert read(tmp_path, "config.json", base, sliding_window=8, layer_types=[SLIDING] * 4).sliding_window == (8,) * 4
+    assert (
+        read(tmp_path, "config.json", base, sliding_window=None, layer_types=[FULL] * 4).sliding_window == (None,) * 4
+    )
+    for layer_types in ([FULL, SLIDING] * 2, [FULL] * 4):
+        message = refusal(tmp_path, "config.json", base, sliding_window=8, layer_types=layer_types)
+        assert message.startswith("layer_types contradicts sliding_window, 8; only a ministral")
+
+
+def test_layer_types(tmp_path: Path) -> None:
+    base = CONFIG | {"model_type": "ministral", "layer_types": [FULL, SLIDING, SLIDING, FULL]}
     assert read(tmp_path, "config.json", base, sliding_window=8).sliding_window == (None, 8, 8, None)
     assert read(tmp_path, "config.json", base, sliding_window=8, layer_types=None).sliding_window == (8,) * 4
     assert read(tmp_path, "config.json", base, layer_types=[FULL] * 4).sliding_window == (None,) * 4
@@ -521,6 +538,16 @@ def test_no_count_takes_a_value_out_of_range(value: Any, tmp_path: Path) -> None
 def test_inconsistent_values(name: str, base: Values, field: str, value: Any, expected: str, tmp_path: Path) -> None:
     message = refusal(tmp_path, name, base, **{field: value})
     assert message.startswith(f"{field} is {value!r}; expected {expected}")
+
+
+def test_a_theta_absent_from_params_json_is_that_of_config_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"rope_theta": 5e5}))
+    assert read(tmp_path, "params.json", PARAMS, rope_theta=GONE).rope_theta == 5e5
+
+
+def test_a_value_that_reads_like_a_field_is_shown_as_it_is(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "config.json", CONFIG, model_type='my "dim" n_layers\' model')
+    assert message.startswith("model_type is 'my \"dim\" n_layers\\' model'; supported are")
 
 
 def test_a_billion_layers_fail_at_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tiny import model_of, tokens_for
 from tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
-from mistral_ref import InputError, MistralRefWarning, Model, Token
+from mistral_ref import CacheError, InputError, KVCache, MistralRefWarning, Model, Token
 from mistral_ref.generation import StopStrings
 from mistral_ref.tokenizer import SentencePieceTokenizer
 
@@ -31,11 +31,11 @@ class Scripted(Model):
         super().__init__(model.config, model.weights, model.ops, tokenizer=TOKENIZER, **options)
         self.script, self.n_passes = [*ids, 0], 0
 
-    def forward(self, tokens: object, cache: object = None, **options: object) -> np.ndarray:
-        cache.commit(cache.begin(len(tokens)))
+    def _next_logits(self, ids: list[int], cache: KVCache) -> np.ndarray:
+        cache.commit(cache.begin(len(ids)))
         self.n_passes += 1
-        logits = np.zeros((1, self.config.vocab_size), np.float32)
-        logits[0, self.script[max(0, self.n_passes - 1)]] = 50
+        logits = np.zeros(self.config.vocab_size, np.float32)
+        logits[self.script[self.n_passes - 1]] = 50
         return logits
 
 
@@ -124,6 +124,23 @@ def test_no_pass_runs_after_the_last_token() -> None:
     assert model.n_passes == 3
 
 
+def test_a_full_cache_ends_the_text() -> None:
+    model = Scripted([9] * 9)
+    tokens = list(model.generate([5, 5, 5], max_tokens=9, cache=model.new_cache(max_tokens=6)))
+    assert [token.finish_reason for token in tokens] == [None, None, None, "length"]
+    with pytest.raises(CacheError, match="made for 2"):
+        model.generate([5, 5, 5], cache=model.new_cache(max_tokens=2))
+
+
+def test_two_texts_on_one_cache_do_not_mix() -> None:
+    model = Scripted([9] * 9)
+    cache = model.new_cache()
+    first, second = (model.generate([5], cache=cache) for _ in range(2))
+    next(first), next(second)
+    with pytest.raises(CacheError, match="another pass"):
+        next(first)
+
+
 def test_logprobs_are_the_models_own_whatever_is_sampled() -> None:
     model = model_of(CONFIG)
     prompt = tokens_for(CONFIG, 5)
@@ -170,8 +187,9 @@ def test_text_gets_bos_only_where_a_sequence_begins() -> None:
     assert model.token_ids("") == [1]
     with pytest.raises(InputError, match="at least one token"):
         model.token_ids("", cache)
-    with pytest.warns(MistralRefWarning, match="BOS twice"):
-        model.token_ids([1, 1, 5])
+    with pytest.warns(MistralRefWarning, match="BOS twice") as caught:
+        list(Scripted([9]).generate([1, 1, 5], max_tokens=1))
+    assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.token_ids("<s> A")
@@ -187,6 +205,8 @@ def test_text_gets_bos_only_where_a_sequence_begins() -> None:
         {"seed": 1.5},
         {"stop": [""]},
         {"stop": [None]},
+        {"stop": -1},
+        {"stop": [CONFIG.vocab_size]},
         {"temperature": -1},
         {"temperature": float("nan")},
         {"top_p": 1.1},

@@ -214,8 +214,14 @@ def test_mistakes_in_edits_are_errors() -> None:
         model.forward([1], edits={"layers.0.q": lambda q: q[..., 1:]})
     with pytest.raises(ValueError, match="read-only"):
         model.forward([1], edits={"layers.0.q": lambda q: q.fill(0)})
+    with pytest.raises(InputError, match=r"layers\.0\.q was given .*; expected an array"):
+        model.forward([1], edits={"layers.0.q": [[1], [2, 3]]})
+    with pytest.raises(InputError, match="edits is "):
+        model.forward([1], edits=["embedding"])
     walk = model.steps([1])
-    next(walk)
+    first, _ = next(walk), next(walk)
+    with pytest.raises(InputError, match="gone past embedding"):
+        first.value = first.value * 2
     with pytest.raises(InputError, match="not reached its end"):
         _ = walk.logits
 

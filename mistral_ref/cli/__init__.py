@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -17,6 +18,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose complaints are one line, like those of the library."""
 
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line and exit with status 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -28,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="mistral-ref COMMAND --help tells more of each command.",
     )
     parser.add_argument("--version", action="version", version=f"mistral-ref {mistral_ref.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command in (generate, info):
         command.add_to(commands)
     return parser
@@ -36,13 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", mistral_ref.MistralRefWarning)
             warnings.showwarning = _show_notice  # type: ignore[assignment]
             arguments.run(arguments)
-            sys.stdout.flush()
+            print(end="", flush=True)
     except mistral_ref.MistralRefError as error:
         print(f"mistral-ref: {error}", file=sys.stderr)
         return 2
@@ -52,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has left, as `head` does. Python would complain again when it flushes at exit.
+    except OSError as error:
+        # Standard output is closed or full. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whoever read it has seen enough, as `head` does
+            print(f"mistral-ref: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -7,22 +7,31 @@ import argparse
 import mistral_ref
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which model to load and how."""
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which model to load."""
     parser.add_argument(
         "--model", metavar="DIR", help="directory with the weights, in Mistral's or Hugging Face's layout"
     )
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what computes."""
     parser.add_argument("--backend", choices=["numpy"], default="numpy", help="what computes (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the matrix products (default: all)")
 
 
-def load_model(arguments: argparse.Namespace) -> mistral_ref.Model:
-    """Load the model that the options name."""
+def model_directory(arguments: argparse.Namespace) -> str:
+    """Return the directory that --model names; raise InputError without one."""
     if arguments.model is None:
         raise mistral_ref.InputError(
             "no model given: add --model DIR, a directory with params.json or config.json and safetensors"
         )
-    return mistral_ref.load(arguments.model, backend=arguments.backend, threads=arguments.threads)
+    return str(arguments.model)
+
+
+def load_model(arguments: argparse.Namespace) -> mistral_ref.Model:
+    """Load the model that the options name."""
+    return mistral_ref.load(model_directory(arguments), backend=arguments.backend, threads=arguments.threads)
 
 
 def size(n_bytes: int) -> str:

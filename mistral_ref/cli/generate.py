@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import mistral_ref
-from mistral_ref.cli.common import add_model_options, load_model
+from mistral_ref.cache import DEFAULT_CHUNK
+from mistral_ref.cli.common import add_compute_options, add_model_option, load_model
+from mistral_ref.generation import Progress
 
 _EXAMPLES = """\
 examples:
@@ -30,7 +33,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; without it, standard input is read")
-    add_model_options(parser)
+    add_model_option(parser)
+    add_compute_options(parser)
     parser.add_argument(
         "--max-tokens", type=int, default=256, metavar="N", help="tokens at most (default: %(default)s)"
     )
@@ -62,8 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     model = load_model(arguments)
     loaded = time.perf_counter()
-    ids = model.token_ids(read_prompt(arguments))
-    with ExitStack() as stack:
+    prompt = read_prompt(arguments)
+    ids = model.token_ids(prompt)
+    with prefill_bar(len(ids)) as progress:
         tokens = model.generate(
             ids,
             max_tokens=arguments.max_tokens,
@@ -73,13 +78,15 @@ def run(arguments: argparse.Namespace) -> None:
             min_p=arguments.min_p,
             repetition_penalty=arguments.repetition_penalty,
             seed=arguments.seed,
-            stop=arguments.stop,
-            progress=prefill_bar(stack),
+            stop=[as_text(stop) for stop in arguments.stop],
+            progress=progress,
         )
+        echo = "" if arguments.no_echo else prompt
+        if progress is None:  # a bar and text would overwrite each other
+            print(echo, end="", flush=True)
+            echo = ""
         first = next(tokens)
-    if not arguments.no_echo and model.tokenizer is not None:
-        print(model.tokenizer.decode(ids), end="")
-    print(first.text, end="", flush=True)
+    print(echo + first.text, end="", flush=True)
     first_at, count, last = time.perf_counter(), 1, first
     for last in tokens:
         count += 1
@@ -93,8 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
 def read_prompt(arguments: argparse.Namespace) -> str:
     """Return the prompt from the argument, or from standard input without the newline that ends its last line."""
     if arguments.prompt is not None:
-        return str(arguments.prompt)
-    if sys.stdin.isatty():
+        return as_text(arguments.prompt)
+    if sys.stdin is None or sys.stdin.isatty():
         raise mistral_ref.InputError("no prompt: give it as an argument or on standard input")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
@@ -102,23 +109,27 @@ def read_prompt(arguments: argparse.Namespace) -> str:
         raise mistral_ref.InputError(f"standard input is not UTF-8 text: {error.reason} at {error.start}") from None
 
 
-def prefill_bar(stack: ExitStack) -> Callable[[int, int], None]:
-    """Return a callback that shows a bar on standard error while a long prompt is read, until `stack` is left."""
-    # Imported here: a tenth of a second that --help and every mistake would otherwise wait for.
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import Progress, TaskID  # noqa: PLC0415
+def as_text(argument: str) -> str:
+    """Return an argument as the UTF-8 that it was typed as, whatever the locale made of it."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise mistral_ref.InputError(f"argument {argument!a} is not UTF-8 text") from None
 
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    tasks: list[TaskID] = []
 
-    def update(done: int, total: int) -> None:
-        if not tasks:
-            stack.enter_context(bar)
-            tasks.append(bar.add_task("reading the prompt", total=total))
-        bar.update(tasks[0], completed=done)
+@contextmanager
+def prefill_bar(n_tokens: int) -> Iterator[Progress | None]:
+    """Show a bar on a terminal's standard error while a prompt of several chunks is read; give what moves it."""
+    if n_tokens <= DEFAULT_CHUNK or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    # Imported here: a tenth of a second that --help and every short prompt would otherwise wait for.
+    import rich.console  # noqa: PLC0415
+    import rich.progress  # noqa: PLC0415
 
-    return update
+    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading the prompt", total=n_tokens)
+        yield lambda done, _total: bar.update(task, completed=done)
 
 
 def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:

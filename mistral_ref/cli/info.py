@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mistral_ref
 from mistral_ref.checkpoint import Checkpoint, huggingface_name, open_checkpoint
-from mistral_ref.cli.common import add_model_options, load_model, size
+from mistral_ref.cli.common import add_model_option, model_directory, size
 from mistral_ref.config import ModelConfig
 
 _LENGTHS = (1024, 4096, 32768, 131072)
@@ -24,17 +24,18 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="what a directory holds",
         description="Show a model's architecture, its files and tensors, its tokenizer, and the memory that it needs.",
     )
-    add_model_options(parser)
+    add_model_option(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its name in both layouts")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print everything about a directory."""
-    model = load_model(arguments)
+    directory = model_directory(arguments)
+    model = mistral_ref.load(directory)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load_model has said it all
-        checkpoint = open_checkpoint(Path(arguments.model))
+        warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has said it all
+        checkpoint = open_checkpoint(Path(directory))
     print_rows("architecture", architecture(model.config))
     print_rows("checkpoint", files(checkpoint))
     print_rows("memory", memory(model, checkpoint))
@@ -93,7 +94,9 @@ def files(checkpoint: Checkpoint) -> dict[str, object]:
     dtypes = Counter[str]()
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype] += math.prod(tensor.shape)
-    weights = sum(math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if name.endswith(".weight"))
+    weights = sum(
+        math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if not name.endswith(".qscale_weight")
+    )
     names = [path.name for path in checkpoint.files]
     return {
         "layout": checkpoint.layout,

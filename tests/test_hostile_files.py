@@ -1,0 +1,383 @@
+"""Directories that somebody made to hurt: they load, or are refused in one line, in bounded time and memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import FAMILIES, write_consolidated, write_hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import tiny_tokenizer
+
+import mistral_ref
+from mistral_ref.errors import MistralRefError, MistralRefWarning
+
+MAX_SECONDS = 1.0
+MAX_BYTES = 16 * 2**20  # beyond the size of the files
+
+Files = dict[str, bytes]
+
+
+@cache
+def valid(layout: str) -> Files:
+    """Return the files of a directory that loads, by name."""
+
+    def family(name: str) -> Any:
+        small = FAMILIES[name]
+        return dataclasses.replace(small, config=small.config.replace(dim=8, hidden_dim=12, vocab_size=384))
+
+    with tempfile.TemporaryDirectory() as made:
+        directory = Path(made)
+        if layout == "consolidated":
+            write_consolidated(directory, family("interleaved_windows"), fp8=True)
+        elif layout == "hf":
+            write_hf(directory, family("mixtral_windowed"), fused_experts=True)
+        else:
+            write_hf(directory, family("ministral3"), shards=3, fp8="block", wrapper="v5")
+        (directory / "tokenizer.model").write_bytes(tiny_tokenizer())
+        (directory / "generation_config.json").write_text('{"eos_token_id": 2}')
+        return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def header_of(content: bytes) -> tuple[Any, bytes]:
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8:start]), content[start:]
+
+
+def tensor_file(header: Any, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def attempt(directory: Path) -> str:
+    """Load a directory and run three tokens; return the message of the error, or "" if there was none.
+
+    Fails unless the error is one of ours, every message is one line, and time and memory keep to their bounds.
+    """
+    size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+    messages = [""]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MistralRefWarning)
+        gc.disable()  # to collect what hypothesis has piled up is not the library's time
+        tracemalloc.start()
+        before = time.thread_time()  # of this thread alone, however busy the machine is
+        try:
+            mistral_ref.load(directory, backend="numpy").forward([0, 1, 2])
+        except MistralRefError as error:
+            messages[0] = str(error)
+        finally:
+            seconds = time.thread_time() - before
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            gc.enable()
+    messages += [str(warning.message) for warning in caught if warning.category is MistralRefWarning]
+    assert all(message.isprintable() and len(message) < 3000 for message in messages), messages
+    assert seconds < MAX_SECONDS
+    assert peak < size + MAX_BYTES
+    return messages[0]
+
+
+def fill(directory: Path, files: Files) -> None:
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
+# --------------------------------------------------------------------------------------------- what hypothesis changes
+
+INTEGERS = st.sampled_from([0, -1, 1, 2**31, 2**53, 2**63, 2**64 - 1, 2**64, 10**400]) | st.integers(-(2**70), 2**70)
+TEXTS = st.text(max_size=9) | st.sampled_from(
+    ["\0", "a\nb", "\x1b[2J", "\ud800", "\u2028", "x" * 5000, "../a.safetensors", "I64", "F8_E4M3", "yarn", "mixtral"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | INTEGERS | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=40) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(document: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every place in a JSON document as a list or object and the index or key in it."""
+    keys = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+    for key in keys:
+        yield document, key
+        yield from places(document[key])
+
+
+@st.composite
+def other_json(draw: st.DrawFn, document: Any) -> Any:
+    """Draw a document that differs in one to three places."""
+    document = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, 3))):
+        if not (found := list(places(document))):
+            break
+        container, key = draw(st.sampled_from(found))
+        value = container[key]
+        change = draw(st.sampled_from(["replace", "nudge", "delete", "rename", "copy"]))
+        if change == "nudge" and type(value) is int:
+            container[key] = value + draw(st.integers(-9, 9))
+        elif change == "copy":
+            other, at = draw(st.sampled_from(found))
+            container[key] = copy.deepcopy(other[at])
+        elif change == "delete":
+            del container[key]
+        elif change == "rename" and isinstance(container, dict):
+            name = draw(st.sampled_from(list(container)) | TEXTS)
+            container[name] = container.pop(key)
+        else:
+            container[key] = draw(VALUES)
+    return document
+
+
+@st.composite
+def other_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    """Draw a content that is cut off, overwritten here and there, or another altogether; mostly in its first part."""
+    first = min(len(content), 8 + 3000)
+    at = st.integers(0, first - 1) | st.integers(0, len(content) - 1)
+    change = draw(st.sampled_from(["cut", "overwrite", "insert", "length", "random"]))
+    if change == "cut":
+        return content[: draw(at)]
+    if change == "random":
+        return draw(st.binary(max_size=200))
+    if change == "length":
+        return struct.pack("<Q", draw(st.integers(0, 2**64 - 1) | st.integers(0, first))) + content[8:]
+    changed = bytearray(content)
+    for position in draw(st.lists(at, min_size=1, max_size=4)):
+        stop = position + (change == "overwrite")
+        changed[position:stop] = draw(st.binary(min_size=1, max_size=3))
+    return bytes(changed)
+
+
+@dataclasses.dataclass
+class Hostile:
+    """A valid directory, and the files that are put in the place of its own."""
+
+    layout: str
+    changed: Files
+
+    def __repr__(self) -> str:
+        """Show what is needed to see the fault, and not a whole file of weights."""
+        shown = {name: (content[:1500], len(content)) for name, content in self.changed.items()}
+        return f"{self.layout} with {shown}"
+
+
+@st.composite
+def hostile_directories(draw: st.DrawFn) -> Hostile:
+    """Draw a directory in which one file, or two, are not what they were."""
+    hostile = Hostile(draw(st.sampled_from(["consolidated", "hf", "shards"])), {})
+    files = valid(hostile.layout)
+    for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2, unique=True)):
+        content = files[name]
+        if name == "tokenizer.model" or draw(st.integers(0, 2)) == 0:
+            hostile.changed[name] = draw(other_bytes(content))
+        elif name.endswith(".safetensors"):
+            header, data = header_of(content)
+            hostile.changed[name] = tensor_file(draw(other_json(header)), data)
+        else:
+            hostile.changed[name] = json.dumps(draw(other_json(json.loads(content)))).encode()
+    return hostile
+
+
+def check(hostile: Hostile) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        fill(Path(directory), valid(hostile.layout) | hostile.changed)
+        attempt(Path(directory))
+
+
+@given(hostile_directories())
+@settings(max_examples=150, deadline=None)
+def test_hostile_files(hostile: Hostile) -> None:
+    check(hostile)
+
+
+@pytest.mark.slow
+@given(hostile_directories())
+@settings(max_examples=10_000, deadline=None)
+def test_many_hostile_files(hostile: Hostile) -> None:
+    check(hostile)
+
+
+@pytest.mark.parametrize("layout", ["consolidated", "hf", "shards"])
+def test_the_files_are_valid_before_they_are_changed(layout: str, tmp_path: Path) -> None:
+    fill(tmp_path, valid(layout))
+    assert attempt(tmp_path) == ""
+
+
+# ------------------------------------------------------------------------------- what costs the most, as far as we know
+
+
+WEIGHTS = "consolidated.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+
+def weights(header: Any, data: bytes = b"") -> Files:
+    return {WEIGHTS: tensor_file(header, data)}
+
+
+def tensor(*shape: int, end: int = 0, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}
+
+
+def names(text: str, n: int, first: int = 0) -> Files:
+    return weights({text % i: tensor(0) for i in range(first, first + n)})
+
+
+def beside(filler: str) -> Files:
+    """A tensor with something in its entry that nobody asked for."""
+    return weights(f'{{"norm.weight": {json.dumps(tensor(0))[:-1]}, "x": {filler}}}}}'.encode())
+
+
+def with_scale(scale: dict[str, object], data: bytes) -> Files:
+    """The fp8 model with another scale, in front of all; the old one is left aside."""
+    header, rest = header_of(valid("consolidated")[WEIGHTS])
+    for entry in header.values():
+        entry["data_offsets"] = [offset + len(data) for offset in entry["data_offsets"]]
+    header["layers.0.attention.wq.qscale_act"] = header.pop("layers.0.attention.wq.qscale_weight")
+    return weights({"layers.0.attention.wq.qscale_weight": scale} | header, data + rest)
+
+
+def shards(n_files: int, n_tensors: int) -> Files:
+    """Shards full of tensors without bytes, under names that a model of as many layers would have."""
+    name = "layers.%d.a.weight"
+    files = {f"{i}.safetensors": names(name, n_tensors, i * n_tensors)[WEIGHTS] for i in range(n_files)}
+    index = {name % (i * n_tensors): f"{i}.safetensors" for i in range(n_files)}
+    return files | {INDEX: json.dumps({"weight_map": index}).encode()}
+
+
+def params(field: str, text: str) -> Files:
+    content = json.loads(valid("consolidated")["params.json"])
+    content.pop(field, None)
+    return {"params.json": json.dumps(content).encode()[:-1] + f', "{field}": {text}}}'.encode()}
+
+
+def pieces(n: int, text: str, tail: bytes = b"") -> Files:
+    """The tokenizer with n pieces more: in protobuf, a field is a tag, a length and a content."""
+    texts = [(text % i).encode() for i in range(n)]
+    fields = [b"\x0a" + bytes([len(text)]) + text + tail for text in texts]
+    return {"tokenizer.model": tiny_tokenizer() + b"".join(b"\x0a" + bytes([len(field)]) + field for field in fields)}
+
+
+COSTLY: dict[str, Callable[[], Files]] = {
+    "metadata": lambda: weights({"__metadata__": {f"{i:x}": "" for i in range(40_000)}}),
+    "tensors": lambda: names("layers.%d.a.weight", 5_500),
+    "too many tensors": lambda: names("%d", 6_800),
+    "tensors left aside": lambda: names("%d.qscale_act", 6_600),
+    "tensors of the vision tower": lambda: names("vision_tower.%d", 6_600),
+    "shards": lambda: shards(12, 5_000),
+    "shards that are not there": lambda: {
+        INDEX: json.dumps({"weight_map": {f"{i:x}": f"{i:x}.safetensors" for i in range(15_000)}}).encode()
+    },
+    "a name that takes squares": lambda: names("kv_fake_quantizer." * 28_000 + "\n%d", 1),
+    "a name of digits": lambda: names("layers." + "1" * 500_000 + "%d.weight", 1),
+    "a name of dots": lambda: names("layers.0" + "." * 500_000 + "%d", 1),
+    "a long dtype": lambda: weights({"a": tensor(dtype="\n" * 200_000)}),
+    "lists beside": lambda: beside("[" + "[]," * 150_000 + "[]]"),
+    "texts beside": lambda: beside("[" + '"a",' * 120_000 + "0]"),
+    "numbers beside": lambda: beside("[" + "12345," * 80_000 + "0]"),
+    "wide text beside": lambda: beside('"' + "x" * 500_000 + '\U0001f642"'),
+    "dimensions": lambda: weights({"norm.weight": tensor(*(1,) * 170_000, end=4)}, bytes(4)),
+    "a scale of 100 dimensions": lambda: with_scale(tensor(*(1,) * 100, end=4), bytes(4)),
+    "a scale of no numbers": lambda: with_scale(tensor(0, 2**63), b""),
+    "lists in a configuration": lambda: {"params.json": b"[" * 500_000},
+    "lists beside each other": lambda: params("x", "[" + "[]," * 150_000 + "0]"),
+    "windows": lambda: params("sliding_window", "[" + "9," * 250_000 + "9]"),
+    "windows as text": lambda: params("sliding_window", '"[' + "9," * 250_000 + '9]"'),
+    "unknown fields": lambda: params("x", "0, " + ", ".join(f'"{i:x}": 0' for i in range(40_000))),
+    "layers": lambda: params("n_layers", "1024"),
+    "ends": lambda: {"generation_config.json": b'{"eos_token_id": [' + b"9," * 250_000 + b"9]}"},
+    "pieces": lambda: pieces(36_500, "%012x"),
+    "pieces from users": lambda: pieces(36_500, "%012x", b"\x18\x04"),
+    "too many pieces": lambda: pieces(60_000, "%x_"),
+    "empty pieces": lambda: {"tokenizer.model": tiny_tokenizer() + b"\x0a\x00" * 74_000},
+    "groups in a tokenizer": lambda: {"tokenizer.model": tiny_tokenizer() + b"\x0b" * 500_000},
+}  # fmt: skip
+
+
+# The memory that safetensors and SentencePiece take is not Python's, so the process is measured. Each directory is
+# loaded in a child of its own, since the high-water mark of a process never sinks.
+LOAD_EACH = """
+import json, os, resource, sys, time, warnings
+import mistral_ref
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+warnings.simplefilter("ignore")
+mistral_ref.load(sys.argv[1], backend="numpy")
+for directory in sys.argv[2:]:
+    if os.fork() == 0:
+        message, memory, started = "", peak(), time.thread_time()
+        try:
+            mistral_ref.load(directory, backend="numpy")
+        except mistral_ref.MistralRefError as error:
+            message = str(error)
+        except Exception as error:  # the line feed tells it from a message
+            message = repr(error) + "\\n"
+        print(json.dumps([time.thread_time() - started, peak() - memory, message]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, int, str]]:
+    """Load every costly directory; return seconds, bytes beyond the size of the files, and the message, by name."""
+    root = tmp_path_factory.mktemp("costly")
+    directories = [root / str(number) for number in range(1 + len(COSTLY))]
+    for directory, make in zip(directories, [dict, *COSTLY.values()], strict=True):
+        directory.mkdir()
+        files = valid("consolidated") | make()
+        if INDEX in files:
+            del files[WEIGHTS]
+        fill(directory, files)
+    command = [sys.executable, "-c", LOAD_EACH, *map(str, directories)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    sizes = [sum(file.stat().st_size for file in directory.iterdir()) for directory in directories[1:]]
+    measured = zip(COSTLY, map(json.loads, lines), sizes, strict=True)
+    return {name: (seconds, peak - size, message) for name, (seconds, peak, message), size in measured}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_costly_files(name: str, costs: dict[str, tuple[float, int, str]]) -> None:
+    seconds, memory, message = costs[name]
+    assert message.isprintable()
+    assert "its header has" not in message  # which would be no test of what comes after
+    assert len(message) < 3000
+    assert seconds < MAX_SECONDS
+    assert memory < MAX_BYTES
+
+
+# ------------------------------------------------------------------------------------------- what is no file of its own
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device", "loop", "nowhere"])
+@pytest.mark.parametrize(
+    "name",
+    [*sorted(valid("consolidated")), "config.json", "model-00002-of-00003.safetensors", "model.safetensors.index.json"],
+)
+def test_what_is_no_regular_file(kind: str, name: str, tmp_path: Path) -> None:
+    fill(tmp_path, valid("consolidated" if name in valid("consolidated") else "shards"))
+    file = tmp_path / name
+    file.unlink()
+    if kind == "directory":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to({"device": "/dev/zero", "loop": name, "nowhere": "nowhere"}[kind])
+    assert attempt(tmp_path).startswith(f"{file}: ")
