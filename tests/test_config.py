@@ -97,7 +97,7 @@ def read(directory: Path, name: str, values: Values, **changes: Any) -> ModelCon
 
 
 def refusal(directory: Path, name: str, values: Values, **changes: Any) -> str:
-    """Return the message with which a file, the only one of its directory, is refused, less its first part: the path."""
+    """Return the message with which a file, alone in its directory, is refused, less its first part: the path."""
     for other in {"params.json", "config.json"} - {name}:
         (directory / other).unlink(missing_ok=True)
     with pytest.raises(ConfigError) as caught:

@@ -30,6 +30,7 @@ from mistral_ref.errors import MistralRefError, MistralRefWarning
 
 MAX_SECONDS = 1.0
 MAX_BYTES = 16 * 2**20  # beyond the size of the files
+MAX_TOKENIZER_BYTES = 28 * 2**20  # what 64,000 pieces take, which models of the same architecture do have
 
 Files = dict[str, bytes]
 
@@ -300,11 +301,11 @@ COSTLY: dict[str, Callable[[], Files]] = {
     "unknown fields": lambda: params("x", "0, " + ", ".join(f'"{i:x}": 0' for i in range(40_000))),
     "layers": lambda: params("n_layers", "1024"),
     "ends": lambda: {"generation_config.json": b'{"eos_token_id": [' + b"9," * 250_000 + b"9]}"},
-    "pieces": lambda: pieces(36_500, "%012x"),
-    "pieces from users": lambda: pieces(36_500, "%012x", b"\x18\x04"),
-    "too many pieces": lambda: pieces(60_000, "%x_"),
-    "empty pieces": lambda: {"tokenizer.model": tiny_tokenizer() + b"\x0a\x00" * 74_000},
-    "groups in a tokenizer": lambda: {"tokenizer.model": tiny_tokenizer() + b"\x0b" * 500_000},
+    "pieces": lambda: pieces(68_000, "%012x"),
+    "pieces from users": lambda: pieces(68_000, "%012x", b"\x18\x04"),
+    "too many pieces": lambda: pieces(90_000, "%x_"),
+    "empty pieces": lambda: {"tokenizer.model": tiny_tokenizer() + b"\x0a\x00" * 140_000},
+    "groups in a tokenizer": lambda: {"tokenizer.model": tiny_tokenizer() + b"\x0b" * 1_400_000},
 }  # fmt: skip
 
 
@@ -359,7 +360,7 @@ def test_costly_files(name: str, costs: dict[str, tuple[float, int, str]]) -> No
     assert "its header has" not in message  # which would be no test of what comes after
     assert len(message) < 3000
     assert seconds < MAX_SECONDS
-    assert memory < MAX_BYTES
+    assert memory < (MAX_TOKENIZER_BYTES if name.startswith("pieces") else MAX_BYTES)
 
 
 # ------------------------------------------------------------------------------------------- what is no file of its own
