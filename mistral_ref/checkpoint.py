@@ -3,57 +3,24 @@
     consolidated    consolidated.safetensors; tok_embeddings, layers.0.attention.wq, ...; rows of wq, wk interleaved
     huggingface     model.safetensors, or shards with an index; model.embed_tokens, ...; rows of wq, wk in halves
 
-Nothing is copied, unpickled or executed. This is the only file that knows the other layout's names.
+Nothing is copied, unpickled or executed.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mistral_ref.config import ModelConfig, RowOrder
-from mistral_ref.errors import CheckpointError, MistralRefWarning, shown
+from mistral_ref.errors import CheckpointError, shown, warn
 from mistral_ref.json_file import read_json
 from mistral_ref.tensor_file import Tensor, open_tensor_file
+from mistral_ref.tensor_names import huggingface_name, is_unused, mistral_name, other_part
 from mistral_ref.weights import FP8_BLOCK, ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights
-
-# Hugging Face's names within a layer, and Mistral's own.
-_IN_LAYER = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.gate": "feed_forward.gate",  # beside fused experts; the published name is the next, so that it stands last
-    "block_sparse_moe.gate": "feed_forward.gate",
-}
-_AROUND_LAYERS = {"embed_tokens": "tok_embeddings", "norm": "norm"}
-_ENDINGS = {"weight": "weight", "weight_scale_inv": "qscale_weight", "activation_scale": "qscale_act"}
-_EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])")
-# transformers 5 keeps all experts of a layer in two tensors: (E, 2F, D), w1 above w3, and (E, D, F), w2.
-_FUSED = {
-    "mlp.experts.gate_up_proj": "feed_forward.experts.w1_w3",
-    "mlp.experts.down_proj": "feed_forward.experts.w2",
-}
-
-_OWN_NAME = re.compile(r"(tok_embeddings|norm|output|layers\.\d+\.[\w.]+)\.(weight|qscale_weight)")
-_LAYER = re.compile(r"(layers\.\d+\.)?(.*)", re.DOTALL)
-_TEXT_PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.")
-_OTHER_PARTS = re.compile(
-    r"(model\.)?(vision_tower|multi_modal_projector|vision_encoder|vision_language_adapter|patch_merger"
-    r"|pre_mm_projector_norm)\."
-)
-# Tables and calibration that older converters saved; the forward pass has no use for them.
-_UNUSED = (".rotary_emb.inv_freq", ".qscale_act", ".activation_scale")
 
 # Several times what any model has. A tensor costs more in memory than its entry in a header does in a file.
 _MAX_TENSORS = 8_000
@@ -64,66 +31,24 @@ _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 
 
-def mistral_name(name: str) -> str | None:
-    """Return Mistral's own name of a tensor of either layout; None if it belongs to no text model.
-
-    >>> mistral_name("model.layers.3.self_attn.q_proj.weight")
-    'layers.3.attention.wq.weight'
-    >>> mistral_name("lm_head.weight")
-    'output.weight'
-    """
-    if _OWN_NAME.fullmatch(name):
-        return name
-    if name in ("lm_head.weight", "language_model.lm_head.weight"):
-        return "output.weight"
-    prefix = _TEXT_PREFIX.match(name)
-    if prefix is None:
-        return None
-    layer, rest = _LAYER.fullmatch(name[prefix.end() :]).groups("")  # type: ignore[union-attr]
-    if rest in _FUSED:
-        return f"{layer}{_FUSED[rest]}"
-    stem, _, ending = rest.rpartition(".")
-    if match := _EXPERT.fullmatch(stem):
-        own = f"feed_forward.experts.{match[1]}.{match[2]}"
-    else:
-        own = (_IN_LAYER if layer else _AROUND_LAYERS).get(stem, "")
-    return f"{layer}{own}.{_ENDINGS[ending]}" if own and ending in _ENDINGS else None
-
-
-def huggingface_name(name: str) -> str:
-    """Return Hugging Face's name of a tensor that Mistral's own files call `name`.
-
-    >>> huggingface_name("layers.3.attention.wq.weight")
-    'model.layers.3.self_attn.q_proj.weight'
-    """
-    layer, rest = _LAYER.fullmatch(name).groups("")  # type: ignore[union-attr]
-    if rest == "output.weight":
-        return "lm_head.weight"
-    theirs = {own: name for names in (_IN_LAYER, _AROUND_LAYERS, _ENDINGS, _FUSED) for name, own in names.items()}
-    if rest in theirs:
-        return f"model.{layer}{theirs[rest]}"
-    stem, _, ending = rest.rpartition(".")
-    stem = theirs.get(stem, stem.replace("feed_forward.experts", "block_sparse_moe.experts"))
-    return f"model.{layer}{stem}.{theirs[ending]}"
-
-
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The mapped tensors of one directory.
 
     tensors     by Mistral's own names; each Tensor keeps the name it has in its file
     row_order   which rows of wq and wk form RoPE's pairs, by whose names the tensors bear
-    skipped     names of tensors that belong to other parts (vision), or are of no use
+    skipped     tensors that belong to other parts (vision), or that the forward pass has no use for
     """
 
     directory: Path
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
     row_order: RowOrder
-    skipped: tuple[str, ...]
+    skipped: tuple[Tensor, ...]
 
     @property
     def layout(self) -> str:
+        """By whose names the tensors bear: "consolidated" is Mistral's own layout, the other is "huggingface"."""
         return "consolidated" if self.row_order == "interleaved" else "huggingface"
 
 
@@ -135,13 +60,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     paths, expected = _choose_files(directory)
     tensors: dict[str, Tensor] = {}
-    skipped: list[str] = []
+    skipped: list[Tensor] = []
     own_names = 0
     for tensor in (tensor for path in paths for tensor in open_tensor_file(path)):
         if expected is not None and expected.pop(tensor.name, tensor.path.name) != tensor.path.name:
             raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is in another file according to the index")
-        if _OTHER_PARTS.match(tensor.name) or tensor.name.endswith(_UNUSED) or "kv_fake_quantizer." in tensor.name:
-            skipped.append(tensor.name)
+        if other_part(tensor.name) or is_unused(tensor.name):
+            skipped.append(tensor)
             continue
         name = mistral_name(tensor.name)
         if name is None:
@@ -157,8 +82,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory / expected[missing]}: {shown(missing)} is missing, though the index has it")
     if 0 < own_names < len(tensors):
         raise CheckpointError(f"{directory}: some tensors bear Mistral's own names, some Hugging Face's")
-    if parts := sorted({match[2] for name in skipped if (match := _OTHER_PARTS.match(name))}):
-        warnings.warn(f"{directory}: only the text model is read, not {', '.join(parts)}", MistralRefWarning, 2)
+    if parts := sorted({part for tensor in skipped if (part := other_part(tensor.name))}):
+        warn(f"{directory}: only the text model is read, not {', '.join(parts)}")
     return Checkpoint(directory, tuple(paths), tensors, "interleaved" if own_names else "halves", tuple(skipped))
 
 
@@ -172,7 +97,7 @@ def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             "model.safetensors, or shards with model.safetensors.index.json; pickles can run code and are never opened"
         )
     if len(names) > 1:
-        warnings.warn(f"{directory}: {names[0]} is read, not {' or '.join(names[1:])}", MistralRefWarning, 3)
+        warn(f"{directory}: {names[0]} is read, not {' or '.join(names[1:])}")
     path = directory / names[0]
     if path.suffix == ".safetensors":
         return [path], None

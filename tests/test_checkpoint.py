@@ -33,9 +33,10 @@ from checkpoints import (
 )
 
 import mistral_ref
-from mistral_ref.checkpoint import build_weights, huggingface_name, mistral_name, open_checkpoint
+from mistral_ref.checkpoint import build_weights, open_checkpoint
 from mistral_ref.config_files import read_config
 from mistral_ref.errors import CheckpointError, MistralRefWarning
+from mistral_ref.tensor_names import huggingface_name, mistral_name
 from mistral_ref.weights import Matrix, Weights, e4m3_values
 
 Write = Callable[[Path, Family], None]
@@ -530,7 +531,7 @@ def test_what_the_forward_pass_has_no_use_for_is_left_aside(write: Write, unused
     added = {unused.format(layer): ("F32", np.full(7, np.nan, np.float32)) for layer in range(BLOCKS.config.n_layers)}
     write_tensor_file(file, tensors_in(file) | added)
     np.testing.assert_array_equal(load(tmp_path).forward(TOKENS), expected)
-    assert set(open_checkpoint(tmp_path).skipped) == set(added)
+    assert {tensor.name for tensor in open_checkpoint(tmp_path).skipped} == set(added)
 
 
 # -------------------------------------------------------------------------------------------------------------- tying

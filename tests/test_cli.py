@@ -102,6 +102,22 @@ def test_info_shows_every_switch(tmp_path: Path) -> None:
     assert "2 of 8 for each token" in run("info", "--model", mixtral).stdout
 
 
+def test_info_counts_and_names_what_is_in_the_files(tmp_path: Path) -> None:
+    for folder in ("single", "fused", "wrapped"):
+        (tmp_path / folder).mkdir()
+    write_hf(tmp_path / "single", FAMILIES["mixtral"])
+    write_hf(tmp_path / "fused", FAMILIES["mixtral"], fused_experts=True)
+    for folder in ("single", "fused"):
+        shown = run("info", "--model", tmp_path / folder, "--tensors").stdout
+        assert f"{FAMILIES['mixtral'].config.n_parameters:,}" in shown
+    assert "model.layers.0.mlp.experts.gate_up_proj" in shown
+    write_hf(tmp_path / "wrapped", FAMILIES["ministral3"], wrapper="v5")
+    done = run("info", "--model", tmp_path / "wrapped", "--tensors")
+    assert "only the text model is read, not vision_tower" in done.stderr
+    assert "(left aside)" in done.stdout
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in done.stdout
+
+
 @pytest.mark.parametrize("command", [[], ["--help"], ["generate", "--help"], ["info", "--help"]])
 def test_help_teaches(command: list[str]) -> None:
     done = run(*command)

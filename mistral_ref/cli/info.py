@@ -10,9 +10,11 @@ from itertools import groupby
 from pathlib import Path
 
 import mistral_ref
-from mistral_ref.checkpoint import Checkpoint, huggingface_name, open_checkpoint
+from mistral_ref.checkpoint import Checkpoint, open_checkpoint
 from mistral_ref.cli.common import add_model_option, model_directory, size
 from mistral_ref.config import ModelConfig
+from mistral_ref.tensor_file import Tensor
+from mistral_ref.tensor_names import huggingface_name
 
 _LENGTHS = (1024, 4096, 32768, 131072)
 
@@ -131,11 +133,17 @@ def tokenizer(model: mistral_ref.Model) -> dict[str, object]:
     }
 
 
+def hugging_name(name: str, tensor: Tensor, checkpoint: Checkpoint) -> str:
+    """Return Hugging Face's name of a tensor: the one in the file, if the file has that layout."""
+    return huggingface_name(name) if checkpoint.layout == "consolidated" else tensor.name
+
+
 def print_tensors(checkpoint: Checkpoint) -> None:
     """Print every tensor: both names, dtype, shape and file."""
+    named = [(name, hugging_name(name, tensor, checkpoint), tensor) for name, tensor in checkpoint.tensors.items()]
+    named += [("(left aside)", tensor.name, tensor) for tensor in checkpoint.skipped]
     rows = [
-        (name, huggingface_name(name), tensor.dtype, "x".join(map(str, tensor.shape)), tensor.path.name)
-        for name, tensor in checkpoint.tensors.items()
+        (own, theirs, tensor.dtype, "x".join(map(str, tensor.shape)), tensor.path.name) for own, theirs, tensor in named
     ]
     header = ("Mistral's name", "Hugging Face's name", "dtype", "shape", "file")
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

@@ -1,0 +1,92 @@
+"""The names of tensors: Mistral's own, used everywhere else, and Hugging Face's, which stand in this file alone."""
+
+from __future__ import annotations
+
+import re
+
+# Hugging Face's names within a layer, and Mistral's own.
+_IN_LAYER = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.gate": "feed_forward.gate",  # beside fused experts; the published name is the next, so that it stands last
+    "block_sparse_moe.gate": "feed_forward.gate",
+}
+_AROUND_LAYERS = {"embed_tokens": "tok_embeddings", "norm": "norm"}
+_ENDINGS = {"weight": "weight", "weight_scale_inv": "qscale_weight", "activation_scale": "qscale_act"}
+_EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])")
+# transformers 5 keeps all experts of a layer in two tensors: (E, 2F, D), w1 above w3, and (E, D, F), w2.
+_FUSED = {
+    "mlp.experts.gate_up_proj": "feed_forward.experts.w1_w3",
+    "mlp.experts.down_proj": "feed_forward.experts.w2",
+}
+
+_OWN_NAME = re.compile(r"(tok_embeddings|norm|output|layers\.\d+\.[\w.]+)\.(weight|qscale_weight)")
+_LAYER = re.compile(r"(layers\.\d+\.)?(.*)", re.DOTALL)
+_TEXT_PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.")
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector|vision_encoder|vision_language_adapter|patch_merger"
+    r"|pre_mm_projector_norm)\."
+)
+# Tables and calibration that older converters saved; the forward pass has no use for them.
+_UNUSED = (".rotary_emb.inv_freq", ".qscale_act", ".activation_scale")
+
+
+def mistral_name(name: str) -> str | None:
+    """Return Mistral's own name of a tensor of either layout; None if it belongs to no text model.
+
+    >>> mistral_name("model.layers.3.self_attn.q_proj.weight")
+    'layers.3.attention.wq.weight'
+    >>> mistral_name("lm_head.weight")
+    'output.weight'
+    """
+    if _OWN_NAME.fullmatch(name):
+        return name
+    if name in ("lm_head.weight", "language_model.lm_head.weight"):
+        return "output.weight"
+    prefix = _TEXT_PREFIX.match(name)
+    if prefix is None:
+        return None
+    layer, rest = _LAYER.fullmatch(name[prefix.end() :]).groups("")  # type: ignore[union-attr]
+    if rest in _FUSED:
+        return f"{layer}{_FUSED[rest]}"
+    stem, _, ending = rest.rpartition(".")
+    if match := _EXPERT.fullmatch(stem):
+        own = f"feed_forward.experts.{match[1]}.{match[2]}"
+    else:
+        own = (_IN_LAYER if layer else _AROUND_LAYERS).get(stem, "")
+    return f"{layer}{own}.{_ENDINGS[ending]}" if own and ending in _ENDINGS else None
+
+
+def huggingface_name(name: str) -> str:
+    """Return Hugging Face's name of a tensor that Mistral's own files call `name`.
+
+    >>> huggingface_name("layers.3.attention.wq.weight")
+    'model.layers.3.self_attn.q_proj.weight'
+    """
+    layer, rest = _LAYER.fullmatch(name).groups("")  # type: ignore[union-attr]
+    if rest == "output.weight":
+        return "lm_head.weight"
+    theirs = {own: name for names in (_IN_LAYER, _AROUND_LAYERS, _ENDINGS, _FUSED) for name, own in names.items()}
+    if rest in theirs:
+        return f"model.{layer}{theirs[rest]}"
+    stem, _, ending = rest.rpartition(".")
+    stem = theirs.get(stem, stem.replace("feed_forward.experts", "block_sparse_moe.experts"))
+    return f"model.{layer}{stem}.{theirs[ending]}"
+
+
+def other_part(name: str) -> str | None:
+    """Return which part other than the text model a tensor belongs to, such as "vision_tower"; None if to none."""
+    match = _OTHER_PARTS.match(name)
+    return match[2] if match else None
+
+
+def is_unused(name: str) -> bool:
+    """Return whether a tensor is a table or a calibration that the forward pass has no use for."""
+    return name.endswith(_UNUSED) or "kv_fake_quantizer." in name
