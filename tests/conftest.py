@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
-collect_ignore = ["golden/make_goldens.py"]  # a script, which needs torch
+collect_ignore_glob = ["golden/make_*.py"]  # scripts, which need torch
+
+# A busy machine is no bug. What has to be fast measures its own processor time.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -51,7 +51,7 @@ def test_a_query_sees_itself_and_the_window_before_it(query: int, key: int, wind
     assert attends(query, key, window) == (key in range(first, query + 1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_split_into_calls_gives_the_same_logits(data: st.DataObject) -> None:
     config = data.draw(configs())
@@ -153,7 +153,7 @@ class CacheMachine(RuleBasedStateMachine):
 def test_any_order_of_operations(tmp_path: Path) -> None:
     CacheMachine.folder = tmp_path
     machine = CacheMachine.TestCase
-    machine.settings = settings(deadline=None, max_examples=60, stateful_step_count=25)
+    machine.settings = settings(max_examples=60, stateful_step_count=25)
     machine().runTest()
 
 

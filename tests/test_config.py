@@ -727,7 +727,7 @@ VALUES = st.just(GONE) | st.recursive(
 
 
 @given(file=st.sampled_from(FILES), data=st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_changed_files_load_or_are_refused(file: Any, data: st.DataObject, tmp_path_factory: Any) -> None:
     name, base = file
     changes = data.draw(st.dictionaries(st.sampled_from(dotted_names(base)), VALUES, min_size=1, max_size=3))
@@ -735,7 +735,7 @@ def test_changed_files_load_or_are_refused(file: Any, data: st.DataObject, tmp_p
 
 
 @given(file=st.sampled_from(FILES), noise=st.binary(max_size=20), cut=st.floats(0, 1), rest=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_broken_bytes_are_refused(file: Any, noise: bytes, cut: float, rest: bool, tmp_path_factory: Any) -> None:
     name, base = file
     content = json.dumps(base).encode()

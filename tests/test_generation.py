@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import FAMILIES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import model_of, tokens_for
 from tiny_tokenizers import tiny_tokenizer
@@ -44,7 +44,6 @@ def said(ids: list[int], **options: object) -> list[Token]:
 
 
 @given(st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=20), st.text(max_size=8))
-@settings(deadline=None)
 def test_prompt_and_joined_texts_are_the_decoded_ids(ids: list[int], prompt: str) -> None:
     prompt_ids = TOKENIZER.encode(prompt)
     joined = "".join(token.text for token in Scripted(ids, eos_ids=[2]).generate(prompt, max_tokens=len(ids)))

@@ -201,14 +201,14 @@ def check(hostile: Hostile) -> None:
 
 
 @given(hostile_directories())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_hostile_files(hostile: Hostile) -> None:
     check(hostile)
 
 
 @pytest.mark.slow
 @given(hostile_directories())
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000)
 def test_many_hostile_files(hostile: Hostile) -> None:
     check(hostile)
 

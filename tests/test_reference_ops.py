@@ -40,7 +40,6 @@ def test_rms_norm_by_hand() -> None:
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 30), st.integers(1, 9), st.integers(1, 40))
-@settings(deadline=None)
 def test_linear_in_blocks_of_any_size(seed: int, n_tokens: int, n_out: int, n_in: int, block: int) -> None:
     x, weight = normal(seed, n_tokens, n_in), normal(seed // 2, n_out, n_in).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +52,6 @@ windows = st.none() | st.integers(1, 6)
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(0, 12), windows)
-@settings(deadline=None)
 def test_attention(seed: int, n_kv_heads: int, group: int, n_tokens: int, start: int, window: int | None) -> None:
     n_heads, head_dim, stop = n_kv_heads * group, 4, start + n_tokens
     q, k, v = normal(seed, n_tokens, n_heads, head_dim), *normal(seed // 2, 2, stop, n_kv_heads, head_dim)
@@ -159,7 +157,7 @@ def test_float32_stays_close_to_the_oracle_in_every_step(family: object) -> None
 
 
 @given(configs(), st.integers(1, 12))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_oracle_is_float64_in_every_step(config: ModelConfig, n_tokens: int) -> None:
     walk = model_of(config, dtype="float64").steps(tokens_for(config, n_tokens))
     for step in walk:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import FAMILIES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -20,7 +20,6 @@ MINISTRAL_3 = Yarn(factor=16, original_max_position_embeddings=16384, beta_fast=
 
 
 @given(st.integers(0, 2**17), st.integers(0, 2**17), st.integers(0, 2**17), st.integers(1, 8), st.integers(0, 99))
-@settings(deadline=None)
 def test_scores_depend_on_distance_alone(query: int, key: int, shift: int, half: int, seed: int) -> None:
     config = FAMILIES["dense_windowed"].config.replace(head_dim=2 * half)
     ops, random = ReferenceOps("float64"), np.random.RandomState(seed)

@@ -62,7 +62,7 @@ def test_a_step_says_where_it_comes_from() -> None:
         assert f'"{short}"' in (root / file).read_text().splitlines()[int(line) - 1], step.source
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 20), st.sampled_from(["float32", "float64"]))
 def test_stepping_without_editing_is_running(config: ModelConfig, n_tokens: int, dtype: str) -> None:
     model, tokens = model_of(config, dtype=dtype), tokens_for(config, n_tokens)
@@ -86,7 +86,7 @@ def test_stepping_is_running_also_when_scores_are_computed_in_blocks(monkeypatch
 
 
 @given(configs(), st.integers(1, 12))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_attention_weights_are_a_distribution_over_the_window(config: ModelConfig, n_tokens: int) -> None:
     for step in model_of(config, dtype="float64").steps(tokens_for(config, n_tokens)):
         if step.name.endswith("attention_weights"):
