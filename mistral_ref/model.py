@@ -26,17 +26,20 @@ from mistral_ref.weights import Weights
 Prompt = str | Sequence[int] | np.ndarray
 
 
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     backend: str = "numpy",
     dtype: str = "float32",
     threads: int | None = None,
     rope_angles: AnglePrecision = "float64",
 ) -> Model:
-    """Return the model in a directory: weights mapped, not copied, in either published layout.
+    """Return the model in a directory, weights mapped, not copied; without a path the demonstration model.
 
-    path          directory with params.json or config.json, safetensors, and mostly a tokenizer
+    path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer
     backend       "numpy"
     dtype         of all activations: "float32", or "float64" for the oracle
     threads       threads of NumPy's products; None leaves them as they are
@@ -45,6 +48,7 @@ def load(
     Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
     assumed or left aside.
     """
+    path = DEMO_MODEL if path is None else path
     if not os.path.isdir(path):
         file = os.path.exists(path)
         raise InputError(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-import mistral_ref
+from mistral_ref.model import DEMO_MODEL
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that says which model to load."""
     parser.add_argument(
-        "--model", metavar="DIR", help="directory with the weights, in Mistral's or Hugging Face's layout"
+        "--model",
+        metavar="DIR",
+        default=DEMO_MODEL,
+        help="directory with the weights, in Mistral's or Hugging Face's layout (default: the demonstration model)",
     )
 
 
@@ -18,20 +21,6 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what computes."""
     parser.add_argument("--backend", choices=["numpy"], default="numpy", help="what computes (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the matrix products (default: all)")
-
-
-def model_directory(arguments: argparse.Namespace) -> str:
-    """Return the directory that --model names; raise InputError without one."""
-    if arguments.model is None:
-        raise mistral_ref.InputError(
-            "no model given: add --model DIR, a directory with params.json or config.json and safetensors"
-        )
-    return str(arguments.model)
-
-
-def load_model(arguments: argparse.Namespace) -> mistral_ref.Model:
-    """Load the model that the options name."""
-    return mistral_ref.load(model_directory(arguments), backend=arguments.backend, threads=arguments.threads)
 
 
 def size(n_bytes: int) -> str:

@@ -12,13 +12,14 @@ from itertools import pairwise
 
 import mistral_ref
 from mistral_ref.cache import DEFAULT_CHUNK
-from mistral_ref.cli.common import add_compute_options, add_model_option, load_model
+from mistral_ref.cli.common import add_compute_options, add_model_option
 from mistral_ref.generation import Progress
 
 _EXAMPLES = """\
 examples:
-  mistral-ref generate --model DIR "Once upon a time"
-  mistral-ref generate --model DIR --temperature 0.8 --top-p 0.95 --seed 7 --max-tokens 100 "The castle"
+  mistral-ref generate "Once upon a time"
+  mistral-ref generate --temperature 0.8 --top-p 1 --seed 7 --max-tokens 100 "Tom had a red ball."
+  mistral-ref generate --temperature 0 --stop "." "Lily saw a"
   cat story.txt | mistral-ref generate --model DIR --stop "The end" --stats
 """
 
@@ -48,11 +49,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: seen tokens less (default: 1)"
     )
     sampling.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default: 0)"
+        "--temperature", type=float, default=0.5, metavar="T", help="0: always the likeliest token (default: 0.5)"
     )
     sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest (default: all)")
     sampling.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that together reach P (default: 1)"
+        "--top-p", type=float, default=0.9, metavar="P", help="only the likeliest that together reach P (default: 0.9)"
     )
     sampling.add_argument(
         "--min-p", type=float, default=0.0, metavar="P", help="only those at least P times the likeliest (default: 0)"
@@ -64,7 +65,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def run(arguments: argparse.Namespace) -> None:
     """Print a prompt and its continuation."""
     started = time.perf_counter()
-    model = load_model(arguments)
+    model = mistral_ref.load(arguments.model, backend=arguments.backend, threads=arguments.threads)
     loaded = time.perf_counter()
     prompt = read_prompt(arguments)
     ids = model.token_ids(prompt)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mistral_ref
 from mistral_ref.checkpoint import Checkpoint, open_checkpoint
-from mistral_ref.cli.common import add_model_option, model_directory, size
+from mistral_ref.cli.common import add_model_option, size
 from mistral_ref.config import ModelConfig
 from mistral_ref.tensor_file import Tensor
 from mistral_ref.tensor_names import huggingface_name
@@ -33,11 +33,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(arguments: argparse.Namespace) -> None:
     """Print everything about a directory."""
-    directory = model_directory(arguments)
-    model = mistral_ref.load(directory)
+    model = mistral_ref.load(arguments.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has said it all
-        checkpoint = open_checkpoint(Path(directory))
+        checkpoint = open_checkpoint(Path(arguments.model))
     print_rows("architecture", architecture(model.config))
     print_rows("checkpoint", files(checkpoint))
     print_rows("memory", memory(model, checkpoint))
