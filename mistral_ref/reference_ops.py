@@ -21,8 +21,10 @@ from mistral_ref.rope import AnglePrecision, Rotation, rotation
 from mistral_ref.steps import StepFactory, Steps
 from mistral_ref.weights import Matrix
 
-# Elements of the largest temporary arrays: widened rows of a matrix, scores of a block of queries.
-_BLOCK_ELEMENTS = 2**22
+# Elements of the largest temporary arrays. Widened rows of a matrix should still be in the cache when they are
+# multiplied: for one token 2**18 moved 3.7 to 5.5 GB/s of bf16 and 2**22 2.5 to 3.9, for 512 tokens a fifth less.
+_WIDENED_ELEMENTS = 2**18
+_SCORE_ELEMENTS = 2**22
 
 
 # BLAS has one number of threads for the whole process, so passes that set it take turns.
@@ -46,9 +48,9 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def _blocks(n: int, row_elements: int) -> Iterator[slice]:
+def _blocks(n: int, row_elements: int, most_elements: int) -> Iterator[slice]:
     """Yield slices of range(n), each of as many rows as make a temporary of bounded size."""
-    step = max(1, _BLOCK_ELEMENTS // row_elements)
+    step = max(1, most_elements // row_elements)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -95,7 +97,7 @@ class ReferenceOps:
     def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
         n_out, n_in = weight_OI.shape
         y_TO = np.empty((len(x_TI), n_out), self.dtype)
-        for rows in _blocks(n_out, n_in):
+        for rows in _blocks(n_out, n_in, _WIDENED_ELEMENTS):
             y_TO[:, rows] = x_TI @ weight_OI.rows(rows, self.dtype).T
         return y_TO
 
@@ -127,7 +129,7 @@ class ReferenceOps:
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))
         queries_T, keys_S = np.array(view.query_positions), np.array(view.key_positions)
-        blocks = list(_blocks(len(q_THK), q_THK.shape[1] * len(keys_S)))
+        blocks = list(_blocks(len(q_THK), q_THK.shape[1] * len(keys_S), _SCORE_ELEMENTS))
 
         def block_scores(rows: slice) -> np.ndarray:
             return self._scores(q_THK[rows], k_SGK, attends(queries_T[rows, np.newaxis], keys_S, view.window))

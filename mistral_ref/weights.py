@@ -67,7 +67,7 @@ class Matrix:
         """
         stored = self.data[index]
         if self.kind == "bf16":
-            stored = (stored.astype(np.uint32) << 16).view(np.float32)
+            stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
         elif self.kind == "fp8":
             return e4m3_values().astype(dtype)[stored] * self._scale_of(index).astype(dtype)
         return np.require(stored, dtype, "A")

@@ -43,7 +43,7 @@ def test_rms_norm_by_hand() -> None:
 def test_linear_in_blocks_of_any_size(seed: int, n_tokens: int, n_out: int, n_in: int, block: int) -> None:
     x, weight = normal(seed, n_tokens, n_in), normal(seed // 2, n_out, n_in).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference_ops, "_BLOCK_ELEMENTS", block)
+        patch.setattr(reference_ops, "_WIDENED_ELEMENTS", block)
         found = OPS.linear(x, Matrix("w", "f32", weight))
     np.testing.assert_allclose(found, np.einsum("ti,oi->to", x, weight), atol=1e-12)
 
@@ -74,7 +74,7 @@ def test_attention(seed: int, n_kv_heads: int, group: int, n_tokens: int, start:
 def test_attention_never_holds_more_scores_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     config = FAMILIES["dense_no_window"].config
     model, largest = model_of(config), []
-    monkeypatch.setattr(reference_ops, "_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(reference_ops, "_SCORE_ELEMENTS", 1000)
     softmax = reference_ops.softmax
     monkeypatch.setattr(reference_ops, "softmax", lambda x: largest.append(x.size) or softmax(x))
     model.forward(tokens_for(config, 200))
