@@ -49,7 +49,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: seen tokens less (default: 1)"
     )
     sampling.add_argument(
-        "--temperature", type=float, default=0.5, metavar="T", help="0: always the likeliest token (default: 0.5)"
+        "--temperature", type=float, default=0.7, metavar="T", help="0: always the likeliest token (default: 0.7)"
     )
     sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest (default: all)")
     sampling.add_argument(
