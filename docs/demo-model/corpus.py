@@ -11,6 +11,7 @@ whatever resembles one of them is taken out of the training text.
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -160,9 +161,10 @@ def split(cased: list[str], lowered: list[str], held_out: int, seed: int) -> tup
 
 def train_tokenizer(stories: Iterable[str], path: Path, vocab_size: int) -> None:
     """Write a SentencePiece BPE model like Mistral's own: bytes for what it has no piece for, a newline among them."""
+    model = io.BytesIO()  # written by us, so that no folder of this machine's gets into the file
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(paragraph for story in stories for paragraph in story.split("\n")),
-        model_prefix=str(path.with_suffix("")),
+        model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
         byte_fallback=True,
@@ -176,6 +178,7 @@ def train_tokenizer(stories: Iterable[str], path: Path, vocab_size: int) -> None
         eos_id=2,
         minloglevel=2,
     )
+    path.write_bytes(model.getvalue())
 
 
 def prepare(corpora: Path, out: Path, vocab_size: int, held_out: int, seed: int) -> dict:
