@@ -1,0 +1,248 @@
+"""Attention over the ring of a layer, with an online softmax: for one query or many, with or without a window.
+
+    heads[t, h] = sum over s of softmax(q[t, h] . k[s, g] / sqrt(K)) v[s, g]        g = h // (H/G)
+
+over the keys s that t sees. The H/G query heads that share a key/value head are rows of one small matrix, so that each
+key is read once for all of them. Keys come in blocks of BLOCK slots. For each row the largest score so far is kept, and
+what has been summed up is scaled down when a larger one turns up (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et
+al. 2022, arXiv:2205.14135), so that no score outlives its block.
+
+Keys and values lie in panels, as `tile` reads them, one key/value head after the other:
+
+    k[g, slot // PANEL, i, slot % PANEL]                        i < K
+    v[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL]    i < K, rounded up to whole panels
+
+Work is cut by key/value head, queries and keys, and never by the number of threads, so the result does not depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import types
+
+from mistral_kernels.compiling import kernel, part
+from mistral_kernels.simd import LANES, add, exp, larger, largest_of, load, multiply, splat, store, subtract, sum_of, zeros
+from mistral_kernels.tile import tile
+
+BLOCK = 64
+PANEL = 2 * LANES
+QUERIES = 24  # of a prompt that go through the keys together
+SPLIT = 512  # keys that one piece of work goes through, for few queries
+
+# Rows of a tile: the query heads of one token, or those of several, as many as the registers hold.
+FEW_ROWS, MANY_ROWS = 4, {16: 12, 8: 6, 4: 4}[LANES]
+
+HEADS_IN = types.Array(types.float32, 3, "C", readonly=True)
+HEADS_OUT = types.Array(types.float32, 3, "C")
+PANELS = types.Array(types.uint8, 1, "C")
+SEGMENTS = types.Array(types.int64, 2, "C", readonly=True)
+SLOTS = types.Array(types.int64, 1, "C", readonly=True)
+
+
+class PanelStore(NamedTuple):
+    """Keys and values of one layer in panels.
+
+    k       (G, ceil(capacity / BLOCK) * BLOCK / PANEL, K, PANEL)
+    v       (G, ceil(capacity / BLOCK), ceil(K / PANEL), BLOCK, PANEL)
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+
+
+def new_store(capacity: int, n_kv_heads: int, head_dim: int, dtype: np.dtype[Any]) -> PanelStore:
+    """Return room for `capacity` slots, all zeros."""
+    n_blocks, n_panels = -(-capacity // BLOCK), -(-head_dim // PANEL)
+    return PanelStore(
+        np.zeros((n_kv_heads, n_blocks * (BLOCK // PANEL), head_dim, PANEL), dtype),
+        np.zeros((n_kv_heads, n_blocks, n_panels, BLOCK, PANEL), dtype),
+    )
+
+
+def read(store: PanelStore, slots: np.ndarray | slice, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the keys and values (S, G, K) in these slots."""
+    n_kv_heads, n_panels, _, _ = store.k.shape
+    slots = np.arange(n_panels * PANEL)[slots]
+    v = store.v[:, slots // BLOCK, :, slots % BLOCK].reshape(len(slots), n_kv_heads, -1)
+    return store.k[:, slots // PANEL, :, slots % PANEL], v[..., :head_dim]
+
+
+@functools.cache
+def write(dtype: str) -> Any:
+    """Return the kernel write(k_store, v_store, slots, k, v), which puts k and v (T, G, K) in their slots.
+
+    dtype is "float32", or "uint16" for any numbers of 16 bits.
+    """
+    element = types.float32 if dtype == "float32" else types.uint16
+    heads = types.Array(element, 3, "C", readonly=True)
+
+    @kernel(types.void(types.Array(element, 4, "C"), types.Array(element, 5, "C"), SLOTS, heads, heads), variant=dtype)
+    def write(k_store: Any, v_store: Any, slots: Any, k: Any, v: Any) -> None:
+        n_tokens, n_kv_heads, head_dim = k.shape
+        for t in range(n_tokens):
+            slot = slots[t]
+            for g in range(n_kv_heads):
+                for i in range(head_dim):
+                    k_store[g, slot // PANEL, i, slot % PANEL] = k[t, g, i]
+                    v_store[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL] = v[t, g, i]
+
+    return write
+
+
+@functools.cache
+def attention(kind: str, n_rows: int) -> Any:
+    """Return the kernel attention(q, k, v, n_kv_heads, n_blocks, segments, first_query, window, heads, n_threads).
+
+    kind            of the numbers in the store: "f32", "f16", "bf16"
+    n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
+
+    q, heads        (T, H, K) float32
+    k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
+    segments        (n, 3): first slot, slot past the last one, and position of the key in the first, oldest key first
+    first_query     position of q[0]
+    window          how many keys a query sees, itself included
+    """
+    multiply_tile = tile(n_rows, 2, kind)
+
+    @part
+    def softmax_row(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
+        """Turn the scores low, ..., high - 1 of a row into exp(score - m), the others into 0; scale down what there is."""
+        scores = S[row * BLOCK : (row + 1) * BLOCK]
+        for j in range(low):
+            scores[j] = scores[low]
+        for j in range(high, BLOCK):
+            scores[j] = scores[low]
+        maximum = load(scores, 0)
+        for j in range(LANES, BLOCK, LANES):
+            maximum = larger(maximum, load(scores, j))
+        before, now = m[row], max(m[row], largest_of(maximum))
+        for j in range(0, BLOCK, LANES):
+            store(scores, j, exp(subtract(load(scores, j), splat(now))))
+        for j in range(low):
+            scores[j] = 0
+        for j in range(high, BLOCK):
+            scores[j] = 0
+        summed = load(scores, 0)
+        for j in range(LANES, BLOCK, LANES):
+            summed = add(summed, load(scores, j))
+        if now != before:
+            shrink = numba.float32(math.exp(before - now))
+            total[row] *= shrink
+            for i in range(row * width, (row + 1) * width, LANES):
+                store(acc, i, multiply(load(acc, i), splat(shrink)))
+            m[row] = now
+        total[row] += sum_of(summed)
+
+    @part
+    def attend(
+        q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
+        g: int, first: int, last: int, oldest: int, newest: int, m: Any, total: Any, acc: Any,
+    ) -> None:  # fmt: skip
+        """Take the queries first, ..., last - 1 through the keys of one head at positions oldest, ..., newest - 1.
+
+        For row (t - first) * H/G + r: m is the largest score, total the sum of exp(score - m), acc that of
+        exp(score - m) v.
+        """
+        n_heads, head_dim = q.shape[1:]
+        group, n_panels = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL
+        width, rows = n_panels * PANEL, (last - first) * group
+        scale = numba.float32(1 / math.sqrt(head_dim))
+        scaled = np.empty(rows * head_dim, np.float32)
+        for row in range(rows):
+            for i in range(head_dim):
+                scaled[row * head_dim + i] = q[first + row // group, g * group + row % group, i] * scale
+        S = np.empty(rows * BLOCK, np.float32)
+        m[:rows] = -np.inf
+        total[:rows] = 0
+        acc[: rows * width] = 0
+        for segment in range(len(segments)):
+            shift = segments[segment, 2] - segments[segment, 0]  # from slot to position
+            start, stop = max(segments[segment, 0], oldest - shift), min(segments[segment, 1], newest - shift)
+            for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
+                base = block * BLOCK + shift  # position of the block's first slot
+                low = max(start + shift, first_query + first - window + 1, base) - base
+                high = min(stop + shift, first_query + last, base + BLOCK) - base
+                if low >= high:
+                    continue
+                for panel in range(low // PANEL, (high + PANEL - 1) // PANEL):
+                    keys = (g * n_blocks * (BLOCK // PANEL) + block * (BLOCK // PANEL) + panel) * head_dim * PANEL
+                    for row in range(0, rows, n_rows):
+                        to_S = (row * BLOCK + panel * PANEL, BLOCK)
+                        from_q = (row * head_dim, head_dim)
+                        multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, min(n_rows, rows - row), False)
+                for row in range(rows):
+                    query = first_query + first + row // group - base
+                    row_low, row_high = max(low, query - window + 1), min(high, query + 1)
+                    if row_low < row_high:
+                        softmax_row(S, row, row_low, row_high, m, total, acc, width)
+                    else:
+                        S[row * BLOCK : (row + 1) * BLOCK] = 0
+                for panel in range(n_panels):
+                    values = (((g * n_blocks + block) * n_panels + panel) * BLOCK + low) * PANEL
+                    for row in range(0, rows, n_rows):
+                        from_S, to_acc = (row * BLOCK + low, BLOCK), (row * width + panel * PANEL, width)
+                        multiply_tile(S, from_S, v, values, high - low, acc, to_acc, min(n_rows, rows - row), True)
+
+    @kernel(
+        types.void(
+            HEADS_IN, PANELS, PANELS, types.intp, types.intp, SEGMENTS, types.intp, types.intp, HEADS_OUT, types.intp
+        ),
+        variant=(kind, n_rows),
+    )
+    def attention(
+        q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
+        heads: Any, n_threads: int,
+    ) -> None:  # fmt: skip
+        n_tokens, n_heads, head_dim = q.shape
+        group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
+        n_tiles = (n_tokens + QUERIES - 1) // QUERIES
+        oldest, newest = segments[0, 2], first_query + n_tokens
+        n_splits = (newest - oldest + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
+        most_rows = min(n_tokens, QUERIES) * group
+        n_kept = n_kv_heads * n_splits if n_splits > 1 else n_threads
+        m = np.empty((n_kept, most_rows), np.float32)
+        total = np.empty((n_kept, most_rows), np.float32)
+        acc = np.empty((n_kept, most_rows * width), np.float32)
+        n_pieces = n_kv_heads * n_tiles * n_splits
+        for index in numba.prange(n_threads):
+            thread = numba.intp(index)  # prange's own numbers are unsigned, and become floats beside signed ones
+            for piece in range(thread, n_pieces, n_threads):
+                kept = piece if n_splits > 1 else thread
+                split, g = piece % n_splits, piece // n_splits % n_kv_heads
+                first = (n_tiles - 1 - piece // n_splits // n_kv_heads) * QUERIES  # those with most keys come first
+                last = min(first + QUERIES, n_tokens)
+                attend(
+                    q, k, v, n_kv_heads, n_blocks, segments, first_query, window, g, first, last,
+                    oldest + split * SPLIT, min(oldest + (split + 1) * SPLIT, newest) if n_splits > 1 else newest,
+                    m[kept], total[kept], acc[kept],
+                )  # fmt: skip
+                if n_splits == 1:
+                    for row in range((last - first) * group):
+                        for i in range(head_dim):
+                            t, h = first + row // group, g * group + row % group
+                            heads[t, h, i] = acc[kept, row * width + i] / total[kept, row]
+        if n_splits > 1:
+            for index in numba.prange(n_kv_heads):
+                g = numba.intp(index)
+                for row in range(n_tokens * group):
+                    t, h = row // group, g * group + row % group
+                    pieces = range(g * n_splits, (g + 1) * n_splits)
+                    largest = numba.float32(-np.inf)
+                    for piece in pieces:
+                        largest = max(largest, m[piece, row])
+                    summed = numba.float32(0)
+                    heads[t, h] = 0
+                    for piece in pieces:
+                        share = numba.float32(math.exp(m[piece, row] - largest))
+                        summed += share * total[piece, row]
+                        for i in range(head_dim):
+                            heads[t, h, i] += share * acc[piece, row * width + i]
+                    for i in range(head_dim):
+                        heads[t, h, i] /= summed
+
+    return attention

@@ -1,0 +1,60 @@
+"""The machine's two limits, measured as the kernels meet them: bytes read a second, multiplications and additions a second."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numba
+from numba import types
+
+from mistral_kernels.compiling import kernel
+from mistral_kernels.simd import LANES, add, load, multiply_add, splat, sum_of, zeros
+
+N_CHAINS = 12  # sums that do not wait for each other: a multiply-add takes 4 cycles or so, and two may start in each
+
+
+@functools.cache
+def plain_read() -> Any:
+    """Return the kernel plain_read(floats, n_threads), which reads an array once, in four streams a thread."""
+
+    @kernel(types.float32(types.Array(types.float32, 1, "C", readonly=True), types.intp))
+    def plain_read(floats: Any, n_threads: int) -> float:
+        quarter = len(floats) // n_threads // 4 // LANES * LANES
+        sums = [numba.float32(0.0)] * n_threads
+        for t in numba.prange(n_threads):
+            a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
+            start = 4 * quarter * t
+            for i in range(start, start + quarter, LANES):
+                a0 = add(a0, load(floats, i))
+                a1 = add(a1, load(floats, i + quarter))
+                a2 = add(a2, load(floats, i + 2 * quarter))
+                a3 = add(a3, load(floats, i + 3 * quarter))
+            sums[t] = sum_of(add(add(a0, a1), add(a2, a3)))
+        return sums[0]
+
+    return plain_read
+
+
+@functools.cache
+def multiply_add_peak() -> Any:
+    """Return the kernel multiply_add_peak(n, n_threads): n rounds of N_CHAINS vector multiply-adds on each thread."""
+
+    @kernel(types.float32(types.intp, types.intp))
+    def multiply_add_peak(n: int, n_threads: int) -> float:
+        sums = [numba.float32(0.0)] * n_threads
+        for t in numba.prange(n_threads):
+            x, y = splat(0.999), splat(1e-3 * t)
+            a0, a1, a2, a3, a4, a5 = y, y, y, y, y, y
+            b0, b1, b2, b3, b4, b5 = x, x, x, x, x, x
+            for _ in range(n):
+                a0, a1, a2 = multiply_add(a0, x, y), multiply_add(a1, x, y), multiply_add(a2, x, y)
+                a3, a4, a5 = multiply_add(a3, x, y), multiply_add(a4, x, y), multiply_add(a5, x, y)
+                b0, b1, b2 = multiply_add(b0, x, y), multiply_add(b1, x, y), multiply_add(b2, x, y)
+                b3, b4, b5 = multiply_add(b3, x, y), multiply_add(b4, x, y), multiply_add(b5, x, y)
+            a0, a1, a2 = add(a0, a1), add(a2, a3), add(a4, a5)
+            b0, b1, b2 = add(b0, b1), add(b2, b3), add(b4, b5)
+            sums[t] = sum_of(add(add(add(a0, a1), add(a2, b0)), add(b1, b2)))
+        return sums[0]
+
+    return multiply_add_peak

@@ -1,0 +1,89 @@
+"""Matrix times matrix, for prompts: y[t, o] = sum over i of x[t, i] W[o, i], with W as it lies in the file.
+
+A block of W (WIDTH rows, DEPTH inputs) is widened to float32 and transposed into a panel that stays in the cache next
+to the core, and all rows of x are multiplied with it, tile by tile. Widening costs 1/T of the whole; reading x again for
+every block costs 1/WIDTH.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from mistral_kernels.compiling import kernel, part
+from mistral_kernels.matvec import BYTES, FP8_BLOCK, SCALES
+from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose
+
+DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 32 KiB at most
+
+MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
+MATRIX_OUT = types.Array(types.float32, 2, "C")
+
+
+@functools.cache
+def matmul(kind: str) -> Any:
+    """Return the kernel matmul(W, scales, x, y, n_threads) for matrices of a kind.
+
+    W, scales   as in matvec
+    x, y        (T, I) and (T, O) float32, T at least 1
+    """
+    multiply_tile = tile(ROWS, VECTORS)
+    transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
+    is_scaled = kind == "fp8"
+
+    @part
+    def fill_panel(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
+        """panel[k - start, r] = W[o + r, k], and any numbers where r is past the last row."""
+        for r in range(0, WIDTH, 8):
+            first = min(o + r, n_out - 1)
+            rows = (first * n_in, n_in, (n_out - 1) * n_in)
+            for k in range(start, stop, 8):
+                scale = numba.float32(1.0)
+                if is_scaled:
+                    scale = scales[min(first // FP8_BLOCK, len(scales) - 1), min(k // FP8_BLOCK, scales.shape[1] - 1)]
+                offset = (k - start) * WIDTH + r
+                if k + 8 <= stop:
+                    transpose_whole(W, rows, k, scale, panel, offset, WIDTH)
+                else:
+                    transpose_part(W, rows, k, scale, panel, offset, WIDTH, stop - k)
+
+    @part
+    def multiply_block(
+        W: Any, scales: Any, slabs: Any, n_in: int, y: Any, o: int, n_out: int, column: int, panel: Any
+    ) -> None:
+        """Compute the outputs o, ..., o + WIDTH - 1 of every token, into y from `column` on."""
+        n_tokens = len(y)
+        for start in range(0, n_in, DEPTH):
+            stop = min(start + DEPTH, n_in)
+            fill_panel(W, scales, panel, o, n_out, start, stop, n_in)
+            for t in range(0, n_tokens, ROWS):
+                from_x, to_y = (start * n_tokens + t * DEPTH, DEPTH), (t * y.shape[1] + column, y.shape[1])
+                multiply_tile(slabs, from_x, panel, 0, stop - start, y, to_y, min(ROWS, n_tokens - t), start > 0)
+
+    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), variant=kind)
+    def matmul(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
+        (n_tokens, n_in), n_out = x.shape, y.shape[1]
+        # Rows of x whose starts are a power of two apart would push each other out of the cache: x is cut into slabs of
+        # DEPTH columns, slabs[slab, t, i].
+        n_slabs, n_blocks = (n_in + DEPTH - 1) // DEPTH, (n_out + WIDTH - 1) // WIDTH
+        slabs = np.empty((n_slabs, n_tokens, DEPTH), np.float32)
+        for slab in numba.prange(n_slabs):
+            start, stop = slab * DEPTH, min((slab + 1) * DEPTH, n_in)
+            for t in range(n_tokens):
+                slabs[slab, t, : stop - start] = x[t, start:stop]
+        for thread in numba.prange(n_threads):
+            panel = np.empty(DEPTH * WIDTH, np.float32)
+            for block in range(n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads):
+                o = block * WIDTH
+                if o + WIDTH <= n_out:
+                    multiply_block(W, scales, slabs, n_in, y, o, n_out, o, panel)
+                else:  # tiles are whole: the last one goes into an array of its own
+                    edge = np.empty((n_tokens, WIDTH), np.float32)
+                    multiply_block(W, scales, slabs, n_in, edge, o, n_out, 0, panel)
+                    y[:, o:] = edge[:, : n_out - o]
+
+    return matmul
