@@ -32,7 +32,7 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
-    backend: str = "numpy",
+    backend: str | None = None,
     dtype: str = "float32",
     threads: int | None = None,
     rope_angles: AnglePrecision = "float64",
@@ -40,9 +40,10 @@ def load(
     """Return the model in a directory, weights mapped, not copied; without a path the demonstration model.
 
     path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer
-    backend       "numpy"
-    dtype         of all activations: "float32", or "float64" for the oracle
-    threads       threads of NumPy's products; None leaves them as they are
+    backend       "numba", compiled kernels, or "numpy", the plain mathematics; by default the first that has the dtype
+    dtype         of all activations: "float32", or "float64" for the oracle, with NumPy alone
+    threads       None: for "numba" as in MISTRAL_REF_THREADS, or as many as there are performance cores; for "numpy"
+                  as many as its products use already
     rope_angles   "float32" rounds RoPE's angles as the published implementations do
 
     Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
@@ -56,9 +57,7 @@ def load(
             + ("not a directory; give the one that holds it" if file else "no such directory")
         )
     directory = Path(path)
-    if backend != "numpy":
-        raise InputError(f"backend is {shown(backend)}; expected 'numpy'")
-    ops = ReferenceOps(dtype, threads=threads, angles=rope_angles)
+    ops = _make_ops(backend, dtype, threads, rope_angles)
     config = read_config(directory)
     checkpoint = open_checkpoint(directory)
     config = config.replace(rope_row_order=checkpoint.row_order)
@@ -66,6 +65,19 @@ def load(
     config = config.replace(tied_embeddings=weights.output is weights.tok_embeddings)
     tokenizer, eos_ids = _text_side(directory, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def _make_ops(backend: str | None, dtype: str, threads: int | None, angles: AnglePrecision) -> ReferenceOps:
+    """Return the operations of a backend: "numba", "numpy", or None for the first of the two that has the dtype."""
+    if backend not in (None, "numba", "numpy"):
+        raise InputError(f"backend is {shown(backend)}; expected 'numba' or 'numpy'")
+    if backend == "numpy" or (backend is None and dtype == "float64"):
+        return ReferenceOps(dtype, threads=threads, angles=angles)
+    if dtype != "float32":
+        raise InputError(f"dtype is {shown(dtype)}; expected 'float32' with backend='numba', which has no other")
+    from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415 (Numba takes half a second; NumPy alone goes without)
+
+    return CompiledOps(threads=threads, angles=angles)
 
 
 def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:
@@ -111,7 +123,7 @@ class Model:
 
     def __repr__(self) -> str:
         tokenizer = "no tokenizer" if self.tokenizer is None else repr(self.tokenizer)
-        return f"<Model of {self.config.n_parameters:,} parameters, {self.ops.dtype}, {tokenizer}>"
+        return f"<Model of {self.config.n_parameters:,} parameters, {self.ops.dtype} by {self.ops.name}, {tokenizer}>"
 
     def new_cache(
         self, *, max_tokens: int | None = None, chunk: int = DEFAULT_CHUNK, dtype: str | None = None

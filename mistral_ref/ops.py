@@ -36,8 +36,9 @@ class KeyView(NamedTuple):
 
 
 class Ops(Protocol):
-    """What a forward pass asks of its arithmetic. All activations are arrays of `dtype`."""
+    """What a forward pass asks of its arithmetic. All activations are arrays of `dtype`; `name` is the backend's."""
 
+    name: str
     dtype: np.dtype[Any]
     cache_dtypes: tuple[str, ...]
 

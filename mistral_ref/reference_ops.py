@@ -61,6 +61,8 @@ class ReferenceOps:
     angles      "float32" rounds RoPE's angles as the published implementations do
     """
 
+    name = "numpy"
+
     def __init__(
         self, dtype: str = "float32", *, threads: int | None = None, angles: AnglePrecision = "float64"
     ) -> None:

@@ -101,9 +101,10 @@ class Step:
     sentence        what that means
     source          file and line that yielded it; "" where nobody is watching
     key_positions   for scores and attention_weights the positions of their keys, else None
+    fixed_by        why this value cannot be replaced; None where it can
     """
 
-    __slots__ = ("_value", "is_past", "key_positions", "kind", "name", "source")
+    __slots__ = ("_value", "fixed_by", "is_past", "key_positions", "kind", "name", "source")
 
     def __init__(self, name: str, kind: StepKind, value: np.ndarray, key_positions: range | None = None) -> None:
         self.name = name
@@ -111,6 +112,7 @@ class Step:
         self._value = value
         self.key_positions = key_positions
         self.source = ""
+        self.fixed_by: str | None = None
         self.is_past = False  # the pass has gone on from here
 
     @property
@@ -138,6 +140,8 @@ class Step:
         """Replace it, while the pass stands still here, by an array of the same shape and dtype; else InputError."""
         if self.is_past:
             raise InputError(f"the pass has gone past {self.name}; assign to a step's value before taking the next one")
+        if self.fixed_by is not None:
+            raise InputError(f"{self.name} can be looked at, not edited: {self.fixed_by}")
         try:
             new = np.array(new)
         except ValueError:  # rows of different lengths

@@ -6,7 +6,7 @@ A matrix stays a view of the mapped file. Only the rows that a product needs are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -59,6 +59,13 @@ class Matrix:
     def nbytes(self) -> int:
         """Bytes in the file, those of the scale included."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    @cached_property
+    def as_bytes(self) -> np.ndarray:
+        """`data` as it lies in memory, row after row, as one read-only array of bytes: what compiled kernels take."""
+        flat = np.ascontiguousarray(self.data).view(np.uint8).reshape(-1)
+        flat.flags.writeable = False
+        return flat
 
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
         """Return the rows at `index` (a slice or integers) as an aligned float array (R, I) of `dtype`.

@@ -26,7 +26,7 @@ import numpy as np
 from numba import types
 
 from mistral_kernels.compiling import kernel, part
-from mistral_kernels.simd import LANES, add, exp, larger, largest_of, load, multiply, splat, store, subtract, sum_of, zeros
+from mistral_kernels.simd import LANES, add, exp, larger, largest_of, load, multiply, splat, store, subtract, sum_of, within, zeros
 from mistral_kernels.tile import tile
 
 BLOCK = 64
@@ -64,11 +64,11 @@ def new_store(capacity: int, n_kv_heads: int, head_dim: int, dtype: np.dtype[Any
     )
 
 
-def read(store: PanelStore, slots: np.ndarray | slice, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def read(store: PanelStore, slots: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
     """Return the keys and values (S, G, K) in these slots."""
-    n_kv_heads, n_panels, _, _ = store.k.shape
+    n_kv_heads, n_panels, head_dim, _ = store.k.shape
     slots = np.arange(n_panels * PANEL)[slots]
-    v = store.v[:, slots // BLOCK, :, slots % BLOCK].reshape(len(slots), n_kv_heads, -1)
+    v = store.v[:, slots // BLOCK, :, slots % BLOCK].reshape(len(slots), n_kv_heads, store.v.shape[2] * PANEL)
     return store.k[:, slots // PANEL, :, slots % PANEL], v[..., :head_dim]
 
 
@@ -113,23 +113,15 @@ def attention(kind: str, n_rows: int) -> Any:
     def softmax_row(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
         """Turn the scores low, ..., high - 1 of a row into exp(score - m), the others into 0; scale down what there is."""
         scores = S[row * BLOCK : (row + 1) * BLOCK]
-        for j in range(low):
-            scores[j] = scores[low]
-        for j in range(high, BLOCK):
-            scores[j] = scores[low]
-        maximum = load(scores, 0)
-        for j in range(LANES, BLOCK, LANES):
-            maximum = larger(maximum, load(scores, j))
-        before, now = m[row], max(m[row], largest_of(maximum))
+        maximum = splat(-np.inf)
         for j in range(0, BLOCK, LANES):
-            store(scores, j, exp(subtract(load(scores, j), splat(now))))
-        for j in range(low):
-            scores[j] = 0
-        for j in range(high, BLOCK):
-            scores[j] = 0
-        summed = load(scores, 0)
-        for j in range(LANES, BLOCK, LANES):
-            summed = add(summed, load(scores, j))
+            maximum = larger(maximum, within(load(scores, j), low - j, high - j, -np.inf))
+        before, now = m[row], max(m[row], largest_of(maximum))
+        summed = zeros()
+        for j in range(0, BLOCK, LANES):
+            share = within(exp(subtract(load(scores, j), splat(now))), low - j, high - j, 0.0)
+            store(scores, j, share)
+            summed = add(summed, share)
         if now != before:
             shrink = numba.float32(math.exp(before - now))
             total[row] *= shrink

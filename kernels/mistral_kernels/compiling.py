@@ -16,6 +16,7 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache
 
+from mistral_kernels import KernelWarning
 from mistral_kernels.simd import LANES
 
 # No `fastmath=True`: NaN and infinities keep their meaning, and sums keep their order, so that a kernel gives the same
@@ -24,10 +25,6 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
 # Part of a kernel that is compiled into each kernel that calls it.
 part = numba.njit(nogil=True, **_OPTIONS)
-
-
-class KernelWarning(UserWarning):
-    """Kernels are being compiled, cannot be kept, or cannot use all threads."""
 
 
 @functools.cache

@@ -287,6 +287,20 @@ exp = _of_vectors(1, exp_of)
 
 
 @intrinsic
+def within(typing: Any, a: Any, low: Any, high: Any, other: Any) -> Any:
+    """The lanes low, ..., high - 1 of a, and the number `other` in all lanes before and after them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, low, high, other = arguments
+        lanes = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
+        from_low = builder.icmp_signed(">=", lanes, splat_of(builder, low, LANES))
+        below_high = builder.icmp_signed("<", lanes, splat_of(builder, high, LANES))
+        return builder.select(builder.and_(from_low, below_high), value, splat_of(builder, other, LANES))
+
+    return vector(vector, types.intp, types.intp, types.float32), generate
+
+
+@intrinsic
 def sum_of(typing: Any, a: Any) -> Any:
     """The sum of a vector's lanes, in pairs."""
 

@@ -19,8 +19,18 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what computes."""
-    parser.add_argument("--backend", choices=["numpy"], default="numpy", help="what computes (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the matrix products (default: all)")
+    parser.add_argument(
+        "--backend",
+        choices=["numba", "numpy"],
+        default="numba",
+        help="what computes: compiled kernels, or the plain mathematics (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads (default: MISTRAL_REF_THREADS, or one for each physical performance core)",
+    )
 
 
 def size(n_bytes: int) -> str:

@@ -142,6 +142,6 @@ def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int
         f"first token   {first_s:.3f} s after loading, {n_prompt} prompt tokens, {n_prompt / first_s:.1f} tokens/s\n"
         f"then          {rest}\n"
         f"ended by      {last.finish_reason}\n"
-        f"computed by   numpy, {model.ops.dtype}",
+        f"computed by   {model.ops.name}, {model.ops.dtype}",
         file=sys.stderr,
     )

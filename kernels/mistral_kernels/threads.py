@@ -1,0 +1,108 @@
+"""How many threads to use, and what Numba has to run them.
+
+Numba runs parallel loops on one of three layers: OpenMP or TBB where their libraries are installed, else its own,
+"workqueue", which takes fifty times as long to start a loop and must not be entered by two Python threads at once.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numba
+
+from mistral_kernels import KernelWarning
+
+_CPUS = Path("/sys/devices/system/cpu")
+_TURN = threading.RLock()
+
+
+def _listed(text: str) -> set[int]:
+    """Return the numbers of a list such as Linux writes it.
+
+    >>> sorted(_listed("0-2,5"))
+    [0, 1, 2, 5]
+    """
+    numbers: set[int] = set()
+    for entry in text.strip().split(","):
+        first, _, last = entry.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _performance_cores_of_linux(allowed: set[int], root: Path = _CPUS) -> int:
+    """Return how many cores the allowed logical CPUs belong to; of cores of several kinds only the fastest count."""
+    capacities = {}
+    for cpu in allowed:
+        try:
+            capacities[cpu] = int((root / f"cpu{cpu}/cpu_capacity").read_text())  # ARM tells
+        except (OSError, ValueError):
+            capacities[cpu] = 0
+    try:
+        fast = _listed((root.parent / "../cpu_core/cpus").resolve().read_text())  # Intel's hybrids do
+    except (OSError, ValueError):
+        fast = allowed
+    fast = (fast & allowed) or allowed
+    fast = {cpu for cpu in fast if capacities[cpu] == max(capacities[other] for other in fast)}
+    cores = set()
+    for cpu in fast:
+        try:
+            cores.add(frozenset(_listed((root / f"cpu{cpu}/topology/thread_siblings_list").read_text())))
+        except (OSError, ValueError):
+            cores.add(frozenset([cpu]))
+    return len(cores)
+
+
+@cache
+def performance_cores() -> int:
+    """Return the number of physical cores of the fastest kind that this process may run on.
+
+    Two logical CPUs of one core share its arithmetic, and slow cores make the fast ones wait for them. Where the system
+    does not tell, all logical CPUs are counted.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return _performance_cores_of_linux(os.sched_getaffinity(0))
+    if sys.platform == "darwin":
+        try:
+            asked = ["/usr/sbin/sysctl", "-n", "hw.perflevel0.physicalcpu"]
+            return int(subprocess.run(asked, capture_output=True, check=True, timeout=5).stdout)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            pass
+    return os.cpu_count() or 1
+
+
+@cache
+def layer() -> str:
+    """Return the threading layer that this process uses: "omp", "tbb" or "workqueue"; warn if it is the last."""
+    numba.set_num_threads(numba.get_num_threads())  # starts it
+    name = numba.threading_layer()
+    if name == "workqueue":
+        warnings.warn(
+            "Numba has only its own threading layer, workqueue: starting a loop takes 0.1 ms, and passes take turns; "
+            "install OpenMP (libgomp1, or libomp on macOS) or the package tbb",
+            KernelWarning,
+            stacklevel=2,
+        )
+    return name
+
+
+@contextmanager
+def using(n_threads: int) -> Iterator[None]:
+    """Let the kernels that this Python thread starts meanwhile use n threads."""
+    if layer() == "workqueue":
+        _TURN.acquire()
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+        if layer() == "workqueue":
+            _TURN.release()

@@ -1,0 +1,179 @@
+"""CompiledOps: the operations of ops.py over the compiled kernels; their formulas stand there, in NumPy in ReferenceOps.
+
+What takes time is compiled; the rest is inherited. Everything is checked or made to fit here, since kernels check nothing:
+arrays are contiguous float32 of the shapes that kernels expect, and indices come from the cache or were checked before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from mistral_kernels import attention, elementwise, threads
+from mistral_kernels.matmul import matmul
+from mistral_kernels.matvec import matvec
+
+from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.ops import KeyView, Slots
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.rope import AnglePrecision
+from mistral_ref.steps import Step, StepFactory, Steps
+from mistral_ref.weights import Matrix
+
+THREADS_VARIABLE = "MISTRAL_REF_THREADS"
+
+# Work that is done sooner than other threads can be woken: bytes of weights times tokens, and numbers of activations.
+_FEW_BYTES = 2**17
+_FEW_NUMBERS = 2**15
+
+_KINDS = {"float32": "f32", "float16": "f16"}
+_EVERYTHING = 2**62  # a window that no position is outside of
+_NO_SCALE = np.ones((1, 1), np.float32)
+
+
+def chosen_threads(threads_asked: int | None) -> int:
+    """Return how many threads to use: as asked, or by the environment's MISTRAL_REF_THREADS, or the performance cores."""
+    if threads_asked is not None:
+        return checked_whole("threads", threads_asked, least=1, most=1024)
+    found = os.environ.get(THREADS_VARIABLE)
+    if not found:
+        return threads.performance_cores()
+    if not found.isdecimal():
+        raise InputError(f"{THREADS_VARIABLE} is {found!r}; expected a whole number of at least 1")
+    return checked_whole(THREADS_VARIABLE, int(found), least=1, most=1024)
+
+
+def _floats(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x, np.float32)
+
+
+class CompiledOps(ReferenceOps):
+    """Operations in float32 over compiled kernels.
+
+    threads     how many; None: MISTRAL_REF_THREADS, or as many as there are performance cores
+    angles      as in ReferenceOps
+    """
+
+    name = "numba"
+
+    def __init__(self, *, threads: int | None = None, angles: AnglePrecision = "float64") -> None:
+        super().__init__("float32", angles=angles)
+        self.threads = chosen_threads(threads)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with super().running(), threads.using(self.threads):
+            yield
+
+    def _threads_for(self, work: int, few: int) -> int:
+        return 1 if work < few else self.threads
+
+    def rms_norm(self, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+        x_TD = _floats(x_TD)
+        y_TD = np.empty_like(x_TD)
+        elementwise.rms_norm()(x_TD, weight_D, eps, y_TD, self._threads_for(x_TD.size, _FEW_NUMBERS))
+        return y_TD
+
+    def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
+        n_tokens, (n_out, n_in) = len(x_TI), weight_OI.shape
+        if x_TI.shape != (n_tokens, n_in):
+            raise InputError(f"{weight_OI.name} takes {n_in} inputs a token; found an array {x_TI.shape}")
+        x_TI = _floats(x_TI)
+        y_TO = np.empty((n_tokens, n_out), np.float32)
+        scale = _NO_SCALE if weight_OI.scale is None else weight_OI.scale
+        n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
+        if n_tokens == 1:
+            matvec(weight_OI.kind)(weight_OI.as_bytes, scale, x_TI[0], y_TO[0], n_threads)
+        elif n_tokens:
+            matmul(weight_OI.kind)(weight_OI.as_bytes, scale, x_TI, y_TO, n_threads)
+        return y_TO
+
+    def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        x_THK = _floats(x_THK)
+        turned = np.empty_like(x_THK)
+        elementwise.rotate()(x_THK, cos, sin, turned, self._threads_for(x_THK.size, _FEW_NUMBERS))
+        return turned
+
+    def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> attention.PanelStore:
+        return attention.new_store(capacity, n_kv_heads, head_dim, np.dtype(dtype))
+
+    def write(self, store: attention.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
+        slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+        raw = "float32" if store.k.dtype == np.float32 else "uint16"
+        k_TGK, v_TGK = (np.ascontiguousarray(part, store.k.dtype).view(raw) for part in (k_TGK, v_TGK))
+        attention.write(raw)(store.k.view(raw), store.v.view(raw), slots_T, k_TGK, v_TGK)
+
+    def read(self, store: attention.PanelStore, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+        return attention.read(store, slots)
+
+    def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
+        if observed is not None:
+
+            def shown(name: str, value: np.ndarray, key_positions: range | None = None) -> Step:
+                step = observed(name, value, key_positions)
+                step.fixed_by = "the fused attention does not go on from it; load the model with backend='numpy'"
+                return step
+
+            yield from super().attention(q_THK, view, shown)
+        return self._heads(q_THK, view)
+
+    def _heads(self, q_THK: np.ndarray, view: KeyView) -> np.ndarray:
+        q_THK = _floats(q_THK)
+        store, heads_THK = view.store, np.empty_like(q_THK)
+        rows = len(q_THK) * q_THK.shape[1] // store.k.shape[0]
+        n_rows = attention.FEW_ROWS if rows <= attention.FEW_ROWS else attention.MANY_ROWS
+        attention.attention(_KINDS[store.k.dtype.name], n_rows)(
+            q_THK,
+            store.k.view(np.uint8).reshape(-1),
+            store.v.view(np.uint8).reshape(-1),
+            store.k.shape[0],
+            store.v.shape[1],
+            _segments(view),
+            view.query_positions.start,
+            _EVERYTHING if view.window is None else view.window,
+            heads_THK,
+            self._threads_for(q_THK.size * len(view.key_positions), 8 * _FEW_NUMBERS),
+        )
+        return heads_THK
+
+    def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        gate, up = _floats(gate), _floats(up)
+        hidden = np.empty_like(gate)
+        n_threads = self._threads_for(gate.size, _FEW_NUMBERS)
+        elementwise.swiglu()(gate.reshape(-1), up.reshape(-1), hidden.reshape(-1), n_threads)
+        return hidden
+
+    def mix_experts(
+        self, y_ND: np.ndarray, tokens_N: np.ndarray, experts_N: np.ndarray, weights_TE: np.ndarray
+    ) -> np.ndarray:
+        z_TD = np.empty((len(weights_TE), y_ND.shape[1]), np.float32)
+        elementwise.mix_experts()(_floats(y_ND), tokens_N, experts_N, _floats(weights_TE), z_TD)
+        return z_TD
+
+
+def _segments(view: KeyView) -> np.ndarray:
+    """Return the runs of neighbouring slots: (first slot, slot past the last one, position of the first one's key).
+
+    >>> view = KeyView(None, np.array([5, 6, 0, 1]), range(12, 16), range(15, 16), 4)
+    >>> _segments(view).tolist()
+    [[5, 7, 12], [0, 2, 14]]
+    """
+    slots, first = view.slots, view.key_positions.start
+    if isinstance(slots, slice):
+        return np.array([[slots.start, slots.stop, first]])
+    breaks = np.flatnonzero(np.diff(slots) != 1) + 1
+    runs = zip([0, *breaks], [*breaks, len(slots)], strict=True)
+    return np.array([[slots[start], slots[stop - 1] + 1, first + start] for start, stop in runs])
+
+
+def compile_for(kinds: set[str]) -> Any:
+    """Compile the kernels that a model with matrices of these kinds needs, or take them from the cache."""
+    for kind in sorted(kinds):
+        matvec(kind), matmul(kind)
+    for make in (elementwise.rms_norm, elementwise.rotate, elementwise.swiglu):
+        make()
+    attention.write("float32"), attention.attention("f32", attention.FEW_ROWS)
+    attention.attention("f32", attention.MANY_ROWS)
