@@ -1,7 +1,7 @@
-"""CompiledOps: the operations of ops.py over the compiled kernels; their formulas stand there, in NumPy in ReferenceOps.
+"""CompiledOps: the operations of ops.py, where their formulas stand, over compiled kernels.
 
-What takes time is compiled; the rest is inherited. Everything is checked or made to fit here, since kernels check nothing:
-arrays are contiguous float32 of the shapes that kernels expect, and indices come from the cache or were checked before.
+What takes time is compiled, the rest inherited. Kernels check nothing, so everything is checked or made to fit here:
+arrays are contiguous float32 of the shapes that kernels expect, and indices come from the cache or are checked before.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import numba
 import numpy as np
+
 from mistral_kernels import attention, elementwise, threads
 from mistral_kernels.matmul import matmul
-from mistral_kernels.matvec import matvec
-
+from mistral_kernels.matvec import matvec, matvec_tiled
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.steps import Step, StepFactory, Steps
-from mistral_ref.weights import Matrix
+from mistral_ref.weights import Matrix, TiledMatrix
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 
@@ -35,7 +35,7 @@ _NO_SCALE = np.ones((1, 1), np.float32)
 
 
 def chosen_threads(threads_asked: int | None) -> int:
-    """Return how many threads to use: as asked, or by the environment's MISTRAL_REF_THREADS, or the performance cores."""
+    """Return how many threads to use: as asked, or as MISTRAL_REF_THREADS says, or one for each performance core."""
     if threads_asked is not None:
         return checked_whole("threads", threads_asked, least=1, most=1024)
     found = os.environ.get(THREADS_VARIABLE)
@@ -60,6 +60,8 @@ class CompiledOps(ReferenceOps):
     name = "numba"
 
     def __init__(self, *, threads: int | None = None, angles: AnglePrecision = "float64") -> None:
+        if numba.config.DISABLE_JIT:
+            raise InputError("backend is 'numba', but NUMBA_DISABLE_JIT is set; expected backend='numpy' then")
         super().__init__("float32", angles=angles)
         self.threads = chosen_threads(threads)
 
@@ -85,10 +87,13 @@ class CompiledOps(ReferenceOps):
         y_TO = np.empty((n_tokens, n_out), np.float32)
         scale = _NO_SCALE if weight_OI.scale is None else weight_OI.scale
         n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
-        if n_tokens == 1:
-            matvec(weight_OI.kind)(weight_OI.as_bytes, scale, x_TI[0], y_TO[0], n_threads)
-        elif n_tokens:
-            matmul(weight_OI.kind)(weight_OI.as_bytes, scale, x_TI, y_TO, n_threads)
+        kind, is_tiled, stored = weight_OI.kind, isinstance(weight_OI, TiledMatrix), weight_OI.as_bytes
+        if n_tokens > 1:
+            matmul(kind, is_tiled)(stored, scale, x_TI, y_TO, n_threads)
+        elif n_tokens == 1 and is_tiled:
+            matvec_tiled(kind)(stored, x_TI[0], y_TO[0], n_threads)
+        elif n_tokens == 1:
+            matvec(kind)(stored, scale, x_TI[0], y_TO[0], n_threads)
         return y_TO
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -167,13 +172,3 @@ def _segments(view: KeyView) -> np.ndarray:
     breaks = np.flatnonzero(np.diff(slots) != 1) + 1
     runs = zip([0, *breaks], [*breaks, len(slots)], strict=True)
     return np.array([[slots[start], slots[stop - 1] + 1, first + start] for start, stop in runs])
-
-
-def compile_for(kinds: set[str]) -> Any:
-    """Compile the kernels that a model with matrices of these kinds needs, or take them from the cache."""
-    for kind in sorted(kinds):
-        matvec(kind), matmul(kind)
-    for make in (elementwise.rms_norm, elementwise.rotate, elementwise.swiglu):
-        make()
-    attention.write("float32"), attention.attention("f32", attention.FEW_ROWS)
-    attention.attention("f32", attention.MANY_ROWS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from mistral_ref.sampling import SamplingSettings, log_softmax
 from mistral_ref.tokenizer import OTHER_FORMATS, SentencePieceTokenizer, TokenStream, find_tokenizer, load_tokenizer
 from mistral_ref.trace import Edit, Walk, check_edits, run_with_edits
 from mistral_ref.transformer import Transformer, drain
-from mistral_ref.weights import Weights
+from mistral_ref.weights import Matrix, Weights, tiled, with_matrices
 
 Prompt = str | Sequence[int] | np.ndarray
 
@@ -36,6 +38,8 @@ def load(
     dtype: str = "float32",
     threads: int | None = None,
     rope_angles: AnglePrecision = "float64",
+    repack: bool = False,
+    progress: Progress | None = None,
 ) -> Model:
     """Return the model in a directory, weights mapped, not copied; without a path the demonstration model.
 
@@ -45,6 +49,9 @@ def load(
     threads       None: for "numba" as in MISTRAL_REF_THREADS, or as many as there are performance cores; for "numpy"
                   as many as its products use already
     rope_angles   "float32" rounds RoPE's angles as the published implementations do
+    repack        copy matrices of 16 bits into the order in which the kernels read them fastest. Decoding gets a few
+                  percent faster; memory grows by the size of these matrices, and loading takes seconds a GB
+    progress      called with (matrices done, matrices in all) while repacking
 
     Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
     assumed or left aside.
@@ -63,6 +70,8 @@ def load(
     config = config.replace(rope_row_order=checkpoint.row_order)
     weights = build_weights(checkpoint, config)
     config = config.replace(tied_embeddings=weights.output is weights.tok_embeddings)
+    if repack:
+        weights = _repacked(weights, progress)
     tokenizer, eos_ids = _text_side(directory, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
 
@@ -75,9 +84,29 @@ def _make_ops(backend: str | None, dtype: str, threads: int | None, angles: Angl
         return ReferenceOps(dtype, threads=threads, angles=angles)
     if dtype != "float32":
         raise InputError(f"dtype is {shown(dtype)}; expected 'float32' with backend='numba', which has no other")
-    from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415 (Numba takes half a second; NumPy alone goes without)
-
+    try:  # here, since Numba takes a third of a second, and NumPy alone goes without
+        from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415
+    except (ImportError, ValueError) as error:
+        raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' goes without") from None
     return CompiledOps(threads=threads, angles=angles)
+
+
+def _repacked(weights: Weights, progress: Progress | None) -> Weights:
+    """Return weights with the matrices that every token is multiplied with in tile order."""
+    matrices: list[Matrix] = []
+    multiplied = (weights.layers, weights.output)
+    with_matrices(multiplied, lambda matrix: matrices.append(matrix) or matrix)  # type: ignore[func-returns-value]
+    done = itertools.count()
+
+    def repack(matrix: Matrix) -> Matrix:
+        if progress is not None:
+            progress(next(done), len(matrices))
+        return tiled(matrix)
+
+    layers, output = with_matrices(multiplied, repack)
+    if progress is not None:
+        progress(len(matrices), len(matrices))
+    return dataclasses.replace(weights, layers=layers, output=output)
 
 
 def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:

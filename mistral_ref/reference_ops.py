@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -117,15 +117,15 @@ class ReferenceOps:
         turned[..., 1::2] = x0 * sin + x1 * cos
         return turned
 
-    def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> Store:
+    def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> Any:
         shape = (capacity, n_kv_heads, head_dim)
         return Store(np.zeros(shape, dtype), np.zeros(shape, dtype))
 
-    def write(self, store: Store, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
+    def write(self, store: Any, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
         store.k[slots] = k_TGK
         store.v[slots] = v_TGK
 
-    def read(self, store: Store, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, store: Any, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
         return store.k[slots], store.v[slots]
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:

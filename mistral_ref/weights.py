@@ -5,12 +5,16 @@ A matrix stays a view of the mapped file. Only the rows that a product needs are
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from mistral_kernels.layout import rows_of_tiles, to_tiles
 
 Kind = Literal["f32", "f16", "bf16", "fp8"]
 Rows = slice | np.ndarray
@@ -89,6 +93,32 @@ class Matrix:
 
 
 @dataclass(frozen=True, eq=False)
+class TiledMatrix(Matrix):
+    """A matrix whose rows lie side by side in tiles of eight, as mistral_kernels.layout describes.
+
+    data    (ceil(O/8), I, 8); rows beyond O are 0
+    n_out   O
+    """
+
+    n_out: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n_out, self.data.shape[1]
+
+    def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
+        rows = rows_of_tiles(self.data, np.arange(self.n_out)[index])
+        return Matrix(self.name, self.kind, rows).rows(slice(None), dtype)
+
+
+def tiled(matrix: Matrix) -> Matrix:
+    """Return a copy of a matrix in tile order, or itself if it has not 16 bits a weight, or rows of an odd length."""
+    if matrix.kind not in ("bf16", "f16") or matrix.shape[1] % 2:
+        return matrix
+    return TiledMatrix(matrix.name, matrix.kind, to_tiles(matrix.data), n_out=matrix.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
 class FeedForward:
     """w1 (F, D) the gate, w2 (D, F) down, w3 (F, D) up."""
 
@@ -126,3 +156,15 @@ class Weights:
     layers: tuple[Layer, ...]
     norm: np.ndarray
     output: Matrix
+
+
+def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
+    """Return a layer, a network or a tuple of them with every matrix replaced by what `change` makes of it."""
+    if isinstance(part, Matrix):
+        return change(part)
+    if isinstance(part, tuple):
+        return tuple(with_matrices(one, change) for one in part)
+    if not dataclasses.is_dataclass(part):
+        return part
+    fields = {field.name: with_matrices(getattr(part, field.name), change) for field in dataclasses.fields(part)}
+    return dataclasses.replace(part, **fields)  # type: ignore[type-var]

@@ -12,12 +12,11 @@ Keys and values lie in panels, as `tile` reads them, one key/value head after th
     k[g, slot // PANEL, i, slot % PANEL]                        i < K
     v[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL]    i < K, rounded up to whole panels
 
-Work is cut by key/value head, queries and keys, and never by the number of threads, so the result does not depend on it.
+Work is cut by key/value head, queries and keys, never by the number of threads, so the result does not depend on it.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -25,8 +24,22 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import kernel, part
-from mistral_kernels.simd import LANES, add, exp, larger, largest_of, load, multiply, splat, store, subtract, sum_of, within, zeros
+from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.instructions import LANES
+from mistral_kernels.simd import (
+    add,
+    exp,
+    larger,
+    largest_of,
+    load,
+    multiply,
+    splat,
+    store,
+    subtract,
+    sum_of,
+    within,
+    zeros,
+)
 from mistral_kernels.tile import tile
 
 BLOCK = 64
@@ -72,16 +85,20 @@ def read(store: PanelStore, slots: np.ndarray | slice) -> tuple[np.ndarray, np.n
     return store.k[:, slots // PANEL, :, slots % PANEL], v[..., :head_dim]
 
 
-@functools.cache
+@made_once
 def write(dtype: str) -> Any:
-    """Return the kernel write(k_store, v_store, slots, k, v), which puts k and v (T, G, K) in their slots.
+    """Return a kernel: write(k_store, v_store, slots, k, v) puts k and v (T, G, K) in their slots.
 
     dtype is "float32", or "uint16" for any numbers of 16 bits.
     """
     element = types.float32 if dtype == "float32" else types.uint16
     heads = types.Array(element, 3, "C", readonly=True)
 
-    @kernel(types.void(types.Array(element, 4, "C"), types.Array(element, 5, "C"), SLOTS, heads, heads), variant=dtype)
+    @kernel(
+        types.void(types.Array(element, 4, "C"), types.Array(element, 5, "C"), SLOTS, heads, heads),
+        variant=dtype,
+        parallel=False,
+    )
     def write(k_store: Any, v_store: Any, slots: Any, k: Any, v: Any) -> None:
         n_tokens, n_kv_heads, head_dim = k.shape
         for t in range(n_tokens):
@@ -94,48 +111,73 @@ def write(dtype: str) -> Any:
     return write
 
 
-@functools.cache
-def attention(kind: str, n_rows: int) -> Any:
-    """Return the kernel attention(q, k, v, n_kv_heads, n_blocks, segments, first_query, window, heads, n_threads).
+@part
+def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
+    """Turn the scores low, ..., high - 1 of a row of S into exp(score - m), and its others into 0.
 
-    kind            of the numbers in the store: "f32", "f16", "bf16"
-    n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
-
-    q, heads        (T, H, K) float32
-    k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
-    segments        (n, 3): first slot, slot past the last one, and position of the key in the first, oldest key first
-    first_query     position of q[0]
-    window          how many keys a query sees, itself included
+    m[row] becomes the largest score so far, and what total and acc hold for the row is scaled down if it has grown.
     """
-    multiply_tile = tile(n_rows, 2, kind)
+    scores = S[row * BLOCK : (row + 1) * BLOCK]
+    maximum = splat(-np.inf)
+    for j in range(0, BLOCK, LANES):
+        maximum = larger(maximum, within(load(scores, j), low - j, high - j, -np.inf))
+    before, now = m[row], max(m[row], largest_of(maximum))
+    summed = zeros()
+    for j in range(0, BLOCK, LANES):
+        share = within(exp(subtract(load(scores, j), splat(now))), low - j, high - j, 0.0)
+        store(scores, j, share)
+        summed = add(summed, share)
+    if now != before:
+        shrink = numba.float32(math.exp(before - now))
+        total[row] *= shrink
+        for i in range(row * width, (row + 1) * width, LANES):
+            store(acc, i, multiply(load(acc, i), splat(shrink)))
+        m[row] = now
+    total[row] += sum_of(summed)
 
-    @part
-    def softmax_row(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
-        """Turn the scores low, ..., high - 1 of a row into exp(score - m), the others into 0; scale down what there is."""
-        scores = S[row * BLOCK : (row + 1) * BLOCK]
-        maximum = splat(-np.inf)
-        for j in range(0, BLOCK, LANES):
-            maximum = larger(maximum, within(load(scores, j), low - j, high - j, -np.inf))
-        before, now = m[row], max(m[row], largest_of(maximum))
-        summed = zeros()
-        for j in range(0, BLOCK, LANES):
-            share = within(exp(subtract(load(scores, j), splat(now))), low - j, high - j, 0.0)
-            store(scores, j, share)
-            summed = add(summed, share)
-        if now != before:
-            shrink = numba.float32(math.exp(before - now))
-            total[row] *= shrink
-            for i in range(row * width, (row + 1) * width, LANES):
-                store(acc, i, multiply(load(acc, i), splat(shrink)))
-            m[row] = now
-        total[row] += sum_of(summed)
+
+@part
+def _scaled_queries(q: Any, n_kv_heads: int, g: int, first: int, last: int) -> Any:
+    """Return q / sqrt(K) of the heads that share key/value head g: a row (K,) for each token, then for each head."""
+    n_heads, head_dim = q.shape[1:]
+    group, scale = n_heads // n_kv_heads, numba.float32(1 / math.sqrt(head_dim))
+    scaled = np.empty((last - first) * group * head_dim, np.float32)
+    for row in range((last - first) * group):
+        for i in range(head_dim):
+            scaled[row * head_dim + i] = q[first + row // group, g * group + row % group, i] * scale
+    return scaled
+
+
+@part
+def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, heads: Any, n_kv_heads: int) -> None:
+    """Put together what the pieces g * n_splits, ..., (g + 1) * n_splits - 1 have found, each for keys of its own."""
+    n_tokens, n_heads, head_dim = heads.shape
+    group = n_heads // n_kv_heads
+    for row in range(n_tokens * group):
+        t, h = row // group, g * group + row % group
+        largest = numba.float32(-np.inf)
+        for piece in range(g * n_splits, (g + 1) * n_splits):
+            largest = max(largest, m[piece, row])
+        summed = numba.float32(0)
+        heads[t, h] = 0
+        for piece in range(g * n_splits, (g + 1) * n_splits):
+            share = numba.float32(math.exp(m[piece, row] - largest))
+            summed += share * total[piece, row]
+            for i in range(head_dim):
+                heads[t, h, i] += share * acc[piece, row * width + i]
+        for i in range(head_dim):
+            heads[t, h, i] /= summed
+
+
+def _attend(multiply_tile: Any, n_rows: int) -> Any:
+    """Return the part of a kernel that takes some queries through some keys of one key/value head."""
 
     @part
     def attend(
         q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         g: int, first: int, last: int, oldest: int, newest: int, m: Any, total: Any, acc: Any,
     ) -> None:  # fmt: skip
-        """Take the queries first, ..., last - 1 through the keys of one head at positions oldest, ..., newest - 1.
+        """Take the queries first, ..., last - 1 through the keys at positions oldest, ..., newest - 1.
 
         For row (t - first) * H/G + r: m is the largest score, total the sum of exp(score - m), acc that of
         exp(score - m) v.
@@ -143,11 +185,7 @@ def attention(kind: str, n_rows: int) -> Any:
         n_heads, head_dim = q.shape[1:]
         group, n_panels = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL
         width, rows = n_panels * PANEL, (last - first) * group
-        scale = numba.float32(1 / math.sqrt(head_dim))
-        scaled = np.empty(rows * head_dim, np.float32)
-        for row in range(rows):
-            for i in range(head_dim):
-                scaled[row * head_dim + i] = q[first + row // group, g * group + row % group, i] * scale
+        scaled = _scaled_queries(q, n_kv_heads, g, first, last)
         S = np.empty(rows * BLOCK, np.float32)
         m[:rows] = -np.inf
         total[:rows] = 0
@@ -162,16 +200,15 @@ def attention(kind: str, n_rows: int) -> Any:
                 if low >= high:
                     continue
                 for panel in range(low // PANEL, (high + PANEL - 1) // PANEL):
-                    keys = (g * n_blocks * (BLOCK // PANEL) + block * (BLOCK // PANEL) + panel) * head_dim * PANEL
+                    keys = ((g * n_blocks + block) * (BLOCK // PANEL) + panel) * head_dim * PANEL
                     for row in range(0, rows, n_rows):
-                        to_S = (row * BLOCK + panel * PANEL, BLOCK)
-                        from_q = (row * head_dim, head_dim)
+                        from_q, to_S = (row * head_dim, head_dim), (row * BLOCK + panel * PANEL, BLOCK)
                         multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, min(n_rows, rows - row), False)
                 for row in range(rows):
                     query = first_query + first + row // group - base
                     row_low, row_high = max(low, query - window + 1), min(high, query + 1)
                     if row_low < row_high:
-                        softmax_row(S, row, row_low, row_high, m, total, acc, width)
+                        _softmax(S, row, row_low, row_high, m, total, acc, width)
                     else:
                         S[row * BLOCK : (row + 1) * BLOCK] = 0
                 for panel in range(n_panels):
@@ -179,6 +216,24 @@ def attention(kind: str, n_rows: int) -> Any:
                     for row in range(0, rows, n_rows):
                         from_S, to_acc = (row * BLOCK + low, BLOCK), (row * width + panel * PANEL, width)
                         multiply_tile(S, from_S, v, values, high - low, acc, to_acc, min(n_rows, rows - row), True)
+
+    return attend
+
+
+@made_once
+def attention(kind: str, n_rows: int) -> Any:
+    """Return a kernel: attention(q, k, v, n_kv_heads, n_blocks, segments, first_query, window, heads, n_threads).
+
+    kind            of the numbers in the store: "f32", "f16", "bf16"
+    n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
+
+    q, heads        (T, H, K) float32
+    k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
+    segments        (n, 3): first slot, slot past the last one, and position of the key in the first, oldest key first
+    first_query     position of q[0]
+    window          how many keys a query sees, itself included
+    """
+    attend = _attend(tile(n_rows, 2, kind), n_rows)
 
     @kernel(
         types.void(
@@ -194,24 +249,22 @@ def attention(kind: str, n_rows: int) -> Any:
         group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
         n_tiles = (n_tokens + QUERIES - 1) // QUERIES
         oldest, newest = segments[0, 2], first_query + n_tokens
+        # Few queries: their keys are split, and each piece keeps what it found. Many: all keys are one piece.
         n_splits = (newest - oldest + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
-        most_rows = min(n_tokens, QUERIES) * group
-        n_kept = n_kv_heads * n_splits if n_splits > 1 else n_threads
-        m = np.empty((n_kept, most_rows), np.float32)
-        total = np.empty((n_kept, most_rows), np.float32)
+        split = SPLIT if n_splits > 1 else newest - oldest
+        n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, QUERIES) * group
+        m, total = np.empty((n_kept, most_rows), np.float32), np.empty((n_kept, most_rows), np.float32)
         acc = np.empty((n_kept, most_rows * width), np.float32)
-        n_pieces = n_kv_heads * n_tiles * n_splits
         for index in numba.prange(n_threads):
             thread = numba.intp(index)  # prange's own numbers are unsigned, and become floats beside signed ones
-            for piece in range(thread, n_pieces, n_threads):
+            for piece in range(thread, n_kv_heads * n_tiles * n_splits, n_threads):
                 kept = piece if n_splits > 1 else thread
-                split, g = piece % n_splits, piece // n_splits % n_kv_heads
+                g, start = piece // n_splits % n_kv_heads, oldest + piece % n_splits * split
                 first = (n_tiles - 1 - piece // n_splits // n_kv_heads) * QUERIES  # those with most keys come first
                 last = min(first + QUERIES, n_tokens)
                 attend(
                     q, k, v, n_kv_heads, n_blocks, segments, first_query, window, g, first, last,
-                    oldest + split * SPLIT, min(oldest + (split + 1) * SPLIT, newest) if n_splits > 1 else newest,
-                    m[kept], total[kept], acc[kept],
+                    start, min(start + split, newest), m[kept], total[kept], acc[kept],
                 )  # fmt: skip
                 if n_splits == 1:
                     for row in range((last - first) * group):
@@ -220,21 +273,6 @@ def attention(kind: str, n_rows: int) -> Any:
                             heads[t, h, i] = acc[kept, row * width + i] / total[kept, row]
         if n_splits > 1:
             for index in numba.prange(n_kv_heads):
-                g = numba.intp(index)
-                for row in range(n_tokens * group):
-                    t, h = row // group, g * group + row % group
-                    pieces = range(g * n_splits, (g + 1) * n_splits)
-                    largest = numba.float32(-np.inf)
-                    for piece in pieces:
-                        largest = max(largest, m[piece, row])
-                    summed = numba.float32(0)
-                    heads[t, h] = 0
-                    for piece in pieces:
-                        share = numba.float32(math.exp(m[piece, row] - largest))
-                        summed += share * total[piece, row]
-                        for i in range(head_dim):
-                            heads[t, h, i] += share * acc[piece, row * width + i]
-                    for i in range(head_dim):
-                        heads[t, h, i] /= summed
+                _merge(m, total, acc, width, numba.intp(index), n_splits, heads, n_kv_heads)
 
     return attention

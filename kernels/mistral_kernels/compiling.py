@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import numba
 from numba.core.caching import FunctionCache
 
 from mistral_kernels import KernelWarning
-from mistral_kernels.simd import LANES
+from mistral_kernels.instructions import LANES
 
 # No `fastmath=True`: NaN and infinities keep their meaning, and sums keep their order, so that a kernel gives the same
 # bits on any number of threads. A multiplication and the addition that follows it may become one instruction.
@@ -25,6 +26,24 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
 # Part of a kernel that is compiled into each kernel that calls it.
 part = numba.njit(nogil=True, **_OPTIONS)
+
+
+def made_once(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a factory of kernels that makes each only once, also when two threads ask for it at the same time."""
+    made: dict[tuple[object, ...], Any] = {}
+    making = threading.Lock()
+
+    @functools.wraps(factory)
+    def make(*arguments: object) -> Any:
+        try:
+            return made[arguments]
+        except KeyError:
+            with making:
+                if arguments not in made:
+                    made[arguments] = factory(*arguments)
+                return made[arguments]
+
+    return make
 
 
 @functools.cache
@@ -47,12 +66,10 @@ class _KernelCache(FunctionCache):
     def load_overload(self, signature: object, target_context: object) -> object:
         try:
             found = super().load_overload(signature, target_context)
-        except Exception:  # noqa: BLE001 (a damaged file raises whatever unpickling it leads to)
+        except Exception:
             found = None
         if found is None:
-            warnings.warn(
-                "compiling kernels for this machine: once, up to half a minute", KernelWarning, stacklevel=2
-            )
+            _announce()
         return found
 
     def save_overload(self, signature: object, data: object) -> None:
@@ -62,11 +79,16 @@ class _KernelCache(FunctionCache):
             _warn_not_kept(error)
 
 
+@functools.cache
+def _announce() -> None:
+    warnings.warn("compiling kernels for this machine: once, up to half a minute", KernelWarning, stacklevel=2)
+
+
 def _warn_not_kept(error: Exception) -> None:
     warnings.warn(f"compiled kernels cannot be kept for the next start: {error}", KernelWarning, stacklevel=2)
 
 
-def kernel(signature: object, variant: object = None) -> Callable[[Callable[..., Any]], Any]:
+def kernel(signature: object, variant: object = None, *, parallel: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Return the decorator that compiles a function for one signature, now, or takes it from the cache.
 
     With an explicit signature a call with other types is an error instead of a second compilation. `variant` tells the
@@ -74,7 +96,7 @@ def kernel(signature: object, variant: object = None) -> Callable[[Callable[...,
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(parallel=True, nogil=True, **_OPTIONS)(function)
+        dispatcher = numba.njit(parallel=parallel, nogil=True, **_OPTIONS)(function)
         try:
             dispatcher._cache = _KernelCache(function, variant)
         except RuntimeError as error:  # no folder to write in

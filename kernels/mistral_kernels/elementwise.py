@@ -6,7 +6,6 @@ long prompt uses all threads for them.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -14,8 +13,9 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import kernel, part
-from mistral_kernels.simd import LANES, add, divide, exp, load, load_part, multiply, splat, store, subtract, sum_of, zeros
+from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.instructions import LANES
+from mistral_kernels.simd import add, divide, exp, load, load_part, multiply, splat, store, subtract, sum_of, zeros
 
 ROW = types.Array(types.float32, 1, "C", readonly=True)
 ROWS_IN = types.Array(types.float32, 2, "C", readonly=True)
@@ -25,9 +25,9 @@ HEADS_OUT = types.Array(types.float32, 3, "C")
 INDICES = types.Array(types.int64, 1, "C", readonly=True)
 
 
-@functools.cache
+@made_once
 def rms_norm() -> Any:
-    """Return the kernel rms_norm(x, weight, eps, y, n_threads): y = x / sqrt(mean(x²) + eps) * weight, for each row."""
+    """Return a kernel: rms_norm(x, weight, eps, y, n_threads), y = x / sqrt(mean(x²) + eps) * weight for each row."""
 
     @part
     def normalize(x: Any, weight: Any, eps: float, y: Any) -> None:
@@ -53,9 +53,9 @@ def rms_norm() -> Any:
     return rms_norm
 
 
-@functools.cache
+@made_once
 def rotate() -> Any:
-    """Return the kernel rotate(x, cos, sin, y, n_threads), which turns pairs of neighbours; x and y are (T, heads, K)."""
+    """Return a kernel: rotate(x, cos, sin, y, n_threads) turns pairs of neighbours; x and y are (T, heads, K)."""
 
     @part
     def turn(x: Any, cos: Any, sin: Any, y: Any) -> None:
@@ -77,9 +77,9 @@ def rotate() -> Any:
     return rotate
 
 
-@functools.cache
+@made_once
 def swiglu() -> Any:
-    """Return the kernel swiglu(gate, up, h, n_threads): h = gate / (1 + e^-gate) * up; arrays of one row."""
+    """Return a kernel: swiglu(gate, up, h, n_threads), h = gate / (1 + e^-gate) * up; arrays of one row."""
 
     @part
     def open_gates(gate: Any, up: Any, h: Any, first: int, last: int) -> None:
@@ -108,11 +108,11 @@ def swiglu() -> Any:
     return swiglu
 
 
-@functools.cache
+@made_once
 def mix_experts() -> Any:
-    """Return the kernel mix_experts(y, tokens, experts, weights, z): z[t] = sum of weights[t, e] y[n] over t's pairs n."""
+    """Return a kernel: mix_experts(y, tokens, experts, weights, z), z[t] = sum of weights[t, e] y[n] over its pairs."""
 
-    @kernel(types.void(ROWS_IN, INDICES, INDICES, ROWS_IN, ROWS_OUT))
+    @kernel(types.void(ROWS_IN, INDICES, INDICES, ROWS_IN, ROWS_OUT), parallel=False)
     def mix_experts(y: Any, tokens: Any, experts: Any, weights: Any, z: Any) -> None:
         z[:] = np.float32(0)
         for n in range(len(y)):

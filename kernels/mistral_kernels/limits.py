@@ -1,22 +1,22 @@
-"""The machine's two limits, measured as the kernels meet them: bytes read a second, multiplications and additions a second."""
+"""The machine's two limits, measured as the kernels meet them: bytes read, and multiply-adds done, in a second."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numba
 from numba import types
 
-from mistral_kernels.compiling import kernel
-from mistral_kernels.simd import LANES, add, load, multiply_add, splat, sum_of, zeros
+from mistral_kernels.compiling import kernel, made_once
+from mistral_kernels.instructions import LANES
+from mistral_kernels.simd import add, load, multiply_add, splat, sum_of, zeros
 
 N_CHAINS = 12  # sums that do not wait for each other: a multiply-add takes 4 cycles or so, and two may start in each
 
 
-@functools.cache
+@made_once
 def plain_read() -> Any:
-    """Return the kernel plain_read(floats, n_threads), which reads an array once, in four streams a thread."""
+    """Return a kernel: plain_read(floats, n_threads) reads an array once, in four streams a thread."""
 
     @kernel(types.float32(types.Array(types.float32, 1, "C", readonly=True), types.intp))
     def plain_read(floats: Any, n_threads: int) -> float:
@@ -36,9 +36,9 @@ def plain_read() -> Any:
     return plain_read
 
 
-@functools.cache
+@made_once
 def multiply_add_peak() -> Any:
-    """Return the kernel multiply_add_peak(n, n_threads): n rounds of N_CHAINS vector multiply-adds on each thread."""
+    """Return a kernel: multiply_add_peak(n, n_threads) does n rounds of N_CHAINS vectors on each thread."""
 
     @kernel(types.float32(types.intp, types.intp))
     def multiply_add_peak(n: int, n_threads: int) -> float:

@@ -1,22 +1,22 @@
 """Matrix times matrix, for prompts: y[t, o] = sum over i of x[t, i] W[o, i], with W as it lies in the file.
 
 A block of W (WIDTH rows, DEPTH inputs) is widened to float32 and transposed into a panel that stays in the cache next
-to the core, and all rows of x are multiplied with it, tile by tile. Widening costs 1/T of the whole; reading x again for
-every block costs 1/WIDTH.
+to the core, and all rows of x are multiplied with it, tile by tile. Widening costs about 1/T of the whole, and reading
+x again for every block 1/WIDTH.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import kernel, part
+from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.layout import TILE
 from mistral_kernels.matvec import BYTES, FP8_BLOCK, SCALES
-from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose
+from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 32 KiB at most
 
@@ -24,20 +24,29 @@ MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
 MATRIX_OUT = types.Array(types.float32, 2, "C")
 
 
-@functools.cache
-def matmul(kind: str) -> Any:
-    """Return the kernel matmul(W, scales, x, y, n_threads) for matrices of a kind.
+@made_once
+def matmul(kind: str, is_tiled: bool = False) -> Any:
+    """Return a kernel: matmul(W, scales, x, y, n_threads), for matrices of a kind, as stored or in tile order.
 
-    W, scales   as in matvec
+    W, scales   as in matvec; fp8 is never in tile order
     x, y        (T, I) and (T, O) float32, T at least 1
     """
     multiply_tile = tile(ROWS, VECTORS)
     transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
+    widen_tile = widen(kind)
     is_scaled = kind == "fp8"
 
     @part
-    def fill_panel(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
+    def fill_from_tiles(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
         """panel[k - start, r] = W[o + r, k], and any numbers where r is past the last row."""
+        for r in range(0, WIDTH, TILE):
+            tile = min(o + r, n_out - 1) // TILE
+            for k in range(start, stop):
+                widen_tile(W, (tile * n_in + k) * TILE, panel, (k - start) * WIDTH + r)
+
+    @part
+    def fill_from_rows(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
+        """As fill_from_tiles, for a matrix as it is stored."""
         for r in range(0, WIDTH, 8):
             first = min(o + r, n_out - 1)
             rows = (first * n_in, n_in, (n_out - 1) * n_in)
@@ -50,6 +59,8 @@ def matmul(kind: str) -> Any:
                     transpose_whole(W, rows, k, scale, panel, offset, WIDTH)
                 else:
                     transpose_part(W, rows, k, scale, panel, offset, WIDTH, stop - k)
+
+    fill_panel = fill_from_tiles if is_tiled else fill_from_rows
 
     @part
     def multiply_block(
@@ -64,7 +75,7 @@ def matmul(kind: str) -> Any:
                 from_x, to_y = (start * n_tokens + t * DEPTH, DEPTH), (t * y.shape[1] + column, y.shape[1])
                 multiply_tile(slabs, from_x, panel, 0, stop - start, y, to_y, min(ROWS, n_tokens - t), start > 0)
 
-    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), variant=kind)
+    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), variant=(kind, is_tiled))
     def matmul(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
         (n_tokens, n_in), n_out = x.shape, y.shape[1]
         # Rows of x whose starts are a power of two apart would push each other out of the cache: x is cut into slabs of

@@ -1,21 +1,24 @@
 """Matrix times vector, for decoding: y[o] = sum over i of W[o, i] x[i], with W as it lies in the file.
 
 The memory's speed is the limit, so all that counts is to read W once, in long streams, and to be done with each number
-before the next arrives. Eight rows are read at once: eight streams, eight sums that do not wait for each other, and each
-vector of x loaded once for all of them. Meanwhile the next eight rows are asked for, since a stream that has just begun
-is slow.
+before the next arrives. Eight rows are read at once: eight streams, eight sums that do not wait for each other, and
+each vector of x loaded once for all of them. Meanwhile the next eight rows are asked for, since a stream that has just
+begun is slow.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numba
+import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import kernel, part
-from mistral_kernels.simd import LANES, load, load_part, row_sums
+from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.instructions import LANES
+from mistral_kernels.layout import TILE
+from mistral_kernels.rows import TILE_INPUTS, row_sums, tile_sums
+from mistral_kernels.simd import load, load_part
 
 ROWS = 8
 FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
@@ -26,9 +29,9 @@ VECTOR_OUT = types.Array(types.float32, 1, "C")
 SCALES = types.Array(types.float32, 2, "C", readonly=True)
 
 
-@functools.cache
+@made_once
 def matvec(kind: str) -> Any:
-    """Return the kernel matvec(W, scales, x, y, n_threads) for matrices of a kind.
+    """Return a kernel: matvec(W, scales, x, y, n_threads), for matrices of a kind.
 
     W           O * I numbers of the kind, row after row, as bytes (uint8)
     scales      what fp8 weights are multiplied by, float32 (1, 1) or (ceil(O/128), ceil(I/128)); else not read
@@ -56,7 +59,9 @@ def matvec(kind: str) -> Any:
                 y_rows = totals(sums)
                 for row in range(min(ROWS, last - o)):
                     if is_scaled:
-                        scale = scales[min(o // FP8_BLOCK, len(scales) - 1), min(start // FP8_BLOCK, scales.shape[1] - 1)]
+                        scale = scales[
+                            min(o // FP8_BLOCK, len(scales) - 1), min(start // FP8_BLOCK, scales.shape[1] - 1)
+                        ]
                         y[o + row] = y_rows[row] * scale + (y[o + row] if start else numba.float32(0.0))
                     else:
                         y[o + row] = y_rows[row]
@@ -72,3 +77,45 @@ def matvec(kind: str) -> Any:
                 multiply_rows(W, scales, x, y, first, min(last, len(y)))
 
     return matvec
+
+
+TILES = 4  # read at once
+PART = 512  # inputs that are summed up by themselves, so that long sums lose less
+
+
+@made_once
+def matvec_tiled(kind: str) -> Any:
+    """Return a kernel: matvec_tiled(W, x, y, n_threads), as matvec, for matrices in tile order (layout.py).
+
+    The length of x is even.
+    """
+    no_tile_sums, add_tile_products, store_tile_sums = tile_sums(kind, TILES)
+
+    @part
+    def multiply_tiles(W: Any, x: Any, y: Any, first: int, last: int) -> None:
+        """Compute the rows of the tiles first, ..., last - 1."""
+        n_in, n_out, n_tiles = len(x), len(y), (len(y) + TILE - 1) // TILE
+        for tile in range(first, last, TILES):
+            tiles = (tile * TILE * n_in, TILE * n_in, (n_tiles - 1) * TILE * n_in)
+            totals = np.zeros(TILES * TILE, np.float32)
+            for start in range(0, n_in, PART):
+                sums = no_tile_sums()
+                for i in range(start, min(start + PART, n_in), TILE_INPUTS):
+                    sums = add_tile_products(sums, W, tiles, i, x, i)
+                store_tile_sums(sums, totals, 0)
+            o, stop = tile * TILE, min(min(tile + TILES, last) * TILE, n_out)
+            y[o:stop] = totals[: stop - o]
+
+    @kernel(types.void(BYTES, VECTOR_IN, VECTOR_OUT, types.intp), variant=kind)
+    def matvec_tiled(W: Any, x: Any, y: Any, n_threads: int) -> None:
+        n_tiles = (len(y) + TILE - 1) // TILE
+        if n_threads == 1:
+            multiply_tiles(W, x, y, 0, n_tiles)
+        else:
+            groups = (n_tiles + TILES - 1) // TILES
+            for index in numba.prange(n_threads):
+                t = numba.intp(index)
+                first, last = groups * t // n_threads * TILES, groups * (t + 1) // n_threads * TILES
+                multiply_tiles(W, x, y, first, min(last, n_tiles))
+
+    return matvec_tiled

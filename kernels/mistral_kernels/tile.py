@@ -16,13 +16,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mistral_kernels.simd import (
+from mistral_kernels.instructions import (
     F32,
     I8,
     I64,
     KINDS,
     LANES,
-    ROWS_TYPE,
     STORED,
     VECTOR,
     constant,
@@ -35,6 +34,7 @@ from mistral_kernels.simd import (
     splat_of,
     widened,
 )
+from mistral_kernels.rows import ROWS_TYPE
 
 # Rows and vectors of a tile, so that sums, a row of B and a number of A fit the registers: 32 with AVX-512 and NEON,
 # else 16.
@@ -94,7 +94,11 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
                 phi.add_incoming(constant(VECTOR, 0.0), before)
             B_row = builder.gep(panel, [builder.mul(k, whole(width * size))])
             vectors = [
-                widened(builder, load_vector(builder, builder.gep(B_row, [whole(number * LANES * size)]), element, LANES), kind)
+                widened(
+                    builder,
+                    load_vector(builder, builder.gep(B_row, [whole(number * LANES * size)]), element, LANES),
+                    kind,
+                )
                 for number in range(n_vectors)
             ]
             new = []
@@ -111,13 +115,14 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
             for index, value in enumerate(new):
                 row, number = divmod(index, n_vectors)
                 address = column(C_rows[row], number)
+                added = value
                 old = builder.select(continues, load_vector(builder, address, F32, LANES), constant(VECTOR, 0.0))
                 # A row beyond the last one falls on it, after it: what stands there stays.
                 exists = builder.icmp_signed("<", whole(row), rows)
                 if row:
                     old = builder.select(exists, old, load_vector(builder, address, F32, LANES))
-                    value = builder.select(exists, value, constant(VECTOR, -0.0))
-                builder.store(builder.fadd(old, value), builder.bitcast(address, VECTOR.as_pointer()), align=1)
+                    added = builder.select(exists, value, constant(VECTOR, -0.0))
+                builder.store(builder.fadd(old, added), builder.bitcast(address, VECTOR.as_pointer()), align=1)
             return context.get_dummy_value()
 
         arguments = (A, place, B, types.intp, types.intp, C, place, types.intp, types.boolean)
@@ -127,12 +132,12 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
 
 
 def transpose(kind: str, ahead: int) -> tuple[Any, Any]:
-    """Return the intrinsics transpose(W, rows, k, scale, panel, offset, width) and transpose_part(..., count).
+    """Return two intrinsics: transpose(W, rows, k, scale, panel, offset, width), and transpose_part(..., count).
 
     They take 8 rows of a matrix of a kind, given as bytes, 8 columns of each from column k on, and put them into a
     float32 panel as 8 rows of 8: panel[offset + width * k' + r] = W[r, k + k'], times `scale` if the kind is fp8. With
-    `count` only that many columns are read, and the others are 0. `rows` is as in simd.row_addresses. The columns `ahead`
-    of these are asked for, so that they are there when their turn comes.
+    `count` only that many columns are read, and the others are 0. `rows` is as in instructions.row_addresses. The
+    columns `ahead` of these are asked for, so that they are there when their turn comes.
     """
     element, size = STORED[kind], KINDS[kind]
     order = ir.VectorType(ir.IntType(32), 8)
@@ -149,7 +154,9 @@ def transpose(kind: str, ahead: int) -> tuple[Any, Any]:
             # Three rounds of interleaving row i with row i + 4: afterwards vector k holds column k.
             for _ in range(3):
                 values = [
-                    builder.shuffle_vector(values[row], values[row + 4], half) for row in range(4) for half in (low, high)
+                    builder.shuffle_vector(values[row], values[row + 4], half)
+                    for row in range(4)
+                    for half in (low, high)
                 ]
             for column, value in enumerate(values):
                 floats = widened(builder, value, kind)
@@ -171,7 +178,28 @@ def transpose(kind: str, ahead: int) -> tuple[Any, Any]:
     def transpose_part(
         typing: Any, W: Any, rows: Any, k: Any, scale: Any, panel: Any, offset: Any, width: Any, count: Any
     ) -> Any:
-        generate = generate_with(lambda builder, address, arguments: load_first(builder, address, element, 8, arguments[7]))
+        generate = generate_with(
+            lambda builder, address, arguments: load_first(builder, address, element, 8, arguments[7])
+        )
         return types.void(W, ROWS_TYPE, types.intp, types.float32, panel, types.intp, types.intp, types.intp), generate
 
     return transpose_whole, transpose_part
+
+
+def widen(kind: str) -> Any:
+    """Return an intrinsic: widen(W, offset, panel, place) turns 8 numbers of a kind, given as bytes, into float32."""
+    element, size = STORED[kind], KINDS[kind]
+
+    @intrinsic
+    def widen(typing: Any, W: Any, offset: Any, panel: Any, place: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            W, offset, panel, place = arguments
+            address = pointer(context, builder, signature.args[0], W, builder.mul(offset, ir.Constant(I64, size)))
+            floats = widened(builder, load_vector(builder, address, element, 8), kind)
+            address = pointer(context, builder, signature.args[2], panel, place)
+            builder.store(floats, builder.bitcast(address, floats.type.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(W, types.intp, panel, types.intp), generate
+
+    return widen
