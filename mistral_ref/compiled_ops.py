@@ -25,8 +25,9 @@ from mistral_ref.weights import Matrix, TiledMatrix
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 
-# Work that is done sooner than other threads can be woken: bytes of weights times tokens, and numbers of activations.
-_FEW_BYTES = 2**17
+# Work that one thread does by itself, in bytes of weights times tokens, and in numbers of activations: waking others costs
+# microseconds, and milliseconds where another program has taken their core.
+_FEW_BYTES = 2**20
 _FEW_NUMBERS = 2**15
 
 _KINDS = {"float32": "f32", "float16": "f16"}
@@ -44,6 +45,13 @@ def chosen_threads(threads_asked: int | None) -> int:
     if not found.isdecimal():
         raise InputError(f"{THREADS_VARIABLE} is {found!r}; expected a whole number of at least 1")
     return checked_whole(THREADS_VARIABLE, int(found), least=1, most=1024)
+
+
+def _start_threads() -> None:
+    try:
+        threads.layer()
+    except ValueError as error:  # NUMBA_THREADING_LAYER asks for one that is not there
+        raise InputError(f"backend is 'numba', but its threads cannot be started: {error}") from None
 
 
 def _floats(x: np.ndarray) -> np.ndarray:
@@ -64,6 +72,7 @@ class CompiledOps(ReferenceOps):
             raise InputError("backend is 'numba', but NUMBA_DISABLE_JIT is set; expected backend='numpy' then")
         super().__init__("float32", angles=angles)
         self.threads = chosen_threads(threads)
+        _start_threads()
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from here.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,8 +28,9 @@ class Rotation(NamedTuple):
     key_sin: np.ndarray
 
 
+@cache
 def inverse_frequencies(theta: float, head_dim: int, yarn: Yarn | None = None) -> np.ndarray:
-    """Return the angle (K/2,) by which each pair turns from one position to the next, in radians, float64.
+    """Return the angle (K/2,) by which each pair turns from one position to the next, in radians, float64, read-only.
 
     theta^(-2j/K) for pair j; YaRN divides the slow ones by its factor.
 
@@ -36,12 +38,13 @@ def inverse_frequencies(theta: float, head_dim: int, yarn: Yarn | None = None) -
     [1.0, 0.01]
     """
     pair = np.arange(head_dim // 2)
-    plain = theta ** (-2.0 * pair / head_dim)
-    if yarn is None:
-        return plain
-    low, high = yarn_ramp(theta, head_dim, yarn)
-    share = np.clip((pair - low) / (high - low), 0.0, 1.0)
-    return plain / yarn.factor * share + plain * (1.0 - share)
+    plain = frequencies = theta ** (-2.0 * pair / head_dim)
+    if yarn is not None:
+        low, high = yarn_ramp(theta, head_dim, yarn)
+        share = np.clip((pair - low) / (high - low), 0.0, 1.0)
+        frequencies = plain / yarn.factor * share + plain * (1.0 - share)
+    frequencies.flags.writeable = False
+    return frequencies
 
 
 def yarn_ramp(theta: float, head_dim: int, yarn: Yarn) -> tuple[float, float]:

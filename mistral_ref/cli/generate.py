@@ -6,14 +6,11 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import mistral_ref
 from mistral_ref.cache import DEFAULT_CHUNK
-from mistral_ref.cli.common import add_compute_options, add_model_option
-from mistral_ref.generation import Progress
+from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar
 
 _EXAMPLES = """\
 examples:
@@ -65,11 +62,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def run(arguments: argparse.Namespace) -> None:
     """Print a prompt and its continuation."""
     started = time.perf_counter()
-    model = mistral_ref.load(arguments.model, backend=arguments.backend, threads=arguments.threads)
+    model = load_model(arguments)
     loaded = time.perf_counter()
     prompt = read_prompt(arguments)
     ids = model.token_ids(prompt)
-    with prefill_bar(len(ids)) as progress:
+    with progress_bar("reading the prompt", is_long=len(ids) > DEFAULT_CHUNK) as progress:
         tokens = model.generate(
             ids,
             max_tokens=arguments.max_tokens,
@@ -116,21 +113,6 @@ def as_text(argument: str) -> str:
         return os.fsencode(argument).decode()
     except UnicodeError:
         raise mistral_ref.InputError(f"argument {argument!a} is not UTF-8 text") from None
-
-
-@contextmanager
-def prefill_bar(n_tokens: int) -> Iterator[Progress | None]:
-    """Show a bar on a terminal's standard error while a prompt of several chunks is read; give what moves it."""
-    if n_tokens <= DEFAULT_CHUNK or sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    # Imported here: a tenth of a second that --help and every short prompt would otherwise wait for.
-    import rich.console  # noqa: PLC0415
-    import rich.progress  # noqa: PLC0415
-
-    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading the prompt", total=n_tokens)
-        yield lambda done, _total: bar.update(task, completed=done)
 
 
 def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:
