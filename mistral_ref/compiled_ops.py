@@ -25,8 +25,8 @@ from mistral_ref.weights import Matrix, TiledMatrix
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 
-# Work that one thread does by itself, in bytes of weights times tokens, and in numbers of activations: waking others costs
-# microseconds, and milliseconds where another program has taken their core.
+# Work that one thread does by itself, in bytes of weights times tokens, and in numbers of activations: waking others
+# costs microseconds, and milliseconds where another program has taken their core.
 _FEW_BYTES = 2**20
 _FEW_NUMBERS = 2**15
 
@@ -51,7 +51,8 @@ def _start_threads() -> None:
     try:
         threads.layer()
     except ValueError as error:  # NUMBA_THREADING_LAYER asks for one that is not there
-        raise InputError(f"backend is 'numba', but its threads cannot be started: {error}") from None
+        problem = " ".join(str(error).split())
+        raise InputError(f"backend is 'numba', but its threads cannot be started: {problem}") from None
 
 
 def _floats(x: np.ndarray) -> np.ndarray:

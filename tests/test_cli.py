@@ -33,6 +33,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels(model_dir: Path) -> None:
+    """Compile what the commands need, so that none of them has to say that it does."""
+    for model in (mistral_ref.load(model_dir), mistral_ref.load()):
+        model.complete("The mill", max_tokens=2)
+
+
 def run(*arguments: object, stdin: str | bytes = "", **options: object) -> subprocess.CompletedProcess[str]:
     if isinstance(stdin, bytes):
         return subprocess.run(

@@ -33,7 +33,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(arguments: argparse.Namespace) -> None:
     """Print everything about a directory."""
-    model = mistral_ref.load(arguments.model)
+    model = mistral_ref.load(arguments.model, backend="numpy")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has said it all
         checkpoint = open_checkpoint(Path(arguments.model))
