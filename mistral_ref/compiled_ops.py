@@ -116,7 +116,7 @@ class CompiledOps(ReferenceOps):
         return attention.new_store(capacity, n_kv_heads, head_dim, np.dtype(dtype))
 
     def write(self, store: attention.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
-        slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+        slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else np.ascontiguousarray(slots)
         raw = "float32" if store.k.dtype == np.float32 else "uint16"
         k_TGK, v_TGK = (np.ascontiguousarray(part, store.k.dtype).view(raw) for part in (k_TGK, v_TGK))
         attention.write(raw)(store.k.view(raw), store.v.view(raw), slots_T, k_TGK, v_TGK)
@@ -165,6 +165,7 @@ class CompiledOps(ReferenceOps):
         self, y_ND: np.ndarray, tokens_N: np.ndarray, experts_N: np.ndarray, weights_TE: np.ndarray
     ) -> np.ndarray:
         z_TD = np.empty((len(weights_TE), y_ND.shape[1]), np.float32)
+        tokens_N, experts_N = (np.ascontiguousarray(indices, np.int64) for indices in (tokens_N, experts_N))
         elementwise.mix_experts()(_floats(y_ND), tokens_N, experts_N, _floats(weights_TE), z_TD)
         return z_TD
 
