@@ -1,0 +1,286 @@
+"""The same weights through mistral_ref, llama.cpp and transformers, in turn, with the same threads.
+
+Makes a checkpoint of random weights (or takes --model), writes it as GGUF and as a Hugging Face directory, bit for bit,
+and starts each runtime in a process of its own. First all of them give logits of the same tokens, and how far these lie
+apart is reported: proof that they compute the same. Then every test runs once to warm up and --repeats times in turn:
+
+  pp512           512 tokens of a prompt at once; logits of the last
+  tg32            32 tokens one by one after nothing
+  tg32 @ d4096    the same after 4096 others; without a window, so that all do equal work
+
+mistral_ref with a sliding window, and with --repack, have rows of their own. Tokens are random; there is no tokenizer
+and no sampling. Each runtime keeps its own defaults: llama.cpp flash attention "auto" and a float16 cache, n_batch and
+n_ubatch 512; transformers sdpa attention and the checkpoint's dtype; mistral_ref a float32 cache. Peers that are not
+installed are left out: pip install llama-cpp-python gguf transformers torch. Files take three times the size of the
+weights on disk, and stay in --work-dir for the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import numpy as np
+from common import finish, notice, parser_for
+from peer_process import Test, Worker, start
+
+from mistral_ref.benchmark import Limit, markdown_table, ratios, read_limit, spread, write_json
+from mistral_ref.checkpoint import open_checkpoint
+from mistral_ref.compiled_ops import chosen_threads
+from mistral_ref.config import ModelConfig
+from mistral_ref.config_files import read_config
+from mistral_ref.errors import checked_whole
+from mistral_ref.machine import cache_bytes, machine, machine_lines
+from mistral_ref.shapes import SHAPES, shape
+from mistral_ref.synthetic import make_checkpoint
+
+EXAMPLES = """\
+examples:
+  python benchmarks/compare_peers.py                             8 layers of Mistral 7B in bf16: 12 GiB on disk
+  python benchmarks/compare_peers.py --peers llama.cpp --dtype f16
+  python benchmarks/compare_peers.py --shape stories-110m --depth 0
+  python benchmarks/compare_peers.py --shape tiny --prompt 64 --generate 4 --depth 64    seconds, to see it work
+"""
+
+OURS = "mistral_ref"
+NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("transformers", "torch")}
+N_CHECKED = 16  # tokens whose logits are compared
+
+
+def chosen_tests(arguments: argparse.Namespace) -> list[Test]:
+    """Return the tests that the options ask for."""
+    n_prompt = checked_whole("prompt", arguments.prompt, least=1)
+    n_generate = checked_whole("generate", arguments.generate, least=1)
+    depth = checked_whole("depth", arguments.depth, least=0)
+    tests = [Test(f"pp{n_prompt}", n_prompt, 0, 512), Test(f"tg{n_generate}", n_generate, 0, 1)]
+    return [*tests, Test(f"tg{n_generate} @ d{depth}", n_generate, depth, 1)] if depth else tests
+
+
+def installed_peers(asked: Sequence[str]) -> list[str]:
+    """Return the peers that can be imported; say which cannot."""
+    found = []
+    for peer in asked:
+        missing = [module for module in NEEDS[peer] if importlib.util.find_spec(module) is None]
+        if missing:
+            notice(f"{peer} is left out: {', '.join(missing)} is not installed")
+        else:
+            found.append(peer)
+    return found
+
+
+def checkpoint_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Return the model's directory, made if necessary, and the one for what is written from it."""
+    work = Path(arguments.work_dir)
+    if arguments.model is not None:
+        directory = Path(arguments.model).resolve()
+        return directory, work / f"{directory.name}-{zlib.crc32(os.fsencode(directory)):08x}"
+    config = shape(arguments.shape, layers=arguments.layers)
+    directory = work / f"{arguments.shape}-{config.n_layers}-{arguments.dtype}"
+    notice(f"weights: {directory}")
+    return make_checkpoint(directory, config, kind=arguments.dtype), directory
+
+
+def converted(source: Path, target: Path, convert: Callable[[], None]) -> None:
+    """Write `target` unless it is there and newer than the weights."""
+    weights = source / "consolidated.safetensors"
+    if not target.exists() or (weights.exists() and target.stat().st_mtime < weights.stat().st_mtime):
+        notice(f"writing {target}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        convert()
+
+
+def peer_file(peer: str, directory: Path, work: Path) -> Path:
+    """Return the model as a peer reads it, written if necessary."""
+    if peer == "llama.cpp":
+        from gguf_writer import write_gguf  # noqa: PLC0415 (needs the package gguf)
+
+        path = work / "model.gguf"
+        converted(directory, path, lambda: write_gguf(directory, path))
+        return path
+    from hf_writer import write_huggingface  # noqa: PLC0415 (like the other one)
+
+    path = work / "huggingface"
+    converted(directory, path / "model.safetensors", lambda: write_huggingface(directory, path))
+    return path
+
+
+def start_all(arguments: argparse.Namespace, config: ModelConfig, directory: Path, work: Path) -> list[Worker]:
+    """Start every runtime, ours first."""
+    context = max(arguments.prompt, arguments.depth + arguments.generate, N_CHECKED)
+    common = [f"--vocabulary={config.vocab_size}", f"--context={context}", f"--threads={arguments.threads}"]
+    common += [f"--cache-dtype={arguments.cache_dtype}", f"--flash-attention={arguments.flash_attention}"]
+    files = {peer: peer_file(peer, directory, work) for peer in installed_peers(arguments.peers)}
+    workers = [start(OURS, OURS, directory, common)]
+    if arguments.repack:
+        workers.append(start(f"{OURS} repacked", OURS, directory, common, "--repack"))
+    if arguments.window:
+        name = f"{OURS} window {arguments.window}"
+        workers.append(start(name, OURS, directory, common, f"--window={arguments.window}"))
+    return workers + [start(peer, peer, path, common) for peer, path in files.items()]
+
+
+def compare_logits(workers: Sequence[Worker]) -> None:
+    """Note how far each runtime's logits lie from ours: the largest difference over the largest logit."""
+    ours = np.array(workers[0].ask(do="logits", n=N_CHECKED)["logits"])
+    for worker in workers:
+        theirs = np.array(worker.ask(do="logits", n=N_CHECKED)["logits"])
+        worker.distance = float(np.abs(theirs - ours).max() / np.abs(ours).max())
+
+
+def measure_all(workers: Sequence[Worker], tests: Sequence[Test], repeats: int, rest: float, limit: Limit) -> None:
+    """Run every test on all workers in turn, once to warm up and then `repeats` times.
+
+    `rest` is how many seconds to wait before and after each: some runtimes leave their threads spinning for a while.
+    """
+    for test in tests:
+        for repeat in range(repeats + 1):
+            for worker in workers:
+                notice(f"{test.name}, {repeat or 'warm-up'} of {repeats}: {worker.name}")
+                reads = limit.measure()
+                time.sleep(rest)
+                seconds = worker.ask(do="run", n=test.n, depth=test.depth, step=test.step)["seconds"]
+                if repeat:
+                    worker.rates.setdefault(test.name, []).append(test.n / seconds)
+                    worker.limits.setdefault(test.name, []).append(reads)
+                time.sleep(rest)
+    for worker in workers:
+        worker.memory = worker.ask(do="memory")
+
+
+def rate_rows(workers: Sequence[Worker], tests: Sequence[Test], gb_a_token: float) -> list[list[str]]:
+    """Return the table's rows: tokens a second, bytes of weights a second where tokens come one by one, and ratios."""
+    rows = []
+    for test in tests:
+        ours = workers[0].rates[test.name]
+        for worker in workers:
+            rates = worker.rates[test.name]
+            reads = [100 * gb_a_token * share for share in ratios(rates, worker.limits[test.name])]
+            share = f"{median(reads):.0f}" if test.step == 1 else ""
+            times = spread(ratios(ours, rates)).text(2)
+            rows.append([worker.name, test.name, *spread(rates).text(2), share, *times])
+    return rows
+
+
+def process_rows(workers: Sequence[Worker]) -> list[list[str]]:
+    """Return the table's rows about the processes themselves."""
+
+    def gib(n_bytes: int | None) -> str:
+        return "unknown" if n_bytes is None else f"{n_bytes / 2**30:.2f}"
+
+    return [
+        [
+            worker.name,
+            f"{worker.first_token:.2f}",
+            gib(worker.memory["peak_resident"]),
+            gib(worker.memory["anonymous"]),
+            f"{worker.distance:.1e}",
+        ]
+        for worker in workers
+    ]
+
+
+def as_json(
+    workers: Sequence[Worker], tests: Sequence[Test], n_threads: int, model: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return every result under the names that llama-bench uses, and what it has none for."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    results = []
+    for worker, test in ((worker, test) for test in tests for worker in workers):
+        rates = worker.rates[test.name]
+        generates = test.step == 1
+        results.append(
+            {
+                "backend": worker.name,
+                "test": test.name,
+                **model,
+                "n_threads": n_threads,
+                "n_prompt": 0 if generates else test.n,
+                "n_gen": test.n if generates else 0,
+                "n_depth": test.depth,
+                "test_time": now,
+                "avg_ts": mean(rates),
+                "stddev_ts": stdev(rates) if len(rates) > 1 else 0.0,
+                "median_ts": median(rates),
+                "samples_ts": rates,
+                "samples_ns": [round(1e9 * test.n / rate) for rate in rates],
+                "plain_read_gbs": worker.limits[test.name],
+                "mistral_ref_times_as_fast": ratios(workers[0].rates[test.name], rates),
+            }
+        )
+    return results
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = parser_for(__doc__, EXAMPLES)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parser.add_argument("--model", metavar="DIR", help="take these weights, in Mistral's own layout")
+    parser.add_argument("--shape", default="mistral-7b", help=f"{', '.join(SHAPES)} (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, metavar="N", help="of that shape (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["bf16", "f16", "f32"], default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--peers", nargs="*", choices=NEEDS, default=list(NEEDS), help="(default: all)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each performance core")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--generate", type=int, default=32, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=4096, metavar="N", help="0: none (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=4096, metavar="W", help="of ours; 0: none (default: %(default)s)")
+    parser.add_argument("--rest", type=float, default=0.3, metavar="S", help="seconds between runs (%(default)s)")
+    parser.add_argument("--repack", action="store_true", help="a row of ours with load(repack=True)")
+    parser.add_argument(
+        "--cache-dtype", choices=["float32", "float16"], default="", help="of ours and llama.cpp's (default: their own)"
+    )
+    parser.add_argument(
+        "--flash-attention", choices=["auto", "on", "off"], default="auto", help="llama.cpp's (default: %(default)s)"
+    )
+    parser.add_argument("--work-dir", default=cache / "mistral_ref" / "benchmarks", metavar="DIR", help="%(default)s")
+    parser.add_argument("--json", metavar="FILE", help="write the machine, versions and every sample there")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Compare; print tables, and write the file."""
+    arguments.threads = chosen_threads(arguments.threads)
+    checked_whole("repeats", arguments.repeats, least=1)
+    tests = chosen_tests(arguments)
+    directory, work = checkpoint_of(arguments)
+    config, tensors = read_config(directory), open_checkpoint(directory).tensors
+    n_bytes = sum(tensor.raw.nbytes for tensor in tensors.values())
+    unread = 0 if config.tied_embeddings else tensors["tok_embeddings.weight"].raw.nbytes
+    description = machine(arguments.threads)
+    model = {"model_type": directory.name, "model_size": n_bytes, "model_n_params": config.n_parameters}
+    workers: list[Worker] = []
+    try:
+        workers += start_all(arguments, config, directory, work)
+        compare_logits(workers)
+        limit = read_limit(arguments.threads, max(2**28, 4 * cache_bytes()))
+        measure_all(workers, tests, arguments.repeats, arguments.rest, limit)
+    finally:
+        for worker in workers:
+            worker.stop()
+    runtimes = {worker.name: worker.about | {"first_token_s": worker.first_token} for worker in workers}
+    print("\n".join(machine_lines(description | {"model": directory.name, "repeats": arguments.repeats})))
+    for worker in workers:
+        print(f"{worker.name}: {', '.join(f'{name} {value}' for name, value in worker.about.items())}")
+    headings = ["runtime", "test", "t/s", "min to max", "% of plain read", "ours is x times as fast", "min to max x"]
+    print(f"\n{markdown_table(headings, rate_rows(workers, tests, (n_bytes - unread) / 1e9))}")
+    headings = ["runtime", "first token s", "peak resident GiB", "anonymous GiB", "logits differ by"]
+    print(f"\n{markdown_table(headings, process_rows(workers))}")
+    if arguments.json:
+        results = as_json(workers, tests, arguments.threads, model)
+        processes = {worker.name: worker.memory | {"logits_differ": worker.distance} for worker in workers}
+        content = {"machine": description, "runtimes": runtimes, "processes": processes, "results": results}
+        write_json(arguments.json, content)
+
+
+if __name__ == "__main__":
+    sys.exit(finish(measure, parse_arguments()))

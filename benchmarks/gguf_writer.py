@@ -1,0 +1,106 @@
+"""A checkpoint in Mistral's own layout as a GGUF file for llama.cpp, bit for bit, a tensor at a time.
+
+llama.cpp's "llama" architecture turns neighbouring rows of q and k, as Mistral's own files do, so nothing is permuted.
+It knows no sliding window: every layer attends to everything. The file has no vocabulary ("none"), only its size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from mistral_ref.checkpoint import open_checkpoint
+from mistral_ref.config import ModelConfig
+from mistral_ref.config_files import read_config
+from mistral_ref.errors import InputError
+from mistral_ref.synthetic import require_space
+from mistral_ref.tensor_file import Tensor
+
+_AROUND_LAYERS = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
+_IN_LAYER = {
+    "attention_norm": "attn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+_TYPES = {
+    "F32": gguf.GGMLQuantizationType.F32,
+    "F16": gguf.GGMLQuantizationType.F16,
+    "BF16": gguf.GGMLQuantizationType.BF16,
+}
+
+
+def gguf_name(name: str) -> str:
+    """Return what GGUF calls the tensor that Mistral's own files call `name`.
+
+    >>> gguf_name("layers.3.feed_forward.w1.weight")
+    'blk.3.ffn_gate.weight'
+    """
+    stem = name.removesuffix(".weight")
+    if stem in _AROUND_LAYERS:
+        return f"{_AROUND_LAYERS[stem]}.weight"
+    _, number, rest = stem.split(".", 2)
+    return f"blk.{number}.{_IN_LAYER[rest]}.weight"
+
+
+def _require_plain(config: ModelConfig, tensors: list[Tensor]) -> None:
+    if config.moe or config.yarn or config.query_temperature:
+        raise InputError("only models without experts, YaRN and query temperature are written as GGUF here")
+    if other := {tensor.dtype for tensor in tensors} - set(_TYPES):
+        raise InputError(f"weights are {', '.join(sorted(other))}; expected {', '.join(_TYPES)} for GGUF")
+
+
+def _contents(tensor: Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+    """Return a tensor as llama.cpp wants it: matrices as stored, norms in float32."""
+    kind, data = tensor.mapped()
+    if data.ndim > 1:
+        return data, _TYPES[tensor.dtype]
+    widened = np.left_shift(data, 16, dtype=np.uint32).view(np.float32) if kind == "bf16" else data.astype(np.float32)
+    return widened, gguf.GGMLQuantizationType.F32
+
+
+def write_gguf(directory: Path, path: Path) -> None:
+    """Write the model in a directory as one GGUF file; raise InputError if llama.cpp could not compute the same."""
+    config, checkpoint = read_config(directory), open_checkpoint(directory)
+    tensors = list(checkpoint.tensors.values())
+    if checkpoint.row_order != "interleaved":
+        raise InputError(f"{directory}: expected Mistral's own layout, consolidated.safetensors")
+    _require_plain(config, tensors)
+    require_space(path, sum(tensor.raw.nbytes for tensor in tensors))
+    partial = path.with_name(f"{path.name}.partial")
+    writer = gguf.GGUFWriter(partial, "llama")
+    _add_metadata(writer, config)
+    for tensor in tensors:
+        data, kind = _contents(tensor)
+        writer.add_tensor_info(gguf_name(tensor.name), data.shape, data.dtype, data.nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(_contents(tensor)[0])
+    writer.close()
+    partial.replace(path)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    writer.add_name("benchmark")
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.max_seq_len or 2**15)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")

@@ -1,0 +1,76 @@
+"""A checkpoint in Mistral's own layout as a Hugging Face directory for transformers, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mistral_ref.checkpoint import open_checkpoint
+from mistral_ref.config import ModelConfig
+from mistral_ref.config_files import read_config
+from mistral_ref.errors import InputError
+from mistral_ref.synthetic import PlannedTensor, write_tensor_file
+from mistral_ref.tensor_file import Tensor
+from mistral_ref.tensor_names import huggingface_name
+
+_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def halves(rows: np.ndarray, n_heads: int) -> np.ndarray:
+    """Return the rows (heads * K, I) of wq or wk with each head's pairs torn apart: 0, 2, 4, ... then 1, 3, 5, ...
+
+    >>> halves(np.arange(8).reshape(8, 1), n_heads=2).ravel().tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return rows.reshape(n_heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _config_json(config: ModelConfig, dtype: str) -> dict[str, object]:
+    """Return what config.json says; without a window, so that every runtime does the same work."""
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": config.max_seq_len or 2**15,
+        "sliding_window": None,
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_act": "silu",
+        "dtype": _TORCH_NAMES[dtype],
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _planned(tensor: Tensor, config: ModelConfig) -> PlannedTensor:
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(tensor.name.split(".")[-2])
+
+    def pieces() -> Iterator[np.ndarray]:
+        data = tensor.mapped()[1]
+        yield data if heads is None else halves(data, heads)
+
+    return PlannedTensor(huggingface_name(tensor.name), tensor.dtype, tensor.shape, pieces)
+
+
+def write_huggingface(directory: Path, target: Path) -> None:
+    """Write the model in a directory as config.json and model.safetensors; raise InputError if these cannot say it."""
+    config, tensors = read_config(directory), list(open_checkpoint(directory).tensors.values())
+    if config.moe or config.yarn or config.query_temperature:
+        raise InputError("only models without experts, YaRN and query temperature are written for transformers here")
+    if not {tensor.dtype for tensor in tensors} <= set(_TORCH_NAMES):
+        raise InputError(f"expected weights in {', '.join(_TORCH_NAMES)} for transformers")
+    target.mkdir(exist_ok=True)
+    text = json.dumps(_config_json(config, tensors[0].dtype), indent=2)
+    (target / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_tensor_file(target / "model.safetensors", [_planned(tensor, config) for tensor in tensors], {"format": "pt"})

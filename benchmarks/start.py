@@ -1,0 +1,118 @@
+"""How long a fresh Python process takes from its start to the first token, and what that time goes into.
+
+Starts a process once with an empty folder for compiled kernels ("cold": everything is compiled), then --runs times with
+the kernels that it has left there ("warm"). If a warm process compiles anything, the exit status is 1.
+
+  imports         importing mistral_ref and Numba
+  load            mapping the weights, reading the tokenizer
+  first token     the prompt's pass, with what kernels it needs loaded (or compiled)
+  again           the same pass once more, with everything in place: the difference is loading kernels and weights
+  in all          as the parent sees it, the start of Python included
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from common import finish, notice, parser_for
+
+import mistral_ref
+from mistral_ref.benchmark import markdown_table, spread, write_json
+from mistral_ref.compiled_ops import chosen_threads
+from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.machine import machine, machine_lines
+
+EXAMPLES = """\
+examples:
+  python benchmarks/start.py                        the demonstration model
+  python benchmarks/start.py --model DIR --runs 5
+"""
+
+# Runs in the fresh process. Numba tells its listeners whenever it compiles rather than loads.
+_CHILD = """\
+import json, sys, time
+started = time.perf_counter()
+import numba.core.event
+import mistral_ref, mistral_ref.compiled_ops
+imported = time.perf_counter()
+model = mistral_ref.load(sys.argv[1] or None, threads=int(sys.argv[2]))
+loaded = time.perf_counter()
+prompt = "Once upon a time" if model.tokenizer else [0, 1, 2, 3]
+with numba.core.event.install_recorder("numba:compile") as compiled:
+    next(model.generate(prompt, max_tokens=1))
+    first = time.perf_counter()
+    print(json.dumps({"token": True}), flush=True)
+    again = time.perf_counter()
+    next(model.generate(prompt, max_tokens=1))
+    ended = time.perf_counter()
+names = sorted({event.data["dispatcher"].__name__ for _, event in compiled.buffer})
+times = {"imports": imported - started, "load": loaded - imported, "first token": first - loaded}
+print(json.dumps({"times": times | {"again": ended - again}, "compiled": names}), flush=True)
+"""
+
+PARTS = ("imports", "load", "first token", "again", "in all")
+
+
+def first_token(model: str, n_threads: int, kernel_dir: str) -> tuple[dict[str, float], list[str]]:
+    """Start a process; return the seconds of each part, and the names of the functions that it compiled."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": kernel_dir}
+    began = time.perf_counter()
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD, model, str(n_threads)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise InputError(f"the process has ended with status {process.wait()}; what it said stands above")
+        in_all = time.perf_counter() - began
+        rest = json.loads(process.stdout.readline())
+    return rest["times"] | {"in all": in_all}, rest["compiled"]
+
+
+def rows(cold: dict[str, float], warm: Sequence[dict[str, float]]) -> list[list[str]]:
+    """Return the table's rows, a part each: seconds cold, and median and range warm."""
+    return [[part, f"{cold[part]:.2f}", *spread([run[part] for run in warm]).text(3)] for part in PARTS]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = parser_for(__doc__, EXAMPLES)
+    parser.add_argument("--model", metavar="DIR", default="", help="default: the demonstration model")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each performance core")
+    parser.add_argument("--runs", type=int, default=9, metavar="N", help="warm starts (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the machine and every sample there")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Start the processes; print the table, and write the file."""
+    n_threads, n_runs = chosen_threads(arguments.threads), checked_whole("runs", arguments.runs, least=1)
+    mistral_ref.load(arguments.model or None, backend="numpy")  # what is wrong with it is better said once, and here
+    description = machine(n_threads)
+    warm, compiled_warm = [], []
+    with tempfile.TemporaryDirectory() as kernel_dir:
+        notice("cold: compiling kernels, up to a minute")
+        cold, compiled_cold = first_token(arguments.model, n_threads, kernel_dir)
+        for number in range(n_runs):
+            notice(f"warm: {number + 1} of {n_runs}")
+            times, compiled = first_token(arguments.model, n_threads, kernel_dir)
+            warm.append(times)
+            compiled_warm += compiled
+    print("\n".join(machine_lines(description)))
+    print(f"\n{markdown_table(['seconds', 'cold', 'warm, median', 'min to max'], rows(cold, warm))}")
+    print(f"\ncompiled cold: {', '.join(compiled_cold)}")
+    print(f"compiled warm: {', '.join(sorted(set(compiled_warm))) or 'nothing'}")
+    if arguments.json:
+        content = {"cold": cold, "warm": warm, "compiled_cold": compiled_cold, "compiled_warm": compiled_warm}
+        write_json(arguments.json, {"machine": description} | content)
+    if compiled_warm:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(finish(measure, parse_arguments()))

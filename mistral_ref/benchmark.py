@@ -1,0 +1,219 @@
+"""What the benchmarks share: the machine and its limits, fair timing, ratios taken run by run, tables.
+
+A machine's speed drifts by tens of percent within minutes, with heat and with its neighbours. So several candidates are
+measured in turn, never one after the other, and each sample is paired with a limit of the machine measured just before
+it: what is reported is the share of that limit, which drifts far less. Medians, with the smallest and the largest;
+every sample is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mistral_kernels import limits, threads
+from mistral_kernels.instructions import LANES
+from mistral_ref.errors import InputError, checked_whole
+
+_PEAK_SECONDS = 0.02  # roughly, for one measurement of the multiply-add peak
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest of some samples."""
+
+    median: float
+    low: float
+    high: float
+
+    def text(self, digits: int = 1) -> tuple[str, str]:
+        """Return the median, and the range, as two cells of a table.
+
+        >>> Spread(0.5, 0.25, 0.75).text(2)
+        ('0.50', '0.25 to 0.75')
+        """
+        return f"{self.median:.{digits}f}", f"{self.low:.{digits}f} to {self.high:.{digits}f}"
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Return the Spread of at least one sample.
+
+    >>> spread([3, 1, 2])
+    Spread(median=2, low=1, high=3)
+    """
+    return Spread(median(samples), min(samples), max(samples))
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Return the ratio of each pair of samples: two things measured in turn are compared run by run.
+
+    >>> ratios([2, 9], [1, 3])
+    [2.0, 3.0]
+    """
+    return [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What bounds a kernel: `measure()` returns how much the machine can do a second, right now, in `unit`."""
+
+    unit: str
+    measure: Callable[[], float]
+
+
+def read_limit(n_threads: int, n_bytes: int) -> Limit:
+    """Return the limit "GB/s": plain reads of an array of so many bytes, to be larger than all caches."""
+    floats = np.ones(n_bytes // 4, np.float32)
+    kernel = limits.plain_read()
+
+    def measure() -> float:
+        with threads.using(n_threads):
+            start = time.perf_counter()
+            kernel(floats, n_threads)
+            return floats.nbytes / (time.perf_counter() - start) / 1e9
+
+    return Limit("GB/s", measure)
+
+
+def multiply_add_limit(n_threads: int) -> Limit:
+    """Return the limit "GFLOP/s": vector multiply-adds on registers, each counted as two operations a lane."""
+    kernel = limits.multiply_add_peak()
+    rounds = 10**5
+
+    def measure_rounds(n: int) -> float:
+        with threads.using(n_threads):
+            start = time.perf_counter()
+            kernel(n, n_threads)
+            return time.perf_counter() - start
+
+    measure_rounds(rounds)  # wakes the threads
+    rounds = math.ceil(rounds * _PEAK_SECONDS / measure_rounds(rounds))
+    billions = 2 * limits.N_CHAINS * LANES * n_threads * rounds / 1e9
+    return Limit("GFLOP/s", lambda: billions / measure_rounds(rounds))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to be measured.
+
+    run     does it once
+    work    what one run does, in units of the limit times seconds: GB read, or GFLOP
+    rest    seconds to wait after a sample, for what leaves threads spinning, as BLAS does
+    """
+
+    name: str
+    run: Callable[[], object]
+    work: float
+    limit: Limit
+    rest: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All samples of one candidate: the seconds of a run, and the limit measured just before each."""
+
+    name: str
+    unit: str
+    work: float
+    seconds: list[float]
+    limits: list[float]
+
+    @property
+    def rates(self) -> list[float]:
+        """Work a second, in the unit of the limit."""
+        return [self.work / seconds for seconds in self.seconds]
+
+    @property
+    def shares(self) -> list[float]:
+        """Each rate as a share of its limit."""
+        return ratios(self.rates, self.limits)
+
+    def cells(self) -> list[str]:
+        """Return the row of a table under HEADINGS."""
+        milliseconds = spread([1e3 * seconds for seconds in self.seconds]).median
+        rate, share = spread(self.rates), spread([100 * share for share in self.shares])
+        limit = f"{median(self.limits):.1f} {self.unit}"
+        return [self.name, f"{milliseconds:.3g}", *rate.text(), self.unit, limit, *share.text()]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return every sample, and the figures that come of them."""
+        figures = {name: getattr(self, name) for name in ("name", "unit", "work", "seconds", "limits")}
+        return figures | {"rates": self.rates, "shares": self.shares, "median_share": median(self.shares)}
+
+
+HEADINGS = ["what", "ms", "rate", "min to max", "unit", "limit", "% of it", "min to max %"]
+
+
+def _runs_for(candidate: Candidate, seconds: float) -> int:
+    """Warm up, and return how many runs a sample needs to take at least so many seconds."""
+    candidate.run()
+    start = time.perf_counter()
+    candidate.run()
+    once = max(time.perf_counter() - start, 1e-9)
+    time.sleep(candidate.rest)
+    return max(1, math.ceil(seconds / once))
+
+
+def alternate(
+    candidates: Sequence[Candidate],
+    *,
+    repeats: int = 7,
+    seconds: float = 0.1,
+    progress: Callable[[str], None] | None = None,
+) -> list[Measurement]:
+    """Measure candidates in turn, `repeats` times each, every sample after its limit and at least `seconds` long.
+
+    `progress` is called with what is about to happen.
+    """
+    repeats = checked_whole("repeats", repeats, least=1)
+    report = progress or (lambda text: None)
+    runs = []
+    for candidate in candidates:
+        report(f"warming up: {candidate.name}")
+        runs.append(_runs_for(candidate, seconds))
+    measured = [Measurement(candidate.name, candidate.limit.unit, candidate.work, [], []) for candidate in candidates]
+    for repeat in range(repeats):
+        for candidate, n_runs, measurement in zip(candidates, runs, measured, strict=True):
+            report(f"{repeat + 1} of {repeats}: {candidate.name}")
+            measurement.limits.append(candidate.limit.measure())
+            start = time.perf_counter()
+            for _ in range(n_runs):
+                candidate.run()
+            measurement.seconds.append((time.perf_counter() - start) / n_runs)
+            time.sleep(candidate.rest)
+    return measured
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table that reads well as plain text too: first column to the left, others to the right.
+
+    >>> print(markdown_table(["what", "ms"], [["read", "1.5"]]))
+    | what |  ms |
+    |------|----:|
+    | read | 1.5 |
+    """
+    widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [f" {cell:>{width}} " for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = f" {cells[0]:<{widths[0]}} "
+        return f"|{'|'.join(padded)}|"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(headings), f"|{rule}|", *(line(row) for row in rows)])
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write figures as a JSON file; raise InputError if that is not possible."""
+    try:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,241 @@
+"""Checkpoints of random weights in the shapes of published models, for measuring: speed does not ask what weights say.
+
+They are real directories, params.json and consolidated.safetensors, written a piece at a time, so that a model of any
+size can be made in a few MiB of memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, get_args
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import CheckpointError, InputError, checked_whole, shown
+from mistral_ref.weights import Kind, e4m3_values
+
+Progress = Callable[[int, int], None]
+
+DTYPES: dict[Kind, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16", "fp8": "F8_E4M3"}
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+
+_MADE_HERE = "mistral_ref.synthetic.v1"  # the entry in a file's metadata that says what it was made of
+_PIECE = 2**20  # weights in memory at a time
+_N_QUANTILES = 2**16
+_FP8_PER_STD = 64.0  # an fp8 weight of one standard deviation; the largest of all, 4.3 of them, stays below 448
+
+
+def encoded(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """Return float32 values rounded to the nearest numbers of a kind, as files hold them: bf16 as uint16, fp8 as uint8.
+
+    >>> encoded(np.float32([1.0, -448.0]), "fp8").tolist()
+    [56, 254]
+    >>> [hex(bits) for bits in encoded(np.float32([1.0, -2.0]), "bf16")]
+    ['0x3f80', '0xc000']
+    """
+    if kind == "bf16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    if kind == "fp8":
+        magnitudes = e4m3_values()[:127]
+        codes = np.searchsorted((magnitudes[1:] + magnitudes[:-1]) / 2, np.abs(values)).astype(np.uint8)
+        return codes | np.signbit(values).astype(np.uint8) << 7
+    return values.astype(np.float16 if kind == "f16" else np.float32)
+
+
+@cache
+def _quantiles() -> np.ndarray:
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / _N_QUANTILES) for i in range(_N_QUANTILES)], np.float32)
+
+
+def fp8_scale(std: float) -> np.float32:
+    """Return what random fp8 weights are multiplied by to have this standard deviation."""
+    return np.float32(std / _FP8_PER_STD)
+
+
+def random_weights(rng: np.random.Generator, n: int, std: float, kind: Kind) -> Iterator[np.ndarray]:
+    """Yield n weights of a kind in pieces: drawn evenly from 65536 quantiles of a normal distribution.
+
+    Numbers of 8 and 16 bits hold no more than that, and looking them up is several times faster than drawing floats.
+    """
+    table = encoded(_quantiles() * np.float32(_FP8_PER_STD if kind == "fp8" else std), kind)
+    for start in range(0, n, _PIECE):
+        yield table[rng.integers(0, _N_QUANTILES, min(_PIECE, n - start), dtype=np.uint16)]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: name, dtype as safetensors spells it, shape, and a function that makes it in pieces."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
+
+def require_space(path: Path, n_bytes: int) -> None:
+    """Raise InputError unless the disk under `path` has room for a file of so many bytes, and 1 GiB besides."""
+    free = shutil.disk_usage(path.parent).free
+    if n_bytes + 2**30 > free:
+        raise InputError(
+            f"{path}: {n_bytes / 2**30:.1f} GiB are to be written; expected 1 GiB more than that, "
+            f"but the disk has {free / 2**30:.1f} GiB left"
+        )
+
+
+def write_tensor_file(
+    path: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str], progress: Progress | None = None
+) -> None:
+    """Write a safetensors file piece by piece; it appears under its name only when it is complete.
+
+    `progress` is called with (bytes written, bytes in all). Raises InputError if the disk has no room.
+    """
+    total = sum(tensor.nbytes for tensor in tensors)
+    require_space(path, total)
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    written = 0
+    for tensor in tensors:
+        offsets = [written, written + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        written = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)  # so that data begins where vectors like it
+    partial_path = path.with_name(f"{path.name}.partial")
+    written = 0
+    try:
+        with open(partial_path, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for tensor in tensors:
+                for piece in tensor.pieces():
+                    np.ascontiguousarray(piece).tofile(file)
+                    written += piece.nbytes
+                    if progress is not None:
+                        progress(written, total)
+        partial_path.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:
+    """Yield the tensors of a model under Mistral's own names: matrices of standard deviation 1/sqrt(I), norms of ones.
+
+    In an fp8 model embedding, output, routers and norms are bf16, as they are in published ones.
+    """
+    plain: Kind = "bf16" if kind == "fp8" else kind
+
+    def matrix(name: str, n_out: int, n_in: int, kind: Kind = kind) -> Iterator[PlannedTensor]:
+        std = n_in**-0.5
+
+        def pieces() -> Iterator[np.ndarray]:
+            rng = np.random.default_rng([seed, *name.encode()])  # of its own, so that no tensor depends on others
+            return random_weights(rng, n_out * n_in, std, kind)
+
+        yield PlannedTensor(f"{name}.weight", DTYPES[kind], (n_out, n_in), pieces)
+        if kind == "fp8":
+            yield PlannedTensor(f"{name}.qscale_weight", "F32", (), lambda: [fp8_scale(std).reshape(1)])
+
+    def norm(name: str) -> PlannedTensor:
+        ones = partial(encoded, np.ones(config.dim, np.float32), plain)
+        return PlannedTensor(f"{name}.weight", DTYPES[plain], (config.dim,), lambda: [ones()])
+
+    def feed_forward(name: str) -> Iterator[PlannedTensor]:
+        yield from matrix(f"{name}.w1", config.hidden_dim, config.dim)
+        yield from matrix(f"{name}.w2", config.dim, config.hidden_dim)
+        yield from matrix(f"{name}.w3", config.hidden_dim, config.dim)
+
+    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    yield from matrix("tok_embeddings", config.vocab_size, config.dim, plain)
+    for layer in (f"layers.{number}" for number in range(config.n_layers)):
+        yield norm(f"{layer}.attention_norm")
+        yield from matrix(f"{layer}.attention.wq", q_out, config.dim)
+        yield from matrix(f"{layer}.attention.wk", kv_out, config.dim)
+        yield from matrix(f"{layer}.attention.wv", kv_out, config.dim)
+        yield from matrix(f"{layer}.attention.wo", config.dim, q_out)
+        yield norm(f"{layer}.ffn_norm")
+        if config.moe is None:
+            yield from feed_forward(f"{layer}.feed_forward")
+        else:
+            yield from matrix(f"{layer}.feed_forward.gate", config.moe.num_experts, config.dim, plain)
+            for expert in range(config.moe.num_experts):
+                yield from feed_forward(f"{layer}.feed_forward.experts.{expert}")
+    yield norm("norm")
+    if not config.tied_embeddings:
+        yield from matrix("output", config.vocab_size, config.dim, plain)
+
+
+def params_json(config: ModelConfig) -> dict[str, Any]:
+    """Return what params.json says of a configuration."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps")
+    file = {name: getattr(config, name) for name in (*names, "rope_theta", "tied_embeddings")}
+    optional = {"max_seq_len": config.max_seq_len, "sliding_window": list(config.sliding_window)}
+    file |= {name: value for name, value in optional.items() if value not in (None, [None] * config.n_layers)}
+    if config.moe is not None:
+        file["moe"] = dataclasses.asdict(config.moe)
+    if config.query_temperature is not None:
+        file["llama_4_scaling"] = dataclasses.asdict(config.query_temperature)
+    if (yarn := config.yarn) is not None:
+        file["yarn"] = {
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_position_embeddings,
+            "beta": yarn.beta_fast,
+            "alpha": yarn.beta_slow,
+            "apply_scale": yarn.attention_factor != 1,
+        }
+    return file
+
+
+def _made_of(path: Path) -> str | None:
+    """Return what a file made here says it was made of; None for any other file."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get(_MADE_HERE)
+    except (OSError, SafetensorError):
+        return None
+
+
+def make_checkpoint(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    *,
+    kind: Kind = "bf16",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """Make the directory of a model with random weights, or leave the weights that are there if they are the same.
+
+    Windows and the longest sequence are no part of the weights: they only change params.json. Raises InputError if the
+    disk has no room, or if the directory holds weights that were not made here.
+    """
+    if kind not in get_args(Kind):
+        raise InputError(f"kind is {shown(kind)}; expected one of {', '.join(get_args(Kind))}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "consolidated.safetensors"
+    fields = dataclasses.asdict(config.replace(sliding_window=(None,) * config.n_layers, max_seq_len=None))
+    made_of = json.dumps({"kind": kind, "seed": checked_whole("seed", seed, least=0), "config": fields})
+    if os.path.lexists(path) and _made_of(path) is None:
+        raise InputError(f"{path}: weights that were not made here are not overwritten; expected another directory")
+    if _made_of(path) != made_of:
+        write_tensor_file(path, list(plan(config, kind, seed)), {_MADE_HERE: made_of}, progress)
+    (directory / "params.json").write_text(json.dumps(params_json(config), indent=2) + "\n", encoding="utf-8")
+    return directory
