@@ -30,7 +30,6 @@ THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 _FEW_BYTES = 2**20
 _FEW_NUMBERS = 2**15
 
-_KINDS = {"float32": "f32", "float16": "f16"}
 _EVERYTHING = 2**62  # a window that no position is outside of
 _NO_SCALE = np.ones((1, 1), np.float32)
 
@@ -137,15 +136,19 @@ class CompiledOps(ReferenceOps):
 
     def _heads(self, q_THK: np.ndarray, view: KeyView) -> np.ndarray:
         q_THK = _floats(q_THK)
-        store, heads_THK = view.store, np.empty_like(q_THK)
-        rows = len(q_THK) * q_THK.shape[1] // store.k.shape[0]
-        n_rows = attention.FEW_ROWS if rows <= attention.FEW_ROWS else attention.MANY_ROWS
-        attention.attention(_KINDS[store.k.dtype.name], n_rows)(
+        (k, v), heads_THK = view.store, np.empty_like(q_THK)
+        n_tokens, n_heads, _ = q_THK.shape
+        n_kv_heads, n_blocks = v.shape[:2]
+        is_few = n_tokens * n_heads <= n_kv_heads * attention.FEW_ROWS
+        kernel = attention.attention(
+            "f32" if k.itemsize == 4 else "f16", attention.FEW_ROWS if is_few else attention.MANY_ROWS
+        )
+        kernel(
             q_THK,
-            store.k.view(np.uint8).reshape(-1),
-            store.v.view(np.uint8).reshape(-1),
-            store.k.shape[0],
-            store.v.shape[1],
+            k.view(np.uint8).reshape(-1),
+            v.view(np.uint8).reshape(-1),
+            n_kv_heads,
+            n_blocks,
             _segments(view),
             view.query_positions.start,
             _EVERYTHING if view.window is None else view.window,

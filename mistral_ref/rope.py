@@ -71,14 +71,12 @@ def yarn_ramp(theta: float, head_dim: int, yarn: Yarn) -> tuple[float, float]:
     return low, high if high != low else low + 0.001  # a ramp of no width would divide by zero
 
 
-def query_temperature(positions_T: np.ndarray, temperature: QueryTemperature | None) -> np.ndarray:
-    """Return the factor (T,) of each query: 1 + beta * ln(1 + floor(p / L0)), or 1 where the model has none.
+def query_temperature(positions_T: np.ndarray, temperature: QueryTemperature) -> np.ndarray:
+    """Return the factor (T,) of each query: 1 + beta * ln(1 + floor(p / L0)).
 
     >>> query_temperature(np.array([0, 16384]), QueryTemperature(beta=0.1, original_max_position_embeddings=16384))
     array([1.        , 1.06931472])
     """
-    if temperature is None:
-        return np.ones(len(positions_T))
     multiple = positions_T // temperature.original_max_position_embeddings
     return 1.0 + temperature.beta * np.log1p(multiple)
 
@@ -94,6 +92,9 @@ def rotation(
     frequencies = inverse_frequencies(config.rope_theta, config.head_dim, config.yarn).astype(angles)
     angle = (positions_T[:, np.newaxis].astype(angles) * frequencies).astype(np.float64)
     key_scale = 1.0 if config.yarn is None else config.yarn.attention_factor
+    cos, sin = np.cos(angle), np.sin(angle)
+    key_cos, key_sin = ((key_scale * part).astype(dtype) for part in (cos, sin))
+    if config.query_temperature is None:
+        return Rotation(key_cos, key_sin, key_cos, key_sin)
     query_scale = key_scale * query_temperature(positions_T, config.query_temperature)[:, np.newaxis]
-    parts = [scale * turn(angle) for scale in (query_scale, key_scale) for turn in (np.cos, np.sin)]
-    return Rotation(*(part.astype(dtype) for part in parts))
+    return Rotation((query_scale * cos).astype(dtype), (query_scale * sin).astype(dtype), key_cos, key_sin)

@@ -54,12 +54,12 @@ class Matrix:
     def __repr__(self) -> str:
         return f"<Matrix {self.name} {self.shape} {self.kind}>"
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(O, I)"""
         return self.data.shape
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes in the file, those of the scale included."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
@@ -102,8 +102,9 @@ class TiledMatrix(Matrix):
 
     n_out: int = 0
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
+        """(O, I)"""
         return self.n_out, self.data.shape[1]
 
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:

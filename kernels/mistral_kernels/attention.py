@@ -118,15 +118,18 @@ def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any
     m[row] becomes the largest score so far, and what total and acc hold for the row is scaled down if it has grown.
     """
     scores = S[row * BLOCK : (row + 1) * BLOCK]
+    first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES  # whole vectors around them
     maximum = splat(-np.inf)
-    for j in range(0, BLOCK, LANES):
+    for j in range(first, last, LANES):
         maximum = larger(maximum, within(load(scores, j), low - j, high - j, -np.inf))
     before, now = m[row], max(m[row], largest_of(maximum))
     summed = zeros()
-    for j in range(0, BLOCK, LANES):
+    for j in range(first, last, LANES):
         share = within(exp(subtract(load(scores, j), splat(now))), low - j, high - j, 0.0)
         store(scores, j, share)
         summed = add(summed, share)
+    scores[:first] = 0
+    scores[last:] = 0
     if now != before:
         shrink = numba.float32(math.exp(before - now))
         total[row] *= shrink
