@@ -56,11 +56,6 @@ def constant(vector_type: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(vector_type, [value] * vector_type.count)
 
 
-def pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
-    """Return the address of an array's element at a flat `offset`."""
-    return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
-
-
 def load_vector(builder: Any, address: Any, element: ir.Type, n: int) -> Any:
     """Return n elements from an address of any alignment."""
     return builder.load(builder.bitcast(address, ir.VectorType(element, n).as_pointer()), align=1)
@@ -80,6 +75,11 @@ def load_first(builder: Any, address: Any, element: ir.Type, n: int, count: Any)
 
 def _suffix(element: ir.Type) -> str:
     return f"i{element.width}" if isinstance(element, ir.IntType) else {F16: "f16", F32: "f32"}[element]
+
+
+def store_vector(builder: Any, address: Any, value: Any) -> None:
+    """Put a vector to an address of any alignment."""
+    builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=1)
 
 
 def prefetch_line(builder: Any, address: Any, ahead: int) -> None:
@@ -191,19 +191,16 @@ def combined(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> An
     return builder.extract_element(value, ir.Constant(I32, 0))
 
 
-def row_addresses(
-    context: Any, builder: Any, array: Any, rows: Any, column: Any, size: int, numbers: range
-) -> list[Any]:
+def row_addresses(builder: Any, array: Any, rows: Any, column: Any, size: int, numbers: range) -> list[Any]:
     """Return the addresses of a column in the rows of these numbers, of a matrix that is given as an array of bytes.
 
-    `array` is its Numba type and value, `size` the bytes of a number. `rows` is a tuple: the offset of row 0, the
-    length of a row, and the offset of the last row that exists; rows beyond it are that one again.
+    `size` is the bytes of one of the matrix's numbers. `rows` is a tuple: the offset of row 0, the length of a row, and
+    the offset of the last row that exists; rows beyond it are that one again.
     """
     start, length, last = (builder.extract_value(rows, index) for index in range(3))
     addresses = []
     for number in numbers:
         offset = builder.add(start, builder.mul(length, ir.Constant(I64, number)))
         offset = builder.select(builder.icmp_signed("<", offset, last), offset, last)
-        offset = builder.mul(builder.add(offset, column), ir.Constant(I64, size))
-        addresses.append(pointer(context, builder, array[0], array[1], offset))
+        addresses.append(builder.gep(array, [builder.mul(builder.add(offset, column), ir.Constant(I64, size))]))
     return addresses

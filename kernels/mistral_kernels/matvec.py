@@ -101,7 +101,7 @@ def matvec_tiled(kind: str) -> Any:
             for start in range(0, n_in, PART):
                 sums = no_tile_sums()
                 for i in range(start, min(start + PART, n_in), TILE_INPUTS):
-                    sums = add_tile_products(sums, W, tiles, i, x, i)
+                    sums = add_tile_products(sums, W, tiles, i, x)
                 store_tile_sums(sums, totals, 0)
             o, stop = tile * TILE, min(min(tile + TILES, last) * TILE, n_out)
             y[o:stop] = totals[: stop - o]

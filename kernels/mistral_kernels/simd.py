@@ -6,6 +6,7 @@ count elements, and nothing is checked. A product and the sum after it are round
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,8 @@ from mistral_kernels.instructions import (
     fused,
     load_first,
     load_vector,
-    pointer,
     splat_of,
+    store_vector,
 )
 
 
@@ -44,112 +45,131 @@ class _FloatVectorModel(models.PrimitiveModel):
 
 
 vector = FloatVectorType(LANES)
+ARRAY = None  # as the type of a parameter: any array
 
 
-@intrinsic
-def zeros(typing: Any) -> Any:
+def operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make an operation of a function that writes its instructions.
+
+    The function takes an LLVM builder, which kernels do not see, and LLVM values of the Numba types `parameters`; of an
+    ARRAY the address of its first element. It returns a value of the type `result`, a list of values for a tuple, or
+    None for types.void.
+    """
+
+    def make(write: Callable[..., Any]) -> Any:
+        @functools.wraps(write)  # Numba takes the names of the arguments from there, the first apart
+        def typed(typing: Any, *given: Any) -> Any:
+            wanted = [have if want is ARRAY else want for have, want in zip(given, parameters, strict=True)]
+
+            def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+                values = [
+                    context.make_array(have)(context, builder, value).data if want is ARRAY else value
+                    for have, want, value in zip(wanted, parameters, values, strict=True)
+                ]
+                written = write(builder, *values)
+                if isinstance(written, list):
+                    return context.make_tuple(builder, result, written)
+                return context.get_dummy_value() if written is None else written
+
+            return result(*wanted), generate
+
+        return intrinsic(typed)
+
+    return make
+
+
+@operation(vector)
+def zeros(builder: Any) -> Any:
     """A vector of zeros."""
-    return vector(), lambda context, builder, signature, arguments: constant(VECTOR, 0.0)
+    return constant(VECTOR, 0.0)
 
 
-@intrinsic
-def splat(typing: Any, x: Any) -> Any:
+@operation(vector, types.float32)
+def splat(builder: Any, x: Any) -> Any:
     """A vector with x in every lane."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return splat_of(builder, context.cast(builder, arguments[0], signature.args[0], types.float32), LANES)
-
-    return vector(x), generate
+    return splat_of(builder, x, LANES)
 
 
-@intrinsic
-def load(typing: Any, array: Any, offset: Any) -> Any:
+@operation(vector, ARRAY, types.intp)
+def load(builder: Any, array: Any, offset: Any) -> Any:
     """The LANES float32 of an array that start at a flat offset."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return load_vector(builder, pointer(context, builder, array, *arguments), F32, LANES)
-
-    return vector(array, types.intp), generate
+    return load_vector(builder, builder.gep(array, [offset]), F32, LANES)
 
 
-@intrinsic
-def load_part(typing: Any, array: Any, offset: Any, count: Any) -> Any:
+@operation(vector, ARRAY, types.intp, types.intp)
+def load_part(builder: Any, array: Any, offset: Any, count: Any) -> Any:
     """The first `count` float32 of an array from an offset on, then zeros; nothing beyond them is read."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = pointer(context, builder, array, *arguments[:2])
-        return load_first(builder, address, F32, LANES, arguments[2])
-
-    return vector(array, types.intp, types.intp), generate
+    return load_first(builder, builder.gep(array, [offset]), F32, LANES, count)
 
 
-@intrinsic
-def store(typing: Any, array: Any, offset: Any, value: Any) -> Any:
+@operation(types.void, ARRAY, types.intp, vector)
+def store(builder: Any, array: Any, offset: Any, value: Any) -> None:
     """Put a vector into a float32 array at a flat offset."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = pointer(context, builder, array, *arguments[:2])
-        builder.store(arguments[2], builder.bitcast(address, VECTOR.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector), generate
+    store_vector(builder, builder.gep(array, [offset]), value)
 
 
-def _of_vectors(n_arguments: int, write: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the intrinsic of vectors that `write(builder, ...)` writes."""
+@operation(vector, vector, vector)
+def add(builder: Any, a: Any, b: Any) -> Any:
+    """a + b"""
+    return builder.fadd(a, b)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return write(builder, *arguments)
 
-    if n_arguments == 1:
-        return intrinsic(lambda typing, a: (vector(a), generate))
-    if n_arguments == 2:
-        return intrinsic(lambda typing, a, b: (vector(a, b), generate))
-    return intrinsic(lambda typing, a, b, c: (vector(a, b, c), generate))
+@operation(vector, vector, vector)
+def subtract(builder: Any, a: Any, b: Any) -> Any:
+    """a - b"""
+    return builder.fsub(a, b)
+
+
+@operation(vector, vector, vector)
+def multiply(builder: Any, a: Any, b: Any) -> Any:
+    """a * b"""
+    return builder.fmul(a, b)
+
+
+@operation(vector, vector, vector)
+def divide(builder: Any, a: Any, b: Any) -> Any:
+    """a / b"""
+    return builder.fdiv(a, b)
+
+
+@operation(vector, vector, vector, vector)
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c"""
+    return fused(builder, a, b, c)
+
+
+@operation(vector, vector)
+def exp(builder: Any, x: Any) -> Any:
+    """e^x; see instructions.exp_of."""
+    return exp_of(builder, x)
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-add = _of_vectors(2, lambda builder, a, b: builder.fadd(a, b))
-subtract = _of_vectors(2, lambda builder, a, b: builder.fsub(a, b))
-multiply = _of_vectors(2, lambda builder, a, b: builder.fmul(a, b))
-divide = _of_vectors(2, lambda builder, a, b: builder.fdiv(a, b))
-larger = _of_vectors(2, _larger)
-multiply_add = _of_vectors(3, fused)
-exp = _of_vectors(1, exp_of)
+@operation(vector, vector, vector)
+def larger(builder: Any, a: Any, b: Any) -> Any:
+    """The larger of each pair of lanes; b where either is NaN."""
+    return _larger(builder, a, b)
 
 
-@intrinsic
-def within(typing: Any, a: Any, low: Any, high: Any, other: Any) -> Any:
+@operation(vector, vector, types.intp, types.intp, types.float32)
+def within(builder: Any, a: Any, low: Any, high: Any, other: Any) -> Any:
     """The lanes low, ..., high - 1 of a, and the number `other` in all lanes before and after them."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, low, high, other = arguments
-        lanes = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
-        from_low = builder.icmp_signed(">=", lanes, splat_of(builder, low, LANES))
-        below_high = builder.icmp_signed("<", lanes, splat_of(builder, high, LANES))
-        return builder.select(builder.and_(from_low, below_high), value, splat_of(builder, other, LANES))
-
-    return vector(vector, types.intp, types.intp, types.float32), generate
+    lanes = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
+    from_low = builder.icmp_signed(">=", lanes, splat_of(builder, low, LANES))
+    below_high = builder.icmp_signed("<", lanes, splat_of(builder, high, LANES))
+    return builder.select(builder.and_(from_low, below_high), a, splat_of(builder, other, LANES))
 
 
-@intrinsic
-def sum_of(typing: Any, a: Any) -> Any:
+@operation(types.float32, vector)
+def sum_of(builder: Any, a: Any) -> Any:
     """The sum of a vector's lanes, in pairs."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return combined(builder, arguments[0], builder.fadd)
-
-    return types.float32(a), generate
+    return combined(builder, a, builder.fadd)
 
 
-@intrinsic
-def largest_of(typing: Any, a: Any) -> Any:
+@operation(types.float32, vector)
+def largest_of(builder: Any, a: Any) -> Any:
     """The largest of a vector's lanes."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return combined(builder, arguments[0], lambda low, high: _larger(builder, low, high))
-
-    return types.float32(a), generate
+    return combined(builder, a, lambda low, high: _larger(builder, low, high))
