@@ -16,7 +16,7 @@ import numpy as np
 from mistral_kernels import attention, elementwise, threads
 from mistral_kernels.matmul import matmul
 from mistral_kernels.matvec import matvec, matvec_tiled
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
@@ -41,8 +41,8 @@ def chosen_threads(threads_asked: int | None) -> int:
     found = os.environ.get(THREADS_VARIABLE)
     if not found:
         return threads.performance_cores()
-    if not found.isdecimal():
-        raise InputError(f"{THREADS_VARIABLE} is {found!r}; expected a whole number of at least 1")
+    if not (found.isdecimal() and len(found) < 10):
+        raise InputError(f"{THREADS_VARIABLE} is {shown(found)}; expected a whole number of at least 1")
     return checked_whole(THREADS_VARIABLE, int(found), least=1, most=1024)
 
 
@@ -126,12 +126,12 @@ class CompiledOps(ReferenceOps):
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         if observed is not None:
 
-            def shown(name: str, value: np.ndarray, key_positions: range | None = None) -> Step:
+            def only_shown(name: str, value: np.ndarray, key_positions: range | None = None) -> Step:
                 step = observed(name, value, key_positions)
                 step.fixed_by = "the fused attention does not go on from it; load the model with backend='numpy'"
                 return step
 
-            yield from super().attention(q_THK, view, shown)
+            yield from super().attention(q_THK, view, only_shown)
         return self._heads(q_THK, view)
 
     def _heads(self, q_THK: np.ndarray, view: KeyView) -> np.ndarray:

@@ -7,6 +7,7 @@ catches `MistralRefError` has caught everything that this library raises on purp
 from __future__ import annotations
 
 import operator
+import re
 import reprlib
 import sys
 import warnings
@@ -61,7 +62,7 @@ def shown(value: object) -> str:
     >>> shown("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
     """
-    return _repr.repr(value)
+    return re.sub(r"\s*\n\s*", " ", _repr.repr(value))  # NumPy shows arrays on several lines
 
 
 def printable(text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny import BACKENDS
 
 import mistral_ref
 from mistral_ref.model import DEMO_MODEL
@@ -16,9 +17,9 @@ GOLDEN = load_file(Path(__file__).parent / "golden" / "demo_model.safetensors")
 TOKENS = GOLDEN["tokens"].tolist()
 
 
-@pytest.fixture(scope="module")
-def model() -> mistral_ref.Model:
-    return mistral_ref.load()
+@pytest.fixture(scope="module", params=BACKENDS)
+def model(request: pytest.FixtureRequest) -> mistral_ref.Model:
+    return mistral_ref.load(backend=request.param, threads=1)
 
 
 def test_every_feature_is_at_work(model: mistral_ref.Model) -> None:

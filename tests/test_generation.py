@@ -238,10 +238,10 @@ def test_nan_is_an_error_not_a_token() -> None:
 
 
 @pytest.mark.parametrize("layout", ["consolidated", "hf"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_stories_model_tells_its_story_to_the_id(shared_data: Path, layout: str, dtype: str) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), [("numpy", "float32"), ("numpy", "float64"), ("numba", "float32")])
+def test_the_stories_model_tells_its_story_to_the_id(shared_data: Path, layout: str, backend: str, dtype: str) -> None:
     golden = json.loads((shared_data / "stories260K-greedy.json").read_text())
-    model = mistral_ref.load(shared_data / f"stories260K-{layout}", dtype=dtype)
+    model = mistral_ref.load(shared_data / f"stories260K-{layout}", backend=backend, dtype=dtype, threads=1)
     # It was trained to begin the next story with BOS where one ends.
     tokens = list(model.generate(golden["prompt"], max_tokens=400, stop=model.tokenizer.bos_id))
     assert golden["prompt_ids"] + [token.id for token in tokens[:-1]] == golden["ids"]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from checkpoints import FAMILIES, Family, Tensors, draw_weights, fp8_rounded, write_consolidated, write_hf
 from safetensors.numpy import load_file
+from tiny import BACKENDS
 
 import mistral_ref
 from mistral_ref.config import ModelConfig
@@ -55,17 +56,26 @@ def distance(logits: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(logits - expected).max() / np.abs(expected).max())
 
 
-def load_layout(directory: Path, family: Family, layout: str = "consolidated") -> mistral_ref.Model:
+def load(directory: Path, backend: str = "numpy") -> mistral_ref.Model:
+    """Load a model; one thread is enough for it, whatever else the machine is doing."""
+    return mistral_ref.load(directory, backend=backend, threads=1 if backend == "numba" else None)
+
+
+def load_layout(
+    directory: Path, family: Family, layout: str = "consolidated", backend: str = "numpy"
+) -> mistral_ref.Model:
     LAYOUTS[layout](directory, family)
     if "wrapper" in layout or "vision" in layout:
         with pytest.warns(mistral_ref.MistralRefWarning, match="only the text model"):
-            return mistral_ref.load(directory, backend="numpy")
-    return mistral_ref.load(directory, backend="numpy")
+            return load(directory, backend)
+    return load(directory, backend)
 
 
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
+@each_backend
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
@@ -74,17 +84,21 @@ each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
         for layout in layouts_of(family)
     ],
 )
-def test_every_layout_gives_the_logits_of_transformers(family: Family, layout: str, tmp_path: Path) -> None:
-    model = load_layout(tmp_path, family, layout)
+def test_every_layout_gives_the_logits_of_transformers(
+    family: Family, layout: str, backend: str, tmp_path: Path
+) -> None:
+    model = load_layout(tmp_path, family, layout, backend)
+    assert model.ops.name == backend
     row_order = "interleaved" if layout.startswith("consolidated") else "halves"
     assert model.config == family.config.replace(rope_row_order=row_order)
     tokens, logits = golden(family)
     assert distance(model.forward(tokens), logits) <= TOLERANCE
 
 
+@each_backend
 @each_family
-def test_every_split_into_passes_gives_the_same_logits(family: Family, tmp_path: Path) -> None:
-    model = load_layout(tmp_path, family)
+def test_every_split_into_passes_gives_the_same_logits(family: Family, backend: str, tmp_path: Path) -> None:
+    model = load_layout(tmp_path, family, backend=backend)
     tokens, logits = golden(family)
     for chunk, part in ((1, 1), (3, 3), (5, 13), (16, 7), (len(tokens), len(tokens))):
         cache = model.new_cache(chunk=chunk)
@@ -92,6 +106,7 @@ def test_every_split_into_passes_gives_the_same_logits(family: Family, tmp_path:
         assert distance(np.concatenate(parts), logits) <= TOLERANCE, f"chunk {chunk}, {part} tokens in a call"
 
 
+@each_backend
 @pytest.mark.parametrize(
     ("write", "block"),
     [
@@ -101,7 +116,7 @@ def test_every_split_into_passes_gives_the_same_logits(family: Family, tmp_path:
     ],
 )
 def test_fp8_gives_the_logits_of_the_weights_that_it_holds(
-    write: Callable[[Path, Family], None], block: int | None, tmp_path: Path
+    write: Callable[[Path, Family], None], block: int | None, backend: str, tmp_path: Path
 ) -> None:
     nemo = FAMILIES["nemo"]
     family = dataclasses.replace(nemo, config=nemo.config.replace(dim=136, hidden_dim=260), dtype="f32")
@@ -111,8 +126,8 @@ def test_fp8_gives_the_logits_of_the_weights_that_it_holds(
     widened.mkdir()
     write(stored, family)
     write_consolidated(widened, family, fp8_rounded(draw_weights(family), block))
-    expected = mistral_ref.load(widened, backend="numpy").forward(tokens)
-    assert distance(mistral_ref.load(stored, backend="numpy").forward(tokens), expected) <= TOLERANCE
+    expected = load(widened).forward(tokens)
+    assert distance(load(stored, backend).forward(tokens), expected) <= TOLERANCE
 
 
 # Mistakes. Each returns the configuration with a mistake in it, or as it is where the mistake cannot be made.
@@ -222,4 +237,4 @@ def test_a_mistake_in_the_computation_is_seen(
     weights = mistake(family.config, draw_weights(family))
     write_consolidated(tmp_path, dataclasses.replace(family, dtype="f32"), weights)
     tokens, logits = golden(family)
-    assert distance(mistral_ref.load(tmp_path, backend="numpy").forward(tokens), logits) >= SHARPNESS
+    assert distance(load(tmp_path).forward(tokens), logits) >= SHARPNESS

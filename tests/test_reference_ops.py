@@ -9,7 +9,7 @@ import pytest
 from checkpoints import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import configs, model_of, tokens_for
+from tiny import ACCUMULATED_BOUND, OWN_BOUND, configs, distances_in_ulps, model_of, tokens_for
 
 from mistral_ref import InputError, reference_ops
 from mistral_ref.config import ModelConfig
@@ -115,36 +115,6 @@ def test_mixing_experts_is_a_sum_over_each_tokens_own(seed: int, n_tokens: int, 
     tokens, experts = np.nonzero(shares)
     mixed = OPS.mix_experts(outputs[experts, tokens], tokens, experts, shares)
     np.testing.assert_allclose(mixed, np.einsum("te,etd->td", shares, outputs), atol=1e-12)
-
-
-# How far a step of the float32 pass may lie from the oracle's, in float32 ulps of the step's largest value: what the
-# step adds by itself (the oracle goes on from the float32 values before it), and what has come together since the
-# embedding, which sharp attention magnifies layer by layer. About twice what was measured; docs/architecture.md has the
-# figures.
-# fmt: off
-OWN_BOUND = {
-    "embedding": 0.01, "attention_norm": 5, "q": 12, "k": 12, "v": 12, "q_rotated": 3, "k_rotated": 3, "scores": 10,
-    "attention_weights": 6, "heads": 16, "attention_out": 15, "residual_after_attention": 0.51, "ffn_norm": 5,
-    "router_logits": 10, "expert_weights": 5, "gate": 12, "up": 12, "ffn_hidden": 4, "ffn_out": 14,
-    "residual_after_ffn": 0.51, "norm": 5, "logits": 10,
-}
-# fmt: on
-ACCUMULATED_BOUND = 600
-
-
-def distances_in_ulps(config: ModelConfig, n_tokens: int, seed: int, *, own: bool) -> dict[str, float]:
-    """Return for each step the largest distance between float32 and float64, in ulps of the largest value."""
-    tokens = tokens_for(config, n_tokens, seed)
-    plain, oracle = model_of(config, seed).steps(tokens), model_of(config, seed, "float64").steps(tokens)
-    distances = {}
-    for ours, exact in zip(plain, oracle, strict=True):
-        visible = np.isfinite(exact.value)
-        largest = np.float32(np.abs(exact.value[visible]).max())
-        distance = np.abs(ours.value[visible] - exact.value[visible]).max()
-        distances[ours.name] = float(distance / np.spacing(largest))
-        if own:
-            exact.value = ours.value.astype(np.float64)
-    return distances
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -1,4 +1,4 @@
-"""Random tiny models in memory, and hypothesis strategies that draw their configurations and their chunks."""
+"""Random tiny models in memory, strategies that draw their configurations and chunks, and how exact their steps are."""
 
 from __future__ import annotations
 
@@ -14,16 +14,35 @@ from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.tensor_file import Tensor
 
+BACKENDS = ("numpy", "numba")
 
-def model_of(config: ModelConfig, seed: int = 0, dtype: str = "float32") -> Model:
-    """Return a model with random float32 weights, drawn as the golden ones are: attention is peaked."""
+
+def ops_of(backend: str, dtype: str = "float32", threads: int = 1) -> ReferenceOps:
+    """Return the operations of a backend.
+
+    One thread unless asked: tiny products gain nothing by more, and on a busy machine threads wait for each other.
+    """
+    if backend == "numpy":
+        return ReferenceOps(dtype)
+    from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415 (most tests go without Numba)
+
+    return CompiledOps(threads=threads)
+
+
+def model_of(
+    config: ModelConfig, seed: int = 0, dtype: str = "float32", backend: str = "numpy", threads: int = 1
+) -> Model:
+    """Return a model with random float32 weights, drawn as the golden ones are: attention is peaked.
+
+    threads     of "numba" alone
+    """
     family = Family(name="random", model_type="mistral", seed=seed, n_tokens=0, config=config)
     tensors = {
         name: Tensor(Path("memory"), name, "F32", values.shape, np.ascontiguousarray(values).view(np.uint8).reshape(-1))
         for name, values in draw_weights(family).items()
     }
     checkpoint = Checkpoint(Path("memory"), (), tensors, "interleaved", ())
-    return Model(config, build_weights(checkpoint, config), ReferenceOps(dtype))
+    return Model(config, build_weights(checkpoint, config), ops_of(backend, dtype, threads))
 
 
 def tokens_for(config: ModelConfig, n_tokens: int, seed: int = 0) -> list[int]:
@@ -69,3 +88,39 @@ def chunkings(n_tokens: int, longest: int) -> st.SearchStrategy[list[int]]:
 def _cut(lengths: list[int], n_tokens: int) -> list[int]:
     ends = np.minimum(np.cumsum(lengths), n_tokens)
     return [int(n) for n in np.diff(ends, prepend=0) if n]
+
+
+# How far a step of the float32 pass may lie from the oracle's, in float32 ulps of the step's largest value: what the
+# step adds by itself (the oracle goes on from the float32 values before it), and what has come together since the
+# embedding, which sharp attention magnifies layer by layer. About twice what was measured; docs/architecture.md has the
+# figures.
+# fmt: off
+OWN_BOUND = {
+    "embedding": 0.01, "attention_norm": 5, "q": 12, "k": 12, "v": 12, "q_rotated": 3, "k_rotated": 3, "scores": 10,
+    "attention_weights": 6, "heads": 16, "attention_out": 15, "residual_after_attention": 0.51, "ffn_norm": 5,
+    "router_logits": 10, "expert_weights": 5, "gate": 12, "up": 12, "ffn_hidden": 4, "ffn_out": 14,
+    "residual_after_ffn": 0.51, "norm": 5, "logits": 10,
+}
+# fmt: on
+ACCUMULATED_BOUND = 600
+
+
+def distances_in_ulps(
+    config: ModelConfig, n_tokens: int, seed: int, *, own: bool, backend: str = "numpy"
+) -> dict[str, float]:
+    """Return for each step the largest distance between float32 and float64, in ulps of the largest value.
+
+    A step that can only be looked at is not what the pass goes on from, so the oracle does not go on from it either.
+    """
+    tokens = tokens_for(config, n_tokens, seed)
+    plain = model_of(config, seed, backend=backend).steps(tokens)
+    oracle = model_of(config, seed, "float64").steps(tokens)
+    distances = {}
+    for ours, exact in zip(plain, oracle, strict=True):
+        visible = np.isfinite(exact.value)
+        largest = np.float32(np.abs(exact.value[visible]).max())
+        distance = np.abs(ours.value[visible] - exact.value[visible]).max()
+        distances[ours.name] = float(distance / np.spacing(largest))
+        if own and ours.fixed_by is None:
+            exact.value = ours.value.astype(np.float64)
+    return distances

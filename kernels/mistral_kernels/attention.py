@@ -96,7 +96,7 @@ def write(dtype: str) -> Any:
 
     @kernel(
         types.void(types.Array(element, 4, "C"), types.Array(element, 5, "C"), SLOTS, heads, heads),
-        variant=dtype,
+        dtype,
         parallel=False,
     )
     def write(k_store: Any, v_store: Any, slots: Any, k: Any, v: Any) -> None:
@@ -111,7 +111,7 @@ def write(dtype: str) -> Any:
     return write
 
 
-@part
+@part()
 def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
     """Turn the scores low, ..., high - 1 of a row of S into exp(score - m), and its others into 0.
 
@@ -139,7 +139,7 @@ def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any
     total[row] += sum_of(summed)
 
 
-@part
+@part()
 def _scaled_queries(q: Any, n_kv_heads: int, g: int, first: int, last: int) -> Any:
     """Return q / sqrt(K) of the heads that share key/value head g: a row (K,) for each token, then for each head."""
     n_heads, head_dim = q.shape[1:]
@@ -151,7 +151,7 @@ def _scaled_queries(q: Any, n_kv_heads: int, g: int, first: int, last: int) -> A
     return scaled
 
 
-@part
+@part()
 def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, heads: Any, n_kv_heads: int) -> None:
     """Put together what the pieces g * n_splits, ..., (g + 1) * n_splits - 1 have found, each for keys of its own."""
     n_tokens, n_heads, head_dim = heads.shape
@@ -172,10 +172,11 @@ def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, head
             heads[t, h, i] /= summed
 
 
-def _attend(multiply_tile: Any, n_rows: int) -> Any:
+def _attend(kind: str, n_rows: int) -> Any:
     """Return the part of a kernel that takes some queries through some keys of one key/value head."""
+    multiply_tile = tile(n_rows, 2, kind)
 
-    @part
+    @part(kind, n_rows)
     def attend(
         q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         g: int, first: int, last: int, oldest: int, newest: int, m: Any, total: Any, acc: Any,
@@ -236,13 +237,38 @@ def attention(kind: str, n_rows: int) -> Any:
     first_query     position of q[0]
     window          how many keys a query sees, itself included
     """
-    attend = _attend(tile(n_rows, 2, kind), n_rows)
+    attend = _attend(kind, n_rows)
+
+    @part(kind, n_rows)
+    def take_turns(
+        q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
+        heads: Any, n_splits: int, split: int, m: Any, total: Any, acc: Any, thread: int, n_threads: int,
+    ) -> None:  # fmt: skip
+        """Do every n_threads-th piece of the work."""
+        n_tokens, n_heads, head_dim = q.shape
+        group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
+        n_tiles = (n_tokens + QUERIES - 1) // QUERIES
+        for piece in range(thread, n_kv_heads * n_tiles * n_splits, n_threads):
+            kept = piece if n_splits > 1 else thread
+            g, start = piece // n_splits % n_kv_heads, segments[0, 2] + piece % n_splits * split
+            first = (n_tiles - 1 - piece // n_splits // n_kv_heads) * QUERIES  # those with most keys come first
+            last = min(first + QUERIES, n_tokens)
+            attend(
+                q, k, v, n_kv_heads, n_blocks, segments, first_query, window, g, first, last,
+                start, min(start + split, first_query + n_tokens), m[kept], total[kept], acc[kept],
+            )  # fmt: skip
+            if n_splits == 1:
+                for row in range((last - first) * group):
+                    for i in range(head_dim):
+                        t, h = first + row // group, g * group + row % group
+                        heads[t, h, i] = acc[kept, row * width + i] / total[kept, row]
 
     @kernel(
         types.void(
             HEADS_IN, PANELS, PANELS, types.intp, types.intp, SEGMENTS, types.intp, types.intp, HEADS_OUT, types.intp
         ),
-        variant=(kind, n_rows),
+        kind,
+        n_rows,
     )
     def attention(
         q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
@@ -258,24 +284,33 @@ def attention(kind: str, n_rows: int) -> Any:
         n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, QUERIES) * group
         m, total = np.empty((n_kept, most_rows), np.float32), np.empty((n_kept, most_rows), np.float32)
         acc = np.empty((n_kept, most_rows * width), np.float32)
-        for index in numba.prange(n_threads):
-            thread = numba.intp(index)  # prange's own numbers are unsigned, and become floats beside signed ones
-            for piece in range(thread, n_kv_heads * n_tiles * n_splits, n_threads):
-                kept = piece if n_splits > 1 else thread
-                g, start = piece // n_splits % n_kv_heads, oldest + piece % n_splits * split
-                first = (n_tiles - 1 - piece // n_splits // n_kv_heads) * QUERIES  # those with most keys come first
-                last = min(first + QUERIES, n_tokens)
-                attend(
-                    q, k, v, n_kv_heads, n_blocks, segments, first_query, window, g, first, last,
-                    start, min(start + split, newest), m[kept], total[kept], acc[kept],
+        if n_threads == 1:
+            take_turns(
+                q,
+                k,
+                v,
+                n_kv_heads,
+                n_blocks,
+                segments,
+                first_query,
+                window,
+                heads,
+                n_splits,
+                split,
+                m,
+                total,
+                acc,
+                0,
+                1,
+            )
+        else:
+            for index in numba.prange(n_threads):
+                take_turns(
+                    q, k, v, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total, acc,
+                    numba.intp(index), n_threads,  # prange's numbers are unsigned, and become floats beside signed ones
                 )  # fmt: skip
-                if n_splits == 1:
-                    for row in range((last - first) * group):
-                        for i in range(head_dim):
-                            t, h = first + row // group, g * group + row % group
-                            heads[t, h, i] = acc[kept, row * width + i] / total[kept, row]
         if n_splits > 1:
-            for index in numba.prange(n_kv_heads):
-                _merge(m, total, acc, width, numba.intp(index), n_splits, heads, n_kv_heads)
+            for g in range(n_kv_heads):
+                _merge(m, total, acc, width, g, n_splits, heads, n_kv_heads)
 
     return attention

@@ -1,7 +1,9 @@
 """How every kernel here is compiled: once for this machine, before it is first called, and kept on disk.
 
-Numba's own cache notices that the file of a function has changed, but not what that function calls in other files.
-Ours is keyed by a hash of all sources of this package, and by the width of vectors.
+Numba keeps compiled functions, but does not notice when what a function calls in another file has changed, lets the
+variants that one factory makes share a file, and gives their inner functions the same symbol in different processes, so
+that code loaded from two of them mixes. So names carry here what tells kernels apart: the variant, and a fingerprint of
+all sources of this package, the width of vectors, and the processor compiled for.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 
 from mistral_kernels import KernelWarning
 from mistral_kernels.instructions import LANES
@@ -24,8 +27,22 @@ from mistral_kernels.instructions import LANES
 # bits on any number of threads. A multiplication and the addition that follows it may become one instruction.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
-# Part of a kernel that is compiled into each kernel that calls it.
-part = numba.njit(nogil=True, **_OPTIONS)
+
+def _fingerprint() -> str:
+    """Return a short hash of all that compiled code depends on, but for what Numba looks after itself."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    content = b"".join(file.name.encode() + file.read_bytes() for file in files)
+    machine = repr((LANES, cpu_target.target_context.codegen().magic_tuple())).encode()
+    return hashlib.sha256(content + machine).hexdigest()[:12]
+
+
+_FINGERPRINT = _fingerprint()
+
+
+def _named(function: Callable[..., Any], variant: tuple[object, ...]) -> Callable[..., Any]:
+    """Put variant and fingerprint into the name that a function's symbol and its file on disk are made of."""
+    function.__qualname__ = "_".join([function.__name__, *map(str, variant), _FINGERPRINT])
+    return function
 
 
 def made_once(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,60 +64,63 @@ def made_once(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _sources() -> str:
-    """Return a hash of all sources of this package."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+def _warn_once(message: str) -> None:
+    warnings.warn(message, KernelWarning, stacklevel=2)
 
 
 class _KernelCache(FunctionCache):
-    """Numba's cache of compiled functions, with our key, and in no way needed: where it fails, kernels are compiled."""
-
-    def __init__(self, function: Callable[..., Any], variant: object) -> None:
-        super().__init__(function)
-        self._variant = variant
+    """Numba's cache of compiled functions. Where it fails, kernels are compiled."""
 
     def _index_key(self, signature: object, codegen: Any) -> object:
-        return (signature, codegen.magic_tuple(), LANES, self._variant, _sources())
+        # Numba's key has a hash of what a function's closure holds, which differs from one process to the next.
+        return signature, codegen.magic_tuple(), _FINGERPRINT
 
     def load_overload(self, signature: object, target_context: object) -> object:
         try:
             found = super().load_overload(signature, target_context)
         except Exception:
             found = None
+            self._try(self.flush)  # an index that cannot be read cannot be added to either
         if found is None:
-            _announce()
+            _warn_once("compiling kernels for this machine: once, up to half a minute")
         return found
 
     def save_overload(self, signature: object, data: object) -> None:
+        self._try(lambda: super(_KernelCache, self).save_overload(signature, data))
+
+    @staticmethod
+    def _try(write: Callable[[], object]) -> None:
         try:
-            super().save_overload(signature, data)
+            write()
         except OSError as error:
-            _warn_not_kept(error)
+            _warn_once(f"compiled kernels cannot be kept for the next start: {error}")
 
 
-@functools.cache
-def _announce() -> None:
-    warnings.warn("compiling kernels for this machine: once, up to half a minute", KernelWarning, stacklevel=2)
+def part(*variant: object) -> Callable[[Callable[..., Any]], Any]:
+    """Return the decorator for a part of a kernel, which is compiled into each kernel that calls it.
 
-
-def _warn_not_kept(error: Exception) -> None:
-    warnings.warn(f"compiled kernels cannot be kept for the next start: {error}", KernelWarning, stacklevel=2)
-
-
-def kernel(signature: object, variant: object = None, *, parallel: bool = True) -> Callable[[Callable[..., Any]], Any]:
-    """Return the decorator that compiles a function for one signature, now, or takes it from the cache.
-
-    With an explicit signature a call with other types is an error instead of a second compilation. `variant` tells the
-    kernels apart that one factory makes.
+    `variant` is what the part depends on beside its own text: all that the factory around it was given.
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(parallel=parallel, nogil=True, **_OPTIONS)(function)
+        return numba.njit(nogil=True, **_OPTIONS)(_named(function, variant))
+
+    return compiled
+
+
+def kernel(signature: object, *variant: object, parallel: bool = True) -> Callable[[Callable[..., Any]], Any]:
+    """Return the decorator that compiles a function for one signature, now, or takes it from the cache.
+
+    `variant` is as in `part`. With an explicit signature a call with other types is an error instead of a second
+    compilation.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(parallel=parallel, nogil=True, **_OPTIONS)(_named(function, variant))
         try:
-            dispatcher._cache = _KernelCache(function, variant)
+            dispatcher._cache = _KernelCache(function)
         except RuntimeError as error:  # no folder to write in
-            _warn_not_kept(error)
+            _warn_once(f"compiled kernels cannot be kept for the next start: {error}")
         dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher

@@ -29,7 +29,7 @@ INDICES = types.Array(types.int64, 1, "C", readonly=True)
 def rms_norm() -> Any:
     """Return a kernel: rms_norm(x, weight, eps, y, n_threads), y = x / sqrt(mean(x²) + eps) * weight for each row."""
 
-    @part
+    @part()
     def normalize(x: Any, weight: Any, eps: float, y: Any) -> None:
         n = len(x)
         squares = zeros()
@@ -57,7 +57,7 @@ def rms_norm() -> Any:
 def rotate() -> Any:
     """Return a kernel: rotate(x, cos, sin, y, n_threads) turns pairs of neighbours; x and y are (T, heads, K)."""
 
-    @part
+    @part()
     def turn(x: Any, cos: Any, sin: Any, y: Any) -> None:
         for head in range(len(x)):
             for pair in range(len(cos)):
@@ -81,7 +81,7 @@ def rotate() -> Any:
 def swiglu() -> Any:
     """Return a kernel: swiglu(gate, up, h, n_threads), h = gate / (1 + e^-gate) * up; arrays of one row."""
 
-    @part
+    @part()
     def open_gates(gate: Any, up: Any, h: Any, first: int, last: int) -> None:
         one = splat(1.0)
         for i in range(first, last - LANES + 1, LANES):

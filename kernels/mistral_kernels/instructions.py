@@ -155,7 +155,7 @@ def widened(builder: Any, stored: Any, kind: str) -> Any:
 def exp_of(builder: Any, x: Any) -> Any:
     """Return e^x: 2^n e^r with n whole and |r| <= ln(2)/2, e^r by Cephes' polynomial, 1e-7 off at most.
 
-    Below -87 it stays at e^-87.3 and above 88 at e^88.3; NaN stays NaN.
+    Below -87.3 it stays at e^-87.3, above 88.3 it may be infinite, and from 89 on it is; NaN stays NaN.
     """
     wide = ir.VectorType(I32, x.type.count)
 
@@ -163,7 +163,7 @@ def exp_of(builder: Any, x: Any) -> Any:
         return constant(x.type, value)
 
     x = builder.select(builder.fcmp_ordered("<", x, of(-87.3)), of(-87.3), x)
-    x = builder.select(builder.fcmp_ordered(">", x, of(88.3)), of(88.3), x)
+    x = builder.select(builder.fcmp_ordered(">", x, of(89.0)), of(89.0), x)
     shift = of(1.5 * 2**23)  # adding it leaves n in the lowest bits
     shifted = fused(builder, x, of(1 / math.log(2)), shift)
     n = builder.fsub(shifted, shift)

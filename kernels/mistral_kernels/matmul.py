@@ -24,19 +24,22 @@ MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
 MATRIX_OUT = types.Array(types.float32, 2, "C")
 
 
-@made_once
-def matmul(kind: str, is_tiled: bool = False) -> Any:
-    """Return a kernel: matmul(W, scales, x, y, n_threads), for matrices of a kind, as stored or in tile order.
+@part()
+def _cut(x: Any, slabs: Any, first: int, last: int) -> None:
+    """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1."""
+    for slab in range(first, last):
+        start, stop = slab * DEPTH, min((slab + 1) * DEPTH, x.shape[1])
+        for t in range(len(x)):
+            slabs[slab, t, : stop - start] = x[t, start:stop]
 
-    W, scales   as in matvec; fp8 is never in tile order
-    x, y        (T, I) and (T, O) float32, T at least 1
-    """
-    multiply_tile = tile(ROWS, VECTORS)
+
+def _panel_filler(kind: str, is_tiled: bool) -> Any:
+    """Return the part of a kernel that widens a block of W into a panel."""
     transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
     widen_tile = widen(kind)
     is_scaled = kind == "fp8"
 
-    @part
+    @part(kind, is_tiled)
     def fill_from_tiles(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
         """panel[k - start, r] = W[o + r, k], and any numbers where r is past the last row."""
         for r in range(0, WIDTH, TILE):
@@ -44,7 +47,7 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
             for k in range(start, stop):
                 widen_tile(W, (tile * n_in + k) * TILE, panel, (k - start) * WIDTH + r)
 
-    @part
+    @part(kind, is_tiled)
     def fill_from_rows(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
         """As fill_from_tiles, for a matrix as it is stored."""
         for r in range(0, WIDTH, 8):
@@ -60,9 +63,20 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
                 else:
                     transpose_part(W, rows, k, scale, panel, offset, WIDTH, stop - k)
 
-    fill_panel = fill_from_tiles if is_tiled else fill_from_rows
+    return fill_from_tiles if is_tiled else fill_from_rows
 
-    @part
+
+@made_once
+def matmul(kind: str, is_tiled: bool = False) -> Any:
+    """Return a kernel: matmul(W, scales, x, y, n_threads), for matrices of a kind, as stored or in tile order.
+
+    W, scales   as in matvec; fp8 is never in tile order
+    x, y        (T, I) and (T, O) float32, T at least 1
+    """
+    multiply_tile = tile(ROWS, VECTORS)
+    fill_panel = _panel_filler(kind, is_tiled)
+
+    @part(kind, is_tiled)
     def multiply_block(
         W: Any, scales: Any, slabs: Any, n_in: int, y: Any, o: int, n_out: int, column: int, panel: Any
     ) -> None:
@@ -75,26 +89,34 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
                 from_x, to_y = (start * n_tokens + t * DEPTH, DEPTH), (t * y.shape[1] + column, y.shape[1])
                 multiply_tile(slabs, from_x, panel, 0, stop - start, y, to_y, min(ROWS, n_tokens - t), start > 0)
 
-    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), variant=(kind, is_tiled))
+    @part(kind, is_tiled)
+    def multiply_blocks(W: Any, scales: Any, slabs: Any, n_in: int, y: Any, first: int, last: int) -> None:
+        """Compute the blocks first, ..., last - 1."""
+        n_tokens, n_out = y.shape
+        panel = np.empty(DEPTH * WIDTH, np.float32)
+        for block in range(first, last):
+            o = block * WIDTH
+            if o + WIDTH <= n_out:
+                multiply_block(W, scales, slabs, n_in, y, o, n_out, o, panel)
+            else:  # tiles are whole: the last one goes into an array of its own
+                edge = np.empty((n_tokens, WIDTH), np.float32)
+                multiply_block(W, scales, slabs, n_in, edge, o, n_out, 0, panel)
+                y[:, o:] = edge[:, : n_out - o]
+
+    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind, is_tiled)
     def matmul(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
         (n_tokens, n_in), n_out = x.shape, y.shape[1]
-        # Rows of x whose starts are a power of two apart would push each other out of the cache: x is cut into slabs of
-        # DEPTH columns, slabs[slab, t, i].
+        # Rows of x whose starts are a power of two apart would push each other out of the cache.
         n_slabs, n_blocks = (n_in + DEPTH - 1) // DEPTH, (n_out + WIDTH - 1) // WIDTH
         slabs = np.empty((n_slabs, n_tokens, DEPTH), np.float32)
-        for slab in numba.prange(n_slabs):
-            start, stop = slab * DEPTH, min((slab + 1) * DEPTH, n_in)
-            for t in range(n_tokens):
-                slabs[slab, t, : stop - start] = x[t, start:stop]
-        for thread in numba.prange(n_threads):
-            panel = np.empty(DEPTH * WIDTH, np.float32)
-            for block in range(n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads):
-                o = block * WIDTH
-                if o + WIDTH <= n_out:
-                    multiply_block(W, scales, slabs, n_in, y, o, n_out, o, panel)
-                else:  # tiles are whole: the last one goes into an array of its own
-                    edge = np.empty((n_tokens, WIDTH), np.float32)
-                    multiply_block(W, scales, slabs, n_in, edge, o, n_out, 0, panel)
-                    y[:, o:] = edge[:, : n_out - o]
+        if n_threads == 1:
+            _cut(x, slabs, 0, n_slabs)
+            multiply_blocks(W, scales, slabs, n_in, y, 0, n_blocks)
+        else:
+            for slab in numba.prange(n_slabs):
+                _cut(x, slabs, slab, slab + 1)
+            for thread in numba.prange(n_threads):
+                first, last = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
+                multiply_blocks(W, scales, slabs, n_in, y, first, last)
 
     return matmul

@@ -40,7 +40,7 @@ def matvec(kind: str) -> Any:
     no_sums, add_products, add_products_part, prefetch, totals = row_sums(kind, ROWS)
     is_scaled = kind == "fp8"
 
-    @part
+    @part(kind)
     def multiply_rows(W: Any, scales: Any, x: Any, y: Any, first: int, last: int) -> None:
         n_in = len(x)
         block = FP8_BLOCK if is_scaled else n_in  # inputs that share a scale
@@ -66,7 +66,7 @@ def matvec(kind: str) -> Any:
                     else:
                         y[o + row] = y_rows[row]
 
-    @kernel(types.void(BYTES, SCALES, VECTOR_IN, VECTOR_OUT, types.intp), variant=kind)
+    @kernel(types.void(BYTES, SCALES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
     def matvec(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
         if n_threads == 1:
             multiply_rows(W, scales, x, y, 0, len(y))
@@ -91,7 +91,7 @@ def matvec_tiled(kind: str) -> Any:
     """
     no_tile_sums, add_tile_products, store_tile_sums = tile_sums(kind, TILES)
 
-    @part
+    @part(kind)
     def multiply_tiles(W: Any, x: Any, y: Any, first: int, last: int) -> None:
         """Compute the rows of the tiles first, ..., last - 1."""
         n_in, n_out, n_tiles = len(x), len(y), (len(y) + TILE - 1) // TILE
@@ -106,7 +106,7 @@ def matvec_tiled(kind: str) -> Any:
             o, stop = tile * TILE, min(min(tile + TILES, last) * TILE, n_out)
             y[o:stop] = totals[: stop - o]
 
-    @kernel(types.void(BYTES, VECTOR_IN, VECTOR_OUT, types.intp), variant=kind)
+    @kernel(types.void(BYTES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
     def matvec_tiled(W: Any, x: Any, y: Any, n_threads: int) -> None:
         n_tiles = (len(y) + TILE - 1) // TILE
         if n_threads == 1:

@@ -1,0 +1,276 @@
+"""Kernels are compiled once for a machine and kept, and nothing that can befall what is kept does more than cost time.
+
+Each test starts processes of its own, over a copy of the kernels with a cache of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import mistral_kernels
+
+KERNELS = Path(mistral_kernels.__file__).parent
+
+# Compiles one small kernel; prints every warning's category and message, and at last whether the kernel is right.
+RUN = """
+import warnings
+import numpy as np
+from mistral_kernels import attention
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    store = attention.new_store(3, 1, 2, np.dtype(np.float32))
+    attention.write("float32")(*store, np.array([1]), *np.full((2, 1, 1, 2), 7, np.float32))
+for warning in caught:
+    print(f"{warning.category.__name__}: {warning.message}")
+print((attention.read(store, slice(0, 3))[0][:, 0, 0] == [0, 7, 0]).all())
+"""
+COMPILING = "KernelWarning: compiling kernels for this machine: once, up to half a minute"
+
+
+class Package:
+    """A copy of the kernels in a folder, whose processes keep what they compile beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sources = folder / "lib" / "mistral_kernels"
+        self.cache = folder / "cache"
+        shutil.copytree(KERNELS, self.sources, ignore=shutil.ignore_patterns("__pycache__"))
+        self.environment = os.environ | {"PYTHONPATH": str(self.sources.parent), "NUMBA_CACHE_DIR": str(self.cache)}
+
+    def run(self, code: str = RUN, **environment: str) -> list[str]:
+        """Return the lines that a process prints."""
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=self.environment | {"PYTHONDONTWRITEBYTECODE": "1"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    def kept(self, ending: str = "") -> list[Path]:
+        """Return the files that are kept."""
+        return sorted(path for path in self.cache.rglob(f"*{ending}") if path.is_file())
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Package:
+    return Package(tmp_path)
+
+
+def test_a_second_process_compiles_nothing(package: Package) -> None:
+    assert package.run() == [COMPILING, "True"]
+    before = {path: path.read_bytes() for path in package.kept()}
+    assert before
+    assert package.run() == ["True"]
+    assert {path: path.read_bytes() for path in package.kept()} == before
+
+
+def test_a_second_process_compiles_nothing_through_the_public_face() -> None:
+    """With the cache that users have: every kernel that a prompt and a token of the demonstration model need."""
+    code = """
+import warnings
+import mistral_ref, mistral_kernels
+warnings.simplefilter("error" if {strict} else "ignore", mistral_kernels.KernelWarning)
+model = mistral_ref.load(backend="numba", threads=1)
+cache = model.new_cache()
+model.forward([1, 5, 6, 7, 8], cache)
+model.forward([9], cache)
+"""
+    for strict in (False, True):
+        command = [sys.executable, "-c", code.format(strict=strict)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_change_of_any_source_is_noticed(package: Package) -> None:
+    """Not only of the file that the kernel stands in, which is all that Numba looks at by itself."""
+    package.run()
+    with open(package.sources / "simd.py", "a", encoding="utf-8") as source:
+        source.write("# changed\n")
+    assert package.run() == [COMPILING, "True"]
+    assert package.run() == ["True"]
+
+
+def test_kernels_of_another_width_are_others(package: Package) -> None:
+    package.run(MISTRAL_KERNELS_LANES="4")
+    assert package.run(MISTRAL_KERNELS_LANES="8") == [COMPILING, "True"]
+    assert package.run(MISTRAL_KERNELS_LANES="4") == ["True"]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: bytes(len(content)),
+    "text": lambda content: b"<html>no space left</html>\n" * 9,
+    "another pickle": lambda content: b"\x80\x04K\x01.",
+}
+
+
+@pytest.mark.parametrize("ending", [".nbi", ".nbc"], ids=["index", "code"])
+def test_damaged_files_are_compiled_again(package: Package, ending: str) -> None:
+    package.run()
+    for name, damage in DAMAGES.items():
+        for path in package.kept(ending):
+            path.write_bytes(damage(path.read_bytes()))
+        assert package.run()[-1] == "True", name
+
+
+def test_a_missing_file_is_compiled_again(package: Package) -> None:
+    package.run()
+    for path in package.kept(".nbc"):
+        path.unlink()
+    assert package.run() == [COMPILING, "True"]
+    assert package.run() == ["True"]
+
+
+def test_without_a_folder_to_write_in_kernels_work_and_a_warning_says_so(package: Package, tmp_path: Path) -> None:
+    """Beside the sources, where NUMBA_CACHE_DIR points and where a home would be there are files in place of folders,
+    which stop even root.
+    """
+    (package.sources / "__pycache__").touch()
+    blocked = tmp_path / "blocked"
+    blocked.touch()
+    homes = dict.fromkeys(["HOME", "XDG_CACHE_HOME", "LOCALAPPDATA", "USERPROFILE"], str(blocked / "home"))
+    for cache in ("", str(blocked), str(blocked / "deeper")):
+        *messages, right = package.run(NUMBA_CACHE_DIR=cache, **homes)
+        assert right == "True"
+        assert any("compiled kernels cannot be kept for the next start" in message for message in messages)
+        assert all(message.startswith("KernelWarning") for message in messages)
+
+
+def test_a_folder_that_vanishes_while_kernels_are_compiled_is_a_warning(package: Package) -> None:
+    code = f"""
+from mistral_kernels import compiling
+import shutil
+save = compiling.FunctionCache.save_overload
+def vanishing(*arguments):
+    shutil.rmtree({str(package.cache)!r}, ignore_errors=True)
+    open({str(package.cache)!r}, "w").close()
+    save(*arguments)
+compiling.FunctionCache.save_overload = vanishing
+"""
+    *messages, right = package.run(code + RUN)
+    assert right == "True"
+    assert any("cannot be kept" in message for message in messages)
+
+
+# What two processes do to one cache. Numba numbers the functions that it compiles, process by process, and one number
+# may mean two functions.
+
+CHECK = """
+import numpy as np
+from mistral_kernels.matvec import matvec
+
+def check(kind):
+    W = np.array([[1, 2, 3]] * 9, np.float32)
+    W = W.astype(np.float16) if kind == "f16" else (W.view(np.uint32) >> 16).astype(np.uint16)
+    y = np.zeros(9, np.float32)
+    matvec(kind)(W.view(np.uint8).ravel(), np.ones((1, 1), np.float32), np.ones(3, np.float32), y, 1)
+    print(kind, y[0])
+"""
+
+
+def test_kernels_that_separate_processes_compiled_do_not_mix_in_a_third(package: Package) -> None:
+    for kind in ("f16", "bf16"):
+        assert package.run(f"{CHECK}\ncheck({kind!r})")[-1] == f"{kind} 6.0"
+    for order in (["f16", "bf16"], ["bf16", "f16"]):
+        assert package.run(f"{CHECK}\nfor kind in {order}: check(kind)") == [f"{kind} 6.0" for kind in order]
+
+
+EVERY_KERNEL = [
+    *(f"from mistral_kernels.matvec import *; matvec({kind!r})" for kind in ("f32", "f16", "bf16", "fp8")),
+    *(f"from mistral_kernels.matvec import *; matvec_tiled({kind!r})" for kind in ("f16", "bf16")),
+    *(f"from mistral_kernels.matmul import *; matmul({kind!r}, False)" for kind in ("f32", "f16", "bf16", "fp8")),
+    *(f"from mistral_kernels.matmul import *; matmul({kind!r}, True)" for kind in ("f16", "bf16")),
+    *(
+        f"from mistral_kernels.attention import *; attention({kind!r}, {rows})"
+        for kind in ("f32", "f16")
+        for rows in ("FEW_ROWS", "MANY_ROWS")
+    ),
+]
+
+
+@pytest.mark.slow
+def test_kernels_that_were_each_compiled_in_a_process_of_its_own_pass_their_tests(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "MISTRAL_REF_EXAMPLES": "10"}
+    for code in EVERY_KERNEL:
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_processes_that_compile_different_kernels_at_once_write_different_files(package: Package) -> None:
+    """Each would begin with an empty index, and the last one to write it would have its entry point at the other's
+    code.
+    """
+    names: list[set[str]] = []
+    for number, kind in enumerate(("float32", "uint16")):
+        cache = package.cache / str(number)
+        package.run(f"from mistral_kernels import attention\nattention.write({kind!r})", NUMBA_CACHE_DIR=str(cache))
+        names.append({path.name for path in cache.rglob("*.nb?")})
+    assert names[0]
+    assert not names[0] & names[1]
+
+
+# ----------------------------------------------------------------------------------------------------- without Numba
+
+
+def run_library(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_numpy_alone_goes_without_numba() -> None:
+    code = """
+import sys
+import mistral_ref
+mistral_ref.load(backend="numpy").forward([1, 2])
+mistral_ref.load(dtype="float64").forward([1, 2])
+assert not {"numba", "llvmlite"} & {name.partition(".")[0] for name in sys.modules}
+"""
+    done = run_library(code)
+    assert done.returncode == 0, done.stderr
+
+
+ERROR = """
+import mistral_ref
+try:
+    mistral_ref.load()
+except mistral_ref.InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("variable", [{"NUMBA_DISABLE_JIT": "1"}, {"MISTRAL_KERNELS_LANES": "5"}], ids=str)
+def test_where_kernels_cannot_be_compiled_one_line_names_the_other_backend(variable: dict[str, str]) -> None:
+    done = run_library(ERROR, **variable)
+    assert done.returncode == 0, done.stderr
+    assert next(iter(variable)) in done.stdout
+    assert "backend='numpy'" in done.stdout
+    assert done.stdout.count("\n") == 1
+    plain = run_library("import mistral_ref; print(len(mistral_ref.load(backend='numpy').forward([1])))", **variable)
+    assert plain.stdout == "1\n", plain.stderr
+
+
+def test_without_numba_one_line_names_the_other_backend(tmp_path: Path) -> None:
+    """As on a machine for which there is no Numba: a module of that name that cannot be imported."""
+    (tmp_path / "numba.py").write_text("raise ImportError('No module named numba')\n", encoding="utf-8")
+    done = run_library(ERROR, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert done.returncode == 0, done.stderr
+    assert "backend='numpy'" in done.stdout
+    assert done.stdout.count("\n") == 1

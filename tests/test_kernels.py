@@ -1,0 +1,643 @@
+"""The compiled kernels against NumPy in float64: any shape, any kind of number, any number of threads, and no step
+beyond an array's end.
+
+MISTRAL_REF_EXAMPLES says how many examples each property gets. Run as a script, this file multiplies, attends and
+normalizes with arrays that end where readable memory ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import pytest
+from checkpoints import to_bfloat16
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mistral_kernels import attention, elementwise, threads
+from mistral_kernels.matmul import DEPTH, matmul
+from mistral_kernels.matvec import PART, matvec, matvec_tiled
+from mistral_kernels.simd import LANES
+from mistral_kernels.tile import WIDTH
+from mistral_ref.ops import KeyView
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, e4m3_values, tiled
+
+UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number
+REPOSITORY = Path(__file__).parents[1]
+
+some = settings(max_examples=int(os.environ.get("MISTRAL_REF_EXAMPLES", "40")))
+seeds = st.integers(0, 2**32 - 1)
+thread_counts = st.sampled_from([1, 2, 3, 7])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_running_thread() -> Iterator[None]:
+    """Let one thread do what several share out, except where a test says otherwise: on a busy machine they wait."""
+    with threads.using(1):
+        yield
+
+
+def sizes(most: int, *borders: int) -> st.SearchStrategy[int]:
+    """Draw a size up to `most`, and as often one beside those at which a kernel changes its way."""
+    beside = sorted({border + more for border in borders for more in (-1, 0, 1) if border + more >= 1})
+    return st.integers(1, most) | st.sampled_from(beside)
+
+
+token_counts = sizes(40, 2, 4, 8)
+output_counts = sizes(70, 8, 16, WIDTH, 2 * WIDTH, FP8_BLOCK, 2 * FP8_BLOCK)
+input_counts = sizes(300, 8, LANES, 2 * LANES, 4 * LANES, FP8_BLOCK, DEPTH, PART)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.RandomState(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_within(found: np.ndarray, exact: np.ndarray, error: np.ndarray) -> None:
+    """Fail where `found` is further from `exact` than `error` allows, and say by what factor at most."""
+    factor = np.abs(found - exact) / np.maximum(error, np.finfo(np.float32).tiny)
+    assert factor.max(initial=0) <= 1, np.unravel_index(factor.argmax(), factor.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------- products
+
+KINDS = ("f32", "f16", "bf16", "fp8", "fp8 blocks")
+TILED = ("f16 tiled", "bf16 tiled")
+each_kind = pytest.mark.parametrize("stored", [*KINDS, *TILED])
+each_product = pytest.mark.parametrize("one_by_one", [True, False], ids=["matvec", "matmul"])
+
+
+def as_stored(stored: str, values: np.ndarray, seed: int = 0) -> Matrix:
+    """Return a matrix of a kind that holds about these values, the fp8 ones times scales of its own."""
+    kind, _, variant = stored.partition(" ")
+    scale = None
+    if kind == "f32":
+        data = values
+    elif kind == "f16":
+        data = values.astype(np.float16)
+    elif kind == "bf16":
+        data = to_bfloat16(values)
+    else:
+        positive = e4m3_values()[:127]
+        codes = np.searchsorted((positive[1:] + positive[:-1]) / 2, np.abs(values))
+        codes = np.where(np.isnan(values), 127, codes)
+        data = np.where(values < 0, codes + 128, codes).astype(np.uint8)
+        grid = tuple(-(-size // FP8_BLOCK) for size in values.shape) if variant else (1, 1)
+        scale = np.random.RandomState(seed).uniform(0.5, 2, grid).astype(np.float32)
+    matrix = Matrix("w", kind, data, scale)
+    return tiled(matrix) if variant == "tiled" else matrix
+
+
+def random_matrix(stored: str, n_out: int, n_in: int, seed: int) -> Matrix:
+    """Return random numbers of very different sizes, some of them subnormal in 16 bits."""
+    spread = np.random.RandomState(seed ^ 1).choice([1, 1, 1, 2.0**-9, 2.0**-22], (n_out, n_in))
+    return as_stored(stored, normal(seed, n_out, n_in) * spread.astype(np.float32), seed)
+
+
+def product(
+    matrix: Matrix, x_TI: np.ndarray, n_threads: int = 1, *, one_by_one: bool, into: np.ndarray | None = None
+) -> np.ndarray:
+    """Return x · Wᵀ by matvec, token by token, or by matmul."""
+    y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
+    scale = np.ones((1, 1), np.float32) if matrix.scale is None else matrix.scale
+    is_tiled = isinstance(matrix, TiledMatrix)
+    if not one_by_one:
+        matmul(matrix.kind, is_tiled)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
+        return y_TO
+    for x_I, y_O in zip(x_TI, y_TO, strict=True):
+        if is_tiled:
+            matvec_tiled(matrix.kind)(matrix.as_bytes, x_I, y_O, n_threads)
+        else:
+            matvec(matrix.kind)(matrix.as_bytes, scale, x_I, y_O, n_threads)
+    return y_TO
+
+
+def even_if_tiled(stored: str, n_in: int) -> int:
+    """Return a number of inputs that a matrix of this kind can have: rows of an odd length are never put in tiles."""
+    return n_in + n_in % 2 if stored in TILED else n_in
+
+
+@each_product
+@each_kind
+@given(token_counts, output_counts, input_counts, seeds, thread_counts)
+@some
+def test_products(
+    stored: str, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int, n_threads: int
+) -> None:
+    """The error is a part of the sum of |w x|: that sum grows like the number of inputs n, and so does the error.
+
+    A sum of n random numbers is about sqrt(n), so each of its n roundings moves it by about sqrt(n) units, and as they
+    are random themselves all together by about n. Many short sums in lanes lose less than one long one. Twice what was
+    measured.
+    """
+    n_tokens, n_in = min(n_tokens, 3) if one_by_one else n_tokens, even_if_tiled(stored, n_in)
+    matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
+    assert isinstance(matrix, TiledMatrix) == (stored in TILED)
+    w_OI, x = matrix.rows(slice(None), np.float64), x_TI.astype(np.float64)
+    found = product(matrix, x_TI, n_threads, one_by_one=one_by_one)
+    assert_within(found, x @ w_OI.T, (6 if one_by_one else 12) * UNIT * (np.abs(x) @ np.abs(w_OI).T))
+
+
+@each_product
+@each_kind
+@given(st.integers(1, 9), output_counts, input_counts, seeds)
+@some
+def test_threads_do_not_change_a_bit_of_a_product(
+    stored: str, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int
+) -> None:
+    n_tokens, n_in = min(n_tokens, 2) if one_by_one else n_tokens, even_if_tiled(stored, n_in)
+    matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
+    alone = product(matrix, x_TI, 1, one_by_one=one_by_one)
+    for n_threads in (2, 3, 7):
+        np.testing.assert_array_equal(product(matrix, x_TI, n_threads, one_by_one=one_by_one), alone)
+
+
+@each_product
+@each_kind
+@given(st.integers(1, 6), output_counts, input_counts, seeds, st.data())
+@some
+def test_what_is_no_number_stays_in_its_row(
+    stored: str, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int, data: st.DataObject
+) -> None:
+    """A NaN or infinity in row o of the matrix reaches output o alone, and one in a token's x that token alone."""
+    n_in = even_if_tiled(stored, n_in)
+    rows, x_TI = normal(seed, n_out, n_in), normal(seed ^ 2, n_tokens, n_in)
+    o, i, t = (data.draw(st.integers(0, n - 1)) for n in (n_out, n_in, n_tokens))
+    bad = np.float32(data.draw(st.sampled_from([np.nan] if "fp8" in stored else [np.nan, np.inf, -np.inf])))
+    plain = product(as_stored(stored, rows, seed), x_TI, one_by_one=one_by_one)
+
+    broken_rows = rows.copy()
+    broken_rows[o, i] = bad
+    found = product(as_stored(stored, broken_rows, seed), x_TI, one_by_one=one_by_one)
+    np.testing.assert_array_equal(np.delete(found, o, 1), np.delete(plain, o, 1))
+    np.testing.assert_array_equal(found[:, o], bad * np.sign(x_TI[:, i]))
+
+    x_TI[t, i] = bad
+    found = product(as_stored(stored, rows, seed), x_TI, one_by_one=one_by_one)
+    np.testing.assert_array_equal(np.delete(found, t, 0), np.delete(plain, t, 0))
+    assert not np.isfinite(found[t]).any()
+
+
+@each_product
+@pytest.mark.parametrize("stored", ["f16", "bf16", "fp8", *TILED])
+@pytest.mark.parametrize("n_in", [1, 6, 8, 2 * LANES, 2 * LANES + 6])
+def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, one_by_one: bool) -> None:
+    """Row c holds code c and zeros, and is multiplied with ones, so that nothing is rounded; -0 becomes 0."""
+    n_in = even_if_tiled(stored, n_in)
+    codes = np.arange(256 if stored == "fp8" else 65536)
+    rows = np.zeros((len(codes), n_in), np.uint8 if stored == "fp8" else np.uint16)
+    rows[codes, codes // 3 % n_in] = codes  # a third of the neighbours in the same column, so that all lanes are met
+    kind = stored.removesuffix(" tiled")
+    scale = np.ones((1, 1), np.float32) if kind == "fp8" else None
+    matrix = Matrix("w", kind, rows.view(np.float16) if kind == "f16" else rows, scale)
+    expected = matrix.rows(slice(None), np.float32)[codes, codes // 3 % n_in]
+    expected[expected == 0] = 0
+    matrix = tiled(matrix) if stored in TILED else matrix
+    for y_O in product(matrix, np.ones((2, n_in), np.float32), one_by_one=one_by_one):
+        is_nan = np.isnan(expected)
+        np.testing.assert_array_equal(np.isnan(y_O), is_nan)
+        np.testing.assert_array_equal(y_O[~is_nan].view(np.uint32), expected[~is_nan].view(np.uint32))
+
+
+@each_product
+@each_kind
+@given(st.integers(1, 20), st.integers(1, 60), seeds, st.integers(1, 7))
+@some
+def test_a_matrix_may_lie_at_any_address(
+    stored: str, one_by_one: bool, n_out: int, n_in: int, seed: int, offset: int
+) -> None:
+    """Tensors of a mapped file begin wherever its header ends."""
+    matrix = random_matrix(stored, n_out, even_if_tiled(stored, n_in), seed)
+    x_TI = normal(seed ^ 2, 2, matrix.shape[1])
+    expected = product(matrix, x_TI, one_by_one=one_by_one)
+    buffer = np.zeros(matrix.data.nbytes + offset, np.uint8)
+    buffer[offset:] = matrix.as_bytes
+    moved = dataclasses.replace(matrix, data=buffer[offset:].view(matrix.data.dtype).reshape(matrix.data.shape))
+    assert np.shares_memory(moved.as_bytes, buffer)
+    np.testing.assert_array_equal(product(moved, x_TI, one_by_one=one_by_one), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+class Past(NamedTuple):
+    """What a pass of attention is given: queries at positions start, start + 1, ..., and all keys and values so far."""
+
+    q: np.ndarray  # (T, H, K)
+    k: np.ndarray  # (S, G, K)
+    v: np.ndarray  # (S, G, K)
+    window: int | None
+
+    @property
+    def positions(self) -> range:
+        return range(len(self.k) - len(self.q), len(self.k))
+
+    @property
+    def first_visible(self) -> int:
+        return 0 if self.window is None else max(0, self.positions.start - self.window + 1)
+
+    def visible(self) -> np.ndarray:
+        """Return which query sees which key, (T, S)."""
+        distance = np.array(self.positions)[:, np.newaxis] - np.arange(len(self.k))
+        return (distance >= 0) & (distance < (self.window or len(self.k)))
+
+
+@st.composite
+def pasts(draw: st.DrawFn, most_tokens: int = 40, most_before: int = 150) -> Past:
+    """Draw shapes that are multiples of nothing; scores from flat to so sharp that one key takes all."""
+    n_tokens = draw(sizes(most_tokens, 1, attention.QUERIES))
+    n_keys = n_tokens + draw(st.integers(0, most_before))
+    n_kv_heads, group, head_dim = draw(st.integers(1, 5)), draw(st.integers(1, 5)), 2 * draw(st.integers(1, 20))
+    seed, sharpness = draw(seeds), draw(st.sampled_from([0.3, 1, 5]))
+    return Past(
+        normal(seed, n_tokens, n_kv_heads * group, head_dim) * np.float32(sharpness),
+        *normal(seed ^ 1, 2, n_keys, n_kv_heads, head_dim),
+        draw(st.none() | sizes(100, attention.BLOCK, attention.PANEL)),
+    )
+
+
+def filled(past: Past, spare: int, dtype: str) -> tuple[attention.PanelStore, np.ndarray]:
+    """Return a ring, with `spare` slots more than it needs, after all keys and values have gone through it, and the
+    slots of those that the queries see.
+    """
+    n_seen = len(past.k) - past.first_visible
+    capacity = spare + (n_seen if past.window is None else past.window + len(past.q) - 1)
+    store = attention.new_store(capacity, *past.k.shape[1:], np.dtype(dtype))
+    raw = "float32" if dtype == "float32" else "uint16"
+    k, v = (part.astype(dtype).view(raw) for part in (past.k, past.v))
+    slots = np.arange(len(k)) % capacity
+    attention.write(raw)(store.k.view(raw), store.v.view(raw), slots, k, v)
+    return store, slots[past.first_visible :]
+
+
+def segments_of(slots: np.ndarray, first_position: int) -> np.ndarray:
+    """Return the runs of neighbouring slots as the kernel takes them; a ring has one or two."""
+    starts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist()]
+    ends = [*starts[1:], len(slots)]
+    return np.array([[slots[a], slots[b - 1] + 1, first_position + a] for a, b in zip(starts, ends, strict=True)])
+
+
+def attended(
+    past: Past,
+    store: attention.PanelStore,
+    slots: np.ndarray,
+    n_rows: int = attention.MANY_ROWS,
+    n_threads: int = 1,
+    into: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return heads (T, H, K) as the kernel computes them."""
+    heads = np.full_like(past.q, np.nan) if into is None else into
+    attention.attention({"float32": "f32", "float16": "f16"}[store.k.dtype.name], n_rows)(
+        past.q,
+        store.k.view(np.uint8).reshape(-1),
+        store.v.view(np.uint8).reshape(-1),
+        store.k.shape[0],
+        store.v.shape[1],
+        segments_of(slots, past.first_visible),
+        past.positions.start,
+        past.window or 2**62,
+        heads,
+        n_threads,
+    )
+    return heads
+
+
+def attended_exactly(past: Past, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return heads (T, H, K) in float64, from keys and values as a store of this dtype holds them; and their error.
+
+    The error of a score moves its weight by as large a part. Of those parts the largest is taken, and twice, since the
+    sum of weights has it too; times the largest value, as large as what is averaged. Exp, its sum and the products add
+    a few units. Twice what was measured.
+    """
+    q, k, v = (part.astype(np.float64) for part in (past.q, past.k.astype(dtype), past.v.astype(dtype)))
+    _, n_heads, head_dim = q.shape
+    k, v = (part.repeat(n_heads // k.shape[1], axis=1) for part in (k, v))
+    scores = np.where(past.visible(), np.einsum("thi,shi->hts", q, k) / head_dim**0.5, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    score_sizes = np.where(past.visible(), np.einsum("thi,shi->hts", np.abs(q), np.abs(k)) / head_dim**0.5, 0)
+    values = np.where(past.visible().any(axis=0)[:, np.newaxis, np.newaxis], np.abs(v), 0).max()
+    error = UNIT * (8 + 4 * score_sizes.max(axis=-1).T) * values
+    return np.einsum("hts,shi->thi", weights, v), error[..., np.newaxis]
+
+
+each_store = pytest.mark.parametrize("dtype", ["float32", "float16"])
+each_tile = pytest.mark.parametrize("n_rows", [attention.FEW_ROWS, attention.MANY_ROWS], ids=["few_rows", "many_rows"])
+
+
+@each_store
+@each_tile
+@given(pasts(), st.integers(0, 70), thread_counts)
+@some
+def test_attention(dtype: str, n_rows: int, past: Past, spare: int, n_threads: int) -> None:
+    """With a window the ring has been gone round up to a hundred times."""
+    found = attended(past, *filled(past, spare, dtype), n_rows, n_threads)
+    expected, error = attended_exactly(past, dtype)
+    assert_within(found, expected, error)
+
+
+@each_store
+@given(pasts(most_tokens=4, most_before=1600), st.integers(0, 70), st.sampled_from([None, 511, 512, 513, 1300]))
+@some
+def test_attention_of_few_queries_splits_their_keys(dtype: str, past: Past, spare: int, window: int | None) -> None:
+    past = past._replace(window=window)
+    found = attended(past, *filled(past, spare, dtype))
+    expected, error = attended_exactly(past, dtype)
+    assert_within(found, expected, error)
+
+
+@given(pasts(most_before=1200), seeds)
+@some
+def test_threads_do_not_change_a_bit_of_attention(past: Past, seed: int) -> None:
+    ring = filled(past, seed % 70, "float32")
+    alone = attended(past, *ring)
+    for n_threads in (2, 3, 7):
+        np.testing.assert_array_equal(attended(past, *ring, n_threads=n_threads), alone)
+
+
+@each_store
+@given(pasts(most_tokens=1, most_before=600), st.integers(0, 70))
+@some
+def test_one_query_hears_nothing_of_what_it_does_not_see(dtype: str, past: Past, spare: int) -> None:
+    """Keys before the window, in slots that have not been used again, and slots that have never been used."""
+    expected = attended(past, *filled(past, spare, dtype))
+    past.k[: past.first_visible] = past.v[: past.first_visible] = np.nan
+    store, slots = filled(past, spare, dtype)
+    unseen = np.setdiff1d(np.arange(store.v.shape[1] * attention.BLOCK), slots)
+    attention.write(store.k.dtype.name if dtype == "float32" else "uint16")(
+        *(part if dtype == "float32" else part.view(np.uint16) for part in store),
+        unseen,
+        *np.full((2, len(unseen), *past.k.shape[1:]), np.nan, dtype).view("f4" if dtype == "float32" else "u2"),
+    )
+    np.testing.assert_array_equal(attended(past, store, slots), expected)
+
+
+@given(pasts(), st.integers(0, 70), st.data())
+@some
+def test_a_broken_key_or_value_spreads_no_further_than_in_numpy(past: Past, spare: int, data: st.DataObject) -> None:
+    """A key that is NaN makes NaN of the heads that see it and of no others. So does a value at least of those, and at
+    most of those of which NumPy does, which multiplies the values that a query does not see with 0.
+    """
+    key, g = data.draw(st.integers(0, len(past.k) - 1)), data.draw(st.integers(0, past.k.shape[1] - 1))
+    i, is_key = data.draw(st.integers(0, past.k.shape[2] - 1)), data.draw(st.booleans())
+    (past.k if is_key else past.v)[key, g, i] = np.nan
+    n_heads, n_kv_heads = past.q.shape[1], past.k.shape[1]
+    of_group = np.arange(n_heads) // (n_heads // n_kv_heads) == g
+    must = past.visible()[:, key, np.newaxis, np.newaxis] & of_group[:, np.newaxis] & np.ones(past.k.shape[2], bool)
+    if not is_key:
+        must &= np.arange(past.k.shape[2]) == i
+    found = np.isnan(attended(past, *filled(past, spare, "float32")))
+    plain = ReferenceOps("float32")
+    store = plain.new_store(len(past.k), *past.k.shape[1:], "float32")
+    plain.write(store, slice(None), past.k, past.v)
+    keys = range(past.first_visible, len(past.k))
+    with plain.running(), pytest.raises(StopIteration) as end:
+        next(plain.attention(past.q, KeyView(store, slice(keys.start, None), keys, past.positions, past.window), None))
+    may = np.isnan(end.value.value)
+    assert np.array_equal(found, must) if is_key else np.all(found >= must) & np.all(found <= may)
+
+
+@each_store
+@given(st.integers(1, 200), st.integers(1, 4), st.integers(1, 40), seeds)
+@some
+def test_a_store_gives_back_what_was_written_last(
+    dtype: str, capacity: int, n_kv_heads: int, half: int, seed: int
+) -> None:
+    head_dim, random = half, np.random.RandomState(seed)
+    store = attention.new_store(capacity, n_kv_heads, head_dim, np.dtype(dtype))
+    expected = np.zeros((2, capacity, n_kv_heads, head_dim), dtype)
+    raw = "float32" if dtype == "float32" else "uint16"
+    for _ in range(3):
+        slots = random.randint(0, capacity, random.randint(1, 9))
+        new = random.normal(size=(2, len(slots), n_kv_heads, head_dim)).astype(dtype)
+        attention.write(raw)(store.k.view(raw), store.v.view(raw), slots, *new.view(raw))
+        for n, slot in enumerate(slots):
+            expected[:, slot] = new[:, n]
+    np.testing.assert_array_equal(attention.read(store, slice(0, capacity)), expected)
+    some_slots = random.randint(0, capacity, 5)
+    np.testing.assert_array_equal(attention.read(store, some_slots), expected[:, some_slots])
+
+
+# --------------------------------------------------------------------------------------------------- small operations
+
+
+@given(token_counts, sizes(200, LANES, 2 * LANES), seeds, st.sampled_from([1e-6, 1, 1e6]), thread_counts)
+@some
+def test_rms_norm(n_tokens: int, dim: int, seed: int, size: float, n_threads: int) -> None:
+    x, weight, y = (
+        normal(seed, n_tokens, dim) * np.float32(size),
+        normal(seed ^ 1, dim),
+        np.empty((n_tokens, dim), "f4"),
+    )
+    elementwise.rms_norm()(x, weight, 1e-5, y, n_threads)
+    exact = x.astype(np.float64)
+    exact = exact / np.sqrt(np.mean(exact * exact, axis=-1, keepdims=True) + np.float32(1e-5)) * weight
+    np.testing.assert_allclose(y, exact, rtol=8 * UNIT, atol=0)
+
+
+@given(token_counts, st.integers(1, 5), st.integers(1, 20), seeds, thread_counts)
+@some
+def test_rotate(n_tokens: int, n_heads: int, n_pairs: int, seed: int, n_threads: int) -> None:
+    x, y = normal(seed, n_tokens, n_heads, 2 * n_pairs), np.empty((n_tokens, n_heads, 2 * n_pairs), np.float32)
+    angles = np.random.RandomState(seed ^ 1).uniform(-9, 9, (n_tokens, n_pairs))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    elementwise.rotate()(x, cos, sin, y, n_threads)
+    exact = ReferenceOps("float64").rotate(*(part.astype(np.float64) for part in (x, cos, sin)))
+    length = np.hypot(x[..., 0::2], x[..., 1::2]).repeat(2, axis=-1)
+    assert_within(y, exact, 3 * UNIT * length)
+
+
+def gated(gate: np.ndarray, up: np.ndarray, n_threads: int = 1) -> np.ndarray:
+    hidden = np.full_like(gate, np.nan)
+    elementwise.swiglu()(gate, up, hidden, n_threads)
+    return hidden
+
+
+@given(sizes(300, LANES, 2 * LANES, 7 * LANES), seeds, st.sampled_from([0.1, 1, 10]), thread_counts)
+@some
+def test_swiglu(n: int, seed: int, size: float, n_threads: int) -> None:
+    gate, up = normal(seed, 2, n) * np.float32(size)
+    exact = ReferenceOps("float64").swiglu(gate.astype(np.float64), up.astype(np.float64))
+    np.testing.assert_allclose(gated(gate, up, n_threads), exact, rtol=8 * UNIT, atol=0)
+
+
+@pytest.mark.parametrize("n_beside", [0, LANES - 1], ids=["in a vector", "in the rest"])
+def test_the_exponential_is_exact_to_two_parts_in_ten_million(n_beside: int) -> None:
+    """Below 0, SwiGLU is gate * e^gate / (1 + e^gate): exp's own error, and four roundings beside it."""
+    gates = np.concatenate([np.linspace(-87, 88, 200_000), [0, -0.0, 1e-30, -1e-30, -87.2, 88.2]]).astype(np.float32)
+    gates = gates[: len(gates) // LANES * LANES]
+    found = gated(gates, np.ones_like(gates))
+    if n_beside:  # the same numbers, fewer at a time than a vector holds
+        short = [gated(part, np.ones_like(part)) for part in np.split(gates[: 50 * n_beside], 50)]
+        gates, found = gates[: 50 * n_beside], np.concatenate(short)
+    exact = gates.astype(np.float64) / (1 + np.exp(-gates.astype(np.float64)))
+    np.testing.assert_allclose(found, exact, rtol=2e-7 + 4 * UNIT, atol=1e-37)
+
+
+@pytest.mark.parametrize("n", [1, LANES])
+@pytest.mark.parametrize("gate", [-88.5, -104, -1e4, -1e20, -1e30, -3.4e38, 89, 104, 1e4, 3.4e38, np.inf, np.nan])
+def test_gates_of_any_size_have_their_limits(gate: float, n: int) -> None:
+    """0 far below 0 and the gate itself far above, as in NumPy, whether in a vector or in the rest."""
+    plain = ReferenceOps("float32")
+    gates, ups = np.full(n, gate, np.float32), np.full(n, 0.5, np.float32)
+    with plain.running():
+        expected = plain.swiglu(gates, ups)
+    np.testing.assert_allclose(gated(gates, ups), expected, rtol=8 * UNIT, atol=1e-30)
+
+
+def test_what_is_no_number_stays_where_it_is() -> None:
+    x = normal(1, 3, 5 * LANES + 3)
+    plain, ups = gated(x.ravel(), x.ravel()), x.ravel()
+    broken = x.copy()
+    broken[1, 2] = np.nan
+    found = gated(broken.ravel(), ups)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [x.shape[1] + 2]
+    np.testing.assert_array_equal(np.delete(found, x.shape[1] + 2), np.delete(plain, x.shape[1] + 2))
+    y = np.empty_like(x)
+    elementwise.rms_norm()(broken, x[0], 1e-5, y, 1)
+    assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
+    assert np.isfinite(y[[0, 2]]).all()
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 40), seeds)
+@some
+def test_mix_experts(n_tokens: int, n_experts: int, dim: int, seed: int) -> None:
+    """Some tokens have no expert at all."""
+    shares = normal(seed, n_tokens, n_experts)
+    shares[shares < 0] = 0
+    tokens, experts = (np.ascontiguousarray(part) for part in np.nonzero(shares))
+    outputs, mixed = normal(seed ^ 1, len(tokens), dim), np.full((n_tokens, dim), np.nan, np.float32)
+    elementwise.mix_experts()(outputs, tokens, experts, shares, mixed)
+    exact, sizes_of_sums = np.zeros((2, n_tokens, dim))
+    products = shares[tokens, experts, np.newaxis].astype(np.float64) * outputs
+    np.add.at(exact, tokens, products)
+    np.add.at(sizes_of_sums, tokens, np.abs(products))
+    assert_within(mixed, exact, 4 * UNIT * sizes_of_sums)
+
+
+@pytest.mark.parametrize("n", [1, LANES, 7 * LANES + 5, 1000])
+def test_threads_do_not_change_a_bit_of_the_small_operations(n: int) -> None:
+    x, weight, up = normal(n, 5, n), normal(n + 1, n), normal(n + 2, 5 * n)
+    heads, angles = normal(n + 3, 5, 3, 2 * n), normal(n + 4, 5, n)
+
+    def outputs(n_threads: int) -> list[np.ndarray]:
+        normed, turned = np.full_like(x, np.nan), np.full_like(heads, np.nan)
+        elementwise.rms_norm()(x, weight, 1e-5, normed, n_threads)
+        elementwise.rotate()(heads, angles, angles, turned, n_threads)
+        return [normed, turned, gated(x.ravel(), up, n_threads)]
+
+    for n_threads in (2, 3, 7):
+        for found, alone in zip(outputs(n_threads), outputs(1), strict=True):
+            np.testing.assert_array_equal(found, alone)
+
+
+def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
+    """The tests above share the work out and let one thread do it; here as many run as there are."""
+    x_TI, past = normal(3, 30, 700), Past(normal(4, 30, 6, 16), *normal(5, 2, 900, 3, 16), 700)
+
+    def outputs(n_threads: int) -> list[np.ndarray]:
+        products = [
+            product(random_matrix(stored, 300, 700, 9), x_TI[:n_tokens], n_threads, one_by_one=one_by_one)
+            for stored in (*KINDS, *TILED)
+            for n_tokens, one_by_one in ((1, True), (30, False))
+        ]
+        few = past._replace(q=past.q[-2:])
+        heads = [attended(part, *filled(part, 5, "float32"), n_threads=n_threads) for part in (past, few)]
+        normed, turned = np.full_like(x_TI, np.nan), np.full_like(past.q, np.nan)
+        elementwise.rms_norm()(x_TI, x_TI[0], 1e-5, normed, n_threads)
+        elementwise.rotate()(past.q, x_TI[:, :8].copy(), x_TI[:, 8:16].copy(), turned, n_threads)
+        return [*products, *heads, normed, turned, gated(x_TI.ravel(), x_TI.ravel(), n_threads)]
+
+    alone = outputs(1)
+    with threads.using(numba.config.NUMBA_NUM_THREADS):
+        for n_threads in (2, 3, 7):
+            for found, expected in zip(outputs(n_threads), alone, strict=True):
+                np.testing.assert_array_equal(found, expected)
+
+
+# ------------------------------------------------------------------------------------------------- the ends of arrays
+
+
+def at_the_end(array: np.ndarray) -> np.ndarray:
+    """Return a copy whose last byte is the last one that may be touched: the page after it is forbidden."""
+    n_bytes = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, n_bytes + mmap.PAGESIZE)
+    last_page = ctypes.addressof(ctypes.c_char.from_buffer(memory, n_bytes))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    if protect(last_page, mmap.PAGESIZE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = np.frombuffer(memory, array.dtype, array.size, n_bytes - array.nbytes).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def run_to_the_ends() -> None:
+    """Run every kernel on arrays at whose ends the process would be killed for one step further."""
+    for stored in (*KINDS, *TILED):
+        for n_out in (1, 7, 8, 9, 33, WIDTH, WIDTH + 1, FP8_BLOCK + 5):
+            for n_in in (1, 3, 8, LANES - 1, 2 * LANES + 1, FP8_BLOCK + 2, DEPTH + 1):
+                drawn = random_matrix(stored, n_out, even_if_tiled(stored, n_in), n_in)
+                scale = None if drawn.scale is None else at_the_end(drawn.scale)
+                matrix = dataclasses.replace(drawn, data=at_the_end(drawn.data), scale=scale)
+                x_TI = at_the_end(normal(n_in, 5, drawn.shape[1]))
+                for one_by_one in (True, False):
+                    into = at_the_end(np.empty((5, n_out), np.float32))
+                    found = product(matrix, x_TI, one_by_one=one_by_one, into=into)
+                    np.testing.assert_array_equal(found, product(drawn, x_TI.copy(), one_by_one=one_by_one))
+    for n_tokens, head_dim, window in ((1, 2, None), (1, 10, 70), (5, 18, None), (30, 34, 9), (2, 36, 600)):
+        for n_rows in (attention.FEW_ROWS, attention.MANY_ROWS):
+            for dtype in ("float32", "float16"):
+                drawn_q, drawn_kv = normal(1, n_tokens, 6, head_dim), normal(2, 2, 700 + n_tokens, 2, head_dim)
+                past = Past(at_the_end(drawn_q), *drawn_kv, window)
+                store, slots = filled(past, 3, dtype)
+                at_end = attention.PanelStore(at_the_end(store.k), at_the_end(store.v))
+                found = attended(past, at_end, slots, n_rows, into=at_the_end(np.empty_like(drawn_q)))
+                np.testing.assert_array_equal(found, attended(past, store, slots, n_rows))
+    for n in (1, LANES - 1, LANES, 2 * LANES + 3):
+        x, weight = at_the_end(normal(n, 3, n)), at_the_end(normal(n, n))
+        elementwise.rms_norm()(x, weight, 1e-5, at_the_end(x), 1)
+        elementwise.swiglu()(weight, at_the_end(weight), at_the_end(weight), 1)
+        heads, angles = at_the_end(normal(n, 3, 2, 2 * n)), at_the_end(normal(n, 3, n))
+        elementwise.rotate()(heads, angles, at_the_end(angles), at_the_end(heads), 1)
+
+
+def test_nothing_is_touched_beyond_the_end_of_an_array() -> None:
+    """In a process of its own, which a step too far would kill."""
+    if os.name == "posix":  # elsewhere memory is protected by other calls; what kernels read does not depend on it
+        done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, timeout=300)
+        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+VARIANTS = {
+    "no instruction sets": {"NUMBA_CPU_NAME": "generic"},
+    "4 lanes": {"MISTRAL_KERNELS_LANES": "4"},
+    "8 lanes": {"MISTRAL_KERNELS_LANES": "8"},
+    "16 lanes": {"MISTRAL_KERNELS_LANES": "16"},
+    "16 lanes, no instruction sets": {"NUMBA_CPU_NAME": "generic", "MISTRAL_KERNELS_LANES": "16"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_the_kernels_of_other_machines(variant: dict[str, str], tmp_path: Path) -> None:
+    """All of the above again, as compiled for a machine with other instructions or wider or narrower vectors."""
+    environment = os.environ | variant | {"NUMBA_CACHE_DIR": str(tmp_path), "MISTRAL_REF_EXAMPLES": "10"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+if __name__ == "__main__":
+    run_to_the_ends()
+    print("done")
