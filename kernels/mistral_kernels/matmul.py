@@ -18,7 +18,8 @@ from mistral_kernels.layout import TILE
 from mistral_kernels.matvec import BYTES, FP8_BLOCK, SCALES
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
-DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 32 KiB at most
+DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
+KEPT = 2**21  # numbers of x that all blocks go through before the next ones, so that they stay in the last cache
 
 MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
 MATRIX_OUT = types.Array(types.float32, 2, "C")
@@ -78,30 +79,36 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
 
     @part(kind, is_tiled)
     def multiply_block(
-        W: Any, scales: Any, slabs: Any, n_in: int, y: Any, o: int, n_out: int, column: int, panel: Any
-    ) -> None:
-        """Compute the outputs o, ..., o + WIDTH - 1 of every token, into y from `column` on."""
+        W: Any, scales: Any, slabs: Any, n_in: int, start: int, stop: int, y: Any, o: int, n_out: int, column: int,
+        panel: Any,
+    ) -> None:  # fmt: skip
+        """Add what the inputs start, ..., stop - 1 give to WIDTH outputs from o on, to y from `column` on."""
         n_tokens = len(y)
-        for start in range(0, n_in, DEPTH):
-            stop = min(start + DEPTH, n_in)
-            fill_panel(W, scales, panel, o, n_out, start, stop, n_in)
+        for first in range(start, stop, DEPTH):
+            last = min(first + DEPTH, stop)
+            fill_panel(W, scales, panel, o, n_out, first, last, n_in)
             for t in range(0, n_tokens, ROWS):
-                from_x, to_y = (start * n_tokens + t * DEPTH, DEPTH), (t * y.shape[1] + column, y.shape[1])
-                multiply_tile(slabs, from_x, panel, 0, stop - start, y, to_y, min(ROWS, n_tokens - t), start > 0)
+                from_x, to_y = (first * n_tokens + t * DEPTH, DEPTH), (t * y.shape[1] + column, y.shape[1])
+                multiply_tile(slabs, from_x, panel, 0, last - first, y, to_y, min(ROWS, n_tokens - t), first > 0)
 
     @part(kind, is_tiled)
     def multiply_blocks(W: Any, scales: Any, slabs: Any, n_in: int, y: Any, first: int, last: int) -> None:
         """Compute the blocks first, ..., last - 1."""
         n_tokens, n_out = y.shape
         panel = np.empty(DEPTH * WIDTH, np.float32)
-        for block in range(first, last):
-            o = block * WIDTH
-            if o + WIDTH <= n_out:
-                multiply_block(W, scales, slabs, n_in, y, o, n_out, o, panel)
-            else:  # tiles are whole: the last one goes into an array of its own
-                edge = np.empty((n_tokens, WIDTH), np.float32)
-                multiply_block(W, scales, slabs, n_in, edge, o, n_out, 0, panel)
-                y[:, o:] = edge[:, : n_out - o]
+        # Tiles are whole: the last block, if it is not, goes into an array of its own.
+        is_cut = last * WIDTH > n_out
+        edge = np.empty((n_tokens if is_cut else 0, WIDTH), np.float32)
+        chunk = max(KEPT // n_tokens // DEPTH, 1) * DEPTH
+        for start in range(0, n_in, chunk):
+            for block in range(first, last):
+                o, stop = block * WIDTH, min(start + chunk, n_in)
+                is_edge = is_cut and block == last - 1
+                target, column = (edge, 0) if is_edge else (y, o)
+                multiply_block(W, scales, slabs, n_in, start, stop, target, o, n_out, column, panel)
+        if is_cut:
+            o = (last - 1) * WIDTH
+            y[:, o:] = edge[:, : n_out - o]
 
     @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind, is_tiled)
     def matmul(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
