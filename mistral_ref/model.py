@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from mistral_ref.sampling import SamplingSettings, log_softmax
 from mistral_ref.tokenizer import OTHER_FORMATS, SentencePieceTokenizer, TokenStream, find_tokenizer, load_tokenizer
 from mistral_ref.trace import Edit, Walk, check_edits, run_with_edits
 from mistral_ref.transformer import Transformer, drain
-from mistral_ref.weights import Matrix, Weights, tiled, with_matrices
+from mistral_ref.weights import Weights, repacked
 
 Prompt = str | Sequence[int] | np.ndarray
 
@@ -71,7 +69,7 @@ def load(
     weights = build_weights(checkpoint, config)
     config = config.replace(tied_embeddings=weights.output is weights.tok_embeddings)
     if repack:
-        weights = _repacked(weights, progress)
+        weights = repacked(weights, progress)
     tokenizer, eos_ids = _text_side(directory, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
 
@@ -89,24 +87,6 @@ def _make_ops(backend: str | None, dtype: str, threads: int | None, angles: Angl
     except (ImportError, ValueError) as error:
         raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' goes without") from None
     return CompiledOps(threads=threads, angles=angles)
-
-
-def _repacked(weights: Weights, progress: Progress | None) -> Weights:
-    """Return weights with the matrices that every token is multiplied with in tile order."""
-    matrices: list[Matrix] = []
-    multiplied = (weights.layers, weights.output)
-    with_matrices(multiplied, lambda matrix: matrices.append(matrix) or matrix)  # type: ignore[func-returns-value]
-    done = itertools.count()
-
-    def repack(matrix: Matrix) -> Matrix:
-        if progress is not None:
-            progress(next(done), len(matrices))
-        return tiled(matrix)
-
-    layers, output = with_matrices(multiplied, repack)
-    if progress is not None:
-        progress(len(matrices), len(matrices))
-    return dataclasses.replace(weights, layers=layers, output=output)
 
 
 def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:

@@ -6,6 +6,7 @@ A matrix stays a view of the mapped file. Only the rows that a product needs are
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -159,13 +160,38 @@ class Weights:
     output: Matrix
 
 
-def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
+def _with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
     """Return a layer, a network or a tuple of them with every matrix replaced by what `change` makes of it."""
     if isinstance(part, Matrix):
         return change(part)
     if isinstance(part, tuple):
-        return tuple(with_matrices(one, change) for one in part)
+        return tuple(_with_matrices(one, change) for one in part)
     if not dataclasses.is_dataclass(part):
         return part
-    fields = {field.name: with_matrices(getattr(part, field.name), change) for field in dataclasses.fields(part)}
+    fields = {field.name: _with_matrices(getattr(part, field.name), change) for field in dataclasses.fields(part)}
     return dataclasses.replace(part, **fields)  # type: ignore[type-var]
+
+
+def repacked(weights: Weights, progress: Callable[[int, int], None] | None = None) -> Weights:
+    """Return weights with all matrices that tokens are multiplied with in tile order, where that is possible.
+
+    `progress(done, total)` is called before each matrix and at the end.
+    """
+    multiplied = (weights.layers, weights.output)
+    matrices: list[Matrix] = []
+
+    def count(matrix: Matrix) -> Matrix:
+        matrices.append(matrix)
+        return matrix
+
+    _with_matrices(multiplied, count)
+    done = itertools.count()
+    report = progress or (lambda done, total: None)
+
+    def repack(matrix: Matrix) -> Matrix:
+        report(next(done), len(matrices))
+        return tiled(matrix)
+
+    layers, output = _with_matrices(multiplied, repack)
+    report(len(matrices), len(matrices))
+    return dataclasses.replace(weights, layers=layers, output=output)

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000, help="long: how many tokens to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="far: of the orders; long: of the draws (%(default)s)")
     args = parser.parse_args()
-    model = mistral_ref.load(args.model, backend="numpy")
+    model = mistral_ref.load(args.model)
     stories = json.loads(args.heldout.read_text(encoding="utf-8"))
     if args.fitting is not None:
         other = mistral_ref.load(args.fitting)
