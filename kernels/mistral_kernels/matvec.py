@@ -1,9 +1,9 @@
 """Matrix times vector, for decoding: y[o] = sum over i of W[o, i] x[i], with W as it lies in the file.
 
 The memory's speed is the limit, so all that counts is to read W once, in long streams, and to be done with each number
-before the next arrives. Eight rows are read at once: eight streams, eight sums that do not wait for each other, and
-each vector of x loaded once for all of them. Meanwhile the next eight rows are asked for, since a stream that has just
-begun is slow.
+before the next arrives. Each thread reads its rows in eight streams, an eighth of them each, one row after the other:
+eight sums that do not wait for each other, each vector of x loaded once for all of them, and streams that hardly ever
+end, since one that has just begun is slow; what comes next in each is asked for ahead of time.
 """
 
 from __future__ import annotations
@@ -37,44 +37,44 @@ def matvec(kind: str) -> Any:
     scales      what fp8 weights are multiplied by, float32 (1, 1) or (ceil(O/128), ceil(I/128)); else not read
     x, y        (I,) and (O,) float32
     """
-    no_sums, add_products, add_products_part, prefetch, totals = row_sums(kind, ROWS)
+    no_sums, add_products, add_products_part, totals = row_sums(kind, ROWS)
     is_scaled = kind == "fp8"
 
     @part(kind)
     def multiply_rows(W: Any, scales: Any, x: Any, y: Any, first: int, last: int) -> None:
-        n_in = len(x)
+        n_in, apart = len(x), (last - first + ROWS - 1) // ROWS
         block = FP8_BLOCK if is_scaled else n_in  # inputs that share a scale
-        for o in range(first, last, ROWS):
-            rows = (o * n_in, n_in, (last - 1) * n_in)
+        for o in range(first, first + apart):
+            rows = (o * n_in, apart * n_in, (last - 1) * n_in)
             for start in range(0, n_in, block):
                 stop = min(start + block, n_in)
                 sums = no_sums()
                 for i in range(start, stop - 2 * LANES + 1, 2 * LANES):
-                    prefetch(W, rows, i)
                     sums = add_products(sums, W, rows, i, load(x, i))
                     sums = add_products(sums, W, rows, i + LANES, load(x, i + LANES))
                 for i in range(start + (stop - start) // (2 * LANES) * (2 * LANES), stop, LANES):
                     n = min(stop - i, LANES)
                     sums = add_products_part(sums, W, rows, i, load_part(x, i, n), n)
                 y_rows = totals(sums)
-                for row in range(min(ROWS, last - o)):
+                for number in range(ROWS):
+                    row = o + number * apart
+                    if row >= last:
+                        continue
                     if is_scaled:
                         scale = scales[
-                            min(o // FP8_BLOCK, len(scales) - 1), min(start // FP8_BLOCK, scales.shape[1] - 1)
+                            min(row // FP8_BLOCK, len(scales) - 1), min(start // FP8_BLOCK, scales.shape[1] - 1)
                         ]
-                        y[o + row] = y_rows[row] * scale + (y[o + row] if start else numba.float32(0.0))
+                        y[row] = y_rows[number] * scale + (y[row] if start else numba.float32(0.0))
                     else:
-                        y[o + row] = y_rows[row]
+                        y[row] = y_rows[number]
 
     @kernel(types.void(BYTES, SCALES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
     def matvec(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
         if n_threads == 1:
             multiply_rows(W, scales, x, y, 0, len(y))
         else:
-            groups = (len(y) + ROWS - 1) // ROWS
             for t in numba.prange(n_threads):
-                first, last = groups * t // n_threads * ROWS, groups * (t + 1) // n_threads * ROWS
-                multiply_rows(W, scales, x, y, first, min(last, len(y)))
+                multiply_rows(W, scales, x, y, len(y) * t // n_threads, len(y) * (t + 1) // n_threads)
 
     return matvec
 
@@ -93,18 +93,22 @@ def matvec_tiled(kind: str) -> Any:
 
     @part(kind)
     def multiply_tiles(W: Any, x: Any, y: Any, first: int, last: int) -> None:
-        """Compute the rows of the tiles first, ..., last - 1."""
-        n_in, n_out, n_tiles = len(x), len(y), (len(y) + TILE - 1) // TILE
-        for tile in range(first, last, TILES):
-            tiles = (tile * TILE * n_in, TILE * n_in, (n_tiles - 1) * TILE * n_in)
-            totals = np.zeros(TILES * TILE, np.float32)
+        """Compute the rows of the tiles first, ..., last - 1, in streams as above."""
+        n_in, apart = len(x), (last - first + TILES - 1) // TILES
+        totals = np.empty(TILES * TILE, np.float32)
+        for tile in range(first, first + apart):
+            tiles = (tile * TILE * n_in, apart * TILE * n_in, (last - 1) * TILE * n_in)
+            totals[:] = 0
             for start in range(0, n_in, PART):
                 sums = no_tile_sums()
                 for i in range(start, min(start + PART, n_in), TILE_INPUTS):
                     sums = add_tile_products(sums, W, tiles, i, x)
                 store_tile_sums(sums, totals, 0)
-            o, stop = tile * TILE, min(min(tile + TILES, last) * TILE, n_out)
-            y[o:stop] = totals[: stop - o]
+            for number in range(TILES):
+                if tile + number * apart < last:
+                    o = (tile + number * apart) * TILE
+                    n = min(TILE, len(y) - o)
+                    y[o : o + n] = totals[number * TILE : number * TILE + n]
 
     @kernel(types.void(BYTES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
     def matvec_tiled(W: Any, x: Any, y: Any, n_threads: int) -> None:
@@ -112,10 +116,7 @@ def matvec_tiled(kind: str) -> Any:
         if n_threads == 1:
             multiply_tiles(W, x, y, 0, n_tiles)
         else:
-            groups = (n_tiles + TILES - 1) // TILES
-            for index in numba.prange(n_threads):
-                t = numba.intp(index)
-                first, last = groups * t // n_threads * TILES, groups * (t + 1) // n_threads * TILES
-                multiply_tiles(W, x, y, first, min(last, n_tiles))
+            for t in numba.prange(n_threads):
+                multiply_tiles(W, x, y, n_tiles * t // n_threads, n_tiles * (t + 1) // n_threads)
 
     return matvec_tiled

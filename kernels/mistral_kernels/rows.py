@@ -34,18 +34,18 @@ from mistral_kernels.instructions import (
 from mistral_kernels.simd import ARRAY, FloatVectorType, operation, vector
 
 ROWS_TYPE = types.UniTuple(types.intp, 3)  # of instructions.row_addresses
+AHEAD = 2048  # bytes; what a stream asks for before it gets there
 TILE_LANES = max(LANES, 8)
 TILE_INPUTS = TILE_LANES // 8
 TILE_VECTOR = ir.VectorType(F32, TILE_LANES)
 
 
-def row_sums(kind: str, n_rows: int) -> tuple[Any, Any, Any, Any, Any]:
+def row_sums(kind: str, n_rows: int) -> tuple[Any, Any, Any, Any]:
     """Return the operations on the sums of n rows of a matrix of a kind, given as bytes.
 
     no_sums()                               a tuple of n zero vectors
     add_products(sums, W, rows, i, x)       each sum plus W[row, i : i + LANES] * x
     add_products_part(..., count)           of the first `count` columns alone
-    prefetch(W, rows, i)                    asks for the columns i, ..., i + 2 LANES - 1 of the n rows after these
     totals(sums)                            a tuple of n float32
 
     `rows` is as in `row_addresses`.
@@ -65,7 +65,11 @@ def row_sums(kind: str, n_rows: int) -> tuple[Any, Any, Any, Any, Any]:
 
     @operation(sums_type, sums_type, ARRAY, ROWS_TYPE, types.intp, vector)
     def add_products(builder: Any, sums: Any, W: Any, rows: Any, i: Any, x: Any) -> Any:
-        return accumulate(builder, sums, W, rows, i, x, lambda address: load_vector(builder, address, element, LANES))
+        def read(address: Any) -> Any:
+            prefetch_line(builder, address, AHEAD)
+            return load_vector(builder, address, element, LANES)
+
+        return accumulate(builder, sums, W, rows, i, x, read)
 
     @operation(sums_type, sums_type, ARRAY, ROWS_TYPE, types.intp, vector, types.intp)
     def add_products_part(builder: Any, sums: Any, W: Any, rows: Any, i: Any, x: Any, count: Any) -> Any:
@@ -74,17 +78,11 @@ def row_sums(kind: str, n_rows: int) -> tuple[Any, Any, Any, Any, Any]:
 
         return accumulate(builder, sums, W, rows, i, x, read)
 
-    @operation(types.void, ARRAY, ROWS_TYPE, types.intp)
-    def prefetch(builder: Any, W: Any, rows: Any, i: Any) -> None:
-        for address in row_addresses(builder, W, rows, i, size, range(n_rows, 2 * n_rows)):
-            for line in range(0, 2 * LANES * size, 64):
-                prefetch_line(builder, address, line)
-
     @operation(types.UniTuple(types.float32, n_rows), sums_type)
     def totals(builder: Any, sums: Any) -> Any:
         return [combined(builder, builder.extract_value(sums, row), builder.fadd) for row in range(n_rows)]
 
-    return no_sums, add_products, add_products_part, prefetch, totals
+    return no_sums, add_products, add_products_part, totals
 
 
 def tile_sums(kind: str, n_tiles: int) -> tuple[Any, Any, Any]:
@@ -111,6 +109,7 @@ def tile_sums(kind: str, n_tiles: int) -> tuple[Any, Any, Any]:
         column = builder.mul(i, ir.Constant(I64, 8))
         new = []
         for number, address in enumerate(row_addresses(builder, W, tiles, column, size, range(n_tiles))):
+            prefetch_line(builder, address, AHEAD)
             weights = widened(builder, load_vector(builder, address, element, TILE_LANES), kind)
             new.append(fused(builder, weights, inputs, builder.extract_value(sums, number)))
         return new
