@@ -29,6 +29,7 @@ THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 # costs microseconds, and milliseconds where another program has taken their core.
 _FEW_BYTES = 2**20
 _FEW_NUMBERS = 2**15
+_TOKENS_AT_ONCE = 512  # what a product writes should stay in the caches
 
 _EVERYTHING = 2**62  # a window that no position is outside of
 _NO_SCALE = np.ones((1, 1), np.float32)
@@ -89,16 +90,18 @@ class CompiledOps(ReferenceOps):
         return y_TD
 
     def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
-        n_tokens, (n_out, n_in) = len(x_TI), weight_OI.shape
-        if x_TI.shape != (n_tokens, n_in):
+        n_out, n_in = weight_OI.shape
+        if x_TI.ndim != 2 or x_TI.shape[1] != n_in:
             raise InputError(f"{weight_OI.name} takes {n_in} inputs a token; found an array {x_TI.shape}")
-        x_TI = _floats(x_TI)
+        x_TI, n_tokens = _floats(x_TI), len(x_TI)
         y_TO = np.empty((n_tokens, n_out), np.float32)
         scale = _NO_SCALE if weight_OI.scale is None else weight_OI.scale
         n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
         kind, is_tiled, stored = weight_OI.kind, isinstance(weight_OI, TiledMatrix), weight_OI.as_bytes
         if n_tokens > 1:
-            matmul(kind, is_tiled)(stored, scale, x_TI, y_TO, n_threads)
+            for start in range(0, n_tokens, _TOKENS_AT_ONCE):
+                rows = slice(start, start + _TOKENS_AT_ONCE)
+                matmul(kind, is_tiled)(stored, scale, x_TI[rows], y_TO[rows], n_threads)
         elif n_tokens == 1 and is_tiled:
             matvec_tiled(kind)(stored, x_TI[0], y_TO[0], n_threads)
         elif n_tokens == 1:

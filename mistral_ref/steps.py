@@ -104,16 +104,16 @@ class Step:
     fixed_by        why this value cannot be replaced; None where it can
     """
 
-    __slots__ = ("_value", "fixed_by", "is_past", "key_positions", "kind", "name", "source")
+    # Of the class, not set for each step: a drained pass makes many steps, and nobody looks at them.
+    source = ""
+    fixed_by: str | None = None
+    is_past = False  # the pass has gone on from here
 
     def __init__(self, name: str, kind: StepKind, value: np.ndarray, key_positions: range | None = None) -> None:
         self.name = name
         self.kind = kind
         self._value = value
         self.key_positions = key_positions
-        self.source = ""
-        self.fixed_by: str | None = None
-        self.is_past = False  # the pass has gone on from here
 
     @property
     def axes(self) -> tuple[str, ...]:
