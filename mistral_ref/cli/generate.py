@@ -79,12 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
             stop=[as_text(stop) for stop in arguments.stop],
             progress=progress,
         )
-        echo = "" if arguments.no_echo else prompt
-        if progress is None:  # a bar and text would overwrite each other
-            print(echo, end="", flush=True)
-            echo = ""
-        first = next(tokens)
-    print(echo + first.text, end="", flush=True)
+        first = next(tokens)  # before anything is printed: a bar or a notice would come in the middle of the text
+    print(("" if arguments.no_echo else prompt) + first.text, end="", flush=True)
     first_at, count, last = time.perf_counter(), 1, first
     for last in tokens:
         count += 1
