@@ -42,10 +42,11 @@ def _lanes(features: frozenset[str]) -> int:
     return 16 if "avx512f" in features and "avx512bw" in features else 8 if "avx2" in features else 4
 
 
+IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
 FEATURES = target_features()
 LANES = _lanes(FEATURES)
 # Without an instruction for it, LLVM would call a function that is not there when Numba links.
-_HAS_F16 = "f16c" in FEATURES or platform.machine().lower() in ("aarch64", "arm64")
+_HAS_F16 = "f16c" in FEATURES or IS_ARM
 
 
 VECTOR = ir.VectorType(F32, LANES)

@@ -9,7 +9,6 @@ to the last, so that a step of k loads n_vectors vectors and ROWS numbers for RO
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from mistral_kernels.instructions import (
     I8,
     I32,
     I64,
+    IS_ARM,
     KINDS,
     LANES,
     STORED,
@@ -40,8 +40,7 @@ from mistral_kernels.simd import ARRAY, operation
 
 # Rows and vectors of a tile, so that sums, a row of B and a number of A fit the registers: 32 with AVX-512 and NEON,
 # else 16.
-_IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
-ROWS, VECTORS = {16: (8, 3), 8: (4, 3), 4: (6, 4) if _IS_ARM else (2, 4)}[LANES]
+ROWS, VECTORS = {16: (8, 3), 8: (4, 3), 4: (6, 4) if IS_ARM else (2, 4)}[LANES]
 WIDTH = VECTORS * LANES
 
 
