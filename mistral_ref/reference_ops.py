@@ -74,14 +74,14 @@ class ReferenceOps:
         self.cache_dtypes: tuple[str, ...] = (dtype, "float16")
         self.angles: AnglePrecision = angles
         self._threads = None if threads is None else checked_whole("threads", threads, least=1)
-        self._blas = ThreadpoolController()
+        self._blas = None if threads is None else ThreadpoolController()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         # exp overflows to the right limit in swiglu; NaN from broken weights is reported by whoever draws a token.
         with ExitStack() as stack:
             stack.enter_context(np.errstate(all="ignore"))
-            if self._threads is not None:
+            if self._blas is not None:
                 stack.enter_context(_BLAS_TURN)
                 stack.enter_context(self._blas.limit(limits=self._threads, user_api="blas"))
             yield

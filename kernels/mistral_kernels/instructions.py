@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -93,16 +93,11 @@ def prefetch_line(builder: Any, address: Any, ahead: int) -> None:
     builder.call(function, [place, read, second_level, data])
 
 
-def call(builder: Any, name: str, result: ir.Type, arguments: Sequence[Any]) -> Any:
-    """Call one of LLVM's own functions for a vector: llvm.NAME.v8f32, for example."""
-    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
-    full_name = f"llvm.{name}.v{arguments[0].type.count}f32"
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, full_name), arguments)
-
-
 def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """Return a b + c, rounded once where that is fast."""
-    return call(builder, "fmuladd", a.type, [a, b, c])
+    function_type = ir.FunctionType(a.type, [a.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fmuladd.v{a.type.count}f32")
+    return builder.call(function, [a, b, c])
 
 
 def splat_of(builder: Any, scalar: Any, n: int) -> Any:

@@ -15,7 +15,7 @@ from numba import types
 
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.layout import TILE
-from mistral_kernels.matvec import BYTES, FP8_BLOCK, SCALES
+from mistral_kernels.matvec import BYTES, SCALES, scale_of
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
@@ -55,9 +55,7 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
             first = min(o + r, n_out - 1)
             rows = (first * n_in, n_in, (n_out - 1) * n_in)
             for k in range(start, stop, 8):
-                scale = numba.float32(1.0)
-                if is_scaled:
-                    scale = scales[min(first // FP8_BLOCK, len(scales) - 1), min(k // FP8_BLOCK, scales.shape[1] - 1)]
+                scale = scale_of(scales, first, k) if is_scaled else numba.float32(1.0)
                 offset = (k - start) * WIDTH + r
                 if k + 8 <= stop:
                     transpose_whole(W, rows, k, scale, panel, offset, WIDTH)

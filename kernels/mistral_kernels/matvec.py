@@ -29,6 +29,12 @@ VECTOR_OUT = types.Array(types.float32, 1, "C")
 SCALES = types.Array(types.float32, 2, "C", readonly=True)
 
 
+@part()
+def scale_of(scales: Any, o: int, i: int) -> float:
+    """Return the scale of the fp8 weight W[o, i]."""
+    return scales[min(o // FP8_BLOCK, len(scales) - 1), min(i // FP8_BLOCK, scales.shape[1] - 1)]
+
+
 @made_once
 def matvec(kind: str) -> Any:
     """Return a kernel: matvec(W, scales, x, y, n_threads), for matrices of a kind.
@@ -61,10 +67,8 @@ def matvec(kind: str) -> Any:
                     if row >= last:
                         continue
                     if is_scaled:
-                        scale = scales[
-                            min(row // FP8_BLOCK, len(scales) - 1), min(start // FP8_BLOCK, scales.shape[1] - 1)
-                        ]
-                        y[row] = y_rows[number] * scale + (y[row] if start else numba.float32(0.0))
+                        before = y[row] if start else numba.float32(0.0)
+                        y[row] = y_rows[number] * scale_of(scales, row, start) + before
                     else:
                         y[row] = y_rows[number]
 
