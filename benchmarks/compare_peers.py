@@ -33,11 +33,12 @@ import numpy as np
 from common import finish, notice, parser_for
 from peer_process import Test, Worker, start
 
-from mistral_ref.benchmark import Limit, markdown_table, ratios, read_limit, spread, write_json
+from mistral_ref.benchmark import Limit, ratios, read_limit, spread, write_json
 from mistral_ref.checkpoint import open_checkpoint
 from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.config import ModelConfig
 from mistral_ref.config_files import read_config
+from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.machine import cache_bytes, machine, machine_lines
 from mistral_ref.shapes import SHAPES, shape

@@ -30,6 +30,7 @@ from mistral_ref.benchmark import Candidate, Limit, Measurement
 from mistral_ref.cache import KVCache
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
+from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.machine import cache_bytes, machine, machine_lines
 from mistral_ref.shapes import SHAPES, shape
@@ -246,9 +247,9 @@ def measure(arguments: argparse.Namespace) -> None:
                 seconds=arguments.seconds,
                 progress=lambda text, group=group: notice(f"{group}: {text}"),
             )
-            print(f"\n## {group}\n\n{benchmark.markdown_table(benchmark.HEADINGS, [m.cells() for m in measured])}")
+            print(f"\n## {group}\n\n{markdown_table(benchmark.HEADINGS, [m.cells() for m in measured])}")
             if rows := beside_numpy(measured):
-                print(f"\n{benchmark.markdown_table(['times as fast as NumPy', 'median', 'min to max'], rows)}")
+                print(f"\n{markdown_table(['times as fast as NumPy', 'median', 'min to max'], rows)}")
             if group == "depth":
                 shorter, deepest = measured[-2:]
                 times, extremes = benchmark.spread(benchmark.ratios(deepest.seconds, shorter.seconds)).text(2)

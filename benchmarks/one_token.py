@@ -23,7 +23,8 @@ from common import finish, notice, parser_for
 import mistral_ref
 from mistral_kernels import attention, elementwise
 from mistral_ref import compiled_ops
-from mistral_ref.benchmark import markdown_table, spread, write_json
+from mistral_ref.benchmark import spread, write_json
+from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.machine import machine, machine_lines
 

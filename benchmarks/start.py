@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from common import finish, notice, parser_for
 
 import mistral_ref
-from mistral_ref.benchmark import markdown_table, spread, write_json
+from mistral_ref.benchmark import spread, write_json
 from mistral_ref.compiled_ops import chosen_threads
+from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.machine import machine, machine_lines
 

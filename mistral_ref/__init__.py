@@ -21,7 +21,8 @@ from mistral_ref.errors import (
 from mistral_ref.generation import Token
 from mistral_ref.model import Model, load
 from mistral_ref.steps import Step
-from mistral_ref.trace import Walk
+from mistral_ref.trace import Trace
+from mistral_ref.walk import Walk
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "Step",
     "Token",
     "TokenizerError",
+    "Trace",
     "Walk",
     "load",
 ]

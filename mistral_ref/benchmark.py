@@ -192,25 +192,6 @@ def alternate(
     return measured
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table that reads well as plain text too: first column to the left, others to the right.
-
-    >>> print(markdown_table(["what", "ms"], [["read", "1.5"]]))
-    | what |  ms |
-    |------|----:|
-    | read | 1.5 |
-    """
-    widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [f" {cell:>{width}} " for cell, width in zip(cells, widths, strict=True)]
-        padded[0] = f" {cells[0]:<{widths[0]}} "
-        return f"|{'|'.join(padded)}|"
-
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
-    return "\n".join([line(headings), f"|{rule}|", *(line(row) for row in rows)])
-
-
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write figures as a JSON file; raise InputError if that is not possible."""
     try:

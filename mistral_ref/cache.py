@@ -19,17 +19,16 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError, InputError, checked_whole, shown
 from mistral_ref.json_file import parse_json
 from mistral_ref.ops import KeyView, Ops
+from mistral_ref.tensor_file import write_tensor_file
 
 DEFAULT_CHUNK = 512
 _FIRST_CAPACITY = 64
@@ -217,14 +216,7 @@ class KVCache:
             tensors[f"layers.{number}.v"] = np.ascontiguousarray(v_SGK)
         settings = {"length": self.length, "chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
         metadata = {_FORMAT: json.dumps(settings), "config": _config_json(self.config)}
-        partial = Path(f"{os.fspath(path)}.partial")
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise CacheError(f"{path}: cannot be written: {error}") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensor_file(path, tensors, metadata, CacheError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,17 @@ from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.sampling import SamplingSettings, log_softmax
 from mistral_ref.tokenizer import OTHER_FORMATS, SentencePieceTokenizer, TokenStream, find_tokenizer, load_tokenizer
-from mistral_ref.trace import Edit, Walk, check_edits, run_with_edits
+from mistral_ref.trace import Trace
 from mistral_ref.transformer import Transformer, drain
+from mistral_ref.walk import (
+    Edit,
+    Walk,
+    apply_edits,
+    check_edits,
+    inside_attention,
+    matching_steps,
+    run_with_edits,
+)
 from mistral_ref.weights import Weights, repacked
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -198,7 +207,7 @@ class Model:
         """
         ids = self.token_ids(tokens, cache)
         if edits:
-            walk = self._walk(ids, cache, last_only, check_edits(edits, self.config))
+            walk = self._walk(ids, cache, last_only, inside_attention(check_edits(edits, self.config)))
             return run_with_edits(walk, edits)
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
         return self._logits(ids, cache, last_only)
@@ -224,6 +233,39 @@ class Model:
         walk has reached its end.
         """
         return self._walk(self.token_ids(tokens, cache), cache, last_only=False, observe_attention=True)
+
+    def trace(
+        self,
+        tokens: Prompt,
+        *,
+        keep: str | Iterable[str] = "*",
+        cache: KVCache | None = None,
+        edits: Mapping[str, Edit] | None = None,
+    ) -> Trace:
+        """Return a Trace of the forward pass of these tokens: the values of the steps that `keep` names.
+
+        keep    names or globs of steps, such as "layers.*.attention_weights"; memory is bounded by what they choose
+        cache   as in `steps`: the pass starts after the tokens in it, and they are appended
+        edits   as in `forward`; what is kept is what the pass went on with
+        """
+        ids = self.token_ids(tokens, cache)
+        edits = {} if edits is None else edits
+        touched = check_edits(edits, self.config)
+        kept = matching_steps([keep] if isinstance(keep, str) else keep, self.config)
+        start = 0 if cache is None else cache.length
+        steps = []
+        for step in self._walk(ids, cache, last_only=False, observe_attention=inside_attention([*kept, *touched])):
+            apply_edits(step, edits)
+            if step.name in kept:
+                steps.append(step)
+        pieces = [self.piece(token) for token in ids]
+        return Trace(steps, ids, pieces, start=start, made_by=f"{self.ops.dtype} by {self.ops.name}")
+
+    def piece(self, token: int) -> str:
+        """Return what a token id stands for, safe to print: its piece, or the id itself where there is none."""
+        if self.tokenizer is None or token >= self.tokenizer.vocab_size:
+            return f"[{token}]"
+        return self.tokenizer.piece(token)
 
     def _walk(self, ids: list[int], cache: KVCache | None, last_only: bool, observe_attention: bool) -> Walk:
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mistral_ref.config import ModelConfig
+from mistral_ref.display import Statistics, heat_image, heat_map, html_table, size_text, statistics
 from mistral_ref.errors import InputError, shown
 
 
@@ -154,9 +155,25 @@ class Step:
         new.flags.writeable = False
         self._value = new
 
+    @property
+    def statistics(self) -> Statistics:
+        """Smallest, largest, mean, root mean square; how many are NaN or infinite."""
+        return statistics(self.value)
+
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.value.shape, strict=True))
-        return f"<Step {self.name} ({sizes}) {self.value.dtype}: {self.formula}>"
+        return f"<Step {self.name} ({size_text(self.axes, self.value.shape)}) {self.value.dtype}: {self.formula}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: all that is known of the step, and a heat map of its values."""
+        rows = [
+            ["value", f"{size_text(self.axes, self.value.shape)}, {self.value.dtype}"],
+            ["formula", self.formula],
+            ["meaning", self.sentence],
+            ["statistics", str(self.statistics)],
+        ]
+        rows += [["source", self.source]] if self.source else []
+        matrix = self.value.reshape(-1, self.value.shape[-1])
+        return f"<div>{html_table([self.name, ''], rows)}{heat_image(heat_map(matrix, 32, 96))}</div>"
 
 
 # A part of the forward pass: it yields steps, is sent the value to go on with, and returns the last one.

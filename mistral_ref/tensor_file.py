@@ -1,4 +1,4 @@
-"""One safetensors file, mapped: its tensors by name, without a byte of them being read.
+"""One safetensors file: its tensors by name, mapped, without a byte of them being read; or written, all or nothing.
 
 The safetensors library validates the header. It cannot hand bf16 or fp8 to NumPy (safetensors#598), so the bytes are
 mapped here, at the offsets that it has accepted. Format: 8 bytes little-endian header length, JSON header, data.
@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from mistral_ref.errors import CheckpointError, printable, shown
+from mistral_ref.errors import CheckpointError, MistralRefError, printable, shown
 from mistral_ref.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.weights import Kind
 
@@ -75,6 +76,30 @@ def open_tensor_file(path: Path) -> list[Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     return [_tensor(path, name, entry, mapped[start:]) for name, entry in header.items() if name != "__metadata__"]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, {} where it has none; raise CheckpointError as `open_tensor_file`."""
+    header, _ = _read_header(path, require_regular_file(path))
+    metadata: dict[str, str] = header.get("__metadata__", {})
+    return metadata
+
+
+def write_tensor_file(
+    path: str | os.PathLike[str],
+    tensors: dict[str, np.ndarray],
+    metadata: dict[str, str],
+    error: type[MistralRefError] = CheckpointError,
+) -> None:
+    """Write a safetensors file, which appears under its name only when it is complete; raise `error` if that fails."""
+    partial = Path(f"{os.fspath(path)}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as caught:
+        raise error(f"{path}: cannot be written: {printable(str(caught))}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -1,112 +1,255 @@
-"""Walk: a forward pass taken step by step, to look at and to change. Edits: the same without a loop of one's own."""
+"""Trace: values of a forward pass kept by name, to be looked at, saved, loaded and compared.
+
+A trace is also how values of another engine come in: a safetensors file with any of the catalogue's steps under their
+names (`Trace.load` has the rules), compared step by step with ours.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from fnmatch import fnmatchcase
-from functools import cache
-from types import GeneratorType, TracebackType
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, shown
-from mistral_ref.ops import Ops
-from mistral_ref.steps import Step, Steps, step_names
+from mistral_ref.compare import DEFAULT_BOUND, Comparison, difference
+from mistral_ref.config import RowOrder
+from mistral_ref.display import html_table, size_text
+from mistral_ref.errors import CheckpointError, InputError, checked_whole, printable, shown, warn
+from mistral_ref.json_file import parse_json
+from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
+from mistral_ref.tensor_file import Tensor, open_tensor_file, read_metadata, write_tensor_file
+from mistral_ref.weights import Matrix
 
-Edit = np.ndarray | Callable[[np.ndarray], np.ndarray]
+_FORMAT = "mistral_ref.trace.v1"
+_NAME = re.compile(r"(?:layers\.(0|[1-9]\d{0,3})\.)?([a-z_]+)")
+_ENDS = ("embedding", "norm", "logits")  # the steps that belong to no layer
+_TURNED = ("q", "k", "q_rotated", "k_rotated")  # whose pairs lie side by side, or half a head apart
+_MOST_POSITIONS = 2**40
 
-_PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+class MissingStepError(InputError, KeyError):
+    """A step that a trace does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
-class Walk(Iterator[Step]):
-    """A forward pass that stands still at every step. Made by `model.steps(...)`; iterate over it.
+class Trace(Mapping[str, np.ndarray]):
+    """Values of one pass by the names of their steps. Made by `model.trace(...)`, or `Trace.load(path)`.
 
-        for step in model.steps("Hello"):
-            if step.name == "layers.2.ffn_out":
-                step.value = np.zeros_like(step.value)
+        trace = model.trace("Once upon a time", keep="layers.*.attention_weights")
+        trace["layers.0.attention_weights"]             # the array
+        trace.steps["layers.0.attention_weights"]       # the Step, with axes, formula and source
 
-    Values are read-only and stay valid. Assign to `step.value` before taking the next step to change what the pass goes
-    on with. A walk that is left before its end has not happened: its cache is as it was.
+    steps       name -> Step, in the order of the pass
+    tokens      ids of the pass's tokens; empty where a file does not tell
+    pieces      what these tokens read as
+    start       position of the first token
+    made_by     backend and dtype, or what a file says of itself
     """
 
-    def __init__(self, steps: Steps, ops: Ops) -> None:
-        self._steps = steps
-        self._ops = ops
-        self._current: Step | None = None
-        self._logits: np.ndarray | None = None
+    def __init__(
+        self, steps: Iterable[Step], tokens: Sequence[int], pieces: Sequence[str], *, start: int = 0, made_by: str = ""
+    ) -> None:
+        self.steps = {step.name: step for step in steps}
+        self.tokens, self.pieces = list(tokens), list(pieces)
+        self.start, self.made_by = start, made_by
 
-    def __next__(self) -> Step:
+    def __getitem__(self, name: str) -> np.ndarray:
         try:
-            with self._ops.running():
-                if self._current is None:
-                    step = next(self._steps)
-                else:
-                    self._current.is_past = True
-                    step = self._steps.send(self._current.value)
-        except StopIteration as end:
-            if end.value is not None:
-                self._logits = end.value
-            raise StopIteration from None
-        step.value.flags.writeable = False
-        step.source = _source(self._steps)
-        self._current = step
-        return step
+            return self.steps[name].value
+        except KeyError:
+            kept = ", ".join(list(self.steps)[:3])
+            raise MissingStepError(
+                f"this trace does not hold {shown(name)}; it has {len(self)} steps: {kept}"
+                f"{', ...' if len(self) > 3 else ''}; model.trace(keep=...) chooses"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """How many tokens the pass had; 0 for a trace of nothing."""
+        return max((_tokens_of(step) for step in self.steps.values()), default=len(self.tokens))
 
     @property
-    def logits(self) -> np.ndarray:
-        """What the pass came to, (T, V), once every step has been taken; before that an InputError."""
-        if self._logits is None:
-            raise InputError("this walk has not reached its end, so it has no logits; take every step first")
-        return self._logits
+    def nbytes(self) -> int:
+        """Bytes of all values kept."""
+        return sum(value.nbytes for value in self.values())
 
-    def close(self) -> None:
-        """Leave the walk here."""
-        self._steps.close()
+    def label(self, position: int) -> str:
+        """Return what stands at a position: the token's piece, or "@12" where that is not known."""
+        index = position - self.start
+        return self.pieces[index] if 0 <= index < len(self.pieces) else f"@{position}"
 
-    def __enter__(self) -> Walk:
-        return self
+    def compare(self, reference: Trace, *, bound: float = DEFAULT_BOUND) -> Comparison:
+        """Return how far each step of this trace lies from the same step of another; see compare.py.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        Steps that only one of them holds are named in `unmatched`. Raises InputError if the two are of different
+        tokens or positions, have no step in common, or a step has another shape.
+        """
+        if self.tokens and reference.tokens and self.tokens != reference.tokens:
+            raise InputError("the two traces are of different tokens, so their values say nothing of each other")
+        if self.start != reference.start:
+            raise InputError(f"the two traces begin at positions {self.start} and {reference.start}")
+        shared = [name for name in self if name in reference]
+        if not shared:
+            raise InputError("the two traces have no step in common")
+        return Comparison(
+            [difference(name, self[name], reference[name], bound) for name in shared],
+            bound,
+            unmatched=sorted(self.keys() ^ reference.keys(), key=_order),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file that `load` reads; it appears under its name only when it is complete."""
+        tensors = {name: np.ascontiguousarray(value) for name, value in self.items()}
+        tensors["tokens"] = np.array(self.tokens, np.int64)
+        tensors["pieces"] = np.frombuffer(json.dumps(self.pieces).encode(), np.uint8)
+        sources = {name.rpartition(".")[2]: step.source for name, step in self.steps.items()}
+        about = {"start": self.start, "made_by": self.made_by, "sources": sources}
+        write_tensor_file(path, tensors, {_FORMAT: json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, rope_row_order: RowOrder = "interleaved") -> Trace:
+        """Return the trace in a safetensors file: one that `save` wrote, or a dump of another engine.
+
+        A dump holds any steps of the catalogue under their full names ("layers.0.q"), each with the axes that the
+        catalogue gives, as F64, F32, F16 or BF16; a leading axis of size 1 is dropped. Optional: "tokens", the ids as
+        I64 or I32. Other tensors are left aside with a warning. Without metadata the pass begins at position 0.
+
+        rope_row_order      "halves" for an engine that turns pairs half a head apart, as Hugging Face's layout does:
+                            q, k, q_rotated and k_rotated are brought into the order in which pairs are neighbours
+
+        Values in F64 and F32 stay mapped. Raises CheckpointError with the file and what is wrong with it.
+        """
+        path = Path(path)
+        tensors = {tensor.name: tensor for tensor in open_tensor_file(path)}
+        about = _about(path)
+        tokens, pieces = _tokens(path, tensors), _pieces(path, tensors)
+        names = sorted((name for name in tensors if _is_step(name)), key=_order)
+        if not names:
+            raise CheckpointError(f"{path}: holds no step; expected tensors called 'embedding', 'layers.0.q' and so on")
+        if others := sorted(tensors.keys() - {"tokens", "pieces", *names}):
+            warn(f"{path}: left aside {len(others)} tensors that are no steps, such as {shown(others[0])}")
+        has_experts = any(name.endswith(".router_logits") for name in names)
+        steps = [_step(tensors[name], has_experts, about, rope_row_order) for name in names]
+        counts = {step.name: _tokens_of(step) for step in steps if _tokens_of(step)}
+        expected = len(tokens) or next(iter(counts.values()), 0)
+        for name, count in counts.items():
+            if count != expected:
+                raise CheckpointError(f"{path}: {name} is of {count} tokens; expected {expected}, as the rest")
+        return cls(steps, tokens, pieces, start=about["start"], made_by=about["made_by"])
+
+    def __repr__(self) -> str:
+        made_by = f", {self.made_by}" if self.made_by else ""
+        return (
+            f"<Trace of {self.n_tokens} tokens from position {self.start}: {len(self)} steps, {self.nbytes:,} bytes"
+            f"{made_by}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a table of the steps."""
+        rows = [
+            [name, size_text(step.axes, step.value.shape), str(step.value.dtype), step.formula, step.sentence]
+            for name, step in self.steps.items()
+        ]
+        return html_table(["step", "axes", "dtype", "formula", "meaning"], rows, caption=repr(self))
 
 
-def _source(steps: object) -> str:
-    """Return "file:line" of the innermost generator that is standing still."""
-    while isinstance(steps, GeneratorType) and isinstance(steps.gi_yieldfrom, GeneratorType):
-        steps = steps.gi_yieldfrom
-    frame = steps.gi_frame if isinstance(steps, GeneratorType) else None
-    return f"{_relative(frame.f_code.co_filename)}:{frame.f_lineno}" if frame else ""
+def _is_step(name: str) -> bool:
+    match = _NAME.fullmatch(name)
+    return match is not None and match[2] in CATALOGUE and (match[1] is None) == (match[2] in _ENDS)
 
 
-@cache
-def _relative(file: str) -> str:
-    return os.path.relpath(file, _PACKAGE_PARENT)
+def _order(name: str) -> tuple[int, int, int]:
+    """Return a key that sorts names of steps as a pass yields them."""
+    layer, _, kind = name.removeprefix("layers.").rpartition(".")
+    rank = list(CATALOGUE).index(kind)
+    return (1, int(layer), rank) if layer else (0 if kind == "embedding" else 2, 0, rank)
 
 
-def check_edits(edits: Mapping[str, Edit], config: ModelConfig) -> bool:
-    """Raise InputError for an edit of a step that does not exist; return whether one touches attention's inside.
-
-    Keys are step names or globs such as "layers.*.ffn_out".
-    """
-    if not isinstance(edits, Mapping):
-        raise InputError(f"edits is {shown(edits)}; expected a mapping from names of steps to values or functions")
-    touched = set()
-    for pattern in edits:
-        matches = {name for name in step_names(config) if fnmatchcase(name, str(pattern))}
-        if not matches:
-            raise InputError(f"no step is called {shown(pattern)}; names are like 'layers.0.q_rotated', or 'logits'")
-        touched |= matches
-    return any(name.endswith((".scores", ".attention_weights")) for name in touched)
+def _tokens_of(step: Step) -> int:
+    """Return how many tokens a step's value is of; 0 where its axes do not tell, as with pairs of token and expert."""
+    axis = next((axis for axis, name in enumerate(step.axes) if name in ("token", "query")), None)
+    return 0 if axis is None else step.value.shape[axis]
 
 
-def run_with_edits(walk: Walk, edits: Mapping[str, Edit]) -> np.ndarray:
-    """Take every step of a walk, replace those that an edit names, and return the logits."""
-    for step in walk:
-        for pattern, edit in edits.items():
-            if fnmatchcase(step.name, pattern):
-                step.value = edit(step.value) if callable(edit) else edit
-    return walk.logits.copy()
+def _about(path: Path) -> dict[str, Any]:
+    """Return what a trace's metadata say, or what their absence means."""
+    about: dict[str, Any] = {"start": 0, "made_by": "", "sources": {}}
+    text = read_metadata(path).get(_FORMAT)
+    if text is None:
+        return about
+    try:
+        found = dict(parse_json(text))
+        found["start"] = checked_whole("start", found["start"], 0, _MOST_POSITIONS)
+        found["made_by"] = printable(found["made_by"])
+        found["sources"] = {str(name): printable(source) for name, source in found["sources"].items()}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its metadata are damaged: {printable(str(error))}") from None
+    return found
+
+
+def _tokens(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
+    if "tokens" not in tensors:
+        return []
+    tensor = tensors["tokens"]
+    if tensor.dtype not in ("I64", "I32") or not (len(tensor.shape) == 1 or tensor.shape[:-1] == (1,)):
+        raise CheckpointError(f"{path}: tokens is {tensor.dtype} {tensor.shape}; expected I64 or I32 of one axis")
+    ids: list[int] = tensor.raw.view("<i8" if tensor.dtype == "I64" else "<i4").tolist()
+    return ids
+
+
+def _pieces(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    if "pieces" not in tensors:
+        return [str(token) for token in _tokens(path, tensors)]
+    try:
+        pieces = parse_json(tensors["pieces"].raw.tobytes().decode())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: pieces cannot be read: {printable(str(error))}") from None
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        raise CheckpointError(f"{path}: pieces is {shown(pieces)}; expected a list of texts")
+    return [printable(piece) for piece in pieces]
+
+
+def _step(tensor: Tensor, has_experts: bool, about: Mapping[str, Any], row_order: RowOrder) -> Step:
+    """Return the step that a tensor of a file holds."""
+    kind = tensor.name.rpartition(".")[2]
+    entry = (EXPERT_CATALOGUE if has_experts else CATALOGUE)[kind]
+    value = _floats(tensor)
+    if value.ndim == len(entry.axes) + 1 and value.shape[0] == 1:
+        value = value[0]
+    if value.ndim != len(entry.axes) or value.size == 0:
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.name} has shape {tensor.shape}; expected the axes {', '.join(entry.axes)}"
+        )
+    if row_order == "halves" and kind in _TURNED:
+        value = value.reshape(*value.shape[:2], 2, -1).swapaxes(2, 3).reshape(value.shape)
+    value.flags.writeable = False
+    keys = None
+    if entry.axes[-1] == "key":  # the last query's own key is the last one
+        end = about["start"] + value.shape[1]
+        keys = range(end - value.shape[2], end)
+    step = Step(tensor.name, entry, value, keys)
+    step.source, step.is_past = about["sources"].get(kind, ""), True
+    return step
+
+
+def _floats(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as float64 or float32, mapped where it is stored so."""
+    if tensor.dtype == "F64":
+        return np.require(tensor.raw.view("<f8").reshape(tensor.shape), requirements="A")
+    if tensor.dtype not in ("F32", "F16", "BF16"):
+        raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected F64, F32, F16 or BF16")
+    kind, stored = tensor.mapped()
+    return Matrix(tensor.name, kind, stored.reshape(1, -1)).rows(slice(None), np.float32).reshape(tensor.shape)

@@ -1,0 +1,197 @@
+"""Two passes side by side: how far each step of one lies from the same step of the other, and which departs first.
+
+Distances are in float32 ulps of the step's largest value: max |a - b| / spacing(max |reference|), where spacing(x) is
+the gap between x and the next float32. One ulp is one rounding, whatever the scale of the step. What separates two
+correct passes in float32 is a few ulps in the first steps and grows from layer to layer, to some hundreds for models
+with sharp attention (docs/architecture.md has measured figures); a bug is a jump to tens of thousands and more. So
+the default bound lies between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import overload
+
+import numpy as np
+
+from mistral_ref.display import html_table, markdown_table
+from mistral_ref.errors import InputError
+from mistral_ref.walk import Walk
+
+DEFAULT_BOUND = 2000.0  # ulps, for what has come together since the embedding
+OWN_BOUND = 200.0  # and for what one step adds by itself
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one step lies from the same step of a reference.
+
+    max_abs         the largest |a - b|; infinite where one is NaN and the other not, or only one infinite
+    max_rel         the largest |a - b| / max(|a|, |b|), 2 at most if both are finite; small values count as large ones
+    ulps            max_abs in float32 ulps of the reference's largest value
+    worst           index of the largest difference; None where nothing differs
+    first           index of the first element, in the order in which they lie, that differs by more than the bound
+    value, expected     the two values at `worst`
+    """
+
+    name: str
+    max_abs: float
+    max_rel: float
+    ulps: float
+    worst: tuple[int, ...] | None
+    first: tuple[int, ...] | None
+    value: float
+    expected: float
+
+    @property
+    def departs(self) -> bool:
+        """Whether an element differs by more than the bound."""
+        return self.first is not None
+
+
+def difference(name: str, value: np.ndarray, reference: np.ndarray, bound: float) -> Difference:
+    """Return the Difference of a step from its reference; raise InputError if their shapes differ.
+
+    >>> d = difference("x", np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.5, 4.0]), bound=1000)
+    >>> d.max_abs, d.max_rel, d.ulps, d.worst
+    (0.5, 0.2, 1048576.0, (1,))
+    """
+    if value.shape != reference.shape:
+        raise InputError(f"{name} has shape {value.shape} in one and {reference.shape} in the other")
+    ours, theirs = value.astype(np.float64), reference.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.abs(ours - theirs)
+    distance[(ours == theirs) | (np.isnan(ours) & np.isnan(theirs))] = 0.0
+    distance[np.isnan(distance)] = np.inf
+    at = int(distance.argmax())
+    max_abs = float(distance.flat[at])
+    if max_abs == 0.0:
+        same = float(theirs.flat[0])
+        return Difference(name, 0.0, 0.0, 0.0, None, None, same, same)
+    with np.errstate(invalid="ignore"):
+        relative = distance / np.maximum(np.abs(ours), np.abs(theirs))
+    relative = np.where(distance == 0, 0.0, np.where(np.isfinite(distance), relative, np.inf))
+    finite = np.abs(theirs[np.isfinite(theirs)])
+    largest = np.float32(min(finite.max(initial=0.0), np.finfo(np.float32).max))
+    spacing = float(np.spacing(np.maximum(largest, np.finfo(np.float32).tiny)))
+    beyond = distance > bound * spacing
+    return Difference(
+        name,
+        max_abs,
+        float(relative.max()),
+        max_abs / spacing,
+        _index(at, distance.shape),
+        _index(int(beyond.argmax()), distance.shape) if beyond.any() else None,
+        float(ours.flat[at]),
+        float(theirs.flat[at]),
+    )
+
+
+def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(flat, shape))
+
+
+@dataclass(frozen=True)
+class Comparison(Sequence[Difference]):
+    """The differences of all steps that two passes share, in the order of the pass.
+
+    bound       how many ulps a step may lie from its reference before it counts as departed
+    unmatched   names of steps that only one of the two holds
+    own         whether both passes went on from the same values at each step, so that each shows what it adds itself
+    """
+
+    differences: list[Difference]
+    bound: float
+    unmatched: Sequence[str] = ()
+    own: bool = False
+
+    @overload
+    def __getitem__(self, index: int) -> Difference: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Difference]: ...
+    def __getitem__(self, index: int | slice) -> Difference | Sequence[Difference]:
+        return self.differences[index]
+
+    def __len__(self) -> int:
+        return len(self.differences)
+
+    @property
+    def departed(self) -> list[Difference]:
+        """The differences beyond the bound."""
+        return [difference for difference in self if difference.departs]
+
+    @property
+    def first(self) -> Difference | None:
+        """The first step that departs; None where none does."""
+        return next(iter(self.departed), None)
+
+    def verdict(self) -> str:
+        """Return in one sentence what the comparison came to."""
+        largest = max(self, key=lambda difference: difference.ulps)
+        if largest.ulps == 0:
+            return f"all {len(self)} steps are equal"
+        if self.first is None:
+            return (
+                f"all {len(self)} steps agree within {self.bound:g} ulps; "
+                f"the furthest is {largest.name}, {largest.ulps:.3g} ulps"
+            )
+        how_many = f"{len(self.departed)} of {len(self)} steps depart by more than {self.bound:g} ulps"
+        first = self.first
+        return (
+            f"{how_many}; the first is {first.name}, at {list(first.first or ())}: "
+            f"{first.ulps:.3g} ulps, at worst {first.value:.6g} where {first.expected:.6g} was expected"
+        )
+
+    def rows(self) -> list[list[str]]:
+        """Return the rows of a table under HEADINGS."""
+        return [
+            [
+                ("* " if difference.departs else "  ") + difference.name,
+                f"{difference.max_abs:.3g}",
+                f"{difference.max_rel:.3g}",
+                f"{difference.ulps:.4g}",
+                "" if difference.worst is None else str(list(difference.worst)),
+                "" if difference.first is None else str(list(difference.first)),
+            ]
+            for difference in self
+        ]
+
+    def __str__(self) -> str:
+        lines = [markdown_table(HEADINGS, self.rows()), self.verdict()]
+        if self.unmatched:
+            lines.append(f"only in one of the two: {', '.join(self.unmatched)}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the same table."""
+        return html_table(HEADINGS, self.rows(), caption=self.verdict())
+
+
+HEADINGS = ["step (* departs)", "max abs", "max rel", "ulps", "worst at", "first at"]
+
+
+def compare_walks(walk: Walk, reference: Walk, *, bound: float | None = None, own: bool = False) -> Comparison:
+    """Take two walks to their end, side by side, and return how far each step lies from the reference's.
+
+    Nothing is kept but the differences, so that any two models can be compared.
+
+    own     at every step the reference goes on from the other's value, so that each row shows what that step adds by
+            itself, and every faulty step is found, not the first alone. Steps that can only be looked at are left out
+            of the exchange
+    bound   in ulps; by default 2000, or 200 with `own`
+
+    Raises InputError if the two do not yield the same steps with the same shapes.
+    """
+    bound = (OWN_BOUND if own else DEFAULT_BOUND) if bound is None else bound
+    differences = []
+    with walk, reference:
+        for ours, theirs in zip_longest(walk, reference):
+            if ours is None or theirs is None or ours.name != theirs.name:
+                names = [step.name if step else "its end" for step in (ours, theirs)]
+                raise InputError(f"one pass is at {names[0]}, the other at {names[1]}; expected the same steps")
+            differences.append(difference(ours.name, ours.value, theirs.value, bound))
+            if own and ours.fixed_by is None and theirs.fixed_by is None:
+                theirs.value = ours.value.astype(theirs.value.dtype)
+    return Comparison(differences, bound, own=own)

@@ -1,0 +1,200 @@
+"""How values are shown: statistics, numbers, tables and heat maps, as text and as HTML. It knows arrays, not models.
+
+Texts that come from a model or its reader (pieces of a tokenizer, names in a file) are escaped here, for terminals by
+`errors.printable` and for pages by `html.escape`, so that they are shown and never obeyed.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich.cells import cell_len
+
+_POSITIVE, _NEGATIVE, _UNSEEN, _BROKEN = " ░▒▓█", " -=≡#", "·", "!"
+_RED, _BLUE = np.array([178.0, 24.0, 43.0]), np.array([33.0, 102.0, 172.0])  # the ends of ColorBrewer's RdBu
+
+
+class Statistics(NamedTuple):
+    """What an array's finite values are like, and how many are none. `rms` is the root of the mean square.
+
+    Without a finite value the first four are NaN.
+    """
+
+    low: float
+    high: float
+    mean: float
+    rms: float
+    n_nan: int
+    n_infinite: int
+
+    def __str__(self) -> str:
+        text = f"min {self.low:.4g}, max {self.high:.4g}, mean {self.mean:.4g}, rms {self.rms:.4g}"
+        text += f", {self.n_infinite:,} infinite" if self.n_infinite else ""
+        return text + (f", {self.n_nan:,} NaN" if self.n_nan else "")
+
+
+def statistics(values: np.ndarray) -> Statistics:
+    """Return the Statistics of an array, computed in float64.
+
+    >>> print(statistics(np.array([1.0, -1.0, 3.0, -np.inf])))
+    min -1, max 3, mean 1, rms 1.915, 1 infinite
+    """
+    finite = values[np.isfinite(values)].astype(np.float64)
+    n_nan = int(np.isnan(values).sum())
+    n_infinite = values.size - finite.size - n_nan
+    if finite.size == 0:
+        return Statistics(np.nan, np.nan, np.nan, np.nan, n_nan, n_infinite)
+    rms = float(np.sqrt(np.mean(finite * finite)))
+    return Statistics(float(finite.min()), float(finite.max()), float(finite.mean()), rms, n_nan, n_infinite)
+
+
+def size_text(axes: Sequence[str], shape: Sequence[int]) -> str:
+    """Return axes with their sizes.
+
+    >>> size_text(("token", "dim"), (4, 224))
+    'token 4, dim 224'
+    """
+    return ", ".join(f"{axis} {size}" for axis, size in zip(axes, shape, strict=True))
+
+
+def numbers(values: np.ndarray, width: int = 100) -> str:
+    """Return an array as numbers of four digits, its middle left out where it is long."""
+    return np.array2string(values, precision=4, suppress_small=True, threshold=400, edgeitems=4, max_line_width=width)
+
+
+class HeatMap(NamedTuple):
+    """A matrix made small enough to look at.
+
+    cells   (rows, columns) from -1 to 1: of the values that share a cell the one that is largest without its sign,
+            divided by `scale`; NaN where a cell holds none (all -inf, out of sight), inf where it holds NaN or +inf
+    scale   the largest finite value of the matrix without its sign
+    """
+
+    cells: np.ndarray
+    scale: float
+
+
+def heat_map(matrix: np.ndarray, most_rows: int, most_columns: int) -> HeatMap:
+    """Return a HeatMap of a matrix with at most so many rows and columns.
+
+    >>> heat_map(np.array([[1.0, -4.0, 2.0, -np.inf]]), 1, 2)
+    HeatMap(cells=array([[-1. ,  0.5]]), scale=4.0)
+    """
+    matrix = np.atleast_2d(matrix).astype(np.float64)
+    is_broken = np.isnan(matrix) | (matrix == np.inf)
+    magnitudes = np.where(np.isfinite(matrix), np.abs(matrix), -1.0)  # -1: nothing to be seen
+    scale = float(magnitudes.max(initial=0.0))
+    values = np.where(np.isfinite(matrix), matrix, 0.0)
+    for axis, most in enumerate((most_rows, most_columns)):
+        n_cells = min(most, matrix.shape[axis])
+        starts = np.arange(n_cells) * matrix.shape[axis] // n_cells
+        largest = np.maximum.reduceat(magnitudes, starts, axis)
+        low, high = np.minimum.reduceat(values, starts, axis), np.maximum.reduceat(values, starts, axis)
+        values, magnitudes = np.where(-low > high, low, high), largest
+        is_broken = np.logical_or.reduceat(is_broken, starts, axis)
+    cells = np.where(magnitudes < 0, np.nan, values / (scale or 1.0))
+    return HeatMap(np.where(is_broken, np.inf, cells), scale)
+
+
+def shade(cell: float) -> str:
+    """Return a cell of a heat map as one character; negative values have characters of their own.
+
+    >>> "".join(shade(cell) for cell in (0.0, 0.2, 0.4, 0.6, 1.0, -0.3, -1.0, np.nan, np.inf))
+    ' ░▒▓█=#·!'
+    """
+    if not np.isfinite(cell):
+        return _UNSEEN if np.isnan(cell) else _BROKEN
+    return (_POSITIVE if cell >= 0 else _NEGATIVE)[int(np.ceil(4 * abs(cell)))]
+
+
+def colours(cells: np.ndarray) -> np.ndarray:
+    """Return cells of a heat map as colours (..., 3), uint8: white at 0, red at 1, blue at -1, grey out of sight."""
+    strength = np.abs(np.where(np.isfinite(cells), cells, 0.0))[..., np.newaxis]
+    ends = np.where((cells < 0)[..., np.newaxis], _BLUE, _RED)
+    rgb = 255 + (ends - 255) * strength
+    rgb[np.isnan(cells)] = 214
+    rgb[np.isinf(cells)] = 0
+    return rgb.astype(np.uint8)
+
+
+def heat_text(heat: HeatMap) -> list[str]:
+    """Return a heat map as lines of characters, one a cell."""
+    return ["".join(map(shade, row)) for row in heat.cells.tolist()]
+
+
+def legend(heat: HeatMap) -> str:
+    """Return what the characters of a heat map stand for."""
+    text = f"{_POSITIVE[1:]} up to {heat.scale:.4g}"
+    text += f"   {_NEGATIVE[1:]} down to {-heat.scale:.4g}" if (heat.cells < 0).any() else ""
+    text += f"   {_UNSEEN} out of sight" if np.isnan(heat.cells).any() else ""
+    return text + (f"   {_BROKEN} NaN or infinite" if np.isinf(heat.cells).any() else "")
+
+
+def heat_image(heat: HeatMap, cell_pixels: int = 6) -> str:
+    """Return a heat map as an HTML image that holds its own data."""
+    n_rows, n_columns = heat.cells.shape
+    data = base64.b64encode(_png(colours(heat.cells))).decode()
+    return (
+        f'<img alt="heat map of {n_rows} by {n_columns} cells, scale {heat.scale:.4g}" '
+        f'width="{n_columns * cell_pixels}" height="{n_rows * cell_pixels}" '
+        f'style="image-rendering: pixelated" src="data:image/png;base64,{data}">'
+    )
+
+
+def _png(rgb: np.ndarray) -> bytes:
+    """Return (rows, columns, 3) uint8 as a PNG: signature, then chunks of length, name, data, checksum (RFC 2083)."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    n_rows, n_columns, _ = rgb.shape
+    lines = np.concatenate([np.zeros((n_rows, 1), np.uint8), rgb.reshape(n_rows, -1)], axis=1)  # 0: no filter
+    header = struct.pack(">IIBBBBB", n_columns, n_rows, 8, 2, 0, 0, 0)  # 8 bits of each of three colours
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, data) for name, data in chunks)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table that reads well as plain text too: first column to the left, others to the right.
+
+    >>> print(markdown_table(["what", "ms"], [["read", "1.5"]]))
+    | what |  ms |
+    |------|----:|
+    | read | 1.5 |
+    """
+    widths = [max(cell_len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
+
+    def line(cells: Sequence[str]) -> str:
+        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=True)]
+        padded = [f" {blank}{cell} " for cell, blank in zip(cells, blanks, strict=True)]
+        padded[0] = f" {cells[0]}{blanks[0]} "
+        return f"|{'|'.join(padded)}|"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(headings), f"|{rule}|", *(line(row) for row in rows)])
+
+
+def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """Return an HTML table; every text in it is escaped, and one that runs from right to left disturbs no other.
+
+    >>> html_table(["piece"], [["<b>"]])
+    '<table><thead><tr><th><bdi>piece</bdi></th></tr></thead><tbody><tr><td><bdi>&lt;b&gt;</bdi></td></tr></tbody></table>'
+    """
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    title = f"<caption>{html_text(caption)}</caption>" if caption else ""
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table>{title}<thead>{line(headings, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def html_text(text: str) -> str:
+    """Return a text for a page: escaped, and a world of its own as to its direction."""
+    return f"<bdi>{html.escape(text)}</bdi>"

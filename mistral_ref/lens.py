@@ -1,0 +1,236 @@
+"""What a trace tells when it is read: who attends to whom, what each layer would say, and who made a logit what it is.
+
+    trace = model.trace("Once upon a time")
+    lens.attention(trace, layer=2, head=3)          # weights, with the pieces that they join
+    lens.logit_lens(model, trace)                   # the likeliest next tokens, had the model ended at each layer
+    lens.attribution(model, trace, token=1234)      # what embedding, heads and feed-forwards added to a logit
+
+All three rest on the residual stream: what leaves a block is what entered it plus what attention and feed-forward put
+in (Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mistral_ref.display import HeatMap, heat_image, heat_map, heat_text, html_table, legend, markdown_table
+from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.model import Model
+from mistral_ref.sampling import log_softmax
+from mistral_ref.trace import Trace
+from mistral_ref.weights import Matrix
+
+_BLOCK_ELEMENTS = 2**20  # of a weight matrix widened at once
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """The attention weights (T, S) of one head, rows queries, columns keys, and what stands at either's positions."""
+
+    name: str
+    weights_TS: np.ndarray
+    queries: list[str]
+    keys: list[str]
+
+    def heat(self) -> HeatMap:
+        """Return the weights made small enough to look at."""
+        return heat_map(self.weights_TS, 64, 64)
+
+    def top(self, query: int, n: int = 5) -> list[tuple[str, float]]:
+        """Return the n keys that a query, counted from the first row, attends to most, with their weights."""
+        order = np.argsort(-self.weights_TS[query], kind="stable")[:n]
+        return [(self.keys[key], float(self.weights_TS[query, key])) for key in order]
+
+    def __str__(self) -> str:
+        heat = self.heat()
+        label = self.queries if len(heat.cells) == len(self.queries) else [""] * len(heat.cells)
+        rows = [[piece, line] for piece, line in zip(label, heat_text(heat), strict=True)]
+        return f"{self.name}\n{markdown_table(['query', 'keys, oldest first'], rows)}\n{legend(heat)}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a picture, and the strongest keys of each query."""
+        rows = [
+            [piece, ", ".join(f"{key} {weight:.2f}" for key, weight in self.top(query))]
+            for query, piece in enumerate(self.queries)
+        ]
+        return f"<div>{heat_image(self.heat(), 8)}{html_table(['query', 'attends to'], rows, caption=self.name)}</div>"
+
+
+def attention(trace: Trace, layer: int, head: int) -> AttentionMap:
+    """Return the attention weights of one query head; the trace has to hold the layer's `attention_weights`."""
+    name = f"layers.{layer}.attention_weights"
+    weights_HTS = trace[name]
+    head = checked_whole("head", head, 0, len(weights_HTS) - 1)
+    end = trace.start + weights_HTS.shape[1]
+    positions = range(end - weights_HTS.shape[2], end)
+    return AttentionMap(
+        f"{name}, head {head}",
+        weights_HTS[head],
+        [trace.label(position) for position in range(trace.start, end)],
+        [trace.label(position) for position in positions],
+    )
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """The likeliest next tokens of each token (T), had the model ended after each of R values of the residual stream.
+
+    names       of the steps, in the order of the pass
+    ids_RTN     the N likeliest tokens, the likeliest first
+    logprobs_RTN    their log-probabilities
+    final_RT    the log-probability, at each step, of the token that the last step finds likeliest
+    pieces      what the tokens of `ids_RTN` read as
+    labels      what the T tokens read as
+    """
+
+    names: list[str]
+    ids_RTN: np.ndarray
+    logprobs_RTN: np.ndarray
+    final_RT: np.ndarray
+    pieces: dict[int, str]
+    labels: list[str]
+
+    def rows(self, token: int = -1) -> list[list[str]]:
+        """Return one row a step for the table of one token: name, the likeliest pieces with their probabilities."""
+        return [
+            [name, *(f"{self.pieces[int(i)]} {np.exp(p):.2f}" for i, p in zip(ids_TN[token], p_TN[token], strict=True))]
+            for name, ids_TN, p_TN in zip(self.names, self.ids_RTN, self.logprobs_RTN, strict=True)
+        ]
+
+    def _headings(self) -> list[str]:
+        return [f"after {self.labels[-1]}", *(f"choice {n + 1}" for n in range(self.ids_RTN.shape[2]))]
+
+    def __str__(self) -> str:
+        return markdown_table(self._headings(), self.rows())
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the table of the last token."""
+        return html_table(self._headings(), self.rows(), caption="logit lens")
+
+
+def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
+    """Return what the model would predict from each residual that the trace holds (nostalgebraist, 2020).
+
+    Each goes through norm and output as the last one does: logits = RMSNorm(x) · outputᵀ, with the RMS of x itself,
+    not of the last residual. The trace has to hold `embedding` or some of the `residual_after_...`; where it holds the
+    last one, that row is the model's own prediction.
+    """
+    top = checked_whole("top", top, least=1, most=model.config.vocab_size)
+    names = [name for name in trace if name == "embedding" or ".residual_after_" in name]
+    if not names:
+        raise InputError(
+            "this trace holds no residual stream; expected keep=['embedding', 'layers.*.residual_after_*']"
+        )
+    winners_T1, rows = None, []
+    for name in reversed(names):  # the last one first: what it finds likeliest is looked for in all
+        logprobs_TV = log_softmax(_logits(model, trace[name]))
+        ids_TN = np.argsort(-logprobs_TV, axis=-1, kind="stable")[:, :top]
+        winners_T1 = ids_TN[:, :1] if winners_T1 is None else winners_T1
+        taken = [np.take_along_axis(logprobs_TV, ids, axis=-1) for ids in (ids_TN, winners_T1)]
+        rows.append((ids_TN, taken[0], taken[1][:, 0]))
+    ids_RTN, logprobs_RTN, final_RT = (np.stack(parts) for parts in zip(*reversed(rows), strict=True))
+    pieces = {int(token): model.piece(int(token)) for token in np.unique(ids_RTN)}
+    labels = [trace.label(trace.start + token) for token in range(trace.n_tokens)]
+    return LogitLens(names, ids_RTN, logprobs_RTN, final_RT, pieces, labels)
+
+
+def _logits(model: Model, x_TD: np.ndarray) -> np.ndarray:
+    ops, weights = model.ops, model.weights
+    with ops.running():
+        return ops.linear(ops.rms_norm(x_TD.astype(ops.dtype), weights.norm, model.config.norm_eps), weights.output)
+
+
+def contributions(model: Model, trace: Trace) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, x_TD) for all that was ever added to the residual stream; their sum is the last residual.
+
+    "embedding"; for each layer and head "layers.0.heads.3", which is heads[:, h] · wo[:, h's columns]ᵀ, float64; and
+    "layers.0.ffn_out". The trace has to hold `embedding`, every `heads` and every `ffn_out`, and none of the steps
+    between them may have been edited.
+    """
+    yield "embedding", trace["embedding"]
+    for index, layer in enumerate(model.weights.layers):
+        heads_THK = trace[f"layers.{index}.heads"]
+        for head, x_TD in enumerate(_heads_out(heads_THK, layer.wo)):
+            yield f"layers.{index}.heads.{head}", x_TD
+        yield f"layers.{index}.ffn_out", trace[f"layers.{index}.ffn_out"]
+
+
+def _heads_out(heads_THK: np.ndarray, wo: Matrix) -> np.ndarray:
+    """Return what each head adds to the residual stream, (H, T, D), a block of wo's rows at a time."""
+    n_tokens, n_heads, head_dim = heads_THK.shape
+    n_out, n_in = wo.shape
+    out_HTD = np.empty((n_heads, n_tokens, n_out))
+    heads_HTK = heads_THK.astype(np.float64).transpose(1, 0, 2)
+    step = max(1, _BLOCK_ELEMENTS // n_in)
+    for start in range(0, n_out, step):
+        rows = slice(start, min(start + step, n_out))
+        wo_HKB = wo.rows(rows, np.float64).T.reshape(n_heads, head_dim, -1)
+        out_HTD[:, :, rows] = heads_HTK @ wo_HKB
+    return out_HTD
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What each part of the model added to one logit. `embedding`, `heads_LH` and `ffn_L` add up to `logit`."""
+
+    token: int
+    piece: str
+    label: str
+    embedding: float
+    heads_LH: np.ndarray
+    ffn_L: np.ndarray
+    logit: float
+
+    def rows(self) -> list[tuple[str, float]]:
+        """Return all parts with their names, the one that matters most first."""
+        parts = [("embedding", self.embedding)]
+        parts += [(f"layers.{layer}.heads.{head}", float(x)) for (layer, head), x in np.ndenumerate(self.heads_LH)]
+        parts += [(f"layers.{layer}.ffn_out", float(x)) for layer, x in enumerate(self.ffn_L)]
+        return sorted(parts, key=lambda part: -abs(part[1]))
+
+    def _caption(self) -> str:
+        return f"logit of {self.piece} after {self.label}: {self.logit:.4g}, of which"
+
+    def __str__(self) -> str:
+        rows = [[name, f"{x:+.4g}"] for name, x in self.rows()[:20]]
+        return f"{self._caption()}\n{markdown_table(['part', 'added'], rows)}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the twenty parts that matter most."""
+        rows = [[name, f"{x:+.4g}"] for name, x in self.rows()[:20]]
+        return html_table(["part", "added"], rows, caption=self._caption())
+
+
+def attribution(model: Model, trace: Trace, *, token: int | None = None, index: int = -1) -> Attribution:
+    """Return what embedding, heads and feed-forwards added to a logit (direct logit attribution).
+
+    The logit of a token is x · (weight * output[token]) / RMS(x) for the last residual x of one of the trace's tokens.
+    With RMS(x) as it was this is linear in x, hence the sum of what each contribution gives by itself.
+
+    token   whose logit; by default the likeliest
+    index   after which of the trace's tokens; the last by default
+    """
+    weights, config = model.weights, model.config
+    index = checked_whole("index", index, -trace.n_tokens, trace.n_tokens - 1)
+    last_D = trace[f"layers.{config.n_layers - 1}.residual_after_ffn"][index].astype(np.float64)
+    if token is None:
+        token = int(_logits(model, last_D[np.newaxis])[0].argmax())
+    token = checked_whole("token", token, 0, config.vocab_size - 1)
+    rms = np.sqrt(np.mean(last_D * last_D) + config.norm_eps)
+    direction_D = weights.norm.astype(np.float64) * weights.output.rows(np.array([token]), np.float64)[0] / rms
+    heads_LH = np.zeros((config.n_layers, config.n_heads))
+    ffn_L, embedding = np.zeros(config.n_layers), 0.0
+    for name, x_TD in contributions(model, trace):
+        added = float(x_TD[index].astype(np.float64) @ direction_D)
+        match name.split("."):
+            case ["layers", layer, "heads", head]:
+                heads_LH[int(layer), int(head)] = added
+            case ["layers", layer, _]:
+                ffn_L[int(layer)] = added
+            case _:
+                embedding = added
+    label = trace.label(trace.start + index % trace.n_tokens)
+    return Attribution(token, model.piece(token), label, embedding, heads_LH, ffn_L, float(last_D @ direction_D))

@@ -1,0 +1,127 @@
+"""Walk: a forward pass taken step by step, to look at and to change. Edits: the same without a loop of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from types import GeneratorType, TracebackType
+
+import numpy as np
+
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import InputError, shown
+from mistral_ref.ops import Ops
+from mistral_ref.steps import Step, Steps, step_names
+
+Edit = np.ndarray | Callable[[np.ndarray], np.ndarray]
+
+_PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class Walk(Iterator[Step]):
+    """A forward pass that stands still at every step. Made by `model.steps(...)`; iterate over it.
+
+        for step in model.steps("Hello"):
+            if step.name == "layers.2.ffn_out":
+                step.value = np.zeros_like(step.value)
+
+    Values are read-only and stay valid. Assign to `step.value` before taking the next step to change what the pass goes
+    on with. A walk that is left before its end has not happened: its cache is as it was.
+    """
+
+    def __init__(self, steps: Steps, ops: Ops) -> None:
+        self._steps = steps
+        self._ops = ops
+        self._current: Step | None = None
+        self._logits: np.ndarray | None = None
+
+    def __next__(self) -> Step:
+        try:
+            with self._ops.running():
+                if self._current is None:
+                    step = next(self._steps)
+                else:
+                    self._current.is_past = True
+                    step = self._steps.send(self._current.value)
+        except StopIteration as end:
+            if end.value is not None:
+                self._logits = end.value
+            raise StopIteration from None
+        step.value.flags.writeable = False
+        step.source = _source(self._steps)
+        self._current = step
+        return step
+
+    @property
+    def logits(self) -> np.ndarray:
+        """What the pass came to, (T, V), once every step has been taken; before that an InputError."""
+        if self._logits is None:
+            raise InputError("this walk has not reached its end, so it has no logits; take every step first")
+        return self._logits
+
+    def close(self) -> None:
+        """Leave the walk here."""
+        self._steps.close()
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _source(steps: object) -> str:
+    """Return "file:line" of the innermost generator that is standing still."""
+    while isinstance(steps, GeneratorType) and isinstance(steps.gi_yieldfrom, GeneratorType):
+        steps = steps.gi_yieldfrom
+    frame = steps.gi_frame if isinstance(steps, GeneratorType) else None
+    return f"{_relative(frame.f_code.co_filename)}:{frame.f_lineno}" if frame else ""
+
+
+@cache
+def _relative(file: str) -> str:
+    return os.path.relpath(file, _PACKAGE_PARENT)
+
+
+def matching_steps(patterns: Iterable[str], config: ModelConfig) -> list[str]:
+    """Return the names of the steps that match one of the patterns, in the order of the pass.
+
+    Patterns are names or globs such as "layers.*.ffn_out". Raises InputError for one that matches none.
+    """
+    names, chosen = list(step_names(config)), set()
+    for pattern in patterns:
+        matches = [name for name in names if fnmatchcase(name, str(pattern))]
+        if not matches:
+            raise InputError(f"no step is called {shown(pattern)}; names are like 'layers.0.q_rotated', or 'logits'")
+        chosen.update(matches)
+    return [name for name in names if name in chosen]
+
+
+def inside_attention(names: Iterable[str]) -> bool:
+    """Return whether a step is among them that exists only while attention is observed."""
+    return any(name.endswith((".scores", ".attention_weights")) for name in names)
+
+
+def check_edits(edits: Mapping[str, Edit], config: ModelConfig) -> list[str]:
+    """Return the names of the steps that edits touch; raise InputError for an edit of a step that does not exist."""
+    if not isinstance(edits, Mapping):
+        raise InputError(f"edits is {shown(edits)}; expected a mapping from names of steps to values or functions")
+    return matching_steps(edits, config)
+
+
+def apply_edits(step: Step, edits: Mapping[str, Edit]) -> None:
+    """Replace the value of a step by what each edit that names it makes of it, in their order."""
+    for pattern, edit in edits.items():
+        if fnmatchcase(step.name, pattern):
+            step.value = edit(step.value) if callable(edit) else edit
+
+
+def run_with_edits(walk: Walk, edits: Mapping[str, Edit]) -> np.ndarray:
+    """Take every step of a walk, replace those that an edit names, and return the logits."""
+    for step in walk:
+        apply_edits(step, edits)
+    return walk.logits.copy()
