@@ -9,15 +9,15 @@ the default bound lies between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import overload
 
 import numpy as np
 
 from mistral_ref.display import html_table, markdown_table
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, shown
 from mistral_ref.walk import Walk
 
 DEFAULT_BOUND = 2000.0  # ulps, for what has come together since the embedding
@@ -28,7 +28,7 @@ OWN_BOUND = 200.0  # and for what one step adds by itself
 class Difference:
     """How far one step lies from the same step of a reference.
 
-    max_abs         the largest |a - b|; infinite where one is NaN and the other not, or only one infinite
+    max_abs         the largest |a - b|; infinite where only one is NaN, or where an infinity meets anything else
     max_rel         the largest |a - b| / max(|a|, |b|), 2 at most if both are finite; small values count as large ones
     ulps            max_abs in float32 ulps of the reference's largest value
     worst           index of the largest difference; None where nothing differs
@@ -52,12 +52,14 @@ class Difference:
 
 
 def difference(name: str, value: np.ndarray, reference: np.ndarray, bound: float) -> Difference:
-    """Return the Difference of a step from its reference; raise InputError if their shapes differ.
+    """Return the Difference of a step from its reference; InputError if shapes differ or the bound is none.
 
     >>> d = difference("x", np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.5, 4.0]), bound=1000)
     >>> d.max_abs, d.max_rel, d.ulps, d.worst
     (0.5, 0.2, 1048576.0, (1,))
     """
+    if not bound >= 0:
+        raise InputError(f"bound is {shown(bound)}; expected a number of at least 0")
     if value.shape != reference.shape:
         raise InputError(f"{name} has shape {value.shape} in one and {reference.shape} in the other")
     ours, theirs = value.astype(np.float64), reference.astype(np.float64)
@@ -65,11 +67,11 @@ def difference(name: str, value: np.ndarray, reference: np.ndarray, bound: float
         distance = np.abs(ours - theirs)
     distance[(ours == theirs) | (np.isnan(ours) & np.isnan(theirs))] = 0.0
     distance[np.isnan(distance)] = np.inf
+    if not distance.any():
+        same = float(theirs.flat[0]) if theirs.size else np.nan
+        return Difference(name, 0.0, 0.0, 0.0, None, None, same, same)
     at = int(distance.argmax())
     max_abs = float(distance.flat[at])
-    if max_abs == 0.0:
-        same = float(theirs.flat[0])
-        return Difference(name, 0.0, 0.0, 0.0, None, None, same, same)
     with np.errstate(invalid="ignore"):
         relative = distance / np.maximum(np.abs(ours), np.abs(theirs))
     relative = np.where(distance == 0, 0.0, np.where(np.isfinite(distance), relative, np.inf))
@@ -127,6 +129,15 @@ class Comparison(Sequence[Difference]):
         """The first step that departs; None where none does."""
         return next(iter(self.departed), None)
 
+    def furthest_by_layer(self) -> Comparison:
+        """Return a shorter one: the first step that departs, and of each layer the step that is furthest."""
+        furthest: dict[str, Difference] = {}
+        for difference in self:
+            place = difference.name.rpartition(".")[0] or difference.name
+            if place not in furthest or difference.ulps > furthest[place].ulps:
+                furthest[place] = difference
+        return replace(self, differences=[d for d in self if d is self.first or d in furthest.values()])
+
     def verdict(self) -> str:
         """Return in one sentence what the comparison came to."""
         largest = max(self, key=lambda difference: difference.ulps)
@@ -172,7 +183,14 @@ class Comparison(Sequence[Difference]):
 HEADINGS = ["step (* departs)", "max abs", "max rel", "ulps", "worst at", "first at"]
 
 
-def compare_walks(walk: Walk, reference: Walk, *, bound: float | None = None, own: bool = False) -> Comparison:
+def compare_walks(
+    walk: Walk,
+    reference: Walk,
+    *,
+    bound: float | None = None,
+    own: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> Comparison:
     """Take two walks to their end, side by side, and return how far each step lies from the reference's.
 
     Nothing is kept but the differences, so that any two models can be compared.
@@ -181,6 +199,7 @@ def compare_walks(walk: Walk, reference: Walk, *, bound: float | None = None, ow
             itself, and every faulty step is found, not the first alone. Steps that can only be looked at are left out
             of the exchange
     bound   in ulps; by default 2000, or 200 with `own`
+    progress    called with the number of steps compared so far
 
     Raises InputError if the two do not yield the same steps with the same shapes.
     """
@@ -194,4 +213,6 @@ def compare_walks(walk: Walk, reference: Walk, *, bound: float | None = None, ow
             differences.append(difference(ours.name, ours.value, theirs.value, bound))
             if own and ours.fixed_by is None and theirs.fixed_by is None:
                 theirs.value = ours.value.astype(theirs.value.dtype)
+            if progress:
+                progress(len(differences))
     return Comparison(differences, bound, own=own)

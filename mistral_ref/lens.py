@@ -11,7 +11,7 @@ in (Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,7 @@ class AttentionMap:
 
     def top(self, query: int, n: int = 5) -> list[tuple[str, float]]:
         """Return the n keys that a query, counted from the first row, attends to most, with their weights."""
+        query = checked_whole("query", query, -len(self.queries), len(self.queries) - 1)
         order = np.argsort(-self.weights_TS[query], kind="stable")[:n]
         return [(self.keys[key], float(self.weights_TS[query, key])) for key in order]
 
@@ -126,7 +127,7 @@ def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
         )
     winners_T1, rows = None, []
     for name in reversed(names):  # the last one first: what it finds likeliest is looked for in all
-        logprobs_TV = log_softmax(_logits(model, trace[name]))
+        logprobs_TV = log_softmax(residual_logits(model, _value(trace, name, model.config.dim)))
         ids_TN = np.argsort(-logprobs_TV, axis=-1, kind="stable")[:, :top]
         winners_T1 = ids_TN[:, :1] if winners_T1 is None else winners_T1
         taken = [np.take_along_axis(logprobs_TV, ids, axis=-1) for ids in (ids_TN, winners_T1)]
@@ -137,25 +138,46 @@ def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
     return LogitLens(names, ids_RTN, logprobs_RTN, final_RT, pieces, labels)
 
 
-def _logits(model: Model, x_TD: np.ndarray) -> np.ndarray:
+def _value(trace: Trace, name: str, *sizes: int) -> np.ndarray:
+    """Return a value of a trace if it has as many tokens as the trace, and these sizes after that; else InputError."""
+    value = trace[name]
+    if value.shape != (trace.n_tokens, *sizes):
+        expected = (trace.n_tokens, *sizes)
+        raise InputError(f"{name} has shape {value.shape}; expected {expected} of a trace of this model")
+    return value
+
+
+def residual_logits(model: Model, x_TD: np.ndarray) -> np.ndarray:
+    """Return the logits (T, V) that the model would end with, were these values its last residual."""
     ops, weights = model.ops, model.weights
     with ops.running():
         return ops.linear(ops.rms_norm(x_TD.astype(ops.dtype), weights.norm, model.config.norm_eps), weights.output)
 
 
-def contributions(model: Model, trace: Trace) -> Iterator[tuple[str, np.ndarray]]:
+def likeliest(model: Model, logits_V: np.ndarray, n: int = 5) -> list[tuple[str, float]]:
+    """Return the pieces of the n likeliest next tokens, with their probabilities."""
+    logprobs_V = log_softmax(logits_V)
+    order = np.argsort(-logprobs_V, kind="stable")[:n]
+    return [(model.piece(int(token)), float(np.exp(logprobs_V[token]))) for token in order]
+
+
+def contributions(
+    model: Model, trace: Trace, *, tokens: slice | Sequence[int] = slice(None)
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, x_TD) for all that was ever added to the residual stream; their sum is the last residual.
 
     "embedding"; for each layer and head "layers.0.heads.3", which is heads[:, h] · wo[:, h's columns]ᵀ, float64; and
     "layers.0.ffn_out". The trace has to hold `embedding`, every `heads` and every `ffn_out`, and none of the steps
-    between them may have been edited.
+    between them may have been edited. `tokens` chooses rows, by default all.
     """
-    yield "embedding", trace["embedding"]
+    config = model.config
+    yield "embedding", _value(trace, "embedding", config.dim)[tokens]
     for index, layer in enumerate(model.weights.layers):
-        heads_THK = trace[f"layers.{index}.heads"]
+        heads_THK = _value(trace, f"layers.{index}.heads", config.n_heads, config.head_dim)[tokens]
         for head, x_TD in enumerate(_heads_out(heads_THK, layer.wo)):
             yield f"layers.{index}.heads.{head}", x_TD
-        yield f"layers.{index}.ffn_out", trace[f"layers.{index}.ffn_out"]
+        name = f"layers.{index}.ffn_out"
+        yield name, _value(trace, name, config.dim)[tokens]
 
 
 def _heads_out(heads_THK: np.ndarray, wo: Matrix) -> np.ndarray:
@@ -214,17 +236,18 @@ def attribution(model: Model, trace: Trace, *, token: int | None = None, index: 
     index   after which of the trace's tokens; the last by default
     """
     weights, config = model.weights, model.config
+    last_TD = _value(trace, f"layers.{config.n_layers - 1}.residual_after_ffn", config.dim)
     index = checked_whole("index", index, -trace.n_tokens, trace.n_tokens - 1)
-    last_D = trace[f"layers.{config.n_layers - 1}.residual_after_ffn"][index].astype(np.float64)
+    last_D = last_TD[index].astype(np.float64)
     if token is None:
-        token = int(_logits(model, last_D[np.newaxis])[0].argmax())
+        token = int(residual_logits(model, last_D[np.newaxis])[0].argmax())
     token = checked_whole("token", token, 0, config.vocab_size - 1)
     rms = np.sqrt(np.mean(last_D * last_D) + config.norm_eps)
     direction_D = weights.norm.astype(np.float64) * weights.output.rows(np.array([token]), np.float64)[0] / rms
     heads_LH = np.zeros((config.n_layers, config.n_heads))
     ffn_L, embedding = np.zeros(config.n_layers), 0.0
-    for name, x_TD in contributions(model, trace):
-        added = float(x_TD[index].astype(np.float64) @ direction_D)
+    for name, x_1D in contributions(model, trace, tokens=[index]):
+        added = float(x_1D[0].astype(np.float64) @ direction_D)
         match name.split("."):
             case ["layers", layer, "heads", head]:
                 heads_LH[int(layer), int(head)] = added

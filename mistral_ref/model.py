@@ -4,116 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
-from mistral_ref.checkpoint import build_weights, open_checkpoint
 from mistral_ref.config import ModelConfig
-from mistral_ref.config_files import read_config, read_eos_ids
-from mistral_ref.errors import CacheError, ConfigError, InputError, TokenizerError, checked_whole, shown, warn
+from mistral_ref.errors import CacheError, InputError, checked_whole, shown, warn
 from mistral_ref.generation import Progress, Stop, Token, generate, split_stops
 from mistral_ref.ops import Ops
-from mistral_ref.reference_ops import ReferenceOps
-from mistral_ref.rope import AnglePrecision
 from mistral_ref.sampling import SamplingSettings, log_softmax
-from mistral_ref.tokenizer import OTHER_FORMATS, SentencePieceTokenizer, TokenStream, find_tokenizer, load_tokenizer
+from mistral_ref.tokenizer import SentencePieceTokenizer, TokenStream
 from mistral_ref.trace import Trace
 from mistral_ref.transformer import Transformer, drain
 from mistral_ref.walk import (
     Edit,
     Walk,
-    apply_edits,
     check_edits,
     inside_attention,
     matching_steps,
-    run_with_edits,
 )
-from mistral_ref.weights import Weights, repacked
+from mistral_ref.weights import Weights
 
 Prompt = str | Sequence[int] | np.ndarray
-
-
-DEMO_MODEL = Path(__file__).parent / "demo_model"
-
-
-def load(
-    path: str | os.PathLike[str] | None = None,
-    *,
-    backend: str | None = None,
-    dtype: str = "float32",
-    threads: int | None = None,
-    rope_angles: AnglePrecision = "float64",
-    repack: bool = False,
-    progress: Progress | None = None,
-) -> Model:
-    """Return the model in a directory, weights mapped, not copied; without a path the demonstration model.
-
-    path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer
-    backend       "numba", compiled kernels, or "numpy", the plain mathematics; by default the first that has the dtype
-    dtype         of all activations: "float32", or "float64" for the oracle, with NumPy alone
-    threads       None: for "numba" as in MISTRAL_REF_THREADS, or as many as there are performance cores; for "numpy"
-                  as many as its products use already
-    rope_angles   "float32" rounds RoPE's angles as the published implementations do
-    repack        copy matrices of 16 bits into the order in which the kernels read them fastest. Decoding gets a few
-                  percent faster; memory grows by the size of these matrices, and loading takes seconds a GB
-    progress      called with (matrices done, matrices in all) while repacking
-
-    Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
-    assumed or left aside.
-    """
-    path = DEMO_MODEL if path is None else path
-    if not os.path.isdir(path):
-        file = os.path.exists(path)
-        raise InputError(
-            f"{shown(os.fspath(path))}: "
-            + ("not a directory; give the one that holds it" if file else "no such directory")
-        )
-    directory = Path(path)
-    ops = _make_ops(backend, dtype, threads, rope_angles)
-    config = read_config(directory)
-    checkpoint = open_checkpoint(directory)
-    config = config.replace(rope_row_order=checkpoint.row_order)
-    weights = build_weights(checkpoint, config)
-    config = config.replace(tied_embeddings=weights.output is weights.tok_embeddings)
-    if repack:
-        weights = repacked(weights, progress)
-    tokenizer, eos_ids = _text_side(directory, config)
-    return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
-
-
-def _make_ops(backend: str | None, dtype: str, threads: int | None, angles: AnglePrecision) -> ReferenceOps:
-    """Return the operations of a backend: "numba", "numpy", or None for the first of the two that has the dtype."""
-    if backend not in (None, "numba", "numpy"):
-        raise InputError(f"backend is {shown(backend)}; expected 'numba' or 'numpy'")
-    if backend == "numpy" or (backend is None and dtype == "float64"):
-        return ReferenceOps(dtype, threads=threads, angles=angles)
-    if dtype != "float32":
-        raise InputError(f"dtype is {shown(dtype)}; expected 'float32' with backend='numba', which has no other")
-    try:  # here, since Numba takes a third of a second, and NumPy alone goes without
-        from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415
-    except (ImportError, ValueError) as error:
-        raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' goes without") from None
-    return CompiledOps(threads=threads, angles=angles)
-
-
-def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:
-    """Return the tokenizer of a directory, None where there is none that can be read, and the ids that end a text."""
-    eos_ids = read_eos_ids(directory)
-    if eos_ids and max(eos_ids) >= config.vocab_size:
-        raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
-    if find_tokenizer(directory) is None:
-        if others := [name for name in OTHER_FORMATS if (directory / name).exists()]:
-            warn(f"{directory}: holds {others[0]}, but this version reads SentencePiece only; prompts are token ids")
-        return None, eos_ids
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TokenizerError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces; "
-            f"expected at most the model's vocabulary of {config.vocab_size}"
-        )
-    return tokenizer, eos_ids
 
 
 class Model:
@@ -207,8 +119,8 @@ class Model:
         """
         ids = self.token_ids(tokens, cache)
         if edits:
-            walk = self._walk(ids, cache, last_only, inside_attention(check_edits(edits, self.config)))
-            return run_with_edits(walk, edits)
+            touched = check_edits(edits, self.config)
+            return self._walk(ids, cache, last_only, inside_attention(touched), edits).finish().copy()
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
         return self._logits(ids, cache, last_only)
 
@@ -226,13 +138,15 @@ class Model:
     def _next_logits(self, ids: Sequence[int], cache: KVCache) -> np.ndarray:
         return self._logits(ids, cache, last_only=True)[0]
 
-    def steps(self, tokens: Prompt, cache: KVCache | None = None) -> Walk:
+    def steps(self, tokens: Prompt, cache: KVCache | None = None, *, edits: Mapping[str, Edit] | None = None) -> Walk:
         """Return a Walk through the forward pass of these tokens: iterate over it to get every Step.
 
         With a cache the pass starts after the tokens in it, takes at most `cache.chunk` tokens, and counts once the
-        walk has reached its end.
+        walk has reached its end. `edits` as in `forward`.
         """
-        return self._walk(self.token_ids(tokens, cache), cache, last_only=False, observe_attention=True)
+        edits = {} if edits is None else edits
+        check_edits(edits, self.config)
+        return self._walk(self.token_ids(tokens, cache), cache, last_only=False, observe_attention=True, edits=edits)
 
     def trace(
         self,
@@ -253,11 +167,8 @@ class Model:
         touched = check_edits(edits, self.config)
         kept = matching_steps([keep] if isinstance(keep, str) else keep, self.config)
         start = 0 if cache is None else cache.length
-        steps = []
-        for step in self._walk(ids, cache, last_only=False, observe_attention=inside_attention([*kept, *touched])):
-            apply_edits(step, edits)
-            if step.name in kept:
-                steps.append(step)
+        walk = self._walk(ids, cache, False, inside_attention([*kept, *touched]), edits)
+        steps = [step for step in walk if step.name in kept]
         pieces = [self.piece(token) for token in ids]
         return Trace(steps, ids, pieces, start=start, made_by=f"{self.ops.dtype} by {self.ops.name}")
 
@@ -267,12 +178,19 @@ class Model:
             return f"[{token}]"
         return self.tokenizer.piece(token)
 
-    def _walk(self, ids: list[int], cache: KVCache | None, last_only: bool, observe_attention: bool) -> Walk:
+    def _walk(
+        self,
+        ids: list[int],
+        cache: KVCache | None,
+        last_only: bool,
+        observe_attention: bool,
+        edits: Mapping[str, Edit],
+    ) -> Walk:
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
         steps = self.transformer.forward_steps(
             np.array(ids), cache.begin(len(ids)), last_only=last_only, observe_attention=observe_attention
         )
-        return Walk(steps, self.ops)
+        return Walk(steps, self.ops, edits)
 
     def _check_cache(self, cache: KVCache | None) -> None:
         if cache is None:

@@ -28,12 +28,14 @@ class Walk(Iterator[Step]):
                 step.value = np.zeros_like(step.value)
 
     Values are read-only and stay valid. Assign to `step.value` before taking the next step to change what the pass goes
-    on with. A walk that is left before its end has not happened: its cache is as it was.
+    on with; `edits`, names or globs with values or functions, have been applied to each step already. A walk that is
+    left before its end has not happened: its cache is as it was.
     """
 
-    def __init__(self, steps: Steps, ops: Ops) -> None:
+    def __init__(self, steps: Steps, ops: Ops, edits: Mapping[str, Edit]) -> None:
         self._steps = steps
         self._ops = ops
+        self._edits = edits
         self._current: Step | None = None
         self._logits: np.ndarray | None = None
 
@@ -51,6 +53,9 @@ class Walk(Iterator[Step]):
             raise StopIteration from None
         step.value.flags.writeable = False
         step.source = _source(self._steps)
+        for pattern, edit in self._edits.items():
+            if fnmatchcase(step.name, pattern):
+                step.value = edit(step.value) if callable(edit) else edit
         self._current = step
         return step
 
@@ -60,6 +65,12 @@ class Walk(Iterator[Step]):
         if self._logits is None:
             raise InputError("this walk has not reached its end, so it has no logits; take every step first")
         return self._logits
+
+    def finish(self) -> np.ndarray:
+        """Take all steps that are left; return the logits."""
+        for _ in self:
+            pass
+        return self.logits
 
     def close(self) -> None:
         """Leave the walk here."""
@@ -111,17 +122,3 @@ def check_edits(edits: Mapping[str, Edit], config: ModelConfig) -> list[str]:
     if not isinstance(edits, Mapping):
         raise InputError(f"edits is {shown(edits)}; expected a mapping from names of steps to values or functions")
     return matching_steps(edits, config)
-
-
-def apply_edits(step: Step, edits: Mapping[str, Edit]) -> None:
-    """Replace the value of a step by what each edit that names it makes of it, in their order."""
-    for pattern, edit in edits.items():
-        if fnmatchcase(step.name, pattern):
-            step.value = edit(step.value) if callable(edit) else edit
-
-
-def run_with_edits(walk: Walk, edits: Mapping[str, Edit]) -> np.ndarray:
-    """Take every step of a walk, replace those that an edit names, and return the logits."""
-    for step in walk:
-        apply_edits(step, edits)
-    return walk.logits.copy()

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tiny import BACKENDS
 
 import mistral_ref
-from mistral_ref.model import DEMO_MODEL
+from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.sampling import SamplingSettings, sample
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "demo_model.safetensors")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import mistral_ref
-from mistral_ref.cli import generate, info
+from mistral_ref.cli import compare, generate, info, step, trace
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -22,6 +22,28 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class CommandParser(OneLineParser):
+    """A parser of one command, whose options may stand anywhere among its other arguments.
+
+    By itself argparse takes an argument that may be left out for left out as soon as an option comes before it.
+    """
+
+    _is_intermixed = False
+
+    def parse_known_args(self, args, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse options first and the rest after, except where "--" says that what follows is no option.
+
+        Called again, by what does so, for each of the two.
+        """
+        if self._is_intermixed or "--" in args:
+            return super().parse_known_args(args, namespace)
+        self._is_intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixed = False
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = OneLineParser(
@@ -30,27 +52,26 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="mistral-ref COMMAND --help tells more of each command.",
     )
     parser.add_argument("--version", action="version", version=f"mistral-ref {mistral_ref.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for command in (generate, info):
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=CommandParser)
+    for command in (generate, step, trace, compare, info):
         command.add_to(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run one command and return its exit status: 0, or what it says; 2 for a user's mistake, 130 for Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     parser = build_parser()
+    parser.set_defaults(run=lambda _: parser.print_help())
     arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", mistral_ref.MistralRefWarning)
             warnings.showwarning = _show_notice  # type: ignore[assignment]
-            arguments.run(arguments)
+            status: int | None = arguments.run(arguments)
             print(end="", flush=True)
+            return status or 0
     except mistral_ref.MistralRefError as error:
         print(f"mistral-ref: {error}", file=sys.stderr)
         return 2

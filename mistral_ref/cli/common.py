@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mistral_ref.errors import InputError
 from mistral_ref.generation import Progress
-from mistral_ref.model import DEMO_MODEL, Model, load
+from mistral_ref.loading import DEMO_MODEL, load
+from mistral_ref.model import Model
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +24,13 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_compute_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what computes."""
+def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = None) -> None:
+    """Add the options that say what computes; `backend` is what does where nothing is said."""
     parser.add_argument(
         "--backend",
         choices=["numba", "numpy"],
-        default="numba",
-        help="what computes: compiled kernels, or the plain mathematics (default: %(default)s)",
+        default=backend,
+        help=f"what computes: compiled kernels, or the plain mathematics (default: {backend or 'numba'})",
     )
     parser.add_argument(
         "--threads",
@@ -42,12 +45,33 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """Return the prompt from the argument, or from standard input without the newline that ends its last line."""
+    if arguments.prompt is not None:
+        return as_text(arguments.prompt)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("no prompt: give it as an argument or on standard input")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text: {error.reason} at {error.start}") from None
+
+
+def as_text(argument: str) -> str:
+    """Return an argument as the UTF-8 that it was typed as, whatever the locale made of it."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise InputError(f"argument {argument!a} is not UTF-8 text") from None
+
+
 def load_model(arguments: argparse.Namespace) -> Model:
     """Return the model that the options ask for, with a bar while its weights are repacked."""
     with progress_bar("repacking", is_long=arguments.repack) as progress:
         return load(
             arguments.model,
             backend=arguments.backend,
+            dtype=getattr(arguments, "dtype", "float32"),
             threads=arguments.threads,
             repack=arguments.repack,
             progress=progress,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from itertools import pairwise
 
 import mistral_ref
 from mistral_ref.cache import DEFAULT_CHUNK
-from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar
+from mistral_ref.cli.common import add_compute_options, add_model_option, as_text, load_model, progress_bar, read_prompt
 
 _EXAMPLES = """\
 examples:
@@ -89,26 +88,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.stats:
         ended = time.perf_counter()
         print_stats(model, last, len(ids), count, [started, loaded, first_at, ended])
-
-
-def read_prompt(arguments: argparse.Namespace) -> str:
-    """Return the prompt from the argument, or from standard input without the newline that ends its last line."""
-    if arguments.prompt is not None:
-        return as_text(arguments.prompt)
-    if sys.stdin is None or sys.stdin.isatty():
-        raise mistral_ref.InputError("no prompt: give it as an argument or on standard input")
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise mistral_ref.InputError(f"standard input is not UTF-8 text: {error.reason} at {error.start}") from None
-
-
-def as_text(argument: str) -> str:
-    """Return an argument as the UTF-8 that it was typed as, whatever the locale made of it."""
-    try:
-        return os.fsencode(argument).decode()
-    except UnicodeError:
-        raise mistral_ref.InputError(f"argument {argument!a} is not UTF-8 text") from None
 
 
 def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:

@@ -24,7 +24,7 @@ from make_goldens import load
 
 import mistral_ref
 from mistral_ref.checkpoint import open_checkpoint
-from mistral_ref.model import DEMO_MODEL
+from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.sampling import SamplingSettings, sample
 from mistral_ref.weights import Matrix
 

@@ -1,0 +1,146 @@
+"""mistral-ref compare: two passes side by side, and the first step that departs."""
+
+from __future__ import annotations
+
+import argparse
+
+from mistral_ref.cli.common import as_text, progress_bar
+from mistral_ref.cli.study import add_broken_option, add_last_option, maybe_broken, split_prompt
+from mistral_ref.compare import HEADINGS, Comparison, compare_walks
+from mistral_ref.display import markdown_table
+from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.loading import DEMO_MODEL, load
+from mistral_ref.model import Model
+from mistral_ref.steps import step_names
+from mistral_ref.trace import Trace
+
+_EXAMPLES = """\
+examples:
+  mistral-ref compare demo demo --backend numba,numpy "Once upon a time"
+  mistral-ref compare demo demo --dtype float32,float64 --own "Once upon a time"
+  mistral-ref compare demo demo --broken tiled-heads --continue 20 "Once upon a time"
+  mistral-ref compare MY_DUMP.safetensors DIR          the dump's own tokens through the model in DIR
+"""
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to the command line."""
+    parser = commands.add_parser(
+        "compare",
+        help="lay two passes side by side and find the first step that departs",
+        description="Take a text through A and through B, and tell for every step how far A lies from B: in absolute "
+        "and relative terms, and in float32 ulps of the step's largest value. A and B are each a model's directory, "
+        "`demo` for the demonstration model, or a trace (.safetensors), of mistral-ref trace or of another engine. "
+        "Exit status 0 where all steps agree, 1 where one departs.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", help="what is looked at")
+    parser.add_argument("b", metavar="B", help="what it is measured against")
+    parser.add_argument("prompt", nargs="?", help="the text (default: the tokens that a trace holds)")
+    parser.add_argument("--backend", metavar="A,B", default="", help="numba or numpy, one for both or one for each")
+    parser.add_argument("--dtype", metavar="A,B", default="", help="float32 or float64, one for both or one for each")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of both")
+    add_broken_option(parser, "A")
+    add_last_option(parser)
+    parser.add_argument(
+        "--own",
+        action="store_true",
+        help="at every step let B go on from A's value, so that each row shows what that step adds by itself",
+    )
+    parser.add_argument(
+        "--bound", type=float, metavar="ULPS", help="what counts as departing (default: 2000, with --own 200)"
+    )
+    parser.add_argument("--all", action="store_true", help="print every step, not the furthest of each layer")
+    parser.add_argument(
+        "--rope-row-order",
+        choices=["interleaved", "halves"],
+        default="interleaved",
+        help="in traces of other engines: halves where pairs lie half a head apart, as in Hugging Face's layout",
+    )
+    parser.add_argument(
+        "--continue", dest="n_more", type=int, metavar="N", help="print N more tokens of the text as each writes it"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print how far A lies from B; return 1 if a step departs."""
+    sides = [_opened(arguments, index) for index in range(2)]
+    models = [side for side in sides if isinstance(side, Model)]
+    prompt = _prompt(arguments, sides)
+    if len(models) == 2:
+        a, b = (model.steps(*split_prompt(model, prompt, arguments.last)) for model in models)
+        n_steps, is_long = len(list(step_names(models[0].config))), models[0].config.n_parameters > 10**9
+        with progress_bar("comparing", is_long=is_long) as progress:
+            report = (lambda done: progress(done, n_steps)) if progress else None
+            comparison = compare_walks(a, b, bound=arguments.bound, own=arguments.own, progress=report)
+    else:
+        if arguments.own:
+            raise InputError("--own needs two models: nothing can be sent into a trace")
+        bound = {} if arguments.bound is None else {"bound": arguments.bound}
+        ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
+        comparison = ours.compare(theirs, **bound)
+    print(_table(comparison, every=arguments.all))
+    if arguments.n_more is not None:
+        _print_texts(models, prompt, checked_whole("--continue", arguments.n_more, least=1))
+    return 1 if comparison.departed else 0
+
+
+def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
+    """Return what A or B names: a trace, or a model with the options that are meant for it."""
+    path = (arguments.a, arguments.b)[index]
+    if path.endswith(".safetensors"):
+        return Trace.load(path, rope_row_order=arguments.rope_row_order)
+    model = load(
+        DEMO_MODEL if path == "demo" else path,
+        backend=_one_of_two("--backend", arguments.backend, index) or None,
+        dtype=_one_of_two("--dtype", arguments.dtype, index) or "float32",
+        threads=arguments.threads,
+    )
+    return maybe_broken(model, arguments.broken if index == 0 else None)
+
+
+def _one_of_two(option: str, text: str, index: int) -> str:
+    """Return the part of "A,B" that is meant for one side; a text without comma is meant for both.
+
+    >>> _one_of_two("--backend", "numba,numpy", 1), _one_of_two("--backend", "numpy", 1)
+    ('numpy', 'numpy')
+    """
+    parts = text.split(",")
+    if len(parts) > 2:
+        raise InputError(f"{option} is {text!r}; expected one value, or two with a comma between")
+    return parts[min(index, len(parts) - 1)]
+
+
+def _prompt(arguments: argparse.Namespace, sides: list[Model | Trace]) -> str | list[int]:
+    if arguments.prompt is not None:
+        return as_text(arguments.prompt)
+    for side in sides:
+        if isinstance(side, Trace) and (side.tokens or all(isinstance(other, Trace) for other in sides)):
+            return side.tokens
+    raise InputError("no text: give it as the third argument, or a trace that holds its tokens")
+
+
+def _traced(side: Model | Trace, prompt: str | list[int], last: int | None, sides: list[Model | Trace]) -> Trace:
+    """Return a side as a trace, with no more steps than the other side has."""
+    if isinstance(side, Trace):
+        return side
+    kept = next(list(other) for other in sides if isinstance(other, Trace))
+    tokens, cache = split_prompt(side, prompt, last)
+    return side.trace(tokens, cache=cache, keep=kept)
+
+
+def _table(comparison: Comparison, *, every: bool) -> str:
+    rows = comparison.rows() if every else comparison.furthest_by_layer().rows()
+    lines = [markdown_table(HEADINGS, rows), comparison.verdict()]
+    if comparison.unmatched:
+        lines.append(
+            f"{len(comparison.unmatched)} steps are in one of the two alone, such as {comparison.unmatched[0]}"
+        )
+    return "\n".join(lines)
+
+
+def _print_texts(models: list[Model], prompt: str | list[int], n_more: int) -> None:
+    for name, model in zip("AB" if len(models) == 2 else "M", models, strict=False):
+        print(f"{name} goes on: {model.complete(prompt, max_tokens=n_more)}")

@@ -1,0 +1,62 @@
+"""What the commands that look into a pass share: which part of a text is looked at, and by a model of which kind."""
+
+from __future__ import annotations
+
+import argparse
+
+from mistral_ref.broken import BUGS, broken
+from mistral_ref.cache import DEFAULT_CHUNK, KVCache
+from mistral_ref.cli.common import progress_bar
+from mistral_ref.errors import checked_whole
+from mistral_ref.model import Model, Prompt
+
+
+def add_last_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how much of the text goes through a cache first."""
+    parser.add_argument(
+        "--last",
+        type=int,
+        metavar="K",
+        help="look at the pass of the last K tokens; those before them go through a cache first, K at a time "
+        "(default: one pass of all tokens)",
+    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how exactly to compute."""
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64"],
+        default="float32",
+        help="of all activations; float64 is the oracle, by NumPy alone (default: %(default)s)",
+    )
+
+
+def add_broken_option(parser: argparse.ArgumentParser, which: str) -> None:
+    """Add the option that plants a bug."""
+    names = "; ".join(f"{name}: {bug.sentence}" for name, bug in BUGS.items())
+    parser.add_argument(
+        "--broken",
+        metavar="BUG",
+        help=f"plant a bug in {which}, computed by NumPy, to see what it does. {names}".replace("%", "%%"),
+    )
+
+
+def maybe_broken(model: Model, bug: str | None) -> Model:
+    """Return the model, or one with a bug in it."""
+    return model if bug is None else broken(model, bug)
+
+
+def split_prompt(model: Model, prompt: Prompt, last: int | None) -> tuple[list[int], KVCache | None]:
+    """Return the tokens of the pass to look at, and the cache that holds those before them, or None."""
+    ids = model.token_ids(prompt)
+    if last is None:
+        return ids, None
+    last = checked_whole("--last", last, least=1, most=len(ids))
+    before, cache = ids[:-last], model.new_cache(chunk=last)
+    with progress_bar("reading what comes before", is_long=len(before) > DEFAULT_CHUNK) as progress:
+        for start in range(0, len(before), last):
+            model.forward(before[start : start + last], cache, last_only=True)
+            if progress:
+                progress(start, len(before))
+    return ids[-last:], cache

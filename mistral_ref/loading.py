@@ -1,0 +1,97 @@
+"""load: a directory becomes a Model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mistral_ref.checkpoint import build_weights, open_checkpoint
+from mistral_ref.config import ModelConfig
+from mistral_ref.config_files import read_config, read_eos_ids
+from mistral_ref.errors import ConfigError, InputError, TokenizerError, shown, warn
+from mistral_ref.generation import Progress
+from mistral_ref.model import Model
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.rope import AnglePrecision
+from mistral_ref.tokenizer import OTHER_FORMATS, SentencePieceTokenizer, find_tokenizer, load_tokenizer
+from mistral_ref.weights import repacked
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    backend: str | None = None,
+    dtype: str = "float32",
+    threads: int | None = None,
+    rope_angles: AnglePrecision = "float64",
+    repack: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """Return the model in a directory, weights mapped, not copied; without a path the demonstration model.
+
+    path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer
+    backend       "numba", compiled kernels, or "numpy", the plain mathematics; by default the first that has the dtype
+    dtype         of all activations: "float32", or "float64" for the oracle, with NumPy alone
+    threads       None: for "numba" as in MISTRAL_REF_THREADS, or as many as there are performance cores; for "numpy"
+                  as many as its products use already
+    rope_angles   "float32" rounds RoPE's angles as the published implementations do
+    repack        copy matrices of 16 bits into the order in which the kernels read them fastest. Decoding gets a few
+                  percent faster; memory grows by the size of these matrices, and loading takes seconds a GB
+    progress      called with (matrices done, matrices in all) while repacking
+
+    Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
+    assumed or left aside.
+    """
+    path = DEMO_MODEL if path is None else path
+    if not os.path.isdir(path):
+        file = os.path.exists(path)
+        raise InputError(
+            f"{shown(os.fspath(path))}: "
+            + ("not a directory; give the one that holds it" if file else "no such directory")
+        )
+    directory = Path(path)
+    ops = _make_ops(backend, dtype, threads, rope_angles)
+    config = read_config(directory)
+    checkpoint = open_checkpoint(directory)
+    config = config.replace(rope_row_order=checkpoint.row_order)
+    weights = build_weights(checkpoint, config)
+    config = config.replace(tied_embeddings=weights.output is weights.tok_embeddings)
+    if repack:
+        weights = repacked(weights, progress)
+    tokenizer, eos_ids = _text_side(directory, config)
+    return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def _make_ops(backend: str | None, dtype: str, threads: int | None, angles: AnglePrecision) -> ReferenceOps:
+    """Return the operations of a backend: "numba", "numpy", or None for the first of the two that has the dtype."""
+    if backend not in (None, "numba", "numpy"):
+        raise InputError(f"backend is {shown(backend)}; expected 'numba' or 'numpy'")
+    if backend == "numpy" or (backend is None and dtype == "float64"):
+        return ReferenceOps(dtype, threads=threads, angles=angles)
+    if dtype != "float32":
+        raise InputError(f"dtype is {shown(dtype)}; expected 'float32' with backend='numba', which has no other")
+    try:  # here, since Numba takes a third of a second, and NumPy alone goes without
+        from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415
+    except (ImportError, ValueError) as error:
+        raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' goes without") from None
+    return CompiledOps(threads=threads, angles=angles)
+
+
+def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:
+    """Return the tokenizer of a directory, None where there is none that can be read, and the ids that end a text."""
+    eos_ids = read_eos_ids(directory)
+    if eos_ids and max(eos_ids) >= config.vocab_size:
+        raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
+    if find_tokenizer(directory) is None:
+        if others := [name for name in OTHER_FORMATS if (directory / name).exists()]:
+            warn(f"{directory}: holds {others[0]}, but this version reads SentencePiece only; prompts are token ids")
+        return None, eos_ids
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces; "
+            f"expected at most the model's vocabulary of {config.vocab_size}"
+        )
+    return tokenizer, eos_ids

@@ -1,0 +1,135 @@
+"""Stepper: a place in a forward pass that moves both ways, and edits that stay while it does.
+
+A pass is deterministic, so going back is starting again and walking to an earlier step. Nothing is kept but the step
+that one stands at, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import numpy as np
+
+from mistral_ref.cache import KVCache
+from mistral_ref.compare import Comparison, compare_walks
+from mistral_ref.errors import InputError, shown
+from mistral_ref.generation import Progress
+from mistral_ref.model import Model, Prompt
+from mistral_ref.steps import Step, step_names
+from mistral_ref.walk import Edit, Walk
+
+# The steps that make up the residual stream: what it is, and what is added to it.
+_STREAM = ("embedding", "attention_out", "residual_after_attention", "ffn_out", "residual_after_ffn")
+
+
+class NamedEdit(NamedTuple):
+    """A change of one step: its name, what it does in words, and the function that does it to a copy of the value."""
+
+    step: str
+    description: str
+    function: Callable[[np.ndarray], np.ndarray]
+
+
+class Stepper:
+    """A place in the forward pass of some tokens.
+
+    names       of all steps, in order
+    index       where in them one stands
+    step        the Step there, edits applied
+    edits       the changes so far, in the order in which they were made
+    rms         name -> root mean square of the residual stream and of what is added to it, on the way here
+
+    With a cache the pass starts after the tokens in it; it never ends, so the cache stays as it is.
+    """
+
+    def __init__(self, model: Model, tokens: Prompt, cache: KVCache | None = None) -> None:
+        self.model, self.cache = model, cache
+        self.tokens = model.token_ids(tokens, cache)
+        self.names = list(step_names(model.config))
+        self.edits: list[NamedEdit] = []
+        self.rms: dict[str, float] = {}
+        self._walk: Walk | None = None
+        self._taken = 0  # steps that the walk has given
+        self.index = 0
+        self.step: Step
+        self.go(0)
+
+    def go(self, index: int, progress: Progress | None = None) -> Step:
+        """Move to a step by its index, forwards or backwards, and return it; `progress(done, total)` counts steps."""
+        index = min(max(index, 0), len(self.names) - 1)
+        if self._walk is None or index < self._taken - 1:
+            self._walk, self._taken = self._new_walk(self.cache), 0
+        try:
+            while self._taken <= index:
+                step = next(self._walk)
+                self._taken += 1
+                if step.name.rpartition(".")[2] in _STREAM:
+                    self.rms[step.name] = step.statistics.rms
+                if self._taken == index + 1:
+                    self.step, self.index = step, index
+                if progress:
+                    progress(self._taken, index + 1)
+        except BaseException:  # Ctrl-C in the middle of a step: this walk cannot go on, and one stands where one was
+            self._walk = None
+            raise
+        return self.step
+
+    def _new_walk(self, cache: KVCache | None, *, edited: bool = True) -> Walk:
+        edits: dict[str, Edit] = {}
+        for name, _, function in self.edits if edited else ():
+            edits[name] = _after(edits.get(name), function)
+        return self.model.steps(self.tokens, cache, edits=edits)
+
+    def find(self, text: str) -> int:
+        """Return the index of a step: by its name, "layers.3.q"; by its short name, "q", in the layer where one stands;
+        by a layer's number, which means the layer's first step; or by a glob, of which the next match counts.
+
+        Raises InputError if there is none.
+        """
+        layer, _, _ = self.step.name.rpartition(".")
+        for name in (text, f"{layer}.{text}", f"layers.{text}.attention_norm"):
+            if name in self.names:
+                return self.names.index(name)
+        for index in (*range(self.index + 1, len(self.names)), *range(self.index + 1)):
+            if fnmatchcase(self.names[index], text) or fnmatchcase(self.names[index], f"layers.*.{text}"):
+                return index
+        raise InputError(f"no step is called {shown(text)}; names are like 'layers.0.q_rotated', 'q', or 'logits'")
+
+    def edit(self, description: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Change the value of the step that one stands at, and every time that one comes here again.
+
+        `function` is given a copy of the value, and returns it changed. Raises InputError if the step cannot be edited.
+        """
+        self.step.value = function(self.step.value.copy())
+        self.edits.append(NamedEdit(self.step.name, description, function))
+
+    def undo(self) -> NamedEdit:
+        """Take back the last edit and return it; raise InputError if there is none."""
+        if not self.edits:
+            raise InputError("nothing has been edited")
+        undone = self.edits.pop()
+        self._walk = None
+        self.go(self.index)
+        return undone
+
+    def logits(self, *, edited: bool = True) -> np.ndarray:
+        """Return the logits (T, V) that the pass comes to, with the edits or without."""
+        self._walk = None  # a cache serves one pass at a time
+        with self._new_walk(self.cache, edited=edited) as walk:
+            return next(step.value for step in walk if step.name == "logits")
+
+    def compare(self) -> Comparison:
+        """Return how far the edited pass departs from the one without edits, step by step."""
+        copies = [None if self.cache is None else self.cache.copy() for _ in range(2)]
+        return compare_walks(self._new_walk(copies[0]), self._new_walk(copies[1], edited=False))
+
+
+def _after(first: Edit | None, then: Callable[[np.ndarray], np.ndarray]) -> Edit:
+    """Return the edit that makes two, one after the other, each on a copy of the value."""
+
+    def both(value: np.ndarray) -> np.ndarray:
+        return then((first(value) if callable(first) else value).copy())
+
+    return both
