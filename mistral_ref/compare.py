@@ -18,6 +18,7 @@ import numpy as np
 
 from mistral_ref.display import html_table, markdown_table
 from mistral_ref.errors import InputError, shown
+from mistral_ref.steps import Step
 from mistral_ref.walk import Walk
 
 DEFAULT_BOUND = 2000.0  # ulps, for what has come together since the embedding
@@ -62,8 +63,8 @@ def difference(name: str, value: np.ndarray, reference: np.ndarray, bound: float
         raise InputError(f"bound is {shown(bound)}; expected a number of at least 0")
     if value.shape != reference.shape:
         raise InputError(f"{name} has shape {value.shape} in one and {reference.shape} in the other")
-    ours, theirs = value.astype(np.float64), reference.astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities; NaN with bits that processors warn of
+        ours, theirs = value.astype(np.float64), reference.astype(np.float64)
         distance = np.abs(ours - theirs)
     distance[(ours == theirs) | (np.isnan(ours) & np.isnan(theirs))] = 0.0
     distance[np.isnan(distance)] = np.inf
@@ -76,8 +77,7 @@ def difference(name: str, value: np.ndarray, reference: np.ndarray, bound: float
         relative = distance / np.maximum(np.abs(ours), np.abs(theirs))
     relative = np.where(distance == 0, 0.0, np.where(np.isfinite(distance), relative, np.inf))
     finite = np.abs(theirs[np.isfinite(theirs)])
-    largest = np.float32(min(finite.max(initial=0.0), np.finfo(np.float32).max))
-    spacing = float(np.spacing(np.maximum(largest, np.finfo(np.float32).tiny)))
+    spacing = float(np.spacing(np.float32(min(finite.max(initial=2.0**-126), 2.0**127))))  # 2^-149 to 2^104
     beyond = distance > bound * spacing
     return Difference(
         name,
@@ -89,6 +89,25 @@ def difference(name: str, value: np.ndarray, reference: np.ndarray, bound: float
         float(ours.flat[at]),
         float(theirs.flat[at]),
     )
+
+
+def step_difference(step: Step, reference: Step, bound: float) -> Difference:
+    """Return the Difference of a step from its reference, scores and attention weights laid side by side by position.
+
+    Two passes may see different keys, as when one has a wrong window: a key that only one of them sees has a score of
+    -inf and a weight of 0 in the other.
+    """
+    value, expected = step.value, reference.value
+    keys, expected_keys = step.key_positions, reference.key_positions
+    if keys is not None and expected_keys is not None and keys != expected_keys:
+        first, last = min(keys.start, expected_keys.start), max(keys.stop, expected_keys.stop)
+        unseen = 0.0 if step.name.endswith(".attention_weights") else -np.inf
+
+        def laid_out(part: np.ndarray, seen: range) -> np.ndarray:
+            return np.pad(part, [(0, 0), (0, 0), (seen.start - first, last - seen.stop)], constant_values=unseen)
+
+        value, expected = laid_out(value, keys), laid_out(expected, expected_keys)
+    return difference(step.name, value, expected, bound)
 
 
 def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -196,8 +215,8 @@ def compare_walks(
     Nothing is kept but the differences, so that any two models can be compared.
 
     own     at every step the reference goes on from the other's value, so that each row shows what that step adds by
-            itself, and every faulty step is found, not the first alone. Steps that can only be looked at are left out
-            of the exchange
+            itself, and every faulty step is found, not the first alone. Steps that can only be looked at, or that see
+            other keys, are left out of the exchange
     bound   in ulps; by default 2000, or 200 with `own`
     progress    called with the number of steps compared so far
 
@@ -210,8 +229,9 @@ def compare_walks(
             if ours is None or theirs is None or ours.name != theirs.name:
                 names = [step.name if step else "its end" for step in (ours, theirs)]
                 raise InputError(f"one pass is at {names[0]}, the other at {names[1]}; expected the same steps")
-            differences.append(difference(ours.name, ours.value, theirs.value, bound))
-            if own and ours.fixed_by is None and theirs.fixed_by is None:
+            differences.append(step_difference(ours, theirs, bound))
+            is_shared = ours.fixed_by is None and theirs.fixed_by is None and ours.key_positions == theirs.key_positions
+            if own and is_shared:
                 theirs.value = ours.value.astype(theirs.value.dtype)
             if progress:
                 progress(len(differences))

@@ -6,7 +6,7 @@ that one stands at, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from mistral_ref.errors import InputError, shown
 from mistral_ref.generation import Progress
 from mistral_ref.model import Model, Prompt
 from mistral_ref.steps import Step, step_names
+from mistral_ref.trace import Trace
 from mistral_ref.walk import Edit, Walk
 
 # The steps that make up the residual stream: what it is, and what is added to it.
@@ -77,10 +78,13 @@ class Stepper:
         return self.step
 
     def _new_walk(self, cache: KVCache | None, *, edited: bool = True) -> Walk:
+        return self.model.steps(self.tokens, cache, edits=self._all_edits() if edited else {})
+
+    def _all_edits(self) -> dict[str, Edit]:
         edits: dict[str, Edit] = {}
-        for name, _, function in self.edits if edited else ():
+        for name, _, function in self.edits:
             edits[name] = _after(edits.get(name), function)
-        return self.model.steps(self.tokens, cache, edits=edits)
+        return edits
 
     def find(self, text: str) -> int:
         """Return the index of a step: by its name, "layers.3.q"; by its short name, "q", in the layer where one stands;
@@ -120,10 +124,17 @@ class Stepper:
         with self._new_walk(self.cache, edited=edited) as walk:
             return next(step.value for step in walk if step.name == "logits")
 
+    def trace(self, keep: Sequence[str]) -> Trace:
+        """Return a trace of the edited pass."""
+        return self.model.trace(self.tokens, keep=keep, cache=self._copy_of_cache(), edits=self._all_edits())
+
     def compare(self) -> Comparison:
         """Return how far the edited pass departs from the one without edits, step by step."""
-        copies = [None if self.cache is None else self.cache.copy() for _ in range(2)]
-        return compare_walks(self._new_walk(copies[0]), self._new_walk(copies[1], edited=False))
+        edited, plain = self._new_walk(self._copy_of_cache()), self._new_walk(self._copy_of_cache(), edited=False)
+        return compare_walks(edited, plain)
+
+    def _copy_of_cache(self) -> KVCache | None:
+        return None if self.cache is None else self.cache.copy()  # a pass that ends counts
 
 
 def _after(first: Edit | None, then: Callable[[np.ndarray], np.ndarray]) -> Edit:

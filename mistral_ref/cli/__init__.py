@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import mistral_ref
 from mistral_ref.cli import compare, generate, info, step, trace
@@ -30,7 +30,7 @@ class CommandParser(OneLineParser):
 
     _is_intermixed = False
 
-    def parse_known_args(self, args, namespace=None):  # type: ignore[no-untyped-def]
+    def parse_known_args(self, args: Any, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse options first and the rest after, except where "--" says that what follows is no option.
 
         Called again, by what does so, for each of the two.

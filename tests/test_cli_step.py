@@ -1,0 +1,426 @@
+"""mistral-ref step, trace and compare: over a pipe, and in a terminal as a reader would type."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mistral_ref
+from mistral_ref.cli import main
+from mistral_ref.cli.step import Walker
+from mistral_ref.errors import InputError
+from mistral_ref.stepper import Stepper
+
+TEXT = "Once upon a time"
+LONG_TEXT = "Lily and Tom went to the park. They saw a big red ball. " * 8  # longer than the window
+
+
+def walk(*commands: str, text: str = TEXT, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Return what commands over a pipe print."""
+    return subprocess.run(
+        [sys.executable, "-m", "mistral_ref", "step", *options, text],
+        input="".join(f"{command}\n" for command in commands),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> mistral_ref.Model:
+    return mistral_ref.load(backend="numpy")
+
+
+@pytest.fixture
+def walker(model: mistral_ref.Model) -> Walker:
+    return Walker(Stepper(model, TEXT))
+
+
+def said(walker: Walker, capsys: pytest.CaptureFixture[str], *commands: str) -> str:
+    """Return what a walker prints for the last of some commands."""
+    for command in commands:
+        capsys.readouterr()
+        walker.view.console.file = sys.stdout
+        walker.onecmd(command)
+    return capsys.readouterr().out
+
+
+def test_a_whole_walk_over_a_pipe(model: mistral_ref.Model) -> None:
+    done = walk("next", "into", "", "jump heads", "zero head 3", "predict", "quit")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert "5 tokens from position 0: <s> ▁Once ▁upon ▁a ▁time" in lines
+    places = [match[1] for line in lines if (match := re.match(r"\((\S+)\) ", line))]
+    assert places == ["embedding", "layers.0", *["layers.0." + name for name in ("attention_norm", "q")], *[
+        "layers.0.heads"] * 3]  # fmt: skip
+
+    def without_head_3(heads_THK: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(8)[:, np.newaxis] == 3, 0, heads_THK).astype(np.float32)
+
+    for edits in ({}, {"layers.0.heads": without_head_3}):
+        logits_V = model.forward(TEXT, edits=edits, last_only=True)[0]
+        piece, chance = model.piece(int(logits_V.argmax())), np.exp(logits_V - np.logaddexp.reduce(logits_V)).max()
+        assert f"  {chance:>6.1%}  {piece}" in lines
+
+
+def test_next_back_into_and_out(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    def place(*commands: str) -> str:
+        said(walker, capsys, *commands)
+        return f"{walker._place()} {walker.stepper.step.name.rpartition('.')[2]}"
+
+    assert place("next") == "layers.0 residual_after_ffn"
+    assert place("next", "n") == "layers.2 residual_after_ffn"
+    assert place("back") == "layers.1 residual_after_ffn"
+    assert place("into") == "layers.1.attention_norm attention_norm"
+    assert place("", "") == "layers.1.k k"
+    assert place("back", "back", "back") == "layers.0.residual_after_ffn residual_after_ffn"
+    assert place("out") == "layers.0 residual_after_ffn"
+    assert place("back") == "embedding embedding"
+    assert place("jump logits") == "logits logits"
+    assert "last step" in said(walker, capsys, "next")
+    assert place("out", "back") == "norm norm"
+    assert place("back") == "layers.4 residual_after_ffn"
+    with pytest.raises(InputError, match="first step"):
+        said(walker, capsys, "jump embedding", "back")
+
+
+def test_a_layer_is_summed_up(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(walker, capsys, "jump 1", "out")
+    trace = walker.stepper.trace(["layers.*"])
+    for name in ("0.residual_after_ffn", "1.attention_out", "1.ffn_out", "1.residual_after_ffn"):
+        assert f"rms {np.sqrt(np.mean(np.square(trace[f'layers.{name}'], dtype=np.float64))):.3g}" in text
+
+
+def test_what_is_shown_is_the_value(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(walker, capsys, "jump layers.2.q", "show token 1 head 2 head_dim 0:4")
+    assert text.splitlines()[0] == "layers.2.q token 1, head 2, head_dim 0:4, head_dim 4"
+    shown = [float(number) for number in text.splitlines()[1].strip("[] ").split()]
+    np.testing.assert_allclose(shown, walker.stepper.step.value[1, 2, :4], atol=1e-4)
+    assert "head 7, " in said(walker, capsys, "show head -1 token 0:2")
+    assert len(said(walker, capsys, "show token 0 head 0 head_dim 0").splitlines()) == 2
+    for command in ("map", "map token 2", "map token 0 head 0 head_dim 0", "top token 0 head 0 head_dim 0"):
+        assert said(walker, capsys, command)
+
+
+def test_a_map_shows_the_window_and_who_attends(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(walker, capsys, "jump attention_weights", "jump scores", "map head 1").splitlines()
+    assert [line.split()[0] for line in lines[1:6]] == ["<s>", "▁Once", "▁upon", "▁a", "▁time"]
+    assert [line.count("·") for line in lines[1:6]] == [4, 3, 2, 1, 0]
+    assert "out of sight" in lines[6]
+
+
+def test_focus_narrows_what_is_looked_at_and_not_what_is_changed(
+    walker: Walker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = said(walker, capsys, "jump layers.0.attention_weights", "token 3", "head 2", "show")
+    assert text.startswith("layers.0.attention_weights query 3, head 2, key 5")
+    weights = walker.stepper.step.value[2, 3]
+    top = said(walker, capsys, "top").splitlines()[1:]
+    assert top[0].split() == [f"{weights.max():.4g}", walker.view.pieces[int(weights.argmax())]]
+    assert said(walker, capsys, "jump layers.0.k", "show").startswith(
+        "layers.0.k token 3, kv_head 2" * 0 + "layers.0.k"
+    )
+    said(walker, capsys, "jump layers.0.ffn_out", "zero")
+    assert not walker.stepper.step.value.any()
+    assert said(walker, capsys, "all", "show").startswith("layers.0.ffn_out token 5, dim 224")
+
+
+def test_edits_do_what_they_say(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    said(walker, capsys, "jump layers.1.heads")
+    before = walker.stepper.step.value
+    said(walker, capsys, "swap token 1 -1")
+    np.testing.assert_array_equal(walker.stepper.step.value, before[[0, 4, 2, 3, 1]])
+    said(walker, capsys, "scale 0.5 token 1:3", "set -2 head 0 token 0")
+    expected = before[[0, 4, 2, 3, 1]]
+    expected[1:3] *= 0.5
+    expected[0, 0] = -2
+    np.testing.assert_array_equal(walker.stepper.step.value, expected)
+    assert "   edited" in said(walker, capsys, "where")
+    listed = said(walker, capsys, "edits").splitlines()
+    assert listed == [
+        f"  layers.1.heads: {words}" for words in ("swap token 1 -1", "scale 0.5 token 1:3", "set -2 head 0 token 0")
+    ]
+    said(walker, capsys, "undo", "undo", "undo")
+    np.testing.assert_array_equal(walker.stepper.step.value, before)
+
+
+def test_what_a_step_costs_and_why_a_token_is_likely(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    # w1 is (512, 224) in bf16; 5 tokens: 2 * 5 * 512 * 224 operations
+    assert "1,146,880 operations, 229,376 bytes of weights" in said(walker, capsys, "jump gate", "cost")
+    with pytest.raises(InputError, match="counts with `heads`"):
+        said(walker, capsys, "jump scores", "cost")
+    table = said(walker, capsys, "cost all")
+    assert "GFLOP/s" in table
+    assert re.search(r"^\| total", table, re.MULTILINE)
+    assert "logit of" in said(walker, capsys, "why")
+    assert "> " in said(walker, capsys, "source")
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("jump nowhere", "no step is called 'nowhere'"),
+        ("jump", "expected the name of a step"),
+        ("frobnicate", "'frobnicate' is no command; help lists them"),
+        ("!ls", "is no command"),
+        ("show head 3", "'head' is no axis of this step; it has token, dim"),
+        ("show token", "expected an axis and a number"),
+        ("show token 99", "token 99 does not exist; expected -5 to 4"),
+        ("show token x", "'x' is no number or range"),
+        ("show token 3:3", "token 3:3 is empty"),
+        ("show token :", None),
+        ("zero dim 9999999999999", "is no number or range"),
+        ("scale", "expected a factor"),
+        ("scale two", "expected a factor, found 'two'"),
+        ("swap token 1", "swap takes an axis and two numbers"),
+        ("swap token 1 0:2", "swap takes two numbers, not ranges"),
+        ("swap head 1 2", "'head' is no axis"),
+        ("undo", "nothing has been edited"),
+        ("token", "expected the number of a token"),
+        ("token 77", None),
+        ("cost everything", "cost takes nothing, or `all`"),
+        ("help nonsense", "is no command"),
+        ("\x1b[2J", "is no command"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    walker: Walker, capsys: pytest.CaptureFixture[str], command: str, complaint: str | None
+) -> None:
+    if complaint is None:
+        said(walker, capsys, command)
+        return
+    with pytest.raises(InputError, match=re.escape(complaint)) as error:
+        said(walker, capsys, command)
+    assert "\n" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert not walker.stepper.edits
+
+
+def test_over_a_pipe_a_mistake_is_the_end() -> None:
+    done = walk("next", "jump nowhere", "next")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("mistral-ref: no step is called 'nowhere'")
+    assert done.stdout.rstrip().endswith("(layers.0) jump nowhere")
+
+
+def test_every_command_has_its_line_in_the_help(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(walker, capsys, "help")
+    commands = {name.removeprefix("do_") for name in dir(Walker) if name.startswith("do_")} - {"EOF"}
+    assert {line.split()[0] for line in text.splitlines()[:-1]} == commands
+    for command in commands:
+        assert said(walker, capsys, f"help {command}").startswith(command)
+
+
+def test_the_ring_is_walked_over_a_cache() -> None:
+    done = walk("jump layers.0.attention_weights", "map head 0", "top", options=("--last", "2"), text=LONG_TEXT)
+    assert done.returncode == 0
+    match = re.search(r"2 tokens from position (\d+)", done.stdout)
+    assert match is not None
+    first = int(match[1])
+    assert f"head 8, query 2, key {64 + 1}" in done.stdout  # the window of 64, seen by either of two queries
+    assert first > 64
+    assert re.search(r"@\d+$", done.stdout, re.MULTILINE)  # keys from before the pass have positions
+
+
+def test_a_planted_bug_shows(model: mistral_ref.Model) -> None:
+    done = walk("jump layers.0.scores", "top head 6", options=("--broken", "tiled-heads"))
+    assert "broken: tiled-heads" in done.stdout
+    right = model.trace(TEXT, keep="layers.0.scores")["layers.0.scores"]
+    assert f"{right[6].max():.4g}" not in done.stdout
+
+
+# ---- in a terminal
+
+
+class Terminal:
+    """A process in a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ |= {"TERM": "dumb", "COLUMNS": "100"}
+            os.execv(sys.executable, [sys.executable, "-m", "mistral_ref", *arguments])
+        self.seen = ""
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """Return what was printed up to and with a text."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            if not select.select([self.fd], [], [], max(0, end - time.monotonic()))[0]:
+                raise AssertionError(f"{text!r} was not printed, but {self.seen!r}")
+            self.seen += os.read(self.fd, 65536).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def exit_status(self, typing: str = "") -> int:
+        """Return the exit status; type a text, and again after some seconds without it.
+
+        A signal that arrives just before readline waits for a key is noticed at the next key.
+        """
+        for _ in range(20):
+            self.type(typing)
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                try:  # what is left unread would keep it from ending
+                    if select.select([self.fd], [], [], 0.1)[0]:
+                        os.read(self.fd, 65536)
+                except OSError:
+                    pass
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.pid = 0
+                    return os.waitstatus_to_exitcode(status)
+        raise AssertionError("it has not ended")
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal("step", TEXT)
+    terminal.wait_for("(embedding) ")
+    yield terminal
+    if terminal.pid:
+        os.kill(terminal.pid, signal.SIGKILL)
+        os.waitpid(terminal.pid, 0)
+    os.close(terminal.fd)
+
+
+def test_a_walk_in_a_terminal(terminal: Terminal) -> None:
+    terminal.type("\r")
+    assert "feed-forward, rms" in terminal.wait_for("(layers.0) ")
+    terminal.type("into\r")
+    terminal.wait_for("(layers.0.attention_norm) ")
+    terminal.type("nonsense\r")  # a mistake does not end the walk
+    assert "is no command" in terminal.wait_for("(layers.0.attention_norm) ")
+    terminal.type("jump scores\rmap head 1\r")
+    assert "out of sight" in terminal.wait_for("out of sight")
+    terminal.type("quit\r")
+    assert terminal.exit_status() == 0
+
+
+def test_ctrl_d_and_ctrl_c_leave_a_terminal(terminal: Terminal) -> None:
+    terminal.type("\x04")
+    assert terminal.exit_status() == 0
+    other = Terminal("step", TEXT)
+    other.wait_for("(embedding) ")
+    assert other.exit_status(typing="\x03") == 130
+    os.close(other.fd)
+
+
+# ---- trace and compare
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(arguments)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_trace_lists_every_step(capsys: pytest.CaptureFixture[str], model: mistral_ref.Model) -> None:
+    status, out, err = run(capsys, "trace", "--backend", "numpy", TEXT)
+    trace = model.trace(TEXT)
+    assert (status, err) == (0, "")
+    for name, step in trace.steps.items():
+        assert re.search(rf"^\| {re.escape(name)} .*{re.escape(str(step.statistics))} \|$", out, re.MULTILINE)
+
+
+def test_trace_writes_what_the_library_keeps(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: mistral_ref.Model
+) -> None:
+    path = str(tmp_path / "trace.safetensors")
+    keep = ("--keep", "layers.0.*", "--keep", "logits")
+    status, out, _ = run(capsys, "trace", "--backend", "numpy", *keep, TEXT, "-o", path)
+    assert (status, out.startswith(f"{path}: 18 steps of 5 tokens")) == (0, True)
+    loaded = mistral_ref.Trace.load(path)
+    kept = model.trace(TEXT, keep=["layers.0.*", "logits"])
+    assert list(loaded) == list(kept)
+    assert all(np.array_equal(loaded[name], kept[name]) for name in kept)
+    # and back: a file against a model, with the file's own tokens
+    status, out, _ = run(capsys, "compare", path, "demo", "--backend", "numpy")
+    assert (status, "all 18 steps are equal" in out) == (0, True)
+
+
+def test_compare_tells_rounding_from_bugs(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "compare", "demo", "demo", "--backend", "numba,numpy", TEXT)
+    assert (status, "agree within 2000 ulps" in out) == (0, True)
+    status, out, _ = run(capsys, "compare", "demo", "demo", "--dtype", "float32,float64", "--own", "--all", TEXT)
+    assert (status, "agree within 200 ulps" in out, out.count("\n| ")) == (0, True, 88)
+    status, out, _ = run(
+        capsys, "compare", "demo", "demo", "--broken", "tiled-heads", TEXT, "--continue", "5", "--backend", "numpy"
+    )
+    assert (status, "the first is layers.0.scores" in out) == (1, True)
+    goes_on = [
+        line.removeprefix(f"{side} goes on: ") for side in "AB" for line in out.splitlines() if f"{side} goes" in line
+    ]
+    assert len(set(goes_on)) == len(goes_on) == 2
+    assert goes_on[1] == mistral_ref.load(backend="numpy").complete(TEXT, max_tokens=5)
+
+
+@pytest.mark.parametrize("bug", ["extra-key", "one-key-less", "no-window", "short-ring", "positions-restart"])
+def test_compare_over_a_cache_finds_bugs_that_need_one(capsys: pytest.CaptureFixture[str], bug: str) -> None:
+    status, out, err = run(
+        capsys, "compare", "demo", "demo", "--backend", "numpy", "--broken", bug, "--last", "4", LONG_TEXT
+    )
+    first = "q_rotated" if bug == "positions-restart" else "scores"
+    assert (status, err, f"the first is layers.0.{first}" in out) == (1, "", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("compare", "demo", "demo"), "no text"),
+        (("compare", "demo", "nowhere", TEXT), "'nowhere': no such directory"),
+        (("compare", "nowhere.safetensors", "demo"), "nowhere.safetensors: No such file"),
+        (("compare", "demo", "demo", "--backend", "a,b,c", TEXT), "--backend is 'a,b,c'"),
+        (("compare", "demo", "demo", "--backend", "cuda", TEXT), "backend is 'cuda'; expected 'numba' or 'numpy'"),
+        (("compare", "demo", "demo", "--dtype", "float64", "--backend", "numba", TEXT), "expected 'float32'"),
+        (("compare", "demo", "demo", "--broken", "everything", TEXT), "expected one of not-causal"),
+        (("compare", "demo", "demo", "--last", "0", TEXT), "--last is 0"),
+        (("compare", "demo", "demo", "--continue", "0", TEXT), "--continue is 0"),
+        (("step", "--last", "99", TEXT), "--last is 99; expected a whole number from 1 to 5"),
+        (("step", ""), ""),
+        (("trace", TEXT, "-o", "x.html"), "expected a name that ends in .safetensors"),
+        (("trace", TEXT, "-o", "nowhere/x.safetensors"), "nowhere/x.safetensors: cannot be written"),
+        (("trace", TEXT, "--keep", "nothing"), "no step is called 'nothing'"),
+    ],
+)
+def test_mistakes_in_arguments_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    status, _, err = run(capsys, *arguments)
+    assert (status, err.count("\n")) == ((2, 1) if complaint else (0, 0))
+    assert complaint in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_hostile_text_is_shown_and_not_obeyed() -> None:
+    hostile = "\x1b[2J\x07 <script>alert(1)</script> \u202eevil\u202c שלום 🙂 $x_1$ [bold]"
+    done = walk("into", "", "jump attention_weights", "map", "top", "predict", text=hostile)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert "\x07" not in done.stdout
+    assert "\u202e" not in done.stdout
+    pieces = done.stdout.splitlines()[1].partition(": ")[2].split()
+    assert "".join(pieces).startswith("<s>▁<0x1B><0x5B>2J<0x07>▁<0x3C>script<0x3E>alert")  # each byte by its name
