@@ -1,4 +1,4 @@
-"""What every step of a forward pass costs: counted, predicted from the machine's limits, and measured.
+"""What every step of a forward pass costs: counted, and predicted from the machine's limits.
 
 A step can be done no faster than its arithmetic at the machine's peak, nor than its bytes at the machine's bandwidth:
 the roofline model (Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785). Which of the two holds it back
@@ -8,27 +8,18 @@ operations, and a long prompt by arithmetic, since each weight that was read ser
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from statistics import median
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mistral_ref.cache import KVCache, Ring
+from mistral_ref.cache import Ring
 from mistral_ref.config import ModelConfig
-from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole, shown
-from mistral_ref.generation import Progress
-from mistral_ref.model import Model, Prompt
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Layer, Matrix, Weights
 
 _CACHE_DTYPES = ("float32", "float16", "float64")
-_N_SAMPLES = 5  # of each limit
-_LARGEST_READ = 2**30  # bytes
 
 
 class Limits(NamedTuple):
@@ -202,144 +193,10 @@ class _Pass:
         yield pairs.elementwise("ffn_hidden", config.hidden_dim, 5, 3)
         down = product("ffn_out", [expert.w2 for expert in weights.experts])
         mixed = [pairs.elementwise("pairs", config.dim, 2, 1), self.elementwise("tokens", config.dim, 0, 1)]
-        yield _sum("ffn_out", [down, *mixed])
+        yield total_cost("ffn_out", [down, *mixed])
 
 
-def _sum(name: str, costs: Sequence[StepCost]) -> StepCost:
+def total_cost(name: str, costs: Sequence[StepCost]) -> StepCost:
+    """Return the cost of several steps one after the other, under a name of its own."""
     counts = [(cost.flops, cost.weight_bytes, cost.other_bytes) for cost in costs]
     return StepCost(name, *map(sum, zip(*counts, strict=True)))
-
-
-def measure(
-    model: Model, tokens: Prompt, cache: KVCache | None = None, *, repeats: int = 5, progress: Progress | None = None
-) -> list[list[float]]:
-    """Return for each repeat the seconds of every step of one unobserved pass, in its order; one pass before warms up.
-
-    A step's time goes from sending back the value before it to receiving it, so what happens between two steps counts
-    with the later one: RoPE's cosines and sines with the embedding, writing to the cache with `heads`.
-
-    No pass goes beyond its logits, so none counts: all do the same, and `cache.length` and all that later queries see
-    stay as they were. The tokens must fit the cache's chunk. `progress` is called with (passes done, passes in all).
-    """
-    repeats = checked_whole("repeats", repeats, least=1)
-    ids = model.token_ids(tokens, cache)
-    cache = model.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
-    report = progress or (lambda done, total: None)
-    runs = []
-    for done in range(repeats + 1):
-        report(done, repeats + 1)
-        runs.append(_timed_pass(model, np.array(ids), cache))
-    report(repeats + 1, repeats + 1)
-    return runs[1:]
-
-
-def _timed_pass(model: Model, tokens_T: np.ndarray, cache: KVCache) -> list[float]:
-    seconds: list[float] = []
-    name, value = "", cast(Any, None)  # None starts a generator
-    steps = model.transformer.forward_steps(tokens_T, cache.begin(len(tokens_T)))
-    with model.ops.running(), closing(steps):
-        while name != "logits":
-            begin = time.perf_counter()
-            step = steps.send(value)
-            seconds.append(time.perf_counter() - begin)
-            name, value = step.name, step.value
-    return seconds
-
-
-def machine_limits(n_threads: int, weights_bytes: int) -> Limits:
-    """Measure what so many threads can do right now: the best of a few plain reads, and of float32 multiply-adds.
-
-    What is read is as large as the weights within 1 GiB, but four times the largest cache at least. So weights that fit
-    the caches beat this limit: a small model may take less time than is predicted.
-    """
-    # Here, since they import Numba, and counting goes without.
-    from mistral_ref.benchmark import multiply_add_limit, read_limit  # noqa: PLC0415
-    from mistral_ref.machine import cache_bytes  # noqa: PLC0415
-
-    read = read_limit(n_threads, max(4 * cache_bytes(), min(weights_bytes, _LARGEST_READ)))
-    peak = multiply_add_limit(n_threads)
-    bandwidth, flops = (max(limit.measure() for _ in range(_N_SAMPLES)) for limit in (read, peak))
-    return Limits(1e9 * bandwidth, 1e9 * flops)
-
-
-class CostRow(NamedTuple):
-    """One step, or several done one after the other.
-
-    predicted   seconds by the machine's limits, of several the sum
-    bound       what the step is bound by, of several the one that is predicted to take longest
-    seconds     measured in each repeat
-    """
-
-    cost: StepCost
-    predicted: float
-    bound: str
-    seconds: list[float]
-
-    @property
-    def ratio(self) -> float:
-        """Median of the seconds measured over the seconds predicted."""
-        return median(self.seconds) / self.predicted
-
-
-@dataclass(frozen=True)
-class CostTable:
-    """Costs, predictions and measurements of a pass.
-
-    costs       of each step, in the order of the pass
-    runs        the seconds of each step, for each repeat
-    limits      what the predictions are made from
-    by_kind     whether `str` shows a row for each kind of step, or for each step
-    """
-
-    costs: list[StepCost]
-    runs: list[list[float]]
-    limits: Limits
-    by_kind: bool = True
-
-    def rows(self, *, by_kind: bool) -> list[CostRow]:
-        """Return a row for each step, or for each kind ("gate", "heads", ...) over all layers; the last is "total"."""
-        groups = defaultdict(list)
-        for step, cost in enumerate(self.costs):
-            groups[cost.name.rpartition(".")[2] if by_kind else cost.name].append(step)
-        return [*(self._row(name, steps) for name, steps in groups.items()), self._row("total", range(len(self.costs)))]
-
-    def _row(self, name: str, steps: Sequence[int]) -> CostRow:
-        costs, limits = [self.costs[step] for step in steps], self.limits
-        longest = max(costs, key=lambda cost: cost.predicted(limits))
-        predicted = sum(cost.predicted(limits) for cost in costs)
-        seconds = [sum(run[step] for step in steps) for run in self.runs]
-        return CostRow(_sum(name, costs), predicted, longest.bound(limits), seconds)
-
-    def __str__(self) -> str:
-        def cells(row: CostRow) -> list[str]:
-            cost, us = row.cost, [1e6 * seconds for seconds in row.seconds]
-            counts = [f"{cost.flops:,}", f"{cost.bytes:,}", f"{cost.intensity:.2f}", row.bound]
-            times = [f"{1e6 * row.predicted:.1f}", f"{median(us):.1f}", f"{min(us):.1f} to {max(us):.1f}"]
-            return [cost.name, *counts, *times, f"{row.ratio:.2f}"]
-
-        headings = ["step", "FLOP", "bytes", "FLOP/byte", "bound by", "predicted us", "measured us", "min to max"]
-        rows = [cells(row) for row in self.rows(by_kind=self.by_kind)]
-        limits = f"limits: {self.limits.bandwidth / 1e9:.1f} GB/s, {self.limits.peak / 1e9:.1f} GFLOP/s"
-        return f"{limits}\n\n{markdown_table([*headings, 'measured/predicted'], rows)}"
-
-
-def cost_table(
-    model: Model, tokens: Prompt, cache: KVCache | None = None, *,
-    repeats: int = 5, by_kind: bool = True, limits: Limits | None = None, progress: Progress | None = None,
-) -> CostTable:  # fmt: skip
-    """Return what a pass of these tokens costs, predicted and measured; the arguments are those of `measure`.
-
-    limits      of the machine; None: measured first, with the threads of the model's operations. NumPy's leave theirs
-                to BLAS: the limits are then those of the threads that compiled operations would use
-    """
-    ids, ops = model.token_ids(tokens, cache), model.ops
-    start, dtype = (0, ops.dtype.name) if cache is None else (cache.length, cache.dtype)
-    costs = step_costs(
-        model.config, model.weights, len(ids), start, cache_dtype=dtype, activation_bytes=ops.dtype.itemsize
-    )
-    if limits is None:
-        from mistral_ref.compiled_ops import chosen_threads  # noqa: PLC0415 (imports Numba)
-
-        n_threads = chosen_threads(getattr(ops, "threads", None))
-        limits = machine_limits(n_threads, sum(cost.weight_bytes for cost in costs))
-    return CostTable(costs, measure(model, ids, cache, repeats=repeats, progress=progress), limits, by_kind)

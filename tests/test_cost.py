@@ -20,16 +20,8 @@ from tiny import BACKENDS, configs, model_of, tokens_for
 from mistral_ref import InputError
 from mistral_ref.cache import attends
 from mistral_ref.config import ModelConfig
-from mistral_ref.cost import (
-    CostTable,
-    Limits,
-    StepCost,
-    cost_table,
-    machine_limits,
-    measure,
-    step_costs,
-    visible_pairs,
-)
+from mistral_ref.cost import Limits, StepCost, step_costs, visible_pairs
+from mistral_ref.cost_table import CostTable, cost_table, machine_limits, measure
 from mistral_ref.errors import CacheError
 from mistral_ref.model import Model
 from mistral_ref.shapes import SHAPES
@@ -248,7 +240,8 @@ def test_counting_goes_without_numba() -> None:
     code = (
         "import sys; sys.modules['numba'] = None\n"
         "import mistral_ref\n"
-        "from mistral_ref.cost import Limits, cost_table\n"
+        "from mistral_ref.cost import Limits\n"
+        "from mistral_ref.cost_table import cost_table\n"
         "print(cost_table(mistral_ref.load(backend='numpy'), [1], limits=Limits(1e9, 1e9)))"
     )
     root = Path(__file__).parents[1]
@@ -368,7 +361,7 @@ def test_a_table_measures_the_limits_itself(backend: str, monkeypatch: pytest.Mo
         asked.append((n_threads, weights_bytes))
         return LIMITS
 
-    monkeypatch.setattr("mistral_ref.cost.machine_limits", limits)
+    monkeypatch.setattr("mistral_ref.cost_table.machine_limits", limits)
     monkeypatch.setenv("MISTRAL_REF_THREADS", "3")
     model = model_of(FAMILIES["dense_no_window"].config, backend=backend)
     table = cost_table(model, [1, 2, 3], repeats=1)

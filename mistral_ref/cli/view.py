@@ -15,7 +15,8 @@ import mistral_ref
 from mistral_ref import lens
 from mistral_ref.cli.selection import Index, parsed_index, parsed_selection
 from mistral_ref.compare import HEADINGS
-from mistral_ref.cost import cost_table, step_costs
+from mistral_ref.cost import step_costs
+from mistral_ref.cost_table import cost_table
 from mistral_ref.display import heat_map, legend, markdown_table, numbers, shade, size_text
 from mistral_ref.errors import InputError
 from mistral_ref.stepper import Stepper

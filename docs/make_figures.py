@@ -1,0 +1,74 @@
+"""Draw the documentation's figures: what mistral_ref.plots shows of the demonstration model.
+
+python docs/make_figures.py [FOLDER]        # docs/figures, by default
+
+The roofs and dots of roofline_*.svg are measured: let the machine do nothing else meanwhile. All other files come out
+the same every time.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import mistral_ref
+from mistral_ref import lens, plots
+from mistral_ref.cost_table import cost_table
+
+SENTENCE = "Once upon a time there was a little girl. She"
+STORY = """Once upon a time there was a little girl named Lily. She was three years old and was very curious. She \
+wanted to explore the world.
+One day, she went outside to explore the woods. She found a big tree and wanted to climb it. She climbed up the tree \
+and stumbled. Suddenly, she heard a loud noise. It was a little girl. She was worried because she was scared. She ran \
+around the tree and saw a kind man."""
+N_STORY = 90  # tokens: a window and a half
+
+
+def figures(model: mistral_ref.Model) -> dict[str, Axes]:
+    """Return every figure by the name of its file."""
+    window = model.config.sliding_window[2]
+    trace = model.trace(SENTENCE)
+    story = model.token_ids(STORY)[:N_STORY]
+    long_trace = model.trace(story, keep="layers.2.attention_weights")
+    cache = model.new_cache()
+    model.forward(story, cache)
+    predictions = lens.logit_lens(model, trace)
+    prompt = cost_table(model, story)
+    token = cost_table(model, story[-1:], cache, limits=prompt.limits)
+    return {
+        "attention": plots.attention(trace, 2, 3, window=window),
+        "attention_window": plots.attention(long_trace, 2, 3, window=window),
+        "ring": plots.ring(window=4, n_tokens=12),
+        "ring_chunks": plots.ring(window=4, chunk=2, n_tokens=12),
+        "rope": rope(model.config),
+        "logit_lens": plots.logit_lens(predictions),
+        "logit_lens_token": plots.logit_lens(predictions, token=-1),
+        "residual_norms": plots.residual_norms(trace),
+        "attribution": plots.attribution(lens.attribution(model, trace)),
+        "roofline_prompt": plots.roofline(prompt),
+        "roofline_token": plots.roofline(token),
+    }
+
+
+def rope(config: mistral_ref.ModelConfig) -> Axes:
+    """Return both figures of RoPE as one."""
+    upper, lower = Figure((8.7, 7.2), layout="constrained").subplots(2, 1, height_ratios=(4, 3))
+    plots.rope_scores(config, ax=lower)
+    return plots.rope(config, ax=upper)
+
+
+def main(arguments: list[str]) -> None:
+    """Write every figure as an SVG file."""
+    folder = Path(arguments[0]) if arguments else Path(__file__).parent / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "mistral_ref"}):
+        for name, ax in figures(mistral_ref.load()).items():
+            ax.figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,161 @@
+"""Diagrams of two ideas that need no trace to be drawn: the ring of the cache, and RoPE. Part of plots.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mistral_ref.cache import Ring, attends
+from mistral_ref.config import ModelConfig
+from mistral_ref.drawing import (
+    BLUE,
+    GREY,
+    INK,
+    PALE_BLUE,
+    SMALL,
+    UNSEEN,
+    VERMILLION,
+    Axes,
+    Circle,
+    Patch,
+    Rectangle,
+    axes_or_new,
+    label_ticks,
+    styled,
+    title,
+)
+from mistral_ref.errors import checked_whole
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.rope import inverse_frequencies, rotation
+
+_MOST_CELLS = 32  # of a ring, in either direction: more cannot be read
+_SEEN, _OLD, _LATER, _WRITTEN = "seen", "too old: not seen", "later: not seen yet", "written now, over the key in small"
+_SLOT_STYLES: dict[str, dict[str, Any]] = {
+    _SEEN: {"facecolor": PALE_BLUE, "edgecolor": "white"},
+    _OLD: UNSEEN,
+    _LATER: {"facecolor": "white", "edgecolor": GREY, "ls": ":", "lw": 0.8},
+    _WRITTEN: {"facecolor": "none", "edgecolor": VERMILLION, "lw": 2},
+}
+
+
+@styled
+def ring(window: int, chunk: int = 1, n_tokens: int = 12, *, ax: Axes | None = None) -> Axes:
+    """Draw which keys the slots of one layer's ring hold while n tokens go through it, in passes of `chunk` tokens.
+
+    A column for each query, a row for each slot; a cell shows the position of the key in that slot when the query
+    looks. The key of position p lies in slot p % capacity, capacity = window + chunk - 1. A pass writes all of its keys
+    before its first query looks; that is why passes of several tokens need more slots than the window has keys.
+    """
+    window = checked_whole("window", window, 1, _MOST_CELLS)
+    chunk = checked_whole("chunk", chunk, 1, _MOST_CELLS + 1 - window)
+    n_tokens = checked_whole("n_tokens", n_tokens, 1, _MOST_CELLS)
+    slots = Ring(window, window + chunk - 1, window + chunk - 1)
+    ax = axes_or_new(ax, max(0.5 * n_tokens, 5.4) + 0.8, 0.5 * slots.capacity + 1.3)
+    held, kinds = np.full(slots.capacity, -1), set()
+    for start in range(0, n_tokens, chunk):
+        stop = min(start + chunk, n_tokens)
+        lost, held[slots.slots(start, stop)] = held.copy(), np.arange(start, stop)
+        for query in range(start, stop):
+            for slot in np.flatnonzero(held >= 0).tolist():
+                key, was = int(held[slot]), int(lost[slot]) if query == start else int(held[slot])
+                kinds.update(_draw_slot(ax, query, slot, key, was, window))
+        if chunk > 1:
+            ax.axvline(stop - 0.5, color=INK, lw=1.5)
+    ax.set(xlim=(-0.5, n_tokens - 0.5), ylim=(slots.capacity - 0.5, -0.5), aspect="equal")
+    label_ticks(ax.xaxis, [str(query) for query in range(n_tokens)])
+    label_ticks(ax.yaxis, [str(slot) for slot in range(slots.capacity)])
+    passes = "" if chunk == 1 else f"; passes of {chunk} between the lines"
+    ax.set(xlabel=f"position of the token that looks{passes}", ylabel="slot = position % capacity")
+    handles = [Patch(label=kind, **style) for kind, style in _SLOT_STYLES.items() if kind in kinds]
+    title(ax, f"The ring: which key each of {slots.capacity} slots holds (window {window}, chunk {chunk})", handles)
+    return ax
+
+
+def _draw_slot(ax: Axes, query: int, slot: int, key: int, was: int, window: int) -> list[str]:
+    """Draw one cell of the ring, and the key `was` that it held before the pass; return what there is to explain."""
+    kind = _SEEN if attends(query, key, window) else _OLD if key < query else _LATER
+    ax.add_patch(Rectangle((query - 0.5, slot - 0.5), 1, 1, **_SLOT_STYLES[kind]))
+    box = {"facecolor": _SLOT_STYLES[kind]["facecolor"], "edgecolor": "none", "pad": 1}
+    colour = INK if kind == _SEEN else GREY
+    ax.text(query, slot, str(key), ha="center", va="center", color=colour, fontsize=10, bbox=box)
+    if was == key:
+        return [kind]
+    ax.add_patch(Rectangle((query - 0.44, slot - 0.44), 0.88, 0.88, **_SLOT_STYLES[_WRITTEN]))
+    if was >= 0:
+        ax.text(query, slot + 0.29, f"over {was}", ha="center", va="center", color=VERMILLION, fontsize=6)
+    return [kind, _WRITTEN]
+
+
+@styled
+def rope(
+    config: ModelConfig, positions: Sequence[int] = (0, 1, 2, 3, 10, 100, 1000, 10000), *, ax: Axes | None = None
+) -> Axes:
+    """Draw how RoPE turns a fast, a middle and a slow pair of a head's numbers: clock hands, one for each position.
+
+    At position p pair j is turned by p * theta^(-2j/K) (RoFormer, arXiv:2104.09864), YaRN's change included.
+    """
+    positions = [checked_whole("position", position, least=0) for position in positions]
+    frequencies = inverse_frequencies(config.rope_theta, config.head_dim, config.yarn)
+    pairs = sorted({0, (len(frequencies) - 1) // 2, len(frequencies) - 1})
+    ax = axes_or_new(ax, max(0.85 * len(positions), 3.4) + 1.9, 1.1 * len(pairs) + 0.8)
+    for row, pair in enumerate(pairs):
+        step, turn = _digits(np.degrees(frequencies[pair])), _digits(2 * np.pi / frequencies[pair])
+        about = f"pair {pair}\n{step}° a token\na turn in {turn} tokens"
+        ax.text(-0.7, -1.3 * row, about, ha="right", va="center", fontsize=SMALL)
+        for column, position in enumerate(positions):
+            angle, y = position * frequencies[pair], -1.3 * row
+            ax.add_patch(Circle((column, y), 0.42, facecolor="none", edgecolor=GREY, lw=0.7))
+            ax.plot([column, column + 0.42], [y, y], color=GREY, lw=0.7, ls=":")
+            hand = [column, column + 0.42 * np.cos(angle)], [y, y + 0.42 * np.sin(angle)]
+            ax.plot(*hand, color=BLUE, lw=2, marker="o", ms=4, markevery=[1])
+            degrees = f"{_digits(np.degrees(angle))}°"
+            ax.text(column, y - 0.56, degrees, ha="center", va="center", fontsize=6.5, color=GREY)
+    for column, position in enumerate(positions):
+        ax.text(column, 0.62, f"position {position:,}" if column == 0 else f"{position:,}", ha="center", fontsize=SMALL)
+    ax.set(xlim=(-2.0, len(positions) - 0.4), ylim=(-1.3 * len(pairs) + 0.6, 0.85), aspect="equal")
+    ax.set_axis_off()
+    title(ax, "RoPE turns each pair of a head's numbers as the position grows")
+    return ax
+
+
+def _digits(number: float) -> str:
+    """Return a number of at least three digits, and no exponent.
+
+    >>> _digits(57295.8), _digits(0.0102314)
+    ('57,296', '0.0102')
+    """
+    if number >= 100:
+        return f"{number:,.0f}"
+    return np.format_float_positional(number, 3, unique=False, fractional=False, trim="-")
+
+
+@styled
+def rope_scores(config: ModelConfig, *, n_distances: int = 64, seed: int = 0, ax: Axes | None = None) -> Axes:
+    """Draw scores of one random query and one random key against their distance i - j, for several positions i.
+
+    The curves lie on each other, since R(i)q · R(j)k = q · R(j - i)k. Query temperature, which would scale the scores
+    of late queries, is left out.
+    """
+    n_distances = checked_whole("n_distances", n_distances, least=2)
+    config, ops = config.replace(query_temperature=None), ReferenceOps("float64")
+    rng = np.random.default_rng(checked_whole("seed", seed, least=0))
+    q_1K, k_1K = rng.standard_normal((2, 1, config.head_dim))
+    distances_S = np.arange(n_distances)
+    ax = axes_or_new(ax, 6.4, 3.2)
+    styles = [
+        {"color": PALE_BLUE, "lw": 6, "solid_capstyle": "butt"},
+        {"color": BLUE, "lw": 2.2},
+        {"color": INK, "lw": 1, "ls": (0, (2, 3))},
+    ]
+    for query, style in zip((n_distances, 4 * n_distances, 64 * n_distances), styles, strict=True):
+        at_query, at_keys = (rotation(p, config, "float64") for p in (np.array([query]), query - distances_S))
+        q_1HK = ops.rotate(q_1K[np.newaxis], at_query.query_cos, at_query.query_sin)
+        k_SGK = ops.rotate(np.tile(k_1K, (n_distances, 1, 1)), at_keys.key_cos, at_keys.key_sin)
+        scores_S = k_SGK[:, 0] @ q_1HK[0, 0] / np.sqrt(config.head_dim)
+        ax.plot(distances_S, scores_S, label=f"query at position {query:,}", **style)  # type: ignore[arg-type]
+    ax.set(xlabel="distance i − j from query to key", ylabel="score q' · k' / √K", xlim=(0, n_distances - 1))
+    ax.spines[["top", "right"]].set_visible(False)
+    title(ax, "RoPE: the score of one query and one key depends on their distance alone", ax.lines)
+    return ax
