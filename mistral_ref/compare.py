@@ -77,7 +77,7 @@ def difference(name: str, value: np.ndarray, reference: np.ndarray, bound: float
         relative = distance / np.maximum(np.abs(ours), np.abs(theirs))
     relative = np.where(distance == 0, 0.0, np.where(np.isfinite(distance), relative, np.inf))
     finite = np.abs(theirs[np.isfinite(theirs)])
-    spacing = float(np.spacing(np.float32(min(finite.max(initial=2.0**-126), 2.0**127))))  # 2^-149 to 2^104
+    spacing = float(np.spacing(np.float32(min(finite.max(initial=0.0), 2.0**127))))  # 2^-149 to 2^104
     beyond = distance > bound * spacing
     return Difference(
         name,
@@ -100,11 +100,14 @@ def step_difference(step: Step, reference: Step, bound: float) -> Difference:
     value, expected = step.value, reference.value
     keys, expected_keys = step.key_positions, reference.key_positions
     if keys is not None and expected_keys is not None and keys != expected_keys:
-        first, last = min(keys.start, expected_keys.start), max(keys.stop, expected_keys.stop)
+        if keys.stop != expected_keys.stop:  # the last one is the last query's own
+            ends = f"{keys.stop - 1} in one and {expected_keys.stop - 1} in the other"
+            raise InputError(f"{step.name} ends at position {ends}; expected passes of the same positions")
+        first = min(keys.start, expected_keys.start)
         unseen = 0.0 if step.name.endswith(".attention_weights") else -np.inf
 
         def laid_out(part: np.ndarray, seen: range) -> np.ndarray:
-            return np.pad(part, [(0, 0), (0, 0), (seen.start - first, last - seen.stop)], constant_values=unseen)
+            return np.pad(part, [(0, 0), (0, 0), (seen.start - first, 0)], constant_values=unseen)
 
         value, expected = laid_out(value, keys), laid_out(expected, expected_keys)
     return difference(step.name, value, expected, bound)
@@ -220,7 +223,7 @@ def compare_walks(
     bound   in ulps; by default 2000, or 200 with `own`
     progress    called with the number of steps compared so far
 
-    Raises InputError if the two do not yield the same steps with the same shapes.
+    Raises InputError if the two do not yield the same steps with the same shapes, or are of different positions.
     """
     bound = (OWN_BOUND if own else DEFAULT_BOUND) if bound is None else bound
     differences = []

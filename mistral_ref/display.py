@@ -1,7 +1,7 @@
 """How values are shown: statistics, numbers, tables and heat maps, as text and as HTML. It knows arrays, not models.
 
-Texts that come from a model or its reader (pieces of a tokenizer, names in a file) are escaped here, for terminals by
-`errors.printable` and for pages by `html.escape`, so that they are shown and never obeyed.
+Texts that come from a model or its reader (pieces of a tokenizer, names in a file) are shown and never obeyed: whoever
+takes them in makes them safe for terminals by `errors.printable`; for pages `html_text` escapes them here.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def statistics(values: np.ndarray) -> Statistics:
     n_infinite = values.size - finite.size - n_nan
     if finite.size == 0:
         return Statistics(np.nan, np.nan, np.nan, np.nan, n_nan, n_infinite)
-    rms = float(np.sqrt(np.mean(finite * finite)))
-    return Statistics(float(finite.min()), float(finite.max()), float(finite.mean()), rms, n_nan, n_infinite)
+    with np.errstate(over="ignore"):
+        rms, mean = float(np.sqrt(np.mean(finite * finite))), float(finite.mean())
+    return Statistics(float(finite.min()), float(finite.max()), mean, rms, n_nan, n_infinite)
 
 
 def size_text(axes: Sequence[str], shape: Sequence[int]) -> str:
@@ -86,7 +87,8 @@ def heat_map(matrix: np.ndarray, most_rows: int, most_columns: int) -> HeatMap:
     >>> heat_map(np.array([[1.0, -4.0, 2.0, -np.inf]]), 1, 2)
     HeatMap(cells=array([[-1. ,  0.5]]), scale=4.0)
     """
-    matrix = np.atleast_2d(matrix).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN with bits that processors warn of
+        matrix = np.atleast_2d(matrix).astype(np.float64)
     is_broken = np.isnan(matrix) | (matrix == np.inf)
     magnitudes = np.where(np.isfinite(matrix), np.abs(matrix), -1.0)  # -1: nothing to be seen
     scale = float(magnitudes.max(initial=0.0))
@@ -137,7 +139,9 @@ def legend(heat: HeatMap) -> str:
 
 
 def heat_image(heat: HeatMap, cell_pixels: int = 6) -> str:
-    """Return a heat map as an HTML image that holds its own data."""
+    """Return a heat map as an HTML image that holds its own data; "" for one without cells."""
+    if heat.cells.size == 0:
+        return ""
     n_rows, n_columns = heat.cells.shape
     data = base64.b64encode(_png(colours(heat.cells))).decode()
     return (

@@ -188,7 +188,7 @@ def _heads_out(heads_THK: np.ndarray, wo: Matrix) -> np.ndarray:
     heads_HTK = heads_THK.astype(np.float64).transpose(1, 0, 2)
     step = max(1, _BLOCK_ELEMENTS // n_in)
     for start in range(0, n_out, step):
-        rows = slice(start, min(start + step, n_out))
+        rows = slice(start, start + step)
         wo_HKB = wo.rows(rows, np.float64).T.reshape(n_heads, head_dim, -1)
         out_HTD[:, :, rows] = heads_HTK @ wo_HKB
     return out_HTD

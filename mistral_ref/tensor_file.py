@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def write_tensor_file(
     except (OSError, SafetensorError) as caught:
         raise error(f"{path}: cannot be written: {printable(str(caught))}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:

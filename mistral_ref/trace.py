@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mistral_ref.compare import DEFAULT_BOUND, Comparison, difference
+from mistral_ref.compare import DEFAULT_BOUND, Comparison, step_difference
 from mistral_ref.config import RowOrder
 from mistral_ref.display import html_table, size_text
 from mistral_ref.errors import CheckpointError, InputError, checked_whole, printable, shown, warn
@@ -26,7 +26,7 @@ from mistral_ref.tensor_file import Tensor, open_tensor_file, read_metadata, wri
 from mistral_ref.weights import Matrix
 
 _FORMAT = "mistral_ref.trace.v1"
-_NAME = re.compile(r"(?:layers\.(0|[1-9]\d{0,3})\.)?([a-z_]+)")
+_NAME = re.compile(r"(?:layers\.(0|[1-9][0-9]{0,3})\.)?([a-z_]+)")
 _ENDS = ("embedding", "norm", "logits")  # the steps that belong to no layer
 _TURNED = ("q", "k", "q_rotated", "k_rotated")  # whose pairs lie side by side, or half a head apart
 _MOST_POSITIONS = 2**40
@@ -48,7 +48,7 @@ class Trace(Mapping[str, np.ndarray]):
 
     steps       name -> Step, in the order of the pass
     tokens      ids of the pass's tokens; empty where a file does not tell
-    pieces      what these tokens read as
+    pieces      what these tokens read as, safe to print
     start       position of the first token
     made_by     backend and dtype, or what a file says of itself
     """
@@ -57,17 +57,16 @@ class Trace(Mapping[str, np.ndarray]):
         self, steps: Iterable[Step], tokens: Sequence[int], pieces: Sequence[str], *, start: int = 0, made_by: str = ""
     ) -> None:
         self.steps = {step.name: step for step in steps}
-        self.tokens, self.pieces = list(tokens), list(pieces)
+        self.tokens, self.pieces = list(tokens), [printable(piece) for piece in pieces]
         self.start, self.made_by = start, made_by
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
             return self.steps[name].value
         except KeyError:
-            kept = ", ".join(list(self.steps)[:3])
+            held = ", ".join([*list(self)[:3], *["..."] * (len(self) > 3)]) or "nothing"
             raise MissingStepError(
-                f"this trace does not hold {shown(name)}; it has {len(self)} steps: {kept}"
-                f"{', ...' if len(self) > 3 else ''}; model.trace(keep=...) chooses"
+                f"this trace does not hold {shown(name)}; it holds {held}; model.trace(keep=...) chooses"
             ) from None
 
     def __iter__(self) -> Iterator[str]:
@@ -76,10 +75,14 @@ class Trace(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.steps)
 
+    # Whether two traces are alike is `compare`'s business; Mapping's own == would ask arrays for one truth value.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     @cached_property
     def n_tokens(self) -> int:
         """How many tokens the pass had; 0 for a trace of nothing."""
-        return max((_tokens_of(step) for step in self.steps.values()), default=len(self.tokens))
+        return len(self.tokens) or max(map(_tokens_of, self.steps.values()), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -105,18 +108,23 @@ class Trace(Mapping[str, np.ndarray]):
         if not shared:
             raise InputError("the two traces have no step in common")
         return Comparison(
-            [difference(name, self[name], reference[name], bound) for name in shared],
+            [step_difference(self.steps[name], reference.steps[name], bound) for name in shared],
             bound,
-            unmatched=sorted(self.keys() ^ reference.keys(), key=_order),
+            unmatched=tuple(sorted(self.keys() ^ reference.keys(), key=_order)),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that `load` reads; it appears under its name only when it is complete."""
         tensors = {name: np.ascontiguousarray(value) for name, value in self.items()}
         tensors["tokens"] = np.array(self.tokens, np.int64)
-        tensors["pieces"] = np.frombuffer(json.dumps(self.pieces).encode(), np.uint8)
-        sources = {name.rpartition(".")[2]: step.source for name, step in self.steps.items()}
-        about = {"start": self.start, "made_by": self.made_by, "sources": sources}
+        tensors["pieces"] = np.frombuffer(_texts_as_json(self.pieces).encode(), np.uint8)
+        kinds = {name.rpartition(".")[2]: step for name, step in self.steps.items()}
+        about = {
+            "start": self.start,
+            "made_by": self.made_by,
+            "has_experts": any(step.kind != CATALOGUE.get(kind, step.kind) for kind, step in kinds.items()),
+            "sources": {kind: step.source for kind, step in kinds.items()},
+        }
         write_tensor_file(path, tensors, {_FORMAT: json.dumps(about)})
 
     @classmethod
@@ -125,13 +133,16 @@ class Trace(Mapping[str, np.ndarray]):
 
         A dump holds any steps of the catalogue under their full names ("layers.0.q"), each with the axes that the
         catalogue gives, as F64, F32, F16 or BF16; a leading axis of size 1 is dropped. Optional: "tokens", the ids as
-        I64 or I32. Other tensors are left aside with a warning. Without metadata the pass begins at position 0.
+        I64 or I32; and the metadata {"mistral_ref.trace.v1": '{"start": 7}'}, without which the pass begins at position
+        0. Other tensors are left aside with a warning.
 
         rope_row_order      "halves" for an engine that turns pairs half a head apart, as Hugging Face's layout does:
                             q, k, q_rotated and k_rotated are brought into the order in which pairs are neighbours
 
         Values in F64 and F32 stay mapped. Raises CheckpointError with the file and what is wrong with it.
         """
+        if rope_row_order not in ("interleaved", "halves"):
+            raise InputError(f"rope_row_order is {shown(rope_row_order)}; expected 'interleaved' or 'halves'")
         path = Path(path)
         tensors = {tensor.name: tensor for tensor in open_tensor_file(path)}
         about = _about(path)
@@ -141,8 +152,8 @@ class Trace(Mapping[str, np.ndarray]):
             raise CheckpointError(f"{path}: holds no step; expected tensors called 'embedding', 'layers.0.q' and so on")
         if others := sorted(tensors.keys() - {"tokens", "pieces", *names}):
             warn(f"{path}: left aside {len(others)} tensors that are no steps, such as {shown(others[0])}")
-        has_experts = any(name.endswith(".router_logits") for name in names)
-        steps = [_step(tensors[name], has_experts, about, rope_row_order) for name in names]
+        about["has_experts"] |= any(name.endswith((".router_logits", ".expert_weights")) for name in names)
+        steps = [_step(tensors[name], about, rope_row_order) for name in names]
         counts = {step.name: _tokens_of(step) for step in steps if _tokens_of(step)}
         expected = len(tokens) or next(iter(counts.values()), 0)
         for name, count in counts.items():
@@ -184,20 +195,35 @@ def _tokens_of(step: Step) -> int:
     return 0 if axis is None else step.value.shape[axis]
 
 
+def _texts_as_json(texts: Sequence[str]) -> str:
+    r"""Return texts as a JSON list with no bracket in them: `parse_json` counts brackets, to bound what it will cost.
+
+    >>> print(_texts_as_json(["[7]", "{"]))
+    ["\u005b7]", "\u007b"]
+    """
+    quoted = (json.dumps(text).replace("[", r"\u005b").replace("{", r"\u007b") for text in texts)
+    return f"[{', '.join(quoted)}]"
+
+
 def _about(path: Path) -> dict[str, Any]:
-    """Return what a trace's metadata say, or what their absence means."""
-    about: dict[str, Any] = {"start": 0, "made_by": "", "sources": {}}
-    text = read_metadata(path).get(_FORMAT)
-    if text is None:
-        return about
+    """Return what a trace's metadata say, or what the absence of a field means."""
+    about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}}
+    text = (read_metadata(path) or {}).get(_FORMAT, "{}")  # null is as good as none
     try:
-        found = dict(parse_json(text))
-        found["start"] = checked_whole("start", found["start"], 0, _MOST_POSITIONS)
-        found["made_by"] = printable(found["made_by"])
-        found["sources"] = {str(name): printable(source) for name, source in found["sources"].items()}
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its metadata are damaged: {printable(str(error))}") from None
-    return found
+        about |= _checked("it", parse_json(text), dict)
+        start = checked_whole("start", about["start"], 0, _MOST_POSITIONS)
+        made_by = printable(_checked("made_by", about["made_by"], str))
+        has_experts = _checked("has_experts", about["has_experts"], bool)
+        sources = {kind: printable(str(source)) for kind, source in _checked("sources", about["sources"], dict).items()}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its metadata {_FORMAT} cannot be read: {printable(str(error))}") from None
+    return {"start": start, "made_by": made_by, "has_experts": has_experts, "sources": sources}
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {shown(value)}; expected {kind.__name__}")
+    return value
 
 
 def _tokens(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
@@ -205,7 +231,8 @@ def _tokens(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
         return []
     tensor = tensors["tokens"]
     if tensor.dtype not in ("I64", "I32") or not (len(tensor.shape) == 1 or tensor.shape[:-1] == (1,)):
-        raise CheckpointError(f"{path}: tokens is {tensor.dtype} {tensor.shape}; expected I64 or I32 of one axis")
+        found = f"{tensor.dtype} {shown(tensor.shape)}"
+        raise CheckpointError(f"{path}: tokens is {found}; expected I64 or I32 of one axis")
     ids: list[int] = tensor.raw.view("<i8" if tensor.dtype == "I64" else "<i4").tolist()
     return ids
 
@@ -219,30 +246,42 @@ def _pieces(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
         raise CheckpointError(f"{path}: pieces cannot be read: {printable(str(error))}") from None
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         raise CheckpointError(f"{path}: pieces is {shown(pieces)}; expected a list of texts")
-    return [printable(piece) for piece in pieces]
+    return pieces
 
 
-def _step(tensor: Tensor, has_experts: bool, about: Mapping[str, Any], row_order: RowOrder) -> Step:
+def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder) -> Step:
     """Return the step that a tensor of a file holds."""
     kind = tensor.name.rpartition(".")[2]
-    entry = (EXPERT_CATALOGUE if has_experts else CATALOGUE)[kind]
-    value = _floats(tensor)
-    if value.ndim == len(entry.axes) + 1 and value.shape[0] == 1:
-        value = value[0]
-    if value.ndim != len(entry.axes) or value.size == 0:
-        raise CheckpointError(
-            f"{tensor.path}: {tensor.name} has shape {tensor.shape}; expected the axes {', '.join(entry.axes)}"
-        )
-    if row_order == "halves" and kind in _TURNED:
-        value = value.reshape(*value.shape[:2], 2, -1).swapaxes(2, 3).reshape(value.shape)
-    value.flags.writeable = False
+    entry = (EXPERT_CATALOGUE if about["has_experts"] else CATALOGUE)[kind]
+    shape = tensor.shape
+    if len(shape) == len(entry.axes) + 1 and shape[0] == 1:
+        shape = shape[1:]
+    is_turned = row_order == "halves" and kind in _TURNED
+    problem = f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected"
+    if not _fits(shape, entry.axes):
+        raise CheckpointError(f"{problem} the axes {', '.join(entry.axes)}")
+    if is_turned and shape[2] % 2:
+        raise CheckpointError(f"{problem} heads of an even width, whose halves make pairs")
     keys = None
     if entry.axes[-1] == "key":  # the last query's own key is the last one
-        end = about["start"] + value.shape[1]
-        keys = range(end - value.shape[2], end)
+        end = about["start"] + shape[1]
+        keys = range(end - shape[2], end)
+        if not shape[1] <= len(keys) <= end:
+            raise CheckpointError(f"{problem} {shape[1]} to {end} keys, since its queries begin at {about['start']}")
+    value = _floats(tensor).reshape(shape)
+    if is_turned:
+        value = value.reshape(*shape[:2], 2, -1).swapaxes(2, 3).reshape(shape)
+    value.flags.writeable = False
     step = Step(tensor.name, entry, value, keys)
     step.source, step.is_past = about["sources"].get(kind, ""), True
     return step
+
+
+def _fits(shape: Sequence[int], axes: Sequence[str]) -> bool:
+    """Return whether a step can have this shape. Only pairs may be none: where no expert has a share of any token."""
+    if len(shape) != len(axes):
+        return False
+    return all(0 < n < _MOST_POSITIONS or (n, axis) == (0, "pair") for n, axis in zip(shape, axes, strict=True))
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

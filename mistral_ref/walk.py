@@ -103,6 +103,8 @@ def matching_steps(patterns: Iterable[str], config: ModelConfig) -> list[str]:
 
     Patterns are names or globs such as "layers.*.ffn_out". Raises InputError for one that matches none.
     """
+    if not isinstance(patterns, Iterable):
+        raise InputError(f"{shown(patterns)} names no steps; expected names or globs such as 'layers.*.ffn_out'")
     names, chosen = list(step_names(config)), set()
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, str(pattern))]
