@@ -40,9 +40,9 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.config_files import read_config
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
-from mistral_ref.machine import cache_bytes, machine, machine_lines
+from mistral_ref.machine import cache_bytes, cache_folder, machine, machine_lines, process_memory
 from mistral_ref.shapes import SHAPES, shape
-from mistral_ref.synthetic import make_checkpoint
+from mistral_ref.synthetic import checkpoint_folder, make_checkpoint
 
 EXAMPLES = """\
 examples:
@@ -85,7 +85,7 @@ def checkpoint_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
         directory = Path(arguments.model).resolve()
         return directory, work / f"{directory.name}-{zlib.crc32(os.fsencode(directory)):08x}"
     config = shape(arguments.shape, layers=arguments.layers)
-    directory = work / f"{arguments.shape}-{config.n_layers}-{arguments.dtype}"
+    directory = checkpoint_folder(arguments.shape, config, arguments.dtype, work)
     notice(f"weights: {directory}")
     return make_checkpoint(directory, config, kind=arguments.dtype), directory
 
@@ -154,7 +154,7 @@ def measure_all(workers: Sequence[Worker], tests: Sequence[Test], repeats: int, 
                     worker.limits.setdefault(test.name, []).append(reads)
                 time.sleep(rest)
     for worker in workers:
-        worker.memory = worker.ask(do="memory")
+        worker.memory = process_memory(worker.process.pid)
 
 
 def rate_rows(workers: Sequence[Worker], tests: Sequence[Test], gb_a_token: float) -> list[list[str]]:
@@ -223,7 +223,6 @@ def as_json(
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = parser_for(__doc__, EXAMPLES)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--model", metavar="DIR", help="take these weights, in Mistral's own layout")
     parser.add_argument("--shape", default="mistral-7b", help=f"{', '.join(SHAPES)} (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="of that shape (default: %(default)s)")
@@ -243,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--flash-attention", choices=["auto", "on", "off"], default="auto", help="llama.cpp's (default: %(default)s)"
     )
-    parser.add_argument("--work-dir", default=cache / "mistral_ref" / "benchmarks", metavar="DIR", help="%(default)s")
+    parser.add_argument("--work-dir", default=cache_folder(), metavar="DIR", help="%(default)s")
     parser.add_argument("--json", metavar="FILE", help="write the machine, versions and every sample there")
     return parser.parse_args()
 

@@ -1,7 +1,6 @@
 """One runtime in a process of its own, driven by compare_peers.py: a line of JSON in, a line of JSON out.
 
     {"do": "logits", "n": 16}       logits of the last of n tokens
-    {"do": "memory"}                bytes resident at most, and anonymous
     {"do": "run", "n": 512, "depth": 0, "step": 512}
                                     seconds that n tokens take after `depth` others, `step` at a time
 
@@ -16,7 +15,6 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -182,23 +180,6 @@ def run(runtime: Runtime, ids: np.ndarray, n: int, depth: int, step: int) -> flo
     return time.perf_counter() - start
 
 
-def memory() -> dict[str, int | None]:
-    """Return the bytes of memory that were resident at most, and that are of no file now; None where nobody tells."""
-
-    def kib(path: str, name: str) -> int | None:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return None
-        found = [line.split()[1] for line in lines if line.startswith(name)]
-        return int(found[0]) * 2**10 if found else None
-
-    return {
-        "peak_resident": kib("/proc/self/status", "VmHWM:"),
-        "anonymous": kib("/proc/self/smaps_rollup", "Anonymous:"),
-    }
-
-
 def main() -> None:
     """Load a runtime, take one token, and answer requests until there are no more."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,10 +206,8 @@ def main() -> None:
         if request["do"] == "logits":
             runtime.keep(0)
             answer: dict[str, Any] = {"logits": runtime.append(ids[: request["n"]]).tolist()}
-        elif request["do"] == "run":
-            answer = {"seconds": run(runtime, ids, request["n"], request["depth"], request["step"])}
         else:
-            answer = memory()
+            answer = {"seconds": run(runtime, ids, request["n"], request["depth"], request["step"])}
         print(json.dumps(answer), file=answers)
 
 

@@ -21,6 +21,7 @@ from mistral_kernels import threads
 from mistral_kernels.instructions import LANES
 
 _CPUS = Path("/sys/devices/system/cpu")
+_POWER = Path("/sys/class/power_supply")
 
 
 def _output_of(*command: str) -> str | None:
@@ -68,6 +69,64 @@ def _commit() -> str | None:
     return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: synthetic checkpoints, and what peers read."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mistral_ref" / "benchmarks"
+
+
+def _proc_bytes(path: Path, name: str) -> int | None:
+    """Return the bytes that a line "Name:  123 kB" of a file of the system's tells of."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(name)]
+    return int(found[0]) * 2**10 if found else None
+
+
+def process_memory(pid: int) -> dict[str, int | None]:
+    """Return a process's bytes that were resident at most, and that are of no file now; None where nobody tells."""
+    folder = Path("/proc") / str(pid)
+    return {
+        "peak_resident": _proc_bytes(folder / "status", "VmHWM:"),
+        "anonymous": _proc_bytes(folder / "smaps_rollup", "Anonymous:"),
+    }
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that programs can still have; of macOS, which does not tell, all there is."""
+    if sys.platform == "darwin":
+        found = _output_of("/usr/sbin/sysctl", "-n", "hw.memsize")
+        return int(found) if found and found.isdecimal() else None
+    return _proc_bytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def power_source() -> str | None:
+    """Return "mains" or "battery", on which many laptops compute more slowly; None where the system does not tell."""
+    if sys.platform == "darwin":
+        found = _output_of("/usr/bin/pmset", "-g", "batt") or ""
+        return "mains" if "AC Power" in found else "battery" if "Battery Power" in found else None
+    states = []
+    for supply in _POWER.glob("*"):
+        try:
+            if (supply / "type").read_text().strip() == "Battery" and not (supply / "scope").exists():  # not a mouse's
+                states.append((supply / "status").read_text().strip())
+        except OSError:
+            continue
+    return None if not states else "battery" if "Discharging" in states else "mains"
+
+
+def throttle_count() -> int | None:
+    """Return how often cores have been slowed down for heat since the start; None where the system does not tell."""
+    counts = []
+    for path in _CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
+        try:
+            counts.append(int(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return sum(counts) if counts else None
+
+
 def machine(n_threads: int) -> dict[str, Any]:
     """Return what figures depend on: processor, threads, versions, date. What the system does not tell is None."""
     libraries = [info for info in threadpool_info() if info["user_api"] == "blas"]
@@ -84,6 +143,7 @@ def machine(n_threads: int) -> dict[str, Any]:
         "threads": n_threads,
         "threading_layer": threads.layer(),
         "vector_lanes": LANES,
+        "power_source": power_source(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,

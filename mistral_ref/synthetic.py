@@ -213,6 +213,16 @@ def _made_of(path: Path) -> str | None:
         return None
 
 
+def checkpoint_folder(name: str, config: ModelConfig, kind: Kind, parent: Path) -> Path:
+    """Return the folder for a checkpoint of a shape by its name: one for each number of layers and kind of weights."""
+    return parent / f"{name}-{config.n_layers}-{kind}"
+
+
+def checkpoint_bytes(config: ModelConfig, kind: Kind) -> int:
+    """Return the bytes of a checkpoint's tensors."""
+    return sum(tensor.nbytes for tensor in plan(config, kind, seed=0))
+
+
 def make_checkpoint(
     directory: str | os.PathLike[str],
     config: ModelConfig,

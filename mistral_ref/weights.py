@@ -172,26 +172,31 @@ def _with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
     return dataclasses.replace(part, **fields)  # type: ignore[type-var]
 
 
+def matrices(part: Any) -> list[Matrix]:
+    """Return every matrix of weights, a layer or a tuple of them; one that stands in two places once."""
+    found: dict[int, Matrix] = {}
+
+    def note(matrix: Matrix) -> Matrix:
+        found[id(matrix)] = matrix
+        return matrix
+
+    _with_matrices(part, note)
+    return list(found.values())
+
+
 def repacked(weights: Weights, progress: Callable[[int, int], None] | None = None) -> Weights:
     """Return weights with all matrices that tokens are multiplied with in tile order, where that is possible.
 
     `progress(done, total)` is called before each matrix and at the end.
     """
     multiplied = (weights.layers, weights.output)
-    matrices: list[Matrix] = []
-
-    def count(matrix: Matrix) -> Matrix:
-        matrices.append(matrix)
-        return matrix
-
-    _with_matrices(multiplied, count)
-    done = itertools.count()
+    total, done = len(matrices(multiplied)), itertools.count()
     report = progress or (lambda done, total: None)
 
     def repack(matrix: Matrix) -> Matrix:
-        report(next(done), len(matrices))
+        report(next(done), total)
         return tiled(matrix)
 
     layers, output = _with_matrices(multiplied, repack)
-    report(len(matrices), len(matrices))
+    report(total, total)
     return dataclasses.replace(weights, layers=layers, output=output)

@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from mistral_ref.errors import InputError
-from mistral_ref.generation import Progress
 from mistral_ref.loading import DEMO_MODEL, load
 from mistral_ref.model import Model
 
@@ -78,8 +78,14 @@ def load_model(arguments: argparse.Namespace) -> Model:
         )
 
 
+class Bar(Protocol):
+    """Moves a bar, and may say what goes on now."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None: ...
+
+
 @contextmanager
-def progress_bar(description: str, *, is_long: bool) -> Iterator[Progress | None]:
+def progress_bar(description: str, *, is_long: bool) -> Iterator[Bar | None]:
     """Show a bar on a terminal's standard error while something long goes on; give what moves it, or None."""
     if not is_long or sys.stderr is None or not sys.stderr.isatty():
         yield None
@@ -90,7 +96,11 @@ def progress_bar(description: str, *, is_long: bool) -> Iterator[Progress | None
 
     with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def move(done: int, total: int, text: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=text or description)
+
+        yield move
 
 
 def size(n_bytes: int) -> str:

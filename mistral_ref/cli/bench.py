@@ -1,0 +1,250 @@
+"""mistral-ref bench: how fast a model is on this machine, and what limits it."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import io
+import itertools
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import TYPE_CHECKING, Any, get_args
+
+from mistral_ref.cli.common import add_compute_options, load_model, progress_bar, size
+from mistral_ref.display import markdown_table
+from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.loading import DEMO_MODEL
+from mistral_ref.model import Model
+from mistral_ref.shapes import SHAPES, shape
+from mistral_ref.weights import Kind, matrices
+
+if TYPE_CHECKING:
+    from mistral_ref.speed import SpeedResult
+
+_EXAMPLES = """\
+examples:
+  mistral-ref bench                                          the demonstration model
+  mistral-ref bench --quick --model DIR                      within a minute
+  mistral-ref bench --shape mistral-7b --layers 8            random weights of that shape, no download
+  mistral-ref bench --shape mistral-7b -p 0 -n 32 -d 0,4096,8192      the window keeps decoding flat
+  mistral-ref bench --model DIR -o json > results.json
+"""
+_LARGEST_READ = 2**30  # bytes of the array whose reading is the limit
+_QUICK = {"n_prompt": "64", "n_gen": "16", "repetitions": 3}
+_QUICK_SECONDS = 10.0  # of samples of each test
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure how fast a model is, and what limits it",
+        description="Measure prompt processing (pp) and generation (tg) by llama-bench's conventions: random tokens, "
+        "no tokenizer, no sampling; a warm-up, then repetitions, mean ± standard deviation. Every run stands beside a "
+        "limit of this machine, measured just before it: plain reads of memory for generation, multiply-adds for "
+        "prompts. Numbers may be lists: -p 128,512.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("-m", "--model", metavar="DIR", default=DEMO_MODEL, help="default: the demonstration model")
+    which.add_argument("--shape", metavar="NAME", help=f"random weights in a published shape: {', '.join(SHAPES)}")
+    shapes = parser.add_argument_group("with --shape")
+    shapes.add_argument("--layers", type=int, metavar="N", help="so many layers of it (default: all)")
+    shapes.add_argument(
+        "--dtype", dest="kind", choices=get_args(Kind), default="bf16", help="of the weights (default: %(default)s)"
+    )
+    shapes.add_argument("--work-dir", metavar="DIR", help="where the weights are kept for the next time")
+    add_compute_options(parser)
+    tests = parser.add_argument_group("tests")
+    tests.add_argument("-p", "--n-prompt", default="512", metavar="N", help="tokens of a prompt (default: %(default)s)")
+    tests.add_argument("-n", "--n-gen", default="128", metavar="N", help="tokens to generate (default: %(default)s)")
+    tests.add_argument("-d", "--n-depth", default="0", metavar="N", help="tokens before them (default: %(default)s)")
+    tests.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    tests.add_argument("--no-warmup", action="store_true", help="without the first run, which does not count")
+    tests.add_argument("--cache-dtype", choices=["float32", "float16"], help="of keys and values (default: float32)")
+    tests.add_argument("--quick", action="store_true", help="pp64 and tg16, a few seconds each")
+    parser.add_argument(
+        "-o", "--output", choices=["md", "json", "csv"], default="md", help="what to print (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, and print the results."""
+    # Imported here and below: it starts Numba, and --help goes without.
+    from mistral_ref import benchmark, machine, speed  # noqa: PLC0415
+
+    if arguments.quick:
+        vars(arguments).update(_QUICK)
+    checked_whole("--repetitions", arguments.repetitions, least=1)
+    numbers = {name: getattr(arguments, name) for name in ("n_prompt", "n_gen", "n_depth")}
+    tests = speed.speed_tests(*(_whole_numbers(name, text) for name, text in numbers.items()))
+    if not tests:
+        raise InputError("nothing to measure; expected --n-prompt or --n-gen above 0")
+    n_tokens = max(test.depth + test.n for test in tests)
+    if arguments.shape is not None:
+        arguments.model = _synthetic(arguments)
+    throttled = machine.throttle_count()
+    model, started = _started(arguments, n_tokens)
+    n_threads, n_bytes = _threads_of(model, arguments), sum(matrix.nbytes for matrix in matrices(model.weights))
+    total, counter = sum(bool(test.depth) + 1 + arguments.repetitions for test in tests), itertools.count()
+    with progress_bar("measuring", is_long=True) as bar:
+        results = speed.measure_speed(
+            model,
+            tests,
+            repeats=arguments.repetitions,
+            read=benchmark.read_limit(n_threads, max(4 * machine.cache_bytes(), min(n_bytes, _LARGEST_READ))),
+            peak=benchmark.multiply_add_limit(n_threads),
+            cache_dtype=arguments.cache_dtype,
+            seconds=_QUICK_SECONDS if arguments.quick else None,
+            warm_up=not arguments.no_warmup,
+            progress=(lambda text: bar(next(counter), total, text)) if bar else None,
+        )
+    description = machine.machine(n_threads)
+    cache_type = _CACHE_TYPES[model.new_cache(dtype=arguments.cache_dtype).dtype]
+    about = {
+        "model_filename": os.fspath(arguments.model),
+        "model_type": f"{Path(arguments.model).name} {'+'.join(sorted({m.kind for m in matrices(model.weights)}))}",
+        "model_size": n_bytes,
+        "model_n_params": model.config.n_parameters,
+        "backends": model.ops.name,
+        "n_threads": n_threads,
+        "n_batch": speed.CHUNK,
+        "n_ubatch": speed.CHUNK,
+        "type_k": cache_type,
+        "type_v": cache_type,
+        "dtype": str(model.ops.dtype),
+        "repacked": arguments.repack,
+        **started,
+        **machine.process_memory(os.getpid()),
+        "throttled": None if throttled is None else (machine.throttle_count() or 0) - throttled,
+    }
+    _print([_record(result, about, description) for result in results], description, arguments.output)
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    """Return the numbers of a list such as "128,512"."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise InputError(f"--{name.replace('_', '-')} is {shown(text)}; expected whole numbers with commas between")
+    return [int(part) for part in parts]
+
+
+def _synthetic(arguments: argparse.Namespace) -> Path:
+    """Return the directory of random weights that the options ask for, made if it is not there and fits in memory."""
+    from mistral_ref import machine, synthetic  # noqa: PLC0415
+
+    config = shape(arguments.shape, layers=arguments.layers)
+    n_bytes, available = synthetic.checkpoint_bytes(config, arguments.kind), machine.available_memory()
+    n_bytes *= 2 if arguments.repack else 1
+    if available is not None and n_bytes > available:
+        raise InputError(
+            f"{arguments.shape} with {config.n_layers} layers takes {size(n_bytes)}, but {size(available)} of memory "
+            "are left, and what does not fit would be read from the disk for every token; --layers takes fewer"
+        )
+    parent = Path(arguments.work_dir) if arguments.work_dir else machine.cache_folder()
+    folder = synthetic.checkpoint_folder(arguments.shape, config, arguments.kind, parent)
+    with progress_bar("writing random weights", is_long=True) as bar:
+        return synthetic.make_checkpoint(folder, config, kind=arguments.kind, progress=bar)
+
+
+def _started(arguments: argparse.Namespace, n_tokens: int) -> tuple[Model, dict[str, float]]:
+    """Return the model, and how many seconds it took to load, to a first token, and of that to compile kernels."""
+    import numba.core.event  # noqa: PLC0415
+
+    compiling: list[float] = []
+    start = time.perf_counter()
+    model = load_model(arguments)
+    loaded = time.perf_counter()
+    longest = model.config.max_seq_len
+    if longest is not None and n_tokens > longest:
+        raise InputError(f"{n_tokens} tokens; the model is meant for at most {longest} (max_seq_len)")
+    with numba.core.event.install_timer("numba:compile", compiling.append):
+        model.forward([0], last_only=True)
+        first_token = time.perf_counter()
+        model.forward([0, 0], last_only=True)  # several tokens take other kernels
+    return model, {"load_s": loaded - start, "first_token_s": first_token - loaded, "compile_s": sum(compiling)}
+
+
+def _threads_of(model: Model, arguments: argparse.Namespace) -> int:
+    from mistral_ref.compiled_ops import chosen_threads  # noqa: PLC0415
+
+    return chosen_threads(getattr(model.ops, "threads", arguments.threads))
+
+
+def _record(result: SpeedResult, about: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    """Return a result under llama-bench's names, and what it has none for under ours."""
+    work = "gbs" if result.test.n_gen else "gflops"
+    return {
+        "build_commit": description["commit"],
+        "build_number": description["mistral_ref"],
+        "cpu_info": description["cpu"],
+        "gpu_info": "",
+        **about,
+        "n_prompt": result.test.n_prompt,
+        "n_gen": result.test.n_gen,
+        "n_depth": result.test.depth,
+        "test": result.test.name,
+        "test_time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "avg_ns": round(1e9 * mean(result.seconds)),
+        "stddev_ns": round(1e9 * stdev(result.seconds)) if len(result.seconds) > 1 else 0,
+        "avg_ts": result.mean,
+        "stddev_ts": result.deviation,
+        "median_ts": median(result.rates),
+        "samples_ns": [round(1e9 * seconds) for seconds in result.seconds],
+        "samples_ts": result.rates,
+        work: median(result.work_rates),
+        f"{work}_limit": median(result.limits),
+        "percent_of_limit": 100 * median(result.shares),
+        "samples_percent_of_limit": [100 * share for share in result.shares],
+        **{name: description[name] for name in ("numba", "numpy", "blas", "threading_layer", "power_source", "system")},
+    }
+
+
+def _print(records: Sequence[dict[str, Any]], description: dict[str, Any], output: str) -> None:
+    """Print results as Markdown for people, or as JSON or CSV for programs."""
+    from mistral_ref.machine import machine_lines  # noqa: PLC0415
+
+    if output == "json":
+        print(json.dumps(records, indent=1))
+    elif output == "csv":
+        text = io.StringIO()
+        names = dict.fromkeys(name for record in records for name in record)
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        print(text.getvalue(), end="")
+    else:
+        first = records[0]
+        print(markdown_table(_HEADINGS, [_cells(record) for record in records]))
+        times = ", ".join(f"{name} {first[f'{name}_s']:.2f} s" for name in ("load", "first_token", "compile"))
+        memory = ", ".join(f"{size(first[key])} {words}" for key, words in _MEMORY.items() if first[key] is not None)
+        throttled = {None: "unknown", 0: "no"}.get(first["throttled"], f"{first['throttled']} times")
+        print(f"\n{times.replace('_', ' ')}\nmemory: {memory or 'unknown'}\nthrottled: {throttled}")
+        print("\n".join(machine_lines(description)))
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    unit = "gbs" if "gbs" in record else "gflops"
+    return [
+        record["model_type"],
+        f"{record['model_size'] / 2**30:.2f} GiB",
+        f"{record['model_n_params'] / 1e9:.2f} B",
+        record["backends"],
+        str(record["n_threads"]),
+        record["test"],
+        f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}",
+        f"{record[unit]:.1f} {'GB/s' if unit == 'gbs' else 'GFLOP/s'}",
+        f"{record['percent_of_limit']:.0f}% of {record[f'{unit}_limit']:.1f}",
+    ]
+
+
+_HEADINGS = ["model", "size", "params", "backend", "threads", "test", "t/s", "reached", "limit"]
+_MEMORY = {"peak_resident": "resident at most", "anonymous": "of it no file's"}
+_CACHE_TYPES = {"float32": "f32", "float16": "f16", "float64": "f64"}

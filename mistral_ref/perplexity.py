@@ -1,0 +1,167 @@
+"""Perplexity: how surprised a model is by a text, exp of the mean negative log-probability of its tokens.
+
+A text is longer than what a model reads at once, so it is cut into windows, and it matters how. Two ways, both of which
+others use, so that figures can be compared:
+
+    halves      pieces of `context` tokens side by side, the first token of each replaced by BOS; what follows the
+                middle of a piece is scored, and what is left over at the end is not used. llama.cpp's llama-perplexity
+                does so, and gives the same standard error.
+    strided     windows of `context` tokens, each `stride` further on; a window scores the tokens that none before it
+                has scored, so all but the first one are scored, given at least context - stride tokens before them.
+                A smaller stride gives more context and costs more: context / stride passes of the whole text. A stride
+                equal to the context cuts the text into pieces, whose first tokens nothing precedes: they are not
+                scored. The windows are those of Hugging Face's recipe (transformers, "Perplexity of fixed-length
+                models"), whose mean counts one token too few for each window that overlaps the one before it.
+
+    tokens              0 1 2 3 4 5 6 7 8 9
+    halves of 4         B 1 2[3]                the brackets are what is scored
+                                B 5 6[7]
+    strided, 4 by 2     0[1 2 3]
+                            2 3[4 5]
+                                4 5[6 7]
+                                    6 7[8 9]
+    strided, 4 by 4     0[1 2 3]
+                                4[5 6 7]
+                                        8[9]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.generation import Progress
+from mistral_ref.model import Model, Prompt
+
+
+class Window(NamedTuple):
+    """Tokens start to stop - 1 go through the model; those from `scored` on are scored."""
+
+    start: int
+    stop: int
+    scored: int
+
+
+@dataclass(frozen=True, eq=False)
+class Perplexity:
+    """What a text came to.
+
+    nlls            negative log-probability of each scored token (n_scored,), in nats, in the order of the text
+    n_evaluated     tokens that went through the model: of each window all but the last, after which nothing is asked
+    """
+
+    nlls: np.ndarray
+    n_evaluated: int
+
+    @property
+    def n_scored(self) -> int:
+        """How many tokens were scored."""
+        return self.nlls.size
+
+    @property
+    def nll(self) -> float:
+        """The mean of nlls."""
+        return float(self.nlls.mean())
+
+    @property
+    def nll_error(self) -> float:
+        """The standard error of that mean, s / sqrt(n), where s² = sum (nll_i - nll)² / (n - 1); NaN for one token.
+
+        It takes the tokens for independent, which those of a text are not quite.
+        """
+        return float(self.nlls.std(ddof=1) / math.sqrt(self.n_scored)) if self.n_scored > 1 else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)"""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.nll))
+
+    @property
+    def error(self) -> float:
+        """The standard error of the perplexity, to first order: perplexity * nll_error."""
+        return self.perplexity * self.nll_error
+
+    def bits_per_byte(self, n_bytes: int) -> float:
+        """Sum of nlls / ln 2 / bytes of the text: comparable between tokenizers, where all of the text was scored."""
+        return float(self.nlls.sum()) / math.log(2) / n_bytes
+
+
+def half_windows(n_tokens: int, context: int) -> Iterator[Window]:
+    """Yield the pieces of which what follows the middle is scored; see the module.
+
+    >>> [tuple(window) for window in half_windows(10, context=4)]
+    [(0, 4, 3), (4, 8, 7)]
+    """
+    for start in range(0, n_tokens - context + 1, context):
+        yield Window(start, start + context, start + context // 2 + 1)
+
+
+def strided_windows(n_tokens: int, context: int, stride: int) -> Iterator[Window]:
+    """Yield the windows of the strided way; see the module.
+
+    >>> [tuple(window) for window in strided_windows(9, context=4, stride=2)]
+    [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 9, 8)]
+    >>> [tuple(window) for window in strided_windows(9, context=4, stride=4)]
+    [(0, 4, 1), (4, 8, 5)]
+    """
+    start, scored = 0, 1
+    while scored < n_tokens:
+        stop = min(start + context, n_tokens)
+        yield Window(start, stop, scored)
+        start += stride
+        scored = max(stop, start + 1)
+
+
+def perplexity(
+    model: Model,
+    tokens: Prompt,
+    *,
+    context: int = 512,
+    stride: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Return the perplexity of a text or of token ids, which may be longer than what the model is meant for.
+
+    context     tokens of a window, 3 at least
+    stride      how far apart windows begin, for the strided way; None: the second halves of pieces
+    progress    called with (tokens before the window, tokens in all)
+
+    Memory: logits exist for one chunk of a window at a time. With the text grow its ids, and a number for each of them.
+
+    Raises InputError, before anything is computed, if an argument is out of range or the text too short for a window.
+    """
+    context = checked_whole("context", context, least=3, most=model.config.max_seq_len)
+    if stride is not None:
+        stride = checked_whole("stride", stride, least=1, most=context)
+    ids = _checked_ids(model, tokens, context)
+    if stride is None and len(ids) < context:
+        raise InputError(f"the text has {len(ids)} tokens; expected at least {context}, one context, or a stride")
+    if len(ids) < 2:
+        raise InputError("the text has 1 token; expected at least 2")
+    windows = half_windows(len(ids), context) if stride is None else strided_windows(len(ids), context, stride)
+    first = [model.tokenizer.bos_id] if stride is None and model.tokenizer is not None else []
+    report = progress or (lambda done, total: None)
+    nlls, n_evaluated = [], 0
+    for start, stop, scored in windows:
+        report(start, len(ids))
+        logprobs = model.score(first + ids[start + len(first) : stop])
+        nlls.append(-logprobs[scored - start - 1 :])
+        n_evaluated += len(logprobs)
+    report(len(ids), len(ids))
+    return Perplexity(np.concatenate(nlls), n_evaluated)
+
+
+def _checked_ids(model: Model, tokens: Prompt, context: int) -> list[int]:
+    """Return the ids of a text, checked a window's length at a time, since all together may be longer than allowed."""
+    if isinstance(tokens, str) and model.tokenizer is not None:
+        tokens = model.tokenizer.encode(tokens)
+    ids: list[int] = []
+    for start in range(0, max(len(tokens), 1), context):
+        ids += model.token_ids(tokens[start : start + context])
+    return ids

@@ -1,0 +1,190 @@
+"""How fast a model is on this machine, by the conventions of llama.cpp's llama-bench, and what limits it.
+
+    pp512           512 random tokens as a prompt, 512 at once, logits of the last
+    tg128           128 random tokens one by one
+    tg128 @ d4096   the same after 4096 others
+
+Tokenizing, sampling and reading the file are not part of it. Each test runs once to warm up, then some times; every
+sample stands beside a limit of the machine measured just before it: generating reads every weight once a token and is
+held against plain reads of memory, a prompt multiplies all weights with many tokens and is held against multiply-adds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import numpy as np
+
+from mistral_ref.benchmark import Limit, ratios
+from mistral_ref.cache import KVCache
+from mistral_ref.cost import StepCost, step_costs
+from mistral_ref.errors import checked_whole
+from mistral_ref.model import Model
+
+CHUNK = 512  # tokens that a prompt is read in
+_SEED = 0
+
+
+class SpeedTest(NamedTuple):
+    """n tokens after `depth` others: a prompt, or generated one by one."""
+
+    n_prompt: int
+    n_gen: int
+    depth: int
+
+    @property
+    def n(self) -> int:
+        """How many tokens a run takes."""
+        return self.n_prompt or self.n_gen
+
+    @property
+    def name(self) -> str:
+        """As llama-bench calls it.
+
+        >>> SpeedTest(0, 128, 4096).name
+        'tg128 @ d4096'
+        """
+        kind = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{kind} @ d{self.depth}" if self.depth else kind
+
+
+def speed_tests(n_prompt: Sequence[int], n_gen: Sequence[int], depths: Sequence[int]) -> list[SpeedTest]:
+    """Return a test for each number of tokens at each depth; 0 tokens are no test.
+
+    >>> [test.name for test in speed_tests([512], [0, 8], [0, 64])]
+    ['pp512', 'tg8', 'pp512 @ d64', 'tg8 @ d64']
+    """
+    numbers = {"n-prompt": n_prompt, "n-gen": n_gen, "n-depth": depths}
+    for name, values in numbers.items():
+        for value in values:
+            checked_whole(name, value, least=0, most=2**24)
+    tests = [SpeedTest(*((n, 0) if kind == "pp" else (0, n)), depth)
+             for depth in depths for kind, several in (("pp", n_prompt), ("tg", n_gen)) for n in several]  # fmt: skip
+    return [test for test in tests if test.n]
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """Every sample of one test.
+
+    seconds     of each run
+    limits      of the machine, measured just before each, in `unit`
+    work        what a run does at least: GB read to generate a token, times tokens, or GFLOP of a prompt
+    """
+
+    test: SpeedTest
+    unit: str
+    work: float
+    seconds: list[float] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second of each run."""
+        return [self.test.n / seconds for seconds in self.seconds]
+
+    @property
+    def mean(self) -> float:
+        """Tokens a second, the mean over the runs."""
+        return mean(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of tokens a second over the runs; 0 for a single one."""
+        return stdev(self.rates) if len(self.rates) > 1 else 0.0
+
+    @property
+    def work_rates(self) -> list[float]:
+        """GB or GFLOP a second of each run."""
+        return [self.work / seconds for seconds in self.seconds]
+
+    @property
+    def shares(self) -> list[float]:
+        """What each run reached of the limit before it."""
+        return ratios(self.work_rates, self.limits)
+
+
+def work_of(model: Model, test: SpeedTest, cache_dtype: str) -> tuple[int, int]:
+    """Return the FLOP of a run, and the bytes that it reads and writes at least; see cost.py.
+
+    A prompt gives the logits of its last token alone; generated tokens are counted at the middle of the run.
+    """
+
+    def costs(n_tokens: int, start: int) -> list[StepCost]:
+        return step_costs(model.config, model.weights, n_tokens, start, cache_dtype=cache_dtype)
+
+    if test.n_gen:
+        counted = costs(1, test.depth + test.n_gen // 2)
+        return test.n_gen * sum(cost.flops for cost in counted), test.n_gen * sum(cost.bytes for cost in counted)
+    counted = []
+    for start in range(0, test.n_prompt, CHUNK):
+        n_tokens = min(CHUNK, test.n_prompt - start)
+        counted += [*costs(n_tokens, test.depth + start)[:-2], *costs(1, test.depth + start)[-2:]]
+    return sum(cost.flops for cost in counted), sum(cost.bytes for cost in counted)
+
+
+def measure_speed(
+    model: Model,
+    tests: Sequence[SpeedTest],
+    *,
+    repeats: int,
+    read: Limit,
+    peak: Limit,
+    cache_dtype: str | None = None,
+    seconds: float | None = None,
+    warm_up: bool = True,
+    progress: Callable[[str], object] | None = None,
+) -> list[SpeedResult]:
+    """Return the results of all tests, one after the other, from the shallowest depth to the deepest.
+
+    read, peak      limits in GB/s and GFLOP/s, as benchmark.py makes them
+    seconds         that one test may take, about: it runs less often where a run is long, once at least
+    progress        called with what is about to happen
+    """
+    repeats = checked_whole("repeats", repeats, least=1)
+    report = progress or (lambda text: None)
+    results = []
+    for test in tests:
+        cache = model.new_cache(chunk=CHUNK, dtype=cache_dtype)
+        flops, n_bytes = work_of(model, test, cache.dtype)
+        limit, work = (read, n_bytes / 1e9) if test.n_gen else (peak, flops / 1e9)
+        result = SpeedResult(test, limit.unit, work)
+        rng = np.random.default_rng(_SEED)
+        if test.depth:
+            report(f"{test.name}: the {test.depth} tokens before")
+            _append(model, cache, rng.integers(0, model.config.vocab_size, test.depth), CHUNK)
+        ids = rng.integers(0, model.config.vocab_size, test.n)
+        n_runs, took = repeats, 0.0
+        if warm_up:
+            report(f"{test.name}: warming up")
+            took = (
+                _run(model, cache, test, ids if test.n_prompt else ids[:2]) * test.n / (test.n_prompt or min(2, test.n))
+            )
+        if seconds is not None and took:
+            n_runs = min(repeats, max(1, int(seconds / took)))
+        for number in range(n_runs):
+            report(f"{test.name}: {number + 1} of {n_runs}")
+            result.limits.append(limit.measure())
+            result.seconds.append(_run(model, cache, test, ids))
+        results.append(result)
+    return results
+
+
+def _run(model: Model, cache: KVCache, test: SpeedTest, ids: np.ndarray) -> float:
+    """Return the seconds that a run takes; the cache is as long afterwards as it was before."""
+    used = cache if len(ids) <= cache.chunk else cache.copy()  # a ring can take back as many tokens as its chunk
+    start = time.perf_counter()
+    _append(model, used, ids, CHUNK if test.n_prompt else 1)
+    took = time.perf_counter() - start
+    if used is cache:
+        cache.truncate(test.depth)
+    return took
+
+
+def _append(model: Model, cache: KVCache, ids: np.ndarray, step: int) -> None:
+    for start in range(0, len(ids), step):
+        model.forward(ids[start : start + step], cache, last_only=True)

@@ -1,0 +1,503 @@
+"""Perplexity: against transformers, token by token; windows against brute force; the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shlex
+import sys
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from checkpoints import FAMILIES, draw_weights, write_consolidated, write_hf
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from tiny import BACKENDS, model_of, tokens_for
+from tiny_tokenizers import PARAGRAPH, tiny_tokenizer
+
+import mistral_ref
+from mistral_ref.cli import main
+from mistral_ref.errors import InputError
+from mistral_ref.model import Model
+from mistral_ref.perplexity import Perplexity, half_windows, perplexity, strided_windows
+from mistral_ref.sampling import log_softmax
+from mistral_ref.tokenizer import SentencePieceTokenizer
+from mistral_ref.transformer import Transformer
+
+CONFIG = FAMILIES["dense_windowed"].config
+TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
+WITH_BOS = SimpleNamespace(bos_id=1, eos_id=2)  # all that the halves need of a tokenizer
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def with_bos(model: Model) -> Model:
+    return Model(model.config, model.weights, model.ops, tokenizer=WITH_BOS)
+
+
+# ------------------------------------------------------------------------------------------------------------ golden
+
+TOLERANCE = 1e-4  # in nats, for one token; 2.5e-5 were found
+N, S = 64, 24  # context and stride
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["dense_windowed", "mixtral"])
+def test_every_scored_token_is_that_of_transformers(name: str, backend: str, tmp_path: Path) -> None:
+    golden = load_file(Path(__file__).parent / "golden" / f"perplexity_{name}.safetensors")
+    write_hf(tmp_path, FAMILIES[name])
+    model = with_bos(mistral_ref.load(tmp_path, backend=backend, threads=1))
+    tokens = golden["tokens"]
+    for way, stride in {"strided": S, "halves": None}.items():
+        found = perplexity(model, tokens, context=N, stride=stride)
+        windows = half_windows(len(tokens), N) if stride is None else strided_windows(len(tokens), N, stride)
+        positions = [token for window in windows for token in range(window.scored, window.stop)]
+        assert positions == golden[f"{way}_positions"].tolist()
+        off = np.abs(found.nlls + golden[f"{way}_logprobs"])
+        worst = int(off.argmax())
+        assert off[worst] < TOLERANCE, f"{way}: token {positions[worst]} is off by {off[worst]:.1e} nats"
+        assert [found.nll, found.nll_error] == pytest.approx(golden[f"{way}_mean"], abs=TOLERANCE / 10)
+
+
+def test_the_recipe_weighs_windows_that_overlap_by_one_token_less(tmp_path: Path) -> None:
+    golden = load_file(Path(__file__).parent / "golden" / "perplexity_mixtral.safetensors")
+    scored = [window.stop - window.scored for window in strided_windows(300, N, S)]
+    means = [part.mean() for part in np.split(-golden["strided_logprobs"], np.cumsum(scored)[:-1])]
+    weights = [scored[0], *(n - 1 for n in scored[1:])]
+    assert golden["recipe_nll"] == pytest.approx(np.average(means, weights=weights), abs=1e-6)
+    assert golden["recipe_nll"] != pytest.approx(golden["strided_mean"][0], abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------- windows
+
+
+@given(st.integers(0, 70), st.integers(2, 20), st.data())
+def test_strided_windows_are_those_of_brute_force(n_tokens: int, context: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, context))
+    windows = list(strided_windows(n_tokens, context, stride))
+    scored_by = {token: window.start for window in windows for token in range(window.scored, window.stop)}
+    # The earliest window that holds the token and one before it.
+    expected = {
+        token: min(starts)
+        for token in range(n_tokens)
+        if (starts := [start for start in range(0, n_tokens, stride) if start < token < start + context])
+    }
+    assert scored_by == expected
+    assert len(scored_by) == sum(window.stop - window.scored for window in windows)
+    assert all(window.stop - window.start <= context for window in windows)
+    assert all(token - start >= min(token, context - stride) for token, start in scored_by.items())
+    if stride < context:
+        assert sorted(scored_by) == list(range(1, n_tokens))
+    else:
+        assert sorted(scored_by) == [token for token in range(n_tokens) if token % context]
+    if windows:
+        assert windows[-1].stop in (n_tokens, n_tokens - 1)
+
+
+@given(st.integers(0, 70), st.integers(3, 20))
+def test_halves_are_those_of_brute_force(n_tokens: int, context: int) -> None:
+    windows = list(half_windows(n_tokens, context))
+    scored = [token for window in windows for token in range(window.scored, window.stop)]
+    whole = n_tokens // context * context
+    assert scored == [token for token in range(whole) if token % context > context // 2]
+    assert [(window.start, window.stop) for window in windows] == [(k, k + context) for k in range(0, whole, context)]
+
+
+def test_stride_1_gives_every_token_all_the_context_there_is() -> None:
+    assert [tuple(window) for window in strided_windows(7, 4, 1)] == [(0, 4, 1), (1, 5, 4), (2, 6, 5), (3, 7, 6)]
+
+
+def test_a_text_shorter_than_a_window_is_one() -> None:
+    assert [tuple(window) for window in strided_windows(3, 512, 256)] == [(0, 3, 1)]
+    assert list(half_windows(511, 512)) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+
+def naive(model: Model, tokens: list[int], context: int, stride: int | None) -> np.ndarray:
+    """Return -log p of every scored token: a forward pass of its own for each token, by the definition."""
+    nlls = []
+    for token in range(1, len(tokens)):
+        if stride is None:
+            start = token // context * context
+            if token % context <= context // 2 or start + context > len(tokens):
+                continue
+            before = [WITH_BOS.bos_id, *tokens[start + 1 : token]]
+        else:
+            start = max(0, -(-(token - context + 1) // stride) * stride)
+            before = tokens[start:token]
+        if before:
+            nlls.append(-log_softmax(model.forward(before)[-1])[tokens[token]])
+    return np.array(nlls)
+
+
+@pytest.mark.parametrize(
+    ("context", "stride"), [(3, None), (8, None), (9, None), (8, 1), (8, 3), (8, 7), (8, 8), (64, 20)]
+)
+@pytest.mark.parametrize("family", ["dense_windowed", "mixtral", "ministral3"])
+def test_scores_are_those_of_a_pass_for_each_token(family: str, context: int, stride: int | None) -> None:
+    model = with_bos(model_of(FAMILIES[family].config, dtype="float64"))
+    tokens = tokens_for(model.config, 43)
+    found = perplexity(model, tokens, context=context, stride=stride)
+    assert found.nlls == pytest.approx(naive(model, tokens, context, stride), rel=1e-9)
+
+
+@pytest.mark.parametrize("stride", [None, 7, 16])
+def test_backends_agree(stride: int | None) -> None:
+    tokens = tokens_for(CONFIG, 100)
+    ours, theirs = (
+        perplexity(model_of(CONFIG, backend=backend), tokens, context=16, stride=stride) for backend in BACKENDS
+    )
+    assert ours.n_scored == theirs.n_scored
+    assert ours.nlls == pytest.approx(theirs.nlls, abs=TOLERANCE)
+
+
+def test_figures_are_those_of_the_definitions() -> None:
+    found = Perplexity(np.array([1.0, 2.0, 6.0]), n_evaluated=5)
+    assert (found.n_scored, found.nll) == (3, 3.0)
+    assert found.nll_error == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
+    nll, nll2 = 9 / 3, 41 / 3  # as llama-perplexity
+    assert found.nll_error == pytest.approx(math.sqrt((nll2 - nll * nll) / (3 - 1)))
+    assert found.perplexity == pytest.approx(math.e**3)
+    assert found.error == pytest.approx(math.e**3 * found.nll_error)
+    assert found.bits_per_byte(18) == pytest.approx(9 / math.log(2) / 18)
+    assert math.isnan(Perplexity(np.array([1.0]), 1).error)
+    assert Perplexity(np.array([1e4]), 1).perplexity == math.inf
+
+
+def test_a_model_that_knows_nothing_is_at_the_size_of_its_vocabulary(tmp_path: Path) -> None:
+    family = FAMILIES["dense_windowed"]
+    weights = draw_weights(family)
+    write_consolidated(tmp_path, family, weights | {"output.weight": np.zeros_like(weights["output.weight"])})
+    model = mistral_ref.load(tmp_path, backend="numpy")
+    found = perplexity(model, tokens_for(CONFIG, 50), context=16, stride=8)
+    assert found.perplexity == pytest.approx(CONFIG.vocab_size)
+    assert found.error == pytest.approx(0, abs=1e-9)
+
+
+class Spy:
+    """A model that notes what goes through it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+        self.parts: list[list[int]] = []
+        self.n_tokens = 0
+        score, steps = model.score, Transformer.forward_steps
+
+        def spied_score(tokens: list[int]) -> np.ndarray:
+            self.parts.append(list(tokens))
+            return score(tokens)
+
+        def spied_steps(transformer: Transformer, ids: np.ndarray, *rest: object, **options: object) -> object:
+            self.n_tokens += len(ids)
+            return steps(transformer, ids, *rest, **options)
+
+        monkeypatch.setattr(model, "score", spied_score)
+        monkeypatch.setattr(Transformer, "forward_steps", spied_steps)
+
+
+@pytest.mark.parametrize(
+    ("stride", "starts"), [(None, [0, 16, 32]), (5, [*range(0, 46, 5)]), (16, [0, 16, 32, 48])], ids=str
+)
+def test_what_goes_through_the_model(stride: int | None, starts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_bos(model_of(CONFIG))
+    spy, calls = Spy(monkeypatch, model), []
+    tokens = tokens_for(CONFIG, 60)
+    found = perplexity(
+        model, tokens, context=16, stride=stride, progress=lambda done, total: calls.append((done, total))
+    )
+    assert found.n_evaluated == spy.n_tokens
+    assert calls == [*((start, 60) for start in starts), (60, 60)]
+    assert tokens == tokens_for(CONFIG, 60)
+    first = {start: 1 if stride is None else tokens[start] for start in starts}
+    assert spy.parts == [[first[start], *tokens[start + 1 : start + 16]] for start in starts]
+
+
+def test_without_a_tokenizer_no_token_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(CONFIG)
+    spy = Spy(monkeypatch, model)
+    perplexity(model, tokens_for(CONFIG, 60), context=16)
+    assert [token for part in spy.parts for token in part] == tokens_for(CONFIG, 60)[:48]
+
+
+@pytest.mark.parametrize("stride", [None, 16])
+def test_memory_does_not_grow_with_the_text(stride: int | None) -> None:
+    """Logits of the whole text would take 4 * 4,000 * 1,500 bytes, 24 MB."""
+    model = model_of(CONFIG.replace(vocab_size=4000))
+    peaks = []
+    for n_tokens in (300, 1500):
+        tokens = tokens_for(model.config, n_tokens)
+        tracemalloc.start()
+        perplexity(model, tokens, context=32, stride=stride)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 6e6
+    assert peaks[1] - peaks[0] < 1200 * 100
+
+
+def test_a_text_is_its_ids_with_bos_and_may_be_longer_than_the_model_is_meant_for() -> None:
+    config = CONFIG.replace(vocab_size=TOKENIZER.vocab_size, max_seq_len=32)
+    plain = model_of(config)
+    model = Model(config, plain.weights, plain.ops, tokenizer=TOKENIZER)
+    ids = TOKENIZER.encode(PARAGRAPH)
+    assert ids[0] == TOKENIZER.bos_id
+    assert len(ids) > 9 * 32
+    for stride in (None, 16):
+        ours, theirs = (perplexity(model, text, context=32, stride=stride) for text in (PARAGRAPH, np.array(ids)))
+        assert ours.nlls.tolist() == theirs.nlls.tolist()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "words"),
+    [
+        ([1] * 50, {"context": 2}, "context is 2; expected a whole number from 3 to 40"),
+        ([1] * 50, {"context": 41}, "context is 41; expected a whole number from 3 to 40"),
+        ([1] * 50, {"context": 16, "stride": 17}, "stride is 17; expected a whole number from 1 to 16"),
+        ([1] * 50, {"context": 16, "stride": 0}, "stride is 0; expected"),
+        ([3] * 15, {"context": 16}, "the text has 15 tokens; expected at least 16, one context, or a stride"),
+        ([3], {"context": 16, "stride": 8}, "the text has 1 token; expected at least 2"),
+        ([], {"context": 16, "stride": 8}, "at least one token id"),
+        ([3] * 40 + [101], {"context": 16}, "token id 101 is outside the vocabulary"),
+        ([[3] * 20] * 20, {"context": 16}, "expected text, or a flat sequence"),
+        ("text", {"context": 16}, "this model has no tokenizer"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_computed(
+    tokens: object, options: dict[str, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(CONFIG.replace(max_seq_len=40))
+    spy = Spy(monkeypatch, model)
+    with pytest.raises(InputError, match=re.escape(words)):
+        perplexity(model, tokens, **options)
+    assert spy.n_tokens == 0
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a tiny windowed model, meant for 100 tokens, and a tokenizer."""
+    directory = tmp_path_factory.mktemp("models")
+    family = FAMILIES["dense_windowed"]
+    config = family.config.replace(vocab_size=TOKENIZER.vocab_size, max_seq_len=100)
+    write_consolidated(directory, replace(family, config=config))
+    (directory / "tokenizer.model").write_bytes(tiny_tokenizer())
+    return directory
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "a text.txt"
+    path.write_bytes(PARAGRAPH.encode())
+    return path
+
+
+def command(directory: Path, *arguments: object) -> int:
+    return main(["perplexity", "--model", str(directory), "--backend", "numpy", *map(str, arguments)])
+
+
+def figures(capsys: pytest.CaptureFixture[str], directory: Path, *arguments: object) -> dict[str, object]:
+    assert command(directory, "--json", *arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return json.loads(captured.out)
+
+
+def test_json_holds_what_the_library_finds(
+    model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = mistral_ref.load(model_dir, backend="numpy")
+    found = perplexity(model, PARAGRAPH, context=40, stride=20)
+    shown = figures(capsys, model_dir, text_file, "--context", 40, "--stride", 20)
+    assert shown["tokens_per_second"] == pytest.approx(shown["tokens_evaluated"] / shown.pop("seconds"))
+    assert shown == {
+        "method": "strided",
+        "context": 40,
+        "stride": 20,
+        "tokens": len(TOKENIZER.encode(PARAGRAPH)),
+        "tokens_scored": found.n_scored,
+        "tokens_evaluated": found.n_evaluated,
+        "perplexity": found.perplexity,
+        "perplexity_error": found.error,
+        "nats_per_token": found.nll,
+        "nats_per_token_error": found.nll_error,
+        "bits_per_byte": found.nlls.sum() / math.log(2) / len(PARAGRAPH.encode()),
+        "tokens_per_second": shown["tokens_per_second"],
+        "backend": "numpy",
+        "dtype": "float32",
+        "threads": None,
+    }
+
+
+def test_by_default_halves_of_512_or_of_what_the_model_is_meant_for(
+    model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shown = figures(capsys, model_dir, text_file)
+    assert (shown["method"], shown["context"], shown["stride"], shown["bits_per_byte"]) == ("halves", 100, None, None)
+    assert (
+        shown["perplexity"]
+        == perplexity(mistral_ref.load(model_dir, backend="numpy"), PARAGRAPH, context=100).perplexity
+    )
+    text_file.write_text(PARAGRAPH * 4)
+    assert main(["perplexity", "--backend", "numpy", "--json", str(text_file)]) == 0
+    assert json.loads(capsys.readouterr().out)["context"] == 512
+
+
+def test_bits_per_byte_are_told_where_all_is_scored(
+    model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = (model_dir, text_file, "--context", 40, "--stride")
+    assert figures(capsys, *windows, 39)["bits_per_byte"] > 0
+    assert figures(capsys, *windows, 40)["bits_per_byte"] is None
+    assert figures(capsys, *windows, 39, "--max-tokens", 100)["bits_per_byte"] is None
+    assert figures(capsys, *windows, 39, "--max-tokens", 10_000)["bits_per_byte"] > 0
+    assert command(*windows, 40) == 0
+    assert "bits per byte" not in capsys.readouterr().out
+
+
+def test_max_tokens_takes_the_beginning(model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = figures(capsys, model_dir, text_file, "--max-tokens", 50, "--context", 20)
+    ids = TOKENIZER.encode(PARAGRAPH)[:50]
+    assert (shown["tokens"], shown["tokens_scored"]) == (50, 18)
+    assert shown["nats_per_token"] == perplexity(mistral_ref.load(model_dir, backend="numpy"), ids, context=20).nll
+
+
+def test_float64_and_threads_reach_the_model(
+    model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["perplexity", "--model", str(model_dir), "--dtype", "float64", "--json", str(text_file)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    model = mistral_ref.load(model_dir, dtype="float64")
+    assert (shown["backend"], shown["dtype"]) == ("numpy", "float64")
+    assert shown["nats_per_token"] == perplexity(model, PARAGRAPH, context=100).nll
+    assert figures(capsys, model_dir, text_file, "--threads", 1)["threads"] == 1
+    assert main(["perplexity", "--model", str(model_dir), "--threads", "1", str(text_file)]) == 0
+    assert "numba, float32, 1 thread\n" in capsys.readouterr().out
+
+
+def test_what_is_printed(model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = perplexity(mistral_ref.load(model_dir, backend="numpy"), PARAGRAPH, context=40, stride=20)
+    assert command(model_dir, text_file, "--context", 40, "--stride", 20) == 0
+    captured = capsys.readouterr()
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in captured.out.splitlines())
+    n_tokens = len(TOKENIZER.encode(PARAGRAPH))
+    assert rows["method"].startswith("windows of 40 tokens, 20 apart")
+    assert rows["tokens"] == f"{n_tokens} in the text, {n_tokens - 1} scored"
+    assert rows["perplexity"] == f"{found.perplexity:.6g} ± {found.error:.2g}"
+    assert rows["nats per token"] == f"{found.nll:.6g} ± {found.nll_error:.2g}"
+    assert float(rows["bits per byte"]) == pytest.approx(found.bits_per_byte(len(PARAGRAPH.encode())), rel=1e-5)
+    assert re.fullmatch(rf"[\d,.]+ tokens/s, {found.n_evaluated:,} evaluated in \d+\.\d+ s", rows["speed"])
+    assert rows["computed by"] == "numpy, float32"
+    assert captured.err == ""
+
+
+def standard_input(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]])
+def test_standard_input_is_the_same_text(
+    arguments: list[str],
+    model_dir: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from_file = figures(capsys, model_dir, text_file)
+    monkeypatch.setattr(sys, "stdin", standard_input(PARAGRAPH.encode()))
+    piped = figures(capsys, model_dir, *arguments)
+    assert piped["nats_per_token"] == from_file["nats_per_token"]
+
+
+def test_what_is_no_number_is_null(model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = figures(capsys, model_dir, text_file, "--max-tokens", 3, "--context", 3)
+    assert (shown["tokens_scored"], shown["perplexity_error"], shown["nats_per_token_error"]) == (1, None, None)
+    assert shown["perplexity"] > 1
+
+
+def error_of(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    assert re.fullmatch(r"mistral-ref: [^\n]+\n", captured.err)
+    return captured.err
+
+
+def test_a_users_mistake_is_one_line_and_status_2(
+    model_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "absent.txt': cannot be read: No such file" in error_of(capsys, command(model_dir, tmp_path / "absent.txt"))
+    assert "cannot be read: Is a directory" in error_of(capsys, command(model_dir, tmp_path))
+    for options, words in {
+        ("--context", 101): "context is 101; expected a whole number from 3 to 100",
+        ("--context", 40, "--stride", 41): "stride is 41; expected a whole number from 1 to 40",
+        ("--max-tokens", 1): "--max-tokens is 1; expected",
+        ("--max-tokens", 50): "the text has 50 tokens; expected at least 100, one context, or a stride",
+    }.items():
+        assert words in error_of(capsys, command(model_dir, text_file, *options))
+    broken, empty = tmp_path / "broken.txt", tmp_path / "empty.txt"
+    broken.write_bytes(b"caf\xe9 au lait")
+    empty.touch()
+    assert "is not UTF-8 text: invalid continuation byte at 3" in error_of(capsys, command(model_dir, broken))
+    assert "is empty; expected text" in error_of(capsys, command(model_dir, empty))
+    monkeypatch.setattr(sys, "stdin", standard_input(b"\xff"))
+    assert "standard input: is not UTF-8 text" in error_of(capsys, command(model_dir))
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no text: give a file" in error_of(capsys, command(model_dir))
+    without = tmp_path / "no tokenizer"
+    without.mkdir()
+    write_consolidated(without, FAMILIES["dense_windowed"])
+    assert "holds no tokenizer" in error_of(capsys, command(without, text_file))
+
+
+def test_ctrl_c_leaves_nothing_behind(
+    model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "score", interrupted)
+    assert command(model_dir, text_file) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "\n")
+
+
+def test_a_bar_is_shown_for_long_texts_on_a_terminal(
+    model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert command(model_dir, text_file, "--context", 40) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("mistral_ref.cli.perplexity._LONG", 100)
+    assert command(model_dir, text_file, "--context", 40) == 0
+    captured = capsys.readouterr()
+    assert "scoring" in captured.err
+    assert "scoring" not in captured.out
+
+
+def test_the_examples_of_the_help_run_as_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["perplexity", "--help"])
+    examples = [line for line in capsys.readouterr().out.splitlines() if " | mistral-ref perplexity" in line]
+    assert len(examples) == 2
+    for example in examples:
+        generate, score = (shlex.split(part)[1:] for part in example.split(" | "))
+        assert main(generate) == 0
+        monkeypatch.setattr(sys, "stdin", standard_input(capsys.readouterr().out.encode()))
+        assert main(score) == 0
+        found = re.search(r"perplexity +(\S+) ± ", capsys.readouterr().out)
+        assert found is not None
+        assert 1 < float(found[1]) < 10
