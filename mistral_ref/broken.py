@@ -123,12 +123,14 @@ class Bug:
     seen_in     issues and pull requests about engines that had it, or a close relative; "" where none is known
     first_step  the short name of the first step that departs: "scores" stands for "layers.0.scores" and so on
     needs       what a model must have, so that it can have the bug and show it; "" where any will do
+    shows       in what pass it can be seen; "" where in any
     """
 
     sentence: str
     seen_in: str = ""
     first_step: str
     needs: str = ""
+    shows: str = ""
     _fits: Callable[[ModelConfig], bool] = field(default=lambda config: True, repr=False)
     _config: Callable[[ModelConfig], ModelConfig] = field(default=lambda config: config, repr=False)
     _ops: type[BrokenOps] = field(default=BrokenOps, repr=False)
@@ -143,16 +145,18 @@ BUGS: dict[str, Bug] = {
         seen_in="mistral-inference#88", first_step="scores", _ops=NotCausal),
     "no-window": Bug(
         sentence="A query sees all tokens before it, however far back, and not the last W.",
-        seen_in="llama.cpp#3867, candle#1789", first_step="scores",
+        seen_in="llama.cpp#3867, candle#1789", first_step="scores", shows="after more tokens than the window holds",
         needs="a sliding window", _fits=lambda config: _has_windows(config, least=1),
         _config=lambda config: config.replace(sliding_window=(None,) * config.n_layers)),
     "extra-key": Bug(
         sentence="A query sees W + 1 keys, itself included, and not W.",
         seen_in="transformers#39408, transformers#29623, mlx-lm#390", first_step="scores",
+        shows="after more tokens than the window holds",
         needs="a sliding window", _fits=lambda config: _has_windows(config, least=1),
         _config=lambda config: _other_windows(config, by=1)),
     "one-key-less": Bug(
         sentence="A query sees W - 1 keys, itself included, and not W.", first_step="scores",
+        shows="after as many tokens as the window holds",
         needs="sliding windows of at least 2 keys", _fits=lambda config: _has_windows(config, least=2),
         _config=lambda config: _other_windows(config, by=-1)),
     "tiled-heads": Bug(
@@ -179,10 +183,12 @@ BUGS: dict[str, Bug] = {
         _config=_other_yarn_scale),
     "positions-restart": Bug(
         sentence="RoPE's positions begin at 0 again in every pass over a cache.", first_step="q_rotated",
+        shows="in a pass over a cache that holds tokens (--last)",
         _ops=PositionsRestart),
     "short-ring": Bug(
         sentence="Rings are a slot short: a full pass's newest key lies over the oldest that its first query sees.",
         seen_in="transformers#47708, mlxcel#678", first_step="scores",
+        shows="in a pass of `chunk` tokens over a cache, after more tokens than the window holds (--last)",
         needs="sliding windows of at least 2 keys", _fits=lambda config: _has_windows(config, least=2),
         _cache=ShortRingCache),
     "experts-unnormalised": Bug(

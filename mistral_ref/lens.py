@@ -23,6 +23,8 @@ from mistral_ref.sampling import log_softmax
 from mistral_ref.trace import Trace
 from mistral_ref.weights import Matrix
 
+_N_SHOWN = 20  # parts of a logit
+_SUM_TOLERANCE = 1e-3  # of all parts without their signs; float32 passes stay below 1e-5
 _BLOCK_ELEMENTS = 2**20  # of a weight matrix widened at once
 
 
@@ -213,17 +215,22 @@ class Attribution:
         parts += [(f"layers.{layer}.ffn_out", float(x)) for layer, x in enumerate(self.ffn_L)]
         return sorted(parts, key=lambda part: -abs(part[1]))
 
+    def _top_rows(self) -> list[list[str]]:
+        """Return the rows of a table: the twenty parts that matter most, and the sum of the rest."""
+        parts = self.rows()
+        rest = parts[_N_SHOWN:]
+        rows = [[name, f"{x:+.4g}"] for name, x in parts[:_N_SHOWN]]
+        return rows + ([[f"{len(rest)} others", f"{sum(x for _, x in rest):+.4g}"]] if rest else [])
+
     def _caption(self) -> str:
         return f"logit of {self.piece} after {self.label}: {self.logit:.4g}, of which"
 
     def __str__(self) -> str:
-        rows = [[name, f"{x:+.4g}"] for name, x in self.rows()[:20]]
-        return f"{self._caption()}\n{markdown_table(['part', 'added'], rows)}"
+        return f"{self._caption()}\n{markdown_table(['part', 'added'], self._top_rows())}"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the twenty parts that matter most."""
-        rows = [[name, f"{x:+.4g}"] for name, x in self.rows()[:20]]
-        return html_table(["part", "added"], rows, caption=self._caption())
+        """Return what a notebook shows: the parts that matter most."""
+        return html_table(["part", "added"], self._top_rows(), caption=self._caption())
 
 
 def attribution(model: Model, trace: Trace, *, token: int | None = None, index: int = -1) -> Attribution:
@@ -234,6 +241,9 @@ def attribution(model: Model, trace: Trace, *, token: int | None = None, index: 
 
     token   whose logit; by default the likeliest
     index   after which of the trace's tokens; the last by default
+
+    Raises InputError if the parts do not add up to the logit, or the trace's own logits say otherwise: a step that they
+    know nothing of has been edited.
     """
     weights, config = model.weights, model.config
     last_TD = _value(trace, f"layers.{config.n_layers - 1}.residual_after_ffn", config.dim)
@@ -256,4 +266,17 @@ def attribution(model: Model, trace: Trace, *, token: int | None = None, index: 
             case _:
                 embedding = added
     label = trace.label(trace.start + index % trace.n_tokens)
-    return Attribution(token, model.piece(token), label, embedding, heads_LH, ffn_L, float(last_D @ direction_D))
+    found = Attribution(token, model.piece(token), label, embedding, heads_LH, ffn_L, float(last_D @ direction_D))
+    _check_sum(found, trace, index)
+    return found
+
+
+def _check_sum(found: Attribution, trace: Trace, index: int) -> None:
+    parts = [part for _, part in found.rows()]
+    logits = [sum(parts), float(trace["logits"][index, found.token]) if "logits" in trace else found.logit]
+    off = max(abs(logit - found.logit) for logit in logits)
+    if not off <= _SUM_TOLERANCE * (1 + sum(map(abs, parts))):
+        raise InputError(
+            f"the parts add up to {logits[0]:.4g}, the residual makes a logit of {found.logit:.4g}, the pass came to "
+            f"{logits[1]:.4g}: an edited step, or NaN, has a share that is none of embedding, heads and ffn_out"
+        )

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.display import Statistics, heat_image, heat_map, html_table, size_text, statistics
+from mistral_ref.display import Statistics, heat_figure, html_table, size_text, statistics
 from mistral_ref.errors import InputError, shown
 
 
@@ -28,13 +28,14 @@ class StepKind(NamedTuple):
 
 
 _RMS_NORM = "y = x / sqrt(mean(x²) + eps) * weight"
+_SCALED = "scaled to unit RMS, then each dimension times its weight."
 _QUERY_HEADS = ("token", "head", "head_dim")
 _KV_HEADS = ("token", "kv_head", "head_dim")
 _SCORES = ("head", "query", "key")
 
 CATALOGUE: dict[str, StepKind] = {
     "embedding": StepKind(("token", "dim"), "x = tok_embeddings[token]", "Each token's row of the embedding matrix."),
-    "attention_norm": StepKind(("token", "dim"), _RMS_NORM, "The residual stream, scaled to unit RMS."),
+    "attention_norm": StepKind(("token", "dim"), _RMS_NORM, f"The residual stream, {_SCALED}"),
     "q": StepKind(_QUERY_HEADS, "q = y · wqᵀ", "What each token asks for; pairs that RoPE turns are neighbours."),
     "k": StepKind(_KV_HEADS, "k = y · wkᵀ", "What each token offers to be found by; pairs are neighbours."),
     "v": StepKind(_KV_HEADS, "v = y · wvᵀ", "What each token hands over once it is found."),
@@ -51,7 +52,7 @@ CATALOGUE: dict[str, StepKind] = {
     ),
     "attention_out": StepKind(("token", "dim"), "o = concat(heads) · woᵀ", "All heads, brought back to width D."),
     "residual_after_attention": StepKind(("token", "dim"), "x = x + o", "The residual stream after attention."),
-    "ffn_norm": StepKind(("token", "dim"), _RMS_NORM, "The residual stream, scaled to unit RMS."),
+    "ffn_norm": StepKind(("token", "dim"), _RMS_NORM, f"The residual stream, {_SCALED}"),
     "router_logits": StepKind(("token", "expert"), "r = y · gateᵀ", "How much each expert suits each token."),
     "expert_weights": StepKind(
         ("token", "expert"), "e = softmax(top-k of r), 0 elsewhere", "The chosen experts' shares; 0 means not chosen."
@@ -61,7 +62,7 @@ CATALOGUE: dict[str, StepKind] = {
     "ffn_hidden": StepKind(("token", "ffn"), "h = g · sigmoid(g) · u", "SwiGLU: the gated hidden units."),
     "ffn_out": StepKind(("token", "dim"), "z = h · w2ᵀ", "The hidden units, brought back to width D."),
     "residual_after_ffn": StepKind(("token", "dim"), "x = x + z", "The residual stream after the block."),
-    "norm": StepKind(("token", "dim"), _RMS_NORM, "The last residual stream, scaled to unit RMS."),
+    "norm": StepKind(("token", "dim"), _RMS_NORM, f"The last residual stream, {_SCALED}"),
     "logits": StepKind(("token", "vocabulary"), "l = y · outputᵀ", "A score for every possible next token."),
 }
 
@@ -103,12 +104,14 @@ class Step:
     source          file and line that yielded it; "" where nobody is watching
     key_positions   for scores and attention_weights the positions of their keys, else None
     fixed_by        why this value cannot be replaced; None where it can
+    rounding        the part of its size that a value lost in a file of 16 bits; 0 of what was computed here
     """
 
     # Of the class, not set for each step: a drained pass makes many steps, and nobody looks at them.
     source = ""
     fixed_by: str | None = None
     is_past = False  # the pass has gone on from here
+    rounding = 0.0
 
     def __init__(self, name: str, kind: StepKind, value: np.ndarray, key_positions: range | None = None) -> None:
         self.name = name
@@ -164,7 +167,7 @@ class Step:
         return f"<Step {self.name} ({size_text(self.axes, self.value.shape)}) {self.value.dtype}: {self.formula}>"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: all that is known of the step, and a heat map of its values."""
+        """Return what a notebook shows: all that is known of the step, and its values as pictures, one for each head."""
         rows = [
             ["value", f"{size_text(self.axes, self.value.shape)}, {self.value.dtype}"],
             ["formula", self.formula],
@@ -172,8 +175,10 @@ class Step:
             ["statistics", str(self.statistics)],
         ]
         rows += [["source", self.source]] if self.source else []
-        matrix = self.value.reshape(-1, self.value.shape[-1])
-        return f"<div>{html_table([self.name, ''], rows)}{heat_image(heat_map(matrix, 32, 96))}</div>"
+        head_axis = next((axis for axis in self.axes if axis in ("head", "kv_head")), None)
+        is_weights = self.name.endswith("attention_weights")
+        picture = heat_figure(self.value, self.axes, head_axis, is_root=is_weights)
+        return f"<div>{html_table([self.name, ''], rows)}{picture}</div>"
 
 
 # A part of the forward pass: it yields steps, is sent the value to go on with, and returns the last one.

@@ -94,6 +94,8 @@ def write_tensor_file(
 ) -> None:
     """Write a safetensors file, which appears under its name only when it is complete; raise `error` if that fails."""
     partial = Path(f"{os.fspath(path)}.partial")
+    if not partial.parent.is_dir():
+        raise error(f"{path}: cannot be written: there is no directory {partial.parent}")
     try:
         save_file(tensors, partial, metadata=metadata)
         partial.replace(path)

@@ -6,6 +6,7 @@ names (`Trace.load` has the rules), compared step by step with ours.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -30,6 +31,9 @@ _NAME = re.compile(r"(?:layers\.(0|[1-9][0-9]{0,3})\.)?([a-z_]+)")
 _ENDS = ("embedding", "norm", "logits")  # the steps that belong to no layer
 _TURNED = ("q", "k", "q_rotated", "k_rotated")  # whose pairs lie side by side, or half a head apart
 _MOST_POSITIONS = 2**40
+_ID_DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4"}
+_ROUNDINGS = {"F16": 2.0**-11, "BF16": 2.0**-8}  # half an ulp, as a part of the value
+_MASKED = -3e4  # engines that mask by adding use -1e9, -3.4e38, or in f16 -65504
 
 
 class MissingStepError(InputError, KeyError):
@@ -97,20 +101,25 @@ class Trace(Mapping[str, np.ndarray]):
     def compare(self, reference: Trace, *, bound: float = DEFAULT_BOUND) -> Comparison:
         """Return how far each step of this trace lies from the same step of another; see compare.py.
 
-        Steps that only one of them holds are named in `unmatched`. Raises InputError if the two are of different
-        tokens or positions, have no step in common, or a step has another shape.
+        Steps that only one of them holds are named in `unmatched`; one whose shape differs departs. Raises InputError
+        if the two are of different tokens or positions, or have no step in common.
         """
         if self.tokens and reference.tokens and self.tokens != reference.tokens:
             raise InputError("the two traces are of different tokens, so their values say nothing of each other")
         if self.start != reference.start:
-            raise InputError(f"the two traces begin at positions {self.start} and {reference.start}")
+            raise InputError(
+                f"the two traces begin at positions {self.start} and {reference.start}; a pass over a cache "
+                "(--last K of the whole text) begins later, and a dump says so in its metadata"
+            )
         shared = [name for name in self if name in reference]
         if not shared:
             raise InputError("the two traces have no step in common")
+        pairs = [(self.steps[name], reference.steps[name]) for name in shared]
         return Comparison(
-            [step_difference(self.steps[name], reference.steps[name], bound) for name in shared],
+            [step_difference(ours, theirs, bound) for ours, theirs in pairs],
             bound,
             unmatched=tuple(sorted(self.keys() ^ reference.keys(), key=_order)),
+            rounding=max(ours.rounding + theirs.rounding for ours, theirs in pairs),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -122,26 +131,29 @@ class Trace(Mapping[str, np.ndarray]):
         about = {
             "start": self.start,
             "made_by": self.made_by,
+            "rope_row_order": "interleaved",
             "has_experts": any(step.kind != CATALOGUE.get(kind, step.kind) for kind, step in kinds.items()),
             "sources": {kind: step.source for kind, step in kinds.items()},
         }
         write_tensor_file(path, tensors, {_FORMAT: json.dumps(about)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, rope_row_order: RowOrder = "interleaved") -> Trace:
+    def load(cls, path: str | os.PathLike[str], *, rope_row_order: RowOrder | None = None) -> Trace:
         """Return the trace in a safetensors file: one that `save` wrote, or a dump of another engine.
 
         A dump holds any steps of the catalogue under their full names ("layers.0.q"), each with the axes that the
-        catalogue gives, as F64, F32, F16 or BF16; a leading axis of size 1 is dropped. Optional: "tokens", the ids as
-        I64 or I32; and the metadata {"mistral_ref.trace.v1": '{"start": 7}'}, without which the pass begins at position
-        0. Other tensors are left aside with a warning.
+        catalogue gives, as F64, F32, F16 or BF16; a leading axis of size 1 is dropped, and norm and logits may be the
+        last token's alone. Scores of -3e4 and below count as -inf, what is out of sight. Optional: "tokens", the ids as
+        I64, I32 or U32; and the metadata {"mistral_ref.trace.v1": '{"start": 7}'}, without which the pass begins at
+        position 0. Other tensors are left aside with a warning.
 
         rope_row_order      "halves" for an engine that turns pairs half a head apart, as Hugging Face's layout does:
-                            q, k, q_rotated and k_rotated are brought into the order in which pairs are neighbours
+                            q, k, q_rotated and k_rotated are brought into the order in which pairs are neighbours. A
+                            file whose metadata give the order, as ours do, is believed; None: "interleaved"
 
         Values in F64 and F32 stay mapped. Raises CheckpointError with the file and what is wrong with it.
         """
-        if rope_row_order not in ("interleaved", "halves"):
+        if rope_row_order not in (None, "interleaved", "halves"):
             raise InputError(f"rope_row_order is {shown(rope_row_order)}; expected 'interleaved' or 'halves'")
         path = Path(path)
         tensors = {tensor.name: tensor for tensor in open_tensor_file(path)}
@@ -151,14 +163,10 @@ class Trace(Mapping[str, np.ndarray]):
         if not names:
             raise CheckpointError(f"{path}: holds no step; expected tensors called 'embedding', 'layers.0.q' and so on")
         if others := sorted(tensors.keys() - {"tokens", "pieces", *names}):
-            warn(f"{path}: left aside {len(others)} tensors that are no steps, such as {shown(others[0])}")
+            warn(f"{path}: left aside {len(others)} tensors that are no steps: {_with_likely_names(others[:8])}")
         about["has_experts"] |= any(name.endswith((".router_logits", ".expert_weights")) for name in names)
-        steps = [_step(tensors[name], about, rope_row_order) for name in names]
-        counts = {step.name: _tokens_of(step) for step in steps if _tokens_of(step)}
-        expected = len(tokens) or next(iter(counts.values()), 0)
-        for name, count in counts.items():
-            if count != expected:
-                raise CheckpointError(f"{path}: {name} is of {count} tokens; expected {expected}, as the rest")
+        steps = [_step(tensors[name], about, about["rope_row_order"] or rope_row_order) for name in names]
+        _check_counts(path, steps, tokens)
         return cls(steps, tokens, pieces, start=about["start"], made_by=about["made_by"])
 
     def __repr__(self) -> str:
@@ -175,6 +183,38 @@ class Trace(Mapping[str, np.ndarray]):
             for name, step in self.steps.items()
         ]
         return html_table(["step", "axes", "dtype", "formula", "meaning"], rows, caption=repr(self))
+
+
+def _with_likely_names(names: Sequence[str]) -> str:
+    """Return names of tensors, each with the name of a step that it is much like.
+
+    >>> _with_likely_names(["layers.0.q_rotate", "Logits", "x"])
+    "'layers.0.q_rotate' (layers.N.q_rotated?), 'Logits' (logits?), 'x'"
+    """
+    texts = []
+    for name in names:
+        likely = difflib.get_close_matches(name.rpartition(".")[2].lower(), CATALOGUE, n=1)
+        full = [kind if kind in _ENDS else f"layers.N.{kind}" for kind in likely]
+        texts.append(shown(name) + "".join(f" ({kind}?)" for kind in full))
+    return ", ".join(texts)
+
+
+def _check_counts(path: Path, steps: Sequence[Step], tokens: Sequence[int]) -> None:
+    """Raise CheckpointError unless all steps are of as many tokens, and of those that the file names."""
+    counts = {step.name: _tokens_of(step) for step in steps if _tokens_of(step)}
+    for name in {"norm", "logits"} & counts.keys():
+        if counts[name] == 1:  # the last token's alone
+            del counts[name]
+    usual = max(counts.values(), key=list(counts.values()).count, default=len(tokens))
+    for step in steps:
+        if counts.get(step.name, usual) != usual:
+            hint = ", or are its axes in another order?" if usual in step.value.shape else ""
+            raise CheckpointError(
+                f"{path}: {step.name} has shape {shown(step.value.shape)}, by its axes ({', '.join(step.axes)}) of "
+                f"{counts[step.name]} tokens; expected {usual}, as most steps{hint}"
+            )
+    if tokens and counts and len(tokens) != usual:
+        raise CheckpointError(f"{path}: tokens holds {len(tokens)} ids; expected {usual}, as the steps have")
 
 
 def _is_step(name: str) -> bool:
@@ -207,7 +247,7 @@ def _texts_as_json(texts: Sequence[str]) -> str:
 
 def _about(path: Path) -> dict[str, Any]:
     """Return what a trace's metadata say, or what the absence of a field means."""
-    about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}}
+    about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}, "rope_row_order": None}
     text = (read_metadata(path) or {}).get(_FORMAT, "{}")  # null is as good as none
     try:
         about |= _checked("it", parse_json(text), dict)
@@ -215,9 +255,12 @@ def _about(path: Path) -> dict[str, Any]:
         made_by = printable(_checked("made_by", about["made_by"], str))
         has_experts = _checked("has_experts", about["has_experts"], bool)
         sources = {kind: printable(str(source)) for kind, source in _checked("sources", about["sources"], dict).items()}
+        if about["rope_row_order"] not in (None, "interleaved", "halves"):
+            raise InputError(f"rope_row_order is {shown(about['rope_row_order'])}; expected 'interleaved' or 'halves'")
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata {_FORMAT} cannot be read: {printable(str(error))}") from None
-    return {"start": start, "made_by": made_by, "has_experts": has_experts, "sources": sources}
+    fields = {"start": start, "made_by": made_by, "has_experts": has_experts, "sources": sources}
+    return fields | {"rope_row_order": about["rope_row_order"]}
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:
@@ -230,10 +273,10 @@ def _tokens(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
     if "tokens" not in tensors:
         return []
     tensor = tensors["tokens"]
-    if tensor.dtype not in ("I64", "I32") or not (len(tensor.shape) == 1 or tensor.shape[:-1] == (1,)):
+    if tensor.dtype not in _ID_DTYPES or not (len(tensor.shape) == 1 or tensor.shape[:-1] == (1,)):
         found = f"{tensor.dtype} {shown(tensor.shape)}"
-        raise CheckpointError(f"{path}: tokens is {found}; expected I64 or I32 of one axis")
-    ids: list[int] = tensor.raw.view("<i8" if tensor.dtype == "I64" else "<i4").tolist()
+        raise CheckpointError(f"{path}: tokens is {found}; expected {', '.join(_ID_DTYPES)} of one axis")
+    ids: list[int] = tensor.raw.view(_ID_DTYPES[tensor.dtype]).tolist()
     return ids
 
 
@@ -249,13 +292,15 @@ def _pieces(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
     return pieces
 
 
-def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder) -> Step:
+def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder | None) -> Step:
     """Return the step that a tensor of a file holds."""
     kind = tensor.name.rpartition(".")[2]
     entry = (EXPERT_CATALOGUE if about["has_experts"] else CATALOGUE)[kind]
     shape = tensor.shape
     if len(shape) == len(entry.axes) + 1 and shape[0] == 1:
         shape = shape[1:]
+    if kind in ("norm", "logits") and len(shape) == 1:
+        shape = (1, *shape)  # the last token's alone
     is_turned = row_order == "halves" and kind in _TURNED
     problem = f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected"
     if not _fits(shape, entry.axes):
@@ -267,13 +312,20 @@ def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder) -> Step
         end = about["start"] + shape[1]
         keys = range(end - shape[2], end)
         if not shape[1] <= len(keys) <= end:
-            raise CheckpointError(f"{problem} {shape[1]} to {end} keys, since its queries begin at {about['start']}")
+            raise CheckpointError(
+                f"{problem} {shape[1]} to {end} keys (axes {', '.join(entry.axes)}), since its queries begin at "
+                f"{about['start']}"
+            )
     value = _floats(tensor).reshape(shape)
     if is_turned:
         value = value.reshape(*shape[:2], 2, -1).swapaxes(2, 3).reshape(shape)
+    is_ours = bool(about["made_by"])  # holds -inf, and need not be looked through
+    if kind == "scores" and not is_ours and (value <= _MASKED).any():
+        value = np.where(value <= _MASKED, value.dtype.type(-np.inf), value)
     value.flags.writeable = False
     step = Step(tensor.name, entry, value, keys)
     step.source, step.is_past = about["sources"].get(kind, ""), True
+    step.rounding = _ROUNDINGS.get(tensor.dtype, 0.0)
     return step
 
 

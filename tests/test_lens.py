@@ -221,7 +221,9 @@ def test_the_table_of_an_attribution() -> None:
     assert parts["layers.1.ffn_out"] == found.ffn_L[1]
     lines = str(found).splitlines()
     assert lines[0] == f"logit of [5] after [2]: {found.logit:.4g}, of which"
-    assert len(lines) == 3 + 20
+    assert len(lines) == 3 + 20 + 1
+    assert lines[-1].split("|")[1].strip() == "2 others"
+    assert float(lines[-1].split("|")[2]) == pytest.approx(rows[20][1] + rows[21][1], rel=1e-3)
     assert [cell.strip() for cell in lines[3].split("|")[1:3]] == [rows[0][0], f"{rows[0][1]:+.4g}"]
     page = Page(found._repr_html_())
     assert page.texts[0] == lines[0]

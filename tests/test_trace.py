@@ -343,6 +343,43 @@ def halves(x_THK: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(rows).reshape(n_tokens, n_heads, head_dim)
 
 
+def test_a_file_that_gives_its_row_order_is_believed(tmp_path: Path) -> None:
+    ours = model_of(FAMILIES["dense_windowed"].config).trace([1, 2, 3])
+    ours.save(tmp_path / "ours")
+    for order in (None, "interleaved", "halves"):
+        assert Trace.load(tmp_path / "ours", rope_row_order=order).compare(ours).verdict() == "all 54 steps are equal"
+    about = {FORMAT: json.dumps({"rope_row_order": "halves"})}
+    save_file({"layers.0.q": halves(ours["layers.0.q"])}, tmp_path / "theirs", metadata=about)
+    np.testing.assert_array_equal(Trace.load(tmp_path / "theirs")["layers.0.q"], ours["layers.0.q"])
+
+
+@pytest.mark.parametrize("mask", [-1e9, -3.4e38, -65504.0])
+def test_masks_that_are_added_are_out_of_sight(mask: float, tmp_path: Path) -> None:
+    ours = model_of(FAMILIES["dense_windowed"].config).trace([1, 2, 3])
+    scores = ours["layers.0.scores"]
+    save_file({"layers.0.scores": np.where(np.isinf(scores), np.float32(mask), scores)}, tmp_path / "dump")
+    np.testing.assert_array_equal(Trace.load(tmp_path / "dump")["layers.0.scores"], scores)
+
+
+@pytest.mark.parametrize("shape", [(101,), (1, 101), (1, 1, 101)])
+def test_logits_of_the_last_token_alone_can_be_dumped(shape: tuple[int, ...], tmp_path: Path) -> None:
+    ours = model_of(FAMILIES["dense_windowed"].config).trace([1, 2, 3])
+    tokens = np.array([1, 2, 3], np.uint32)
+    tensors = {"embedding": ours["embedding"], "logits": np.ascontiguousarray(ours["logits"][-1]).reshape(shape)}
+    save_file(tensors | {"tokens": tokens}, tmp_path / "dump")
+    theirs = Trace.load(tmp_path / "dump")
+    assert (theirs.tokens, theirs.n_tokens, theirs["logits"].shape) == ([1, 2, 3], 3, (1, 101))
+    assert theirs.compare(ours).verdict() == "all 2 steps are equal"
+
+
+def test_names_that_are_nearly_right_are_guessed(tmp_path: Path) -> None:
+    save_file(
+        {"embedding": np.ones((1, 2), np.float32), "layer.0.q_rot": np.ones((1, 1, 2), np.float32)}, tmp_path / "d"
+    )
+    with pytest.warns(MistralRefWarning, match=r"'layer\.0\.q_rot' \(layers\.N\.q_rotated\?\)"):
+        Trace.load(tmp_path / "d")
+
+
 @pytest.mark.parametrize("family", ["dense_windowed", "mixtral_windowed", "nemo"])
 def test_a_dump_of_another_engine(family: str, tmp_path: Path) -> None:
     """Some steps, a batch axis, tokens in 32 bits, something unknown, no metadata, and heads in halves."""
@@ -355,7 +392,7 @@ def test_a_dump_of_another_engine(family: str, tmp_path: Path) -> None:
     tensors = {name: np.ascontiguousarray(value[np.newaxis]) for name, value in tensors.items()}
     tensors |= {"tokens": np.array(tokens, np.int32)[np.newaxis], "\x1b[2J.mask": np.ones((2, 2), np.int8)}
     save_file(tensors, tmp_path / "dump")
-    with pytest.warns(MistralRefWarning, match=r"left aside 1 .* such as '\\x1b\[2J\.mask'") as caught:
+    with pytest.warns(MistralRefWarning, match=r"left aside 1 tensors that are no steps: '\\x1b\[2J\.mask'") as caught:
         theirs = Trace.load(tmp_path / "dump", rope_row_order="halves")
     assert all(str(warning.message).isprintable() for warning in caught)
     assert caught[0].filename == __file__
@@ -484,17 +521,17 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "no pairs, a huge axis": (file_of(layers__0__gate=(0, 2**62), layers__0__router_logits=(1, 2)), "gate has shape"),
     "no pairs without experts": (file_of(layers__0__gate=(0, 3)), "gate has shape"),
     "no heads": (file_of(layers__0__q=(2, 0, 4)), r"layers\.0\.q has shape \(2, 0, 4\)"),
-    "other tokens": (file_of(embedding=(2, 3), logits=(3, 5)), "logits is of 3 tokens; expected 2, as the rest"),
-    "other queries": (file_of(embedding=(2, 3), layers__0__scores=(2, 3, 3)), "is of 3 tokens; expected 2"),
-    "other ids": (file_of(embedding=(2, 3), tokens=("I64", 3)), "embedding is of 2 tokens; expected 3, as the rest"),
-    "tokens as numbers": (file_of(embedding=(2, 3), tokens=(2,)), r"tokens is F32 \(2,\); expected I64 or I32"),
+    "other tokens": (file_of(embedding=(2, 3), logits=(3, 5)), r"logits has shape \(3, 5\), by its axes \(token, voc"),
+    "other queries": (file_of(embedding=(2, 3), layers__0__scores=(2, 3, 3)), "of 3 tokens; .* another order"),
+    "other ids": (file_of(embedding=(2, 3), tokens=("I64", 3)), "tokens holds 3 ids; expected 2, as the steps have"),
+    "tokens as numbers": (file_of(embedding=(2, 3), tokens=(2,)), r"tokens is F32 \(2,\); expected I64, I32, U32"),
     "a batch of tokens": (file_of(embedding=(2, 3), tokens=("I32", 2, 2)), "tokens is I32 .* of one axis"),
     "tokens without an axis": (file_of(embedding=(1, 3), tokens=("I64",)), r"tokens is I64 \(\); expected"),
     "whole numbers": (file_of(embedding=("I32", 2, 3)), "embedding is I32; expected F64, F32, F16 or BF16"),
     "truths": (file_of(embedding=("BOOL", 2, 3)), "embedding is BOOL; expected F64"),
     "fewer keys than queries": (
         file_of(layers__0__scores=(1, 3, 2)),
-        r"scores has shape \(1, 3, 2\); expected 3 to 3 keys, since its queries begin at 0",
+        r"scores has shape \(1, 3, 2\); expected 3 to 3 keys \(axes head, query, key\), since its queries begin at 0",
     ),
     "keys before the first": (file_of(layers__0__attention_weights=(1, 1, 2)), "expected 1 to 1 keys"),
     "pieces not UTF-8": (with_pieces(b'["\xff"]'), "pieces cannot be read: 'utf-8' codec"),
@@ -562,7 +599,7 @@ def test_a_head_of_an_odd_width_has_no_halves(kind: str, tmp_path: Path) -> None
 def test_names_that_are_no_steps_are_left_aside(name: str, tmp_path: Path) -> None:
     header, data = tensors_of(x=(1, 1, 2), embedding=(1, 2))
     (tmp_path / "t").write_bytes(tensor_file({name: header["x"], "embedding": header["embedding"]}, data))
-    with pytest.warns(MistralRefWarning, match="left aside 1 tensors that are no steps, such as ") as caught:
+    with pytest.warns(MistralRefWarning, match="left aside 1 tensors that are no steps: ") as caught:
         assert list(Trace.load(tmp_path / "t")) == ["embedding"]
     assert str(caught[0].message).isprintable()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 
+from mistral_ref.broken import BUGS
 from mistral_ref.cli.common import as_text, progress_bar
 from mistral_ref.cli.study import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.compare import HEADINGS, Comparison, compare_walks
@@ -22,6 +24,8 @@ examples:
   mistral-ref compare MY_DUMP.safetensors DIR          the dump's own tokens through the model in DIR
 """
 
+_MOST_TOKENS = 100_000  # to go on with
+
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to the command line."""
@@ -30,7 +34,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="lay two passes side by side and find the first step that departs",
         description="Take a text through A and through B, and tell for every step how far A lies from B: in absolute "
         "and relative terms, and in float32 ulps of the step's largest value. A and B are each a model's directory, "
-        "`demo` for the demonstration model, or a trace (.safetensors), of mistral-ref trace or of another engine. "
+        "`demo` for the demonstration model, or a file: a trace of mistral-ref trace, or of another engine. "
         "Exit status 0 where all steps agree, 1 where one departs.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,7 +50,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--own",
         action="store_true",
-        help="at every step let B go on from A's value, so that each row shows what that step adds by itself",
+        help="at every step let B go on from A's value, so that each row shows what that step adds by itself; NumPy "
+        "computes, unless --backend says otherwise",
     )
     parser.add_argument(
         "--bound", type=float, metavar="ULPS", help="what counts as departing (default: 2000, with --own 200)"
@@ -55,8 +60,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--rope-row-order",
         choices=["interleaved", "halves"],
-        default="interleaved",
-        help="in traces of other engines: halves where pairs lie half a head apart, as in Hugging Face's layout",
+        help="in traces that do not say so: halves where pairs lie half a head apart, as in Hugging Face's layout",
     )
     parser.add_argument(
         "--continue", dest="n_more", type=int, metavar="N", help="print N more tokens of the text as each writes it"
@@ -66,8 +70,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(arguments: argparse.Namespace) -> int:
     """Print how far A lies from B; return 1 if a step departs."""
+    n_more = None if arguments.n_more is None else checked_whole("--continue", arguments.n_more, 1, _MOST_TOKENS)
     sides = [_opened(arguments, index) for index in range(2)]
     models = [side for side in sides if isinstance(side, Model)]
+    _check_options(arguments, sides)
     prompt = _prompt(arguments, sides)
     if len(models) == 2:
         a, b = (model.steps(*split_prompt(model, prompt, arguments.last)) for model in models)
@@ -82,23 +88,40 @@ def run(arguments: argparse.Namespace) -> int:
         ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
         comparison = ours.compare(theirs, **bound)
     print(_table(comparison, every=arguments.all))
-    if arguments.n_more is not None:
-        _print_texts(models, prompt, checked_whole("--continue", arguments.n_more, least=1))
+    if arguments.broken and not comparison.departed and BUGS[arguments.broken].shows:
+        print(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")
+    if n_more is not None:
+        _print_texts(models, prompt, n_more)
     return 1 if comparison.departed else 0
 
 
 def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
     """Return what A or B names: a trace, or a model with the options that are meant for it."""
     path = (arguments.a, arguments.b)[index]
-    if path.endswith(".safetensors"):
+    if os.path.isfile(path) or path.endswith(".safetensors"):
         return Trace.load(path, rope_row_order=arguments.rope_row_order)
     model = load(
         DEMO_MODEL if path == "demo" else path,
-        backend=_one_of_two("--backend", arguments.backend, index) or None,
+        backend=_one_of_two("--backend", arguments.backend, index) or _usual_backend(arguments),
         dtype=_one_of_two("--dtype", arguments.dtype, index) or "float32",
         threads=arguments.threads,
     )
     return maybe_broken(model, arguments.broken if index == 0 else None)
+
+
+def _usual_backend(arguments: argparse.Namespace) -> str | None:
+    """Return what computes where nothing is said: NumPy where every step has to be entered, or is broken in A."""
+    return "numpy" if arguments.own or arguments.broken else None
+
+
+def _check_options(arguments: argparse.Namespace, sides: list[Model | Trace]) -> None:
+    """Raise InputError for an option that the sides leave without a meaning."""
+    if arguments.broken and isinstance(sides[0], Trace):
+        raise InputError("--broken plants a bug in A, and A is a trace; expected a model")
+    if not any(isinstance(side, Model) for side in sides):
+        given = {"--continue": arguments.n_more, "--last": arguments.last, "--backend": arguments.backend or None}
+        if found := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"{found[0]} is for models, and both sides are traces")
 
 
 def _one_of_two(option: str, text: str, index: int) -> str:
@@ -142,5 +165,8 @@ def _table(comparison: Comparison, *, every: bool) -> str:
 
 
 def _print_texts(models: list[Model], prompt: str | list[int], n_more: int) -> None:
-    for name, model in zip("AB" if len(models) == 2 else "M", models, strict=False):
-        print(f"{name} goes on: {model.complete(prompt, max_tokens=n_more)}")
+    for name, model in zip("AB" if len(models) == 2 else ["the model"], models, strict=True):
+        print(f"{name} goes on: ", end="", flush=True)
+        for token in model.generate(prompt, max_tokens=n_more):
+            print(token.text, end="", flush=True)
+        print()
