@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CheckpointError, InputError, checked_whole, shown
-from mistral_ref.weights import Kind, e4m3_values
+from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, e4m3_values
 
 Progress = Callable[[int, int], None]
 
@@ -202,6 +202,29 @@ def params_json(config: ModelConfig) -> dict[str, Any]:
             "apply_scale": yarn.attention_factor != 1,
         }
     return file
+
+
+def hollow_weights(config: ModelConfig) -> Weights:
+    """Return bf16 weights of a configuration's shape that take no memory, to be counted and not computed with."""
+
+    def matrix(n_out: int, n_in: int) -> Matrix:
+        return Matrix("hollow", "bf16", np.broadcast_to(np.uint16(0), (n_out, n_in)))
+
+    def feed_forward() -> FeedForward:
+        dim, hidden = config.dim, config.hidden_dim
+        return FeedForward(w1=matrix(hidden, dim), w2=matrix(dim, hidden), w3=matrix(hidden, dim))
+
+    dim, norm = config.dim, np.ones(config.dim, np.float32)
+    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    network: FeedForward | ExpertFeedForward = feed_forward()
+    if config.moe is not None:
+        n_experts = config.moe.num_experts
+        network = ExpertFeedForward(matrix(n_experts, dim), tuple(feed_forward() for _ in range(n_experts)))
+    wq, wk, wv, wo = matrix(q_out, dim), matrix(kv_out, dim), matrix(kv_out, dim), matrix(dim, q_out)
+    layer = Layer(norm, wq, wk, wv, wo, norm, network)
+    tok_embeddings = matrix(config.vocab_size, dim)
+    output = tok_embeddings if config.tied_embeddings else matrix(config.vocab_size, dim)
+    return Weights(tok_embeddings, (layer,) * config.n_layers, norm, output)
 
 
 def _made_of(path: Path) -> str | None:

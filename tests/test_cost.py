@@ -26,25 +26,11 @@ from mistral_ref.errors import CacheError
 from mistral_ref.model import Model
 from mistral_ref.shapes import SHAPES
 from mistral_ref.steps import Step, step_names
-from mistral_ref.weights import FeedForward, Layer, Matrix, Weights, repacked
+from mistral_ref.synthetic import hollow_weights
+from mistral_ref.weights import FeedForward, Matrix, repacked
 
 LIMITS = Limits(bandwidth=1e9, peak=4e9)
 WINDOWS = st.none() | st.integers(1, 50)
-
-
-def shaped_weights(config: ModelConfig) -> Weights:
-    """Return bf16 weights of a dense configuration's shape, which take no memory."""
-
-    def matrix(n_out: int, n_in: int) -> Matrix:
-        return Matrix("shaped", "bf16", np.broadcast_to(np.uint16(0), (n_out, n_in)))
-
-    dim, hidden, norm = config.dim, config.hidden_dim, np.ones(config.dim, np.float32)
-    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    wq, wk, wv, wo = matrix(q_out, dim), matrix(kv_out, dim), matrix(kv_out, dim), matrix(dim, q_out)
-    feed_forward = FeedForward(w1=matrix(hidden, dim), w2=matrix(dim, hidden), w3=matrix(hidden, dim))
-    layer = Layer(norm, wq, wk, wv, wo, norm, feed_forward)
-    ends = matrix(config.vocab_size, dim), matrix(config.vocab_size, dim)
-    return Weights(ends[0], (layer,) * config.n_layers, norm, ends[1])
 
 
 def arrays_in(part: Any) -> Iterator[Matrix | np.ndarray]:
@@ -121,7 +107,7 @@ def test_a_dense_pass_reads_every_weight_once_and_rows_of_the_embedding(config: 
 
 def test_weights_count_as_they_are_stored() -> None:
     config = FAMILIES["bfloat16"].config
-    weights = shaped_weights(config)
+    weights = hollow_weights(config)
     plain, tiled = step_costs(config, weights, 1), step_costs(config, repacked(weights), 1)
     for one, other in zip(plain, tiled, strict=True):
         assert (one.flops, one.other_bytes) == (other.flops, other.other_bytes)
@@ -179,7 +165,7 @@ def test_heads_read_each_visible_key_once_in_the_dtype_of_the_cache(
     queries, keys = np.arange(start, start + n_tokens)[:, np.newaxis], np.arange(start + n_tokens)
     n_keys = attends(queries, keys, window).any(axis=0).sum()
     n_activations, n_cached = 2 * n_tokens * (4 + 2) * 32, 2 * (n_keys + n_tokens) * 2 * 32
-    weights = shaped_weights(config)
+    weights = hollow_weights(config)
     for dtype, cached_bytes, activation_bytes in [("float32", 4, 4), ("float16", 2, 4), ("float64", 8, 8)]:
         costs = step_costs(config, weights, n_tokens, start, cache_dtype=dtype, activation_bytes=activation_bytes)
         heads = by_name(costs)["layers.0.heads"]
@@ -189,7 +175,7 @@ def test_heads_read_each_visible_key_once_in_the_dtype_of_the_cache(
 
 def test_mistral_7b_for_one_token_by_hand() -> None:
     config = SHAPES["mistral-7b"]
-    costs = step_costs(config, shaped_weights(config), 1, cache_dtype="float16")
+    costs = step_costs(config, hollow_weights(config), 1, cache_dtype="float16")
     # Multiply-adds of a layer: wq and wo 4096 * 4096, wk and wv 1024 * 4096; w1, w2 and w3 4096 * 14336.
     layer = 2 * 16_777_216 + 2 * 4_194_304 + 3 * 58_720_256
     assert layer == 218_103_808
@@ -202,7 +188,7 @@ def test_mistral_7b_for_one_token_by_hand() -> None:
     assert sum(cost.flops for cost in costs) == 14_225_424_384 == 2 * products + rest
     # Two bytes for each weight of the products, four for those of norms, and a row of the embedding.
     assert sum(cost.weight_bytes for cost in costs) == 14_221_860_864 == 2 * products + 65 * 4 * 4096 + 2 * 4096
-    full = by_name(step_costs(config, shaped_weights(config), 1, 4095, cache_dtype="float16"))["layers.31.heads"]
+    full = by_name(step_costs(config, hollow_weights(config), 1, 4095, cache_dtype="float16"))["layers.31.heads"]
     assert full.flops == 67_108_864  # 4 * 128 * 32 * 4096
     # Queries and gathered values 2 * 4096, new keys and values 2 * 1024; then 4096 keys and values read, one written.
     assert full.other_bytes == 4 * (8192 + 2048) + 2 * 2 * 1024 * 4097 == 16_822_272
@@ -210,7 +196,7 @@ def test_mistral_7b_for_one_token_by_hand() -> None:
 
 def test_attention_is_flat_within_a_window_and_grows_without() -> None:
     config = SHAPES["mistral-7b"].replace(max_seq_len=None)
-    weights = shaped_weights(config)
+    weights = hollow_weights(config)
 
     def heads(config: ModelConfig, start: int) -> StepCost:
         return by_name(step_costs(config, weights, 1, start))["layers.0.heads"]
@@ -233,7 +219,7 @@ def test_attention_is_flat_within_a_window_and_grows_without() -> None:
 def test_wrong_arguments_are_named(arguments: dict[str, Any], problem: str) -> None:
     config = SHAPES["tiny"]
     with pytest.raises(InputError, match=problem):
-        step_costs(config, shaped_weights(config), **{"n_tokens": 1} | arguments)
+        step_costs(config, hollow_weights(config), **{"n_tokens": 1} | arguments)
 
 
 def test_counting_goes_without_numba() -> None:
@@ -263,7 +249,7 @@ def test_predictions_on_hand_made_limits() -> None:
 
 def test_decoding_is_bound_by_memory_and_a_prompt_by_arithmetic() -> None:
     config = SHAPES["mistral-7b"]
-    weights, limits = shaped_weights(config), Limits(bandwidth=30e9, peak=600e9)
+    weights, limits = hollow_weights(config), Limits(bandwidth=30e9, peak=600e9)
     for n_tokens, bound in [(1, "memory"), (512, "arithmetic")]:
         costs = by_name(step_costs(config, weights, n_tokens))
         assert {costs[f"layers.0.{name}"].bound(limits) for name in ("q", "gate", "up", "ffn_out")} == {bound}
