@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -65,8 +67,17 @@ def size_text(axes: Sequence[str], shape: Sequence[int]) -> str:
 
 
 def numbers(values: np.ndarray, width: int = 100) -> str:
-    """Return an array as numbers of four digits, its middle left out where it is long."""
-    return np.array2string(values, precision=4, suppress_small=True, threshold=400, edgeitems=4, max_line_width=width)
+    """Return an array as numbers of four digits, its middle left out where it would take more than 40 lines."""
+    per_line = max(width // 10, 1)
+    n_lines = math.prod(values.shape[:-1]) * -(-values.shape[-1] // per_line) if values.ndim else 1
+    return np.array2string(
+        values,
+        precision=4,
+        suppress_small=True,
+        threshold=values.size if n_lines <= 40 else 0,
+        edgeitems=4 if values.ndim < 3 else 2,
+        max_line_width=width,
+    )
 
 
 class HeatMap(NamedTuple):
@@ -74,34 +85,63 @@ class HeatMap(NamedTuple):
 
     cells   (rows, columns) from -1 to 1: of the values that share a cell the one that is largest without its sign,
             divided by `scale`; NaN where a cell holds none (all -inf, out of sight), inf where it holds NaN or +inf
-    scale   the largest finite value of the matrix without its sign
+    scale   the largest finite value of the matrix without its sign, or what was asked for
+    is_root     the cells are square roots, signs kept: what is small can be seen beside what is large
     """
 
     cells: np.ndarray
     scale: float
+    is_root: bool = False
 
 
-def heat_map(matrix: np.ndarray, most_rows: int, most_columns: int) -> HeatMap:
+def cell_ranges(size: int, most: int) -> list[range]:
+    """Return what of an axis shares a cell, where there may be at most so many cells.
+
+    >>> cell_ranges(5, 2), cell_ranges(2, 9)
+    ([range(0, 2), range(2, 5)], [range(0, 1), range(1, 2)])
+    """
+    n_cells = min(most, size)
+    edges = [cell * size // n_cells for cell in range(n_cells + 1)] if n_cells else []
+    return [range(*pair) for pair in pairwise(edges)]
+
+
+def heat_map(
+    matrix: np.ndarray, most_rows: int, most_columns: int, *, is_root: bool = False, scale: float | None = None
+) -> HeatMap:
     """Return a HeatMap of a matrix with at most so many rows and columns.
 
+    is_root     cells are square roots of what they would be, as fits weights that add up to 1
+    scale       what a cell of 1 stands for, at least the largest value; it makes several maps comparable
+
     >>> heat_map(np.array([[1.0, -4.0, 2.0, -np.inf]]), 1, 2)
-    HeatMap(cells=array([[-1. ,  0.5]]), scale=4.0)
+    HeatMap(cells=array([[-1. ,  0.5]]), scale=4.0, is_root=False)
     """
     with np.errstate(invalid="ignore"):  # NaN with bits that processors warn of
         matrix = np.atleast_2d(matrix).astype(np.float64)
     is_broken = np.isnan(matrix) | (matrix == np.inf)
     magnitudes = np.where(np.isfinite(matrix), np.abs(matrix), -1.0)  # -1: nothing to be seen
-    scale = float(magnitudes.max(initial=0.0))
+    scale = float(magnitudes.max(initial=0.0)) if scale is None else scale
     values = np.where(np.isfinite(matrix), matrix, 0.0)
     for axis, most in enumerate((most_rows, most_columns)):
-        n_cells = min(most, matrix.shape[axis])
-        starts = np.arange(n_cells) * matrix.shape[axis] // n_cells
+        starts = np.array([cell.start for cell in cell_ranges(matrix.shape[axis], most)], int)
         largest = np.maximum.reduceat(magnitudes, starts, axis)
         low, high = np.minimum.reduceat(values, starts, axis), np.maximum.reduceat(values, starts, axis)
         values, magnitudes = np.where(-low > high, low, high), largest
         is_broken = np.logical_or.reduceat(is_broken, starts, axis)
-    cells = np.where(magnitudes < 0, np.nan, values / (scale or 1.0))
-    return HeatMap(np.where(is_broken, np.inf, cells), scale)
+    values = values / (scale or 1.0)
+    values = np.copysign(np.sqrt(np.abs(values)), values) if is_root else values
+    cells = np.where(magnitudes < 0, np.nan, values)
+    return HeatMap(np.where(is_broken, np.inf, cells), scale, is_root)
+
+
+def merged_text(axis: str, size: int, most: int) -> str:
+    """Return what to say of an axis that is shown with at most so many cells; "" where each has its own.
+
+    >>> merged_text("dim", 224, 56), merged_text("dim", 224, 100), merged_text("dim", 224, 224)
+    ('each cell the largest of 4 (dim)', 'each cell the largest of 2 or 3 (dim)', '')
+    """
+    sizes = sorted({len(cell) for cell in cell_ranges(size, most)} - {0})
+    return f"each cell the largest of {' or '.join(map(str, sizes))} ({axis})" if size > most else ""
 
 
 def shade(cell: float) -> str:
@@ -131,9 +171,15 @@ def heat_text(heat: HeatMap) -> list[str]:
 
 
 def legend(heat: HeatMap) -> str:
-    """Return what the characters of a heat map stand for."""
-    text = f"{_POSITIVE[1:]} up to {heat.scale:.4g}"
-    text += f"   {_NEGATIVE[1:]} down to {-heat.scale:.4g}" if (heat.cells < 0).any() else ""
+    """Return what the characters of a heat map stand for.
+
+    >>> print(legend(heat_map(np.array([0.8, 0.05]), 1, 2, is_root=True)))
+    ░▒▓█ up to 0.05, 0.2, 0.45, 0.8 (square-root scale)
+    """
+    ends = [heat.scale * (n / 4) ** 2 for n in (1, 2, 3, 4)] if heat.is_root else [heat.scale]
+    scale = " (square-root scale)" if heat.is_root else ""
+    text = f"{_POSITIVE[1:]} up to {', '.join(f'{end:.4g}' for end in ends)}{scale}"
+    text += f"   {_NEGATIVE[1:]} down to {-heat.scale:.4g}{scale}" if (heat.cells < 0).any() else ""
     text += f"   {_UNSEEN} out of sight" if np.isnan(heat.cells).any() else ""
     return text + (f"   {_BROKEN} NaN or infinite" if np.isinf(heat.cells).any() else "")
 
@@ -147,8 +193,36 @@ def heat_image(heat: HeatMap, cell_pixels: int = 6) -> str:
     return (
         f'<img alt="heat map of {n_rows} by {n_columns} cells, scale {heat.scale:.4g}" '
         f'width="{n_columns * cell_pixels}" height="{n_rows * cell_pixels}" '
-        f'style="image-rendering: pixelated" src="data:image/png;base64,{data}">'
+        f'style="image-rendering: pixelated; margin: 2px" src="data:image/png;base64,{data}">'
     )
+
+
+def heat_figure(values: np.ndarray, axes: Sequence[str], apart: str | None = None, *, is_root: bool = False) -> str:
+    """Return a matrix as an HTML image of at most 32 by 96 cells, and below it what rows, columns and colours are.
+
+    Of a value with three axes `apart` is the one that gets an image for each index, all of one scale; at most 16.
+    """
+    most_rows, most_columns, most_images = 32, 96, 16
+    parts, names = values[np.newaxis], list(axes)
+    if apart is not None:
+        parts = np.moveaxis(values, names.index(apart), 0)
+        names.remove(apart)
+    whole = heat_map(parts.reshape(-1, parts.shape[-1]), most_rows, most_columns, is_root=is_root)
+    heats = [
+        heat_map(part, most_rows, most_columns, is_root=is_root, scale=whole.scale) for part in parts[:most_images]
+    ]
+    sizes = dict(zip(names, parts.shape[1:], strict=True))
+    words = [f"{which}: {axis} {sizes[axis]}" for which, axis in zip(("rows", "columns"), names, strict=True)]
+    words += [merged_text(axis, sizes[axis], most) for axis, most in zip(names, (most_rows, most_columns), strict=True)]
+    if apart is not None:
+        shown = f"the first {most_images} of " if len(parts) > most_images else ""
+        words.insert(0, f"a picture for each {apart}, {shown}{len(parts)}")
+    words.append(f"white 0, red up to {whole.scale:.4g}, blue down to {-whole.scale:.4g}")
+    words.append("square-root scale" if is_root else "")
+    words.append("grey: out of sight" if any(np.isnan(heat.cells).any() for heat in heats) else "")
+    words.append("black: NaN or infinite" if any(np.isinf(heat.cells).any() for heat in heats) else "")
+    caption = html_text("; ".join(word for word in words if word))
+    return f"<div>{''.join(map(heat_image, heats))}</div><div>{caption}</div>"
 
 
 def _png(rgb: np.ndarray) -> bytes:

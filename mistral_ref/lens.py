@@ -39,7 +39,7 @@ class AttentionMap:
 
     def heat(self) -> HeatMap:
         """Return the weights made small enough to look at."""
-        return heat_map(self.weights_TS, 64, 64)
+        return heat_map(self.weights_TS, 64, 64, is_root=True)
 
     def top(self, query: int, n: int = 5) -> list[tuple[str, float]]:
         """Return the n keys that a query, counted from the first row, attends to most, with their weights."""

@@ -6,7 +6,9 @@ that one stands at, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from mistral_ref.cache import KVCache
 from mistral_ref.compare import Comparison, compare_walks
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, checked_whole, printable, shown
 from mistral_ref.generation import Progress
 from mistral_ref.model import Model, Prompt
 from mistral_ref.steps import Step, step_names
@@ -99,7 +101,18 @@ class Stepper:
         for index in (*range(self.index + 1, len(self.names)), *range(self.index + 1)):
             if fnmatchcase(self.names[index], text) or fnmatchcase(self.names[index], f"layers.*.{text}"):
                 return index
-        raise InputError(f"no step is called {shown(text)}; names are like 'layers.0.q_rotated', 'q', or 'logits'")
+        raise InputError(f"no step is called {shown(text)}; {self._hint(text)}")
+
+    def _hint(self, text: str) -> str:
+        """Return what may have been meant by a name that no step has."""
+        last = self.model.config.n_layers - 1
+        number = re.fullmatch(r"(?:layers\.)?(\d+)(?:\..*)?", text, re.ASCII | re.DOTALL)
+        if number and (len(number[1]) > 9 or int(number[1]) > last):
+            return f"there are layers 0 to {last}"
+        known = list(dict.fromkeys([*(name.rpartition(".")[2] for name in self.names), *self.names]))
+        if nearest := get_close_matches(text[:100], known, n=1):
+            return f"did you mean {nearest[0]!r}?"
+        return "names are like 'layers.0.q_rotated', 'q', or 'logits'"
 
     def edit(self, description: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
         """Change the value of the step that one stands at, and every time that one comes here again.
@@ -115,7 +128,11 @@ class Stepper:
             raise InputError("nothing has been edited")
         undone = self.edits.pop()
         self._walk = None
-        self.go(self.index)
+        try:
+            self.go(self.index)
+        except BaseException:  # Ctrl-C: the value that one stands at is still the edited one
+            self.edits.append(undone)
+            raise
         return undone
 
     def logits(self, *, edited: bool = True) -> np.ndarray:
@@ -123,6 +140,38 @@ class Stepper:
         self._walk = None  # a cache serves one pass at a time
         with self._new_walk(self.cache, edited=edited) as walk:
             return next(step.value for step in walk if step.name == "logits")
+
+    def continuation(self, n: int, *, edited: bool = True) -> Iterator[str]:
+        """Yield the text of up to n tokens more, the likeliest each time, with the edits or without.
+
+        Each pass takes the prompt and all tokens so far, with every edit made again, since an edit is of a whole pass.
+        What it chose by number it chooses still; a function that does not fit a longer pass ends in InputError, as does
+        a Stepper over a cache, whose pass cannot begin earlier.
+        """
+        n, config = checked_whole("n", n, least=1), self.model.config
+        if self.cache is not None:
+            raise InputError("over a cache a pass cannot begin anew with the edits; walk through all tokens instead")
+        tokens, stream = list(self.tokens), self.model._stream(self.tokens)
+        edits = self._all_edits() if edited else {}
+        for _ in range(n):
+            if config.max_seq_len is not None and len(tokens) >= config.max_seq_len:
+                break
+            try:
+                logits_V = self.model.forward(tokens, edits=edits, last_only=not edits)[-1]
+            except (ValueError, IndexError) as error:  # InputError too, of a value with another shape than the step's
+                if not edits:
+                    raise
+                lengths = f"{len(self.tokens)} tokens and do not fit {len(tokens)}"
+                raise InputError(f"the edits were made for {lengths}: {printable(str(error))}") from None
+            if np.isnan(logits_V).any():
+                raise InputError("the logits hold NaN, so nothing is likeliest")
+            tokens.append(int(logits_V.argmax()))
+            if tokens[-1] in self.model.eos_ids:
+                break
+            has_text = stream is not None and tokens[-1] < stream.tokenizer.vocab_size
+            yield stream.push(tokens[-1]) if stream and has_text else self.model.piece(tokens[-1])
+        if stream and (rest := stream.flush()):
+            yield rest
 
     def trace(self, keep: Sequence[str]) -> Trace:
         """Return a trace of the edited pass."""

@@ -167,7 +167,7 @@ class Step:
         return f"<Step {self.name} ({size_text(self.axes, self.value.shape)}) {self.value.dtype}: {self.formula}>"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: all that is known of the step, and its values as pictures, one for each head."""
+        """Return what a notebook shows: all that is known of the step, and its values as pictures, one a head."""
         rows = [
             ["value", f"{size_text(self.axes, self.value.shape)}, {self.value.dtype}"],
             ["formula", self.formula],

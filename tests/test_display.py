@@ -20,7 +20,9 @@ from tiny import model_of
 from mistral_ref import Trace
 from mistral_ref.display import (
     HeatMap,
+    cell_ranges,
     colours,
+    heat_figure,
     heat_image,
     heat_map,
     heat_text,
@@ -28,6 +30,7 @@ from mistral_ref.display import (
     html_text,
     legend,
     markdown_table,
+    merged_text,
     numbers,
     shade,
     size_text,
@@ -96,6 +99,8 @@ def test_sizes_and_numbers() -> None:
         " [500. 501. 502. 503. ... 996. 997. 998. 999.]]",
     ]
     assert numbers(np.arange(400.0)).count(".") == 400
+    for shape, width in (((200, 2), 100), ((100, 2, 2), 100), ((400,), 20), ((5, 8, 32), 40)):
+        assert numbers(np.ones(shape), width).count("\n") <= 60
     assert all(len(line) <= 30 for line in numbers(np.arange(50.0), width=30).splitlines())
     assert numbers(np.array([NAN, -INF])) == "[ nan -inf]"
 
@@ -162,6 +167,27 @@ def test_a_heat_map_of_nothing_to_be_seen() -> None:
     assert (colours(zeros.cells) == 255).all()
     empty = heat_map(np.zeros((0, 3)), 2, 2)
     assert (empty.cells.shape, heat_text(empty), heat_image(empty)) == ((0, 2), [], "")
+
+
+def test_a_square_root_scale_brings_small_weights_out() -> None:
+    weights = np.array([[0.05, 0.8, -0.2, 0.0, -INF]])
+    heat = heat_map(weights, 1, 5, is_root=True)
+    np.testing.assert_allclose(heat.cells, [[0.25, 1, -0.5, 0, NAN]])
+    assert heat_text(heat) == ["░█= ·"]
+    assert legend(heat) == (
+        "░▒▓█ up to 0.05, 0.2, 0.45, 0.8 (square-root scale)   -=≡# down to -0.8 (square-root scale)   · out of sight"
+    )
+    assert heat_map(weights, 1, 5, scale=1.6).cells[0, 1] == 0.5
+
+
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_cells_share_an_axis_and_it_is_said_how(size: int, most: int) -> None:
+    cells = cell_ranges(size, most)
+    assert [at for cell in cells for at in cell] == list(range(size))
+    assert len(cells) == min(size, most)
+    assert max(map(len, cells), default=0) - min(map(len, cells), default=0) <= 1
+    assert bool(merged_text("dim", size, most)) == (size > most)
+    assert all(f"{len(cell)}" in merged_text("dim", size, most) for cell in cells if size > most)
 
 
 def test_one_broken_value_breaks_its_cell_alone() -> None:
@@ -326,7 +352,16 @@ def test_every_step_is_shown_in_a_notebook(family: str) -> None:
                 ["source", step.source],
             ]
         ]
-        assert len(page.images) == 1
+        heads = [axis for axis in step.axes if axis in ("head", "kv_head")]
+        assert len(page.images) == (step.value.shape[step.axes.index(heads[0])] if heads else 1)
+        caption = page.texts[-1]
+        rows, columns = (axis for axis in step.axes if axis not in heads)
+        sizes = dict(zip(step.axes, step.value.shape, strict=True))
+        assert f"rows: {rows} {sizes[rows]}; columns: {columns} {sizes[columns]};" in caption
+        assert f"white 0, red up to {np.abs(step.value[np.isfinite(step.value)]).max():.4g}, blue down to" in caption
+        assert ("a picture for each" in caption) == bool(heads)
+        assert ("square-root scale" in caption) == name.endswith("attention_weights")
+        assert ("grey: out of sight" in caption) == name.endswith("scores")
         assert step.statistics == statistics(step.value)
         assert repr(step) == f"<Step {name} ({size_text(step.axes, step.value.shape)}) float32: {step.formula}>"
     (table,) = Page(trace._repr_html_()).tables
@@ -334,6 +369,19 @@ def test_every_step_is_shown_in_a_notebook(family: str) -> None:
     assert [row[0] for row in table[1:]] == list(trace)
     assert Page(trace._repr_html_()).texts[0] == repr(trace)
     assert Page(Trace([], [], [])._repr_html_()).tables == [[table[0]]]
+
+
+def test_a_figure_has_one_scale_and_at_most_sixteen_pictures() -> None:
+    values = np.ones((2, 20, 200)) * np.arange(20)[:, np.newaxis]
+    page = Page(heat_figure(values, ("token", "head", "head_dim"), "head"))
+    assert len(page.images) == 16
+    assert {image["alt"] for image in page.images} == {"heat map of 2 by 96 cells, scale 19"}
+    assert page.texts == [
+        "a picture for each head, the first 16 of 20; rows: token 2; columns: head_dim 200; "
+        "each cell the largest of 2 or 3 (head_dim); white 0, red up to 19, blue down to -19"
+    ]
+    png = base64.b64decode(page.images[15]["src"].partition(",")[2])
+    np.testing.assert_array_equal(decoded(png), colours(np.full((2, 96), 15 / 19)))
 
 
 def test_a_step_of_broken_values_is_shown_too() -> None:

@@ -273,9 +273,9 @@ def test_the_strongest_keys() -> None:
         "layers.0.attention_weights, head 0",
         "| query | keys, oldest first |",
         "|-------|-------------------:|",
-        "| a     |               ▒█▒  |",
-        "| b     |               ░▒▓█ |",
-        "░▒▓█ up to 0.5",
+        "| a     |               ▓█▓  |",
+        "| b     |               ▒▓██ |",
+        "░▒▓█ up to 0.03125, 0.125, 0.2812, 0.5 (square-root scale)",
     ]
     page = Page(found._repr_html_())
     assert page.tables[0] == [

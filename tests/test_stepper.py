@@ -134,6 +134,83 @@ def test_an_interrupt_leaves_one_where_one_was(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(stepper.go(len(stepper.names)).value, stepper.model.forward(stepper.tokens))
 
 
+def test_an_interrupted_undo_undoes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper = small_stepper()
+    stepper.edit("zero", np.zeros_like)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stepper, "_new_walk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stepper.undo()
+    monkeypatch.undo()
+    assert [edit.description for edit in stepper.edits] == ["zero"]
+    assert not stepper.step.value.any()
+    assert stepper.undo().description == "zero"
+    assert stepper.step.value.any()
+
+
+def test_what_may_have_been_meant_by_a_name() -> None:
+    stepper = small_stepper()
+    for text, hint in {
+        "layers.9.q": "there are layers 0 to 2",
+        "99": "there are layers 0 to 2",
+        "99999999999999": "there are layers 0 to 2",
+        "q_rotatd": "did you mean 'q_rotated'?",
+        "layers.1.hedas": "did you mean 'layers.1.heads'?",
+        "Logits": "did you mean 'logits'?",
+        "": "names are like",
+        "x" * 10000: "names are like",
+    }.items():
+        with pytest.raises(InputError, match=r"no step is called") as error:
+            stepper.find(text)
+        assert hint in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_text_goes_on_with_the_edits_made_in_every_pass(backend: str) -> None:
+    stepper = small_stepper(backend=backend)
+    plain = [token.id for token in stepper.model.generate(stepper.tokens, max_tokens=4)]
+    assert list(stepper.continuation(4)) == list(stepper.continuation(4, edited=False)) == [f"[{i}]" for i in plain]
+    stepper.go(stepper.find("layers.0.ffn_out"))
+
+    def first_two_changed(value: np.ndarray) -> np.ndarray:
+        value[:2] = 5
+        return value
+
+    stepper.edit("set 5 token 0:2", first_two_changed)
+    tokens = list(stepper.tokens)
+    for _ in range(4):
+        logits = stepper.model.forward(tokens, edits={"layers.0.ffn_out": lambda x: first_two_changed(x.copy())})
+        tokens.append(int(logits[-1].argmax()))
+    assert list(stepper.continuation(4)) == [f"[{token}]" for token in tokens[-4:]]
+    assert list(stepper.continuation(4, edited=False)) == [f"[{i}]" for i in plain]
+    stepper.model.eos_ids = frozenset(tokens[-4:-3])
+    assert list(stepper.continuation(4)) == []
+    for n in (0, -1, 2.0):
+        with pytest.raises(InputError, match="expected a whole number of at least 1"):
+            list(stepper.continuation(n))
+
+
+def test_edits_that_do_not_fit_a_longer_pass_are_one_line() -> None:
+    for wrong in (lambda x: x + np.ones((6, 1), x.dtype), lambda x: x[:6], lambda x: x if len(x) < 7 else x[7]):
+        stepper = small_stepper()
+        stepper.edit("wrong", wrong)
+        with pytest.raises(InputError, match=r"made for 6 tokens and do not fit [78]: ") as error:
+            list(stepper.continuation(4))
+        assert "\n" not in str(error.value)
+    stepper = small_stepper()
+    stepper.edit("nan", lambda x: x * np.float32("nan"))
+    with pytest.raises(InputError, match="NaN, so nothing is likeliest"):
+        list(stepper.continuation(1))
+    model = stepper.model
+    cache = model.new_cache()
+    model.forward(stepper.tokens, cache)
+    with pytest.raises(InputError, match="over a cache"):
+        list(Stepper(model, [1], cache).continuation(1))
+
+
 def test_progress_counts_steps() -> None:
     stepper, seen = small_stepper(), []
     stepper.go(3, progress=lambda done, total: seen.append((done, total)))

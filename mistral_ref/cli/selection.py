@@ -29,8 +29,10 @@ def axis_called(text: str, axes: Sequence[str]) -> str:
 def parsed_index(text: str, axis: str, size: int) -> Index:
     """Return an index, or a slice, of an axis; raise InputError if nothing lies there.
 
-    >>> parsed_index("-1", "head", 8), parsed_index("2:4", "head", 8)
-    (7, slice(2, 4, None))
+    A range without an end goes on when the axis gets longer.
+
+    >>> parsed_index("-1", "head", 8), parsed_index("2:4", "head", 8), parsed_index("-2:", "token", 8)
+    (7, slice(2, 4, None), slice(6, None, None))
     """
     match = re.fullmatch(r"(-?\d{1,9})?(:)?(-?\d{1,9})?", text)
     if match is None or not text or (match[2] is None and (match[1] is None) == (match[3] is None)):
@@ -43,14 +45,18 @@ def parsed_index(text: str, axis: str, size: int) -> Index:
     start, stop, _ = slice(*(None if part is None else int(part) for part in (match[1], match[3]))).indices(size)
     if start >= stop:
         raise InputError(f"{axis} {text} is empty; {axis} goes from 0 to {size - 1}")
-    return slice(start, stop)
+    return slice(start, None if match[3] is None else stop)
 
 
-def parsed_selection(text: str, axes: Sequence[str], shape: Sequence[int]) -> dict[str, Index]:
+def parsed_selection(text: str, axes: Sequence[str], shape: Sequence[int], group: int = 1) -> dict[str, Index]:
     """Return the part that words choose, an index or slice for each axis that they name.
+
+    Where there are only key/value heads, `head 5` means the one that query head 5 reads; `group` query heads read each.
 
     >>> parsed_selection("head 3 token 0:2", ("token", "head", "head_dim"), (5, 8, 32))
     {'head': 3, 'token': slice(0, 2, None)}
+    >>> parsed_selection("head 5", ("token", "kv_head", "head_dim"), (5, 2, 32), group=4)
+    {'kv_head': 1}
     """
     words = text.split()
     if len(words) % 2:
@@ -58,5 +64,38 @@ def parsed_selection(text: str, axes: Sequence[str], shape: Sequence[int]) -> di
     chosen: dict[str, Index] = {}
     for word, number in zip(words[::2], words[1::2], strict=True):
         axis = axis_called(word, axes)
-        chosen[axis] = parsed_index(number, axis, shape[list(axes).index(axis)])
+        size = shape[list(axes).index(axis)]
+        if (word, axis) == ("head", "kv_head"):
+            chosen[axis] = read_by(parsed_index(number, "head", size * group), group)
+        else:
+            chosen[axis] = parsed_index(number, axis, size)
     return chosen
+
+
+def read_by(heads: Index, group: int) -> Index:
+    """Return the key/value heads that query heads read, where `group` query heads read each.
+
+    >>> read_by(5, 4), read_by(slice(2, 5), 4), read_by(slice(5, None), 4)
+    (1, slice(0, 2, None), slice(1, None, None))
+    """
+    if not isinstance(heads, slice):
+        return heads // group
+    return slice(heads.start // group, None if heads.stop is None else (heads.stop - 1) // group + 1)
+
+
+def as_index(chosen: dict[str, Index], axes: Sequence[str]) -> tuple[Index, ...]:
+    """Return what chooses the same from an array: an index or a slice for every axis."""
+    return tuple(chosen.get(axis, slice(None)) for axis in axes)
+
+
+def in_words(axis: str, index: Index, group: int = 1) -> str:
+    """Return an index as a reader would say it; for a key/value head with the query heads that read it.
+
+    >>> in_words("token", slice(2, None)), in_words("kv_head", 1, 4)
+    ('token 2:', 'kv_head 1 (read by heads 4 to 7)')
+    """
+    if not isinstance(index, slice):
+        readers = f"heads {index * group} to {index * group + group - 1}" if group > 1 else f"head {index}"
+        return f"{axis} {index}" + (f" (read by {readers})" if axis == "kv_head" else "")
+    stop = "" if index.stop is None else index.stop
+    return f"{axis} {index.start}:{stop}"

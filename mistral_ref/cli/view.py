@@ -13,32 +13,44 @@ from rich.text import Text
 
 import mistral_ref
 from mistral_ref import lens
-from mistral_ref.cli.selection import Index, parsed_index, parsed_selection
+from mistral_ref.cli.selection import as_index
+from mistral_ref.cli.sight import Part, Sight
 from mistral_ref.compare import HEADINGS
 from mistral_ref.cost import step_costs
 from mistral_ref.cost_table import cost_table
-from mistral_ref.display import heat_map, legend, markdown_table, numbers, shade, size_text
-from mistral_ref.errors import InputError
+from mistral_ref.display import (
+    cell_ranges,
+    heat_map,
+    legend,
+    markdown_table,
+    merged_text,
+    numbers,
+    shade,
+    size_text,
+)
+from mistral_ref.errors import InputError, printable, shown
+from mistral_ref.generation import Progress
 from mistral_ref.stepper import Stepper
 
+_MOST_PIECES = 40  # of a prompt, in the greeting
+_MOST_ROWS = 512  # of a heat map, each with its label; more are merged
 _ROOT = Path(mistral_ref.__file__).parents[1]
-# What one means by looking at a token or a head: the axes of these names.
-_FOCUS_AXES = {"token": ("token", "query"), "head": ("head",)}
 
 
-class View:
-    """Prints a Stepper's place.
+class _Console(Console):
+    """A console that leaves a broken pipe to whoever runs the command; rich's own would end the program."""
 
-    focus   axis -> index or slice, as typed: what of a value one is looking at for now
-    start   position of the pass's first token
-    """
+    def on_broken_pipe(self) -> None:
+        """Say that nobody reads any more."""
+        raise BrokenPipeError
+
+
+class View(Sight):
+    """Prints a Stepper's place."""
 
     def __init__(self, stepper: Stepper) -> None:
-        self.stepper, self.model = stepper, stepper.model
-        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self.focus: dict[str, str] = {}
-        self.start = 0 if stepper.cache is None else stepper.cache.length
-        self.pieces = [self.model.piece(token) for token in stepper.tokens]
+        super().__init__(stepper)
+        self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a text as it is."""
@@ -47,7 +59,11 @@ class View:
     def greeting(self) -> None:
         """Print what is walked through, and how to begin."""
         self.say(f"{self.model!r}")
-        self.say(f"{len(self.pieces)} tokens from position {self.start}: {' '.join(self.pieces)}")
+        pieces, n = self.pieces, len(self.pieces)
+        if n > _MOST_PIECES:
+            half = _MOST_PIECES // 2
+            pieces = [*pieces[:half], f"... {n - 2 * half} more ...", *pieces[-half:]]
+        self.say(f"{n} tokens from position {self.start}: {' '.join(pieces)}")
         self.say("Enter: next. into: into a layer. help: all commands. quit: leave.\n")
 
     def step(self) -> None:
@@ -62,56 +78,89 @@ class View:
         rms, number = self.stepper.rms, int(layer.split(".")[1])
         before = rms["embedding" if number == 0 else f"layers.{number - 1}.residual_after_ffn"]
         last_D = self.stepper.step.value[-1:]
-        choices = lens.likeliest(self.model, lens.residual_logits(self.model, last_D)[0], 3)
+        logits_V = lens.residual_logits(self.model, last_D)[0]
+        following = nothing_likeliest(logits_V) or "next would be " + ", ".join(
+            f"{piece} {percent(probability)}" for piece, probability in lens.likeliest(self.model, logits_V, 3)
+        )
         self.say(
             f"{layer}   residual stream, rms {before:.3g}\n"
             f"  + attention, rms {rms[f'{layer}.attention_out']:.3g}\n"
             f"  + feed-forward, rms {rms[f'{layer}.ffn_out']:.3g}\n"
             f"  = residual stream, rms {rms[f'{layer}.residual_after_ffn']:.3g}\n"
-            f"  were the model to end here, next would be {', '.join(f'{piece} {p:.2f}' for piece, p in choices)}"
+            f"  were the model to end here, {following}"
         )
 
     def show(self, text: str) -> None:
         """Print a part of the value as numbers."""
-        values, axes, chosen = self._selected(text)
-        self.say(f"{self.stepper.step.name} {chosen}{size_text(axes, values.shape)}")
-        self.say(numbers(values, self.console.width))
+        part = self.part(text, 2)
+        self.say(self._heading(part))
+        self.say(numbers(part.values, self.console.width))
 
     def map(self, text: str) -> None:
-        """Draw a part of the value as a heat map; of three axes the first is taken at 0."""
-        values, axes, chosen = self._selected(text)
-        while values.ndim > 2:
-            chosen += f"{axes[0]} 0 of {len(values)}, "
-            values, axes = values[0], axes[1:]
-        rows = self._labels(axes[0]) if values.ndim == 2 and len(values) == len(self._labels(axes[0])) else []
-        margin = max((cell_len(label) for label in rows), default=0) + 1
-        heat = heat_map(values, max(self.console.height - 8, 16), max(self.console.width - margin - 1, 16))
-        self.say(f"{self.stepper.step.name} {chosen}{size_text(axes, values.shape)}")
-        rows = rows if len(rows) == len(heat.cells) else [""] * len(heat.cells)
-        for label, cells in zip(rows, heat.cells.tolist(), strict=True):
+        """Draw a part of the value as a heat map."""
+        part = self.part(text, 2, always=True)
+        matrix = np.atleast_2d(part.values)
+        rows = cell_ranges(len(matrix), _MOST_ROWS)
+        labels = self._row_labels(part, rows) if part.values.ndim == 2 else [""]
+        margin = max(map(cell_len, labels)) + 1
+        columns = cell_ranges(matrix.shape[1], max(self.console.width - margin - 1, 16))
+        is_weights = self.stepper.step.name.endswith("attention_weights")
+        heat = heat_map(matrix, len(rows), len(columns), is_root=is_weights)
+        cells = zip(part.axes[::-1], matrix.shape[::-1], (len(columns), len(rows)), strict=False)
+        self.say(", ".join(filter(None, [self._heading(part), *(merged_text(*sizes) for sizes in cells)])))
+        for label, row in zip(labels, heat.cells.tolist(), strict=True):
             line = Text(" " * (margin - 1 - cell_len(label)) + f"{label} ")
-            for cell in cells:
+            for cell in row:
                 line.append(shade(cell), "red" if cell > 0 else "bright_blue" if cell < 0 else "")
             self.console.print(line)
+        if part.axes:
+            at = part.at[part.axes[-1]]
+            self.say(" " * margin + ruler([at[column.start] for column in columns]))
+            pieces = self.pieces_along(part.axes[-1])
+            if pieces and len(columns) == len(at):
+                self.say(wrapped(self._columns(at, pieces), self.console.width))
         self.say(legend(heat))
+
+    def _columns(self, at: Sequence[int], pieces: Sequence[str]) -> list[str]:
+        """Return the numbers of columns with their pieces; keys from before this pass, known by position, as one."""
+        n_before = len(pieces) - len(self.pieces)
+        before = [number for number in at if number < n_before]
+        known = [f"{number} {pieces[number]}" for number in at if number >= n_before]
+        return [f"{before[0]} to {before[-1]} {pieces[before[0]]} to {pieces[before[-1]]}", *known] if before else known
+
+    def _row_labels(self, part: Part, rows: Sequence[range]) -> list[str]:
+        """Return what stands before each row: a piece or a number, or the first and the last of those that it joins."""
+        at, names = part.at[part.axes[0]], self.names_along(part.axes[0])
+        return [names[at[row.start]] if len(row) == 1 else f"{at[row.start]} to {at[row.stop - 1]}" for row in rows]
 
     def top(self, text: str) -> None:
         """Print what stands out: the strongest keys, the likeliest next pieces, or the largest values."""
         step, kind = self.stepper.step, self.stepper.step.name.rpartition(".")[2]
         if kind in ("logits", "embedding") or kind.startswith("residual"):
-            values, _, chosen = self._selected(text, most_axes=1, default="-1")
-            logits_V = values if kind == "logits" else lens.residual_logits(self.model, values[np.newaxis])[0]
-            self.say(f"{step.name} {chosen}likeliest next{'' if kind == 'logits' else ', were the model to end here'}")
+            part = self.part(text, 1, always=True)
+            if part.axes != step.axes[1:]:
+                raise InputError(f"top takes whole tokens here, such as `top token 2`; found {shown(text)}")
+            logits_V = part.values if kind == "logits" else lens.residual_logits(self.model, part.values[np.newaxis])[0]
+            self.say(
+                f"{step.name} {part.words}likeliest next{'' if kind == 'logits' else ', were the model to end here'}"
+            )
             self.say(self._likeliest(logits_V))
             return
-        values, axes, chosen = self._selected(text, most_axes=1 if kind == "attention_weights" else 3, default="-1")
-        order = np.argsort(-np.abs(np.where(np.isfinite(values), values, 0.0)).ravel(), kind="stable")[:8]
-        self.say(f"{step.name} {chosen}largest values")
-        labels = self._labels(axes[-1]) if kind == "attention_weights" else []
+        is_attention = kind in ("scores", "attention_weights")
+        part = self.part(text, 1 if is_attention else 2)
+        self.say(f"{step.name} {part.words}{'strongest keys' if is_attention else 'largest values'}")
+        is_seen = np.isfinite(part.values)
+        if kind == "attention_weights":
+            is_seen &= self.in_sight()[as_index(part.chosen, step.axes)] | (part.values != 0)
+        sizes = np.where(is_seen, part.values if is_attention else np.abs(part.values), -np.inf)
+        order = np.argsort(-sizes, axis=None, kind="stable")[: min(8, int(is_seen.sum()))]
         for flat in order:
-            at = tuple(int(i) for i in np.unravel_index(flat, values.shape))
-            where = labels[at[-1]] if labels else " ".join(f"{axis} {i}" for axis, i in zip(axes, at, strict=True))
-            self.say(f"  {values[at]:>10.4g}  {where}")
+            at = tuple(int(i) for i in np.unravel_index(flat, part.values.shape))
+            numbers_at = {axis: part.at[axis][i] for axis, i in zip(part.axes, at, strict=True)}
+            where = [self.names_along("key")[i] if axis == "key" else f"{axis} {i}" for axis, i in numbers_at.items()]
+            self.say(f"  {part.values[at]:>10.4g}  {' '.join(where)}")
+        if not order.size:
+            self.say("nothing finite is to be seen here")
 
     def source(self) -> None:
         """Print the lines that computed the step."""
@@ -150,58 +199,75 @@ class View:
         else:
             self.say(f"likeliest next:\n{without}")
 
+    def continuations(self, n: int, progress: Progress | None) -> None:
+        """Print what is written next, with the edits and without."""
+        sides = {"with the edits:": True, "without:": False} if self.stepper.edits else {"goes on:": False}
+        lines: list[str] = []
+        for heading, is_edited in sides.items():
+            texts: list[str] = []
+            for text in self.stepper.continuation(n, edited=is_edited):
+                texts.append(printable(text))
+                if progress:
+                    progress(n * len(lines) + len(texts), n * len(sides))
+            lines.append(f"{heading:<{max(map(len, sides))}} {''.join(texts)}")
+        self.say("\n".join(lines))
+
     def comparison(self) -> None:
         """Print how far the edited pass departs from the one without edits."""
+        if not self.stepper.edits:
+            self.say("nothing has been edited")
+            return
         comparison = self.stepper.compare()
         self.say(f"{markdown_table(HEADINGS, comparison.furthest_by_layer().rows())}\n{comparison.verdict()}")
 
     def _likeliest(self, logits_V: np.ndarray) -> str:
+        if why_none := nothing_likeliest(logits_V):
+            return f"  {why_none}"
         choices = lens.likeliest(self.model, logits_V)
-        return "\n".join(f"  {probability:>6.1%}  {piece}" for piece, probability in choices)
+        return "\n".join(f"  {percent(probability):>8}  {piece}" for piece, probability in choices)
 
-    def _labels(self, axis: str) -> list[str]:
-        """Return the pieces along an axis of tokens or keys; of keys before this pass only the position is known."""
-        keys = self.stepper.step.key_positions
-        if axis == "key" and keys is not None:
-            return [*(f"@{position}" for position in range(keys.start, self.start)), *self.pieces][-len(keys) :]
-        return self.pieces if axis in ("token", "query") else []
-
-    def selection(self, text: str, *, is_focused: bool) -> dict[str, Index]:
-        """Return what words choose of the present step, after what one is looking at for now."""
-        step = self.stepper.step
-        sizes = dict(zip(step.axes, step.value.shape, strict=True))
-        chosen: dict[str, Index] = {}
-        for axis, index in self.focus.items() if is_focused else ():
-            if "kv_head" in sizes and axis == "head":  # the one that these query heads read
-                group = self.model.config.n_heads // sizes["kv_head"]
-                heads = (
-                    np.arange(self.model.config.n_heads)[parsed_index(index, axis, self.model.config.n_heads)] // group
-                )
-                chosen["kv_head"] = slice(heads.min(), heads.max() + 1) if heads.ndim else int(heads)
-            elif found := [name for name in _FOCUS_AXES[axis] if name in sizes]:
-                chosen[found[0]] = parsed_index(index, found[0], sizes[found[0]])
-        return chosen | parsed_selection(text, step.axes, step.value.shape)
-
-    def _selected(self, text: str, most_axes: int = 3, default: str = "") -> tuple[np.ndarray, list[str], str]:
-        """Return a part of the present value, the axes that it still has, and in words what was chosen.
-
-        Where more than `most_axes` are left, the first ones are taken at `default`.
-        """
-        step = self.stepper.step
-        chosen = self.selection(text, is_focused=True)
-        for axis in step.axes:
-            if sum(isinstance(chosen.get(axis, slice(None)), slice) for axis in step.axes) > most_axes:
-                chosen[axis] = parsed_index(default, axis, step.value.shape[step.axes.index(axis)])
-        values = step.value[as_index(chosen, step.axes)]
-        left = [axis for axis in step.axes if isinstance(chosen.get(axis, slice(None)), slice)]
-        words = [f"{axis} {_in_words(index)}, " for axis, index in chosen.items()]
-        return values, left, "".join(words)
+    def _heading(self, part: Part) -> str:
+        return f"{self.stepper.step.name} {part.words}{size_text(part.axes, part.values.shape)}"
 
 
-def as_index(chosen: dict[str, Index], axes: Sequence[str]) -> tuple[Index, ...]:
-    """Return what chooses the same from an array: an index or a slice for every axis."""
-    return tuple(chosen.get(axis, slice(None)) for axis in axes)
+def nothing_likeliest(logits_V: np.ndarray) -> str:
+    """Return why no token is the likeliest; "" where one is."""
+    if np.isfinite(logits_V.max()):
+        return ""
+    return f"the logits hold {'NaN' if np.isnan(logits_V).any() else 'infinity'}, so nothing is likeliest"
 
 
-def _in_words(index: Index) -> str:
-    return f"{index.start}:{index.stop}" if isinstance(index, slice) else str(index)
+def percent(probability: float) -> str:
+    """Return a probability in percent, with two digits where it is small.
+
+    >>> percent(0.25), percent(0.000123)
+    ('25.0%', '0.012%')
+    """
+    return f"{probability:.1%}" if probability >= 0.001 else f"{100 * probability:.2g}%"
+
+
+def ruler(at: Sequence[int]) -> str:
+    """Return a line below columns that says what number every tenth has.
+
+    >>> ruler(range(12))
+    '0         10'
+    """
+    ticks = [(column, str(number)) for column, number in enumerate(at) if column % 10 == 0]
+    return "".join(f"{tick:<10}" for column, tick in ticks if column + len(tick) <= max(len(at), 1)).rstrip()
+
+
+def wrapped(texts: Sequence[str], width: int) -> str:
+    """Return texts in lines, none broken.
+
+    >>> print(wrapped(["0 <s>", "1 ▁Once", "2 ▁upon"], 16))
+    0 <s>  1 ▁Once
+    2 ▁upon
+    """
+    lines = [""]
+    for text in texts:
+        joined = f"{lines[-1]}  {text}" if lines[-1] else text
+        if lines[-1] and cell_len(joined) > width:
+            lines.append(text)
+        else:
+            lines[-1] = joined
+    return "\n".join(lines)

@@ -1,0 +1,204 @@
+"""A trace in a file: reading what `Trace.save` wrote, or what another engine dumped. trace.py has the rules."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mistral_ref.config import RowOrder
+from mistral_ref.errors import CheckpointError, InputError, checked_whole, printable, shown, warn
+from mistral_ref.json_file import parse_json
+from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
+from mistral_ref.tensor_file import Tensor, open_tensor_file, read_metadata
+from mistral_ref.weights import Matrix
+
+FORMAT = "mistral_ref.trace.v1"
+_NAME = re.compile(r"(?:layers\.(0|[1-9][0-9]{0,3})\.)?([a-z_]+)")
+_ENDS = ("embedding", "norm", "logits")  # the steps that belong to no layer
+_TURNED = ("q", "k", "q_rotated", "k_rotated")  # whose pairs lie side by side, or half a head apart
+_MOST_POSITIONS = 2**40
+_ID_DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4"}
+_ROUNDINGS = {"F16": 2.0**-11, "BF16": 2.0**-8}  # half an ulp, as a part of the value
+_MASKED = -3e4  # engines that mask by adding use -1e9, -3.4e38, or in f16 -65504
+
+
+class Dump(NamedTuple):
+    """What a file holds: steps in the order of a pass, and what it says of the pass."""
+
+    steps: list[Step]
+    tokens: list[int]
+    pieces: list[str]
+    start: int
+    made_by: str
+
+
+def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
+    """Return what a file holds; `Trace.load` says of which form it is. Raises CheckpointError."""
+    tensors = {tensor.name: tensor for tensor in open_tensor_file(path)}
+    about = _about(path)
+    tokens, pieces = _tokens(path, tensors), _pieces(path, tensors)
+    names = sorted((name for name in tensors if _is_step(name)), key=step_order)
+    if not names:
+        raise CheckpointError(f"{path}: holds no step; expected tensors called 'embedding', 'layers.0.q' and so on")
+    if others := sorted(tensors.keys() - {"tokens", "pieces", *names}):
+        warn(f"{path}: left aside {len(others)} tensors that are no steps: {_with_likely_names(others[:8])}")
+    about["has_experts"] |= any(name.endswith((".router_logits", ".expert_weights")) for name in names)
+    steps = [_step(tensors[name], about, about["rope_row_order"] or rope_row_order) for name in names]
+    _check_counts(path, steps, tokens)
+    return Dump(steps, tokens, pieces, about["start"], about["made_by"])
+
+
+def _check_counts(path: Path, steps: Sequence[Step], tokens: Sequence[int]) -> None:
+    """Raise CheckpointError unless all steps are of as many tokens, and of those that the file names."""
+    counts = {step.name: tokens_of(step) for step in steps if tokens_of(step)}
+    for name in {"norm", "logits"} & counts.keys():
+        if counts[name] == 1:  # the last token's alone
+            del counts[name]
+    usual = max(counts.values(), key=list(counts.values()).count, default=len(tokens))
+    for step in steps:
+        if counts.get(step.name, usual) != usual:
+            hint = ", or are its axes in another order?" if usual in step.value.shape else ""
+            raise CheckpointError(
+                f"{path}: {step.name} has shape {shown(step.value.shape)}, by its axes ({', '.join(step.axes)}) of "
+                f"{counts[step.name]} tokens; expected {usual}, as most steps{hint}"
+            )
+    if tokens and counts and len(tokens) != usual:
+        raise CheckpointError(f"{path}: tokens holds {len(tokens)} ids; expected {usual}, as the steps have")
+
+
+def _with_likely_names(names: Sequence[str]) -> str:
+    """Return names of tensors, each with the name of a step that it is much like.
+
+    >>> _with_likely_names(["layers.0.q_rotate", "Logits", "x"])
+    "'layers.0.q_rotate' (layers.N.q_rotated?), 'Logits' (logits?), 'x'"
+    """
+    texts = []
+    for name in names:
+        likely = difflib.get_close_matches(name.rpartition(".")[2].lower(), CATALOGUE, n=1)
+        full = [kind if kind in _ENDS else f"layers.N.{kind}" for kind in likely]
+        texts.append(shown(name) + "".join(f" ({kind}?)" for kind in full))
+    return ", ".join(texts)
+
+
+def _is_step(name: str) -> bool:
+    match = _NAME.fullmatch(name)
+    return match is not None and match[2] in CATALOGUE and (match[1] is None) == (match[2] in _ENDS)
+
+
+def step_order(name: str) -> tuple[int, int, int]:
+    """Return a key that sorts names of steps as a pass yields them."""
+    layer, _, kind = name.removeprefix("layers.").rpartition(".")
+    rank = list(CATALOGUE).index(kind)
+    return (1, int(layer), rank) if layer else (0 if kind == "embedding" else 2, 0, rank)
+
+
+def tokens_of(step: Step) -> int:
+    """Return how many tokens a step's value is of; 0 where its axes do not tell, as with pairs of token and expert."""
+    axis = next((axis for axis, name in enumerate(step.axes) if name in ("token", "query")), None)
+    return 0 if axis is None else step.value.shape[axis]
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """Return what a trace's metadata say, or what the absence of a field means."""
+    about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}, "rope_row_order": None}
+    text = (read_metadata(path) or {}).get(FORMAT, "{}")  # null is as good as none
+    try:
+        about |= _checked("it", parse_json(text), dict)
+        start = checked_whole("start", about["start"], 0, _MOST_POSITIONS)
+        made_by = printable(_checked("made_by", about["made_by"], str))
+        has_experts = _checked("has_experts", about["has_experts"], bool)
+        sources = {kind: printable(str(source)) for kind, source in _checked("sources", about["sources"], dict).items()}
+        if about["rope_row_order"] not in (None, "interleaved", "halves"):
+            raise InputError(f"rope_row_order is {shown(about['rope_row_order'])}; expected 'interleaved' or 'halves'")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its metadata {FORMAT} cannot be read: {printable(str(error))}") from None
+    fields = {"start": start, "made_by": made_by, "has_experts": has_experts, "sources": sources}
+    return fields | {"rope_row_order": about["rope_row_order"]}
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {shown(value)}; expected {kind.__name__}")
+    return value
+
+
+def _tokens(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
+    if "tokens" not in tensors:
+        return []
+    tensor = tensors["tokens"]
+    if tensor.dtype not in _ID_DTYPES or not (len(tensor.shape) == 1 or tensor.shape[:-1] == (1,)):
+        found = f"{tensor.dtype} {shown(tensor.shape)}"
+        raise CheckpointError(f"{path}: tokens is {found}; expected {', '.join(_ID_DTYPES)} of one axis")
+    ids: list[int] = tensor.raw.view(_ID_DTYPES[tensor.dtype]).tolist()
+    return ids
+
+
+def _pieces(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    if "pieces" not in tensors:
+        return [str(token) for token in _tokens(path, tensors)]
+    try:
+        pieces = parse_json(tensors["pieces"].raw.tobytes().decode())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: pieces cannot be read: {printable(str(error))}") from None
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        raise CheckpointError(f"{path}: pieces is {shown(pieces)}; expected a list of texts")
+    return pieces
+
+
+def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder | None) -> Step:
+    """Return the step that a tensor of a file holds."""
+    kind = tensor.name.rpartition(".")[2]
+    entry = (EXPERT_CATALOGUE if about["has_experts"] else CATALOGUE)[kind]
+    shape = tensor.shape
+    if len(shape) == len(entry.axes) + 1 and shape[0] == 1:
+        shape = shape[1:]
+    if kind in ("norm", "logits") and len(shape) == 1:
+        shape = (1, *shape)  # the last token's alone
+    is_turned = row_order == "halves" and kind in _TURNED
+    problem = f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected"
+    if not _fits(shape, entry.axes):
+        raise CheckpointError(f"{problem} the axes {', '.join(entry.axes)}")
+    if is_turned and shape[2] % 2:
+        raise CheckpointError(f"{problem} heads of an even width, whose halves make pairs")
+    keys = None
+    if entry.axes[-1] == "key":  # the last query's own key is the last one
+        end = about["start"] + shape[1]
+        keys = range(end - shape[2], end)
+        if not shape[1] <= len(keys) <= end:
+            raise CheckpointError(
+                f"{problem} {shape[1]} to {end} keys (axes {', '.join(entry.axes)}), since its queries begin at "
+                f"{about['start']}"
+            )
+    value = _floats(tensor).reshape(shape)
+    if is_turned:
+        value = value.reshape(*shape[:2], 2, -1).swapaxes(2, 3).reshape(shape)
+    is_ours = bool(about["made_by"])  # holds -inf, and need not be looked through
+    if kind == "scores" and not is_ours and (value <= _MASKED).any():
+        value = np.where(value <= _MASKED, value.dtype.type(-np.inf), value)
+    value.flags.writeable = False
+    step = Step(tensor.name, entry, value, keys)
+    step.source, step.is_past = about["sources"].get(kind, ""), True
+    step.rounding = _ROUNDINGS.get(tensor.dtype, 0.0)
+    return step
+
+
+def _fits(shape: Sequence[int], axes: Sequence[str]) -> bool:
+    """Return whether a step can have this shape. Only pairs may be none: where no expert has a share of any token."""
+    if len(shape) != len(axes):
+        return False
+    return all(0 < n < _MOST_POSITIONS or (n, axis) == (0, "pair") for n, axis in zip(shape, axes, strict=True))
+
+
+def _floats(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as float64 or float32, mapped where it is stored so."""
+    if tensor.dtype == "F64":
+        return np.require(tensor.raw.view("<f8").reshape(tensor.shape), requirements="A")
+    if tensor.dtype not in ("F32", "F16", "BF16"):
+        raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected F64, F32, F16 or BF16")
+    kind, stored = tensor.mapped()
+    return Matrix(tensor.name, kind, stored.reshape(1, -1)).rows(slice(None), np.float32).reshape(tensor.shape)
