@@ -22,6 +22,8 @@ from mistral_ref.errors import InputError, printable, shown
 from mistral_ref.steps import CATALOGUE, Step
 from mistral_ref.tensor_file import write_tensor_file
 
+_MOST_SUMMARISED = 2**26  # bytes that are looked through for a table in a notebook
+
 
 class MissingStepError(InputError, KeyError):
     """A step that a trace does not hold."""
@@ -154,11 +156,19 @@ class Trace(Mapping[str, np.ndarray]):
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: a table of the steps."""
+        is_small = self.nbytes <= _MOST_SUMMARISED
         rows = [
-            [name, size_text(step.axes, step.value.shape), str(step.value.dtype), step.formula, step.sentence]
+            [
+                name,
+                size_text(step.axes, step.value.shape),
+                str(step.value.dtype),
+                str(step.statistics) if is_small else "",
+                step.formula,
+                step.source,
+            ]
             for name, step in self.steps.items()
         ]
-        return html_table(["step", "axes", "dtype", "formula", "meaning"], rows, caption=repr(self))
+        return html_table(["step", "axes", "dtype", "statistics", "formula", "source"], rows, caption=repr(self))
 
 
 def _texts_as_json(texts: Sequence[str]) -> str:

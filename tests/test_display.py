@@ -365,8 +365,10 @@ def test_every_step_is_shown_in_a_notebook(family: str) -> None:
         assert step.statistics == statistics(step.value)
         assert repr(step) == f"<Step {name} ({size_text(step.axes, step.value.shape)}) float32: {step.formula}>"
     (table,) = Page(trace._repr_html_()).tables
-    assert table[0] == ["step", "axes", "dtype", "formula", "meaning"]
+    assert table[0] == ["step", "axes", "dtype", "statistics", "formula", "source"]
     assert [row[0] for row in table[1:]] == list(trace)
+    assert [row[3] for row in table[1:]] == [str(step.statistics) for step in trace.steps.values()]
+    assert [row[5] for row in table[1:]] == [step.source for step in trace.steps.values()]
     assert Page(trace._repr_html_()).texts[0] == repr(trace)
     assert Page(Trace([], [], [])._repr_html_()).tables == [[table[0]]]
 
