@@ -22,17 +22,24 @@ from functools import cached_property
 from itertools import cycle
 
 import numpy as np
-from common import finish, notice, parser_for
+from common import (
+    add_threads_option,
+    add_timing_options,
+    buffer_bytes,
+    filled_cache,
+    finish,
+    notice,
+    parser_for,
+)
 from threadpoolctl import threadpool_limits
 
 from mistral_ref import benchmark
 from mistral_ref.benchmark import Candidate, Limit, Measurement
-from mistral_ref.cache import KVCache
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
-from mistral_ref.machine import cache_bytes, machine, machine_lines
+from mistral_ref.machine import machine, machine_lines
 from mistral_ref.shapes import SHAPES, shape
 from mistral_ref.synthetic import fp8_scale, random_weights
 from mistral_ref.weights import Kind, Matrix, tiled
@@ -135,28 +142,15 @@ def _numpy_product(bench: Bench, name: str, x_TI: np.ndarray, weight: Matrix, wo
     return Candidate(name, lambda: x_TI @ weight.data.T, work, bench.peak, rest=BLAS_REST)
 
 
-def filled_cache(bench: Bench, depth: int, n_new: int, window: int | None, dtype: str, n_layers: int) -> KVCache:
-    """Return a cache of `depth` random keys and values in each of its layers, with room for `n_new` more."""
-    config = bench.config.replace(n_layers=n_layers, sliding_window=(window,) * n_layers)
-    cache = KVCache(config, bench.ops, chunk=max(n_new, 512), max_tokens=depth + n_new, dtype=dtype)
-    rng = np.random.default_rng(3)
-    for start in range(0, depth, cache.chunk):
-        n_tokens = min(cache.chunk, depth - start)
-        written = cache.begin(n_tokens)
-        for layer in range(n_layers):
-            k_TGK, v_TGK = rng.standard_normal((2, n_tokens, config.n_kv_heads, config.head_dim), np.float32)
-            written.write(layer, k_TGK, v_TGK)
-        cache.commit(written)
-    return cache
-
-
 def _attention(bench: Bench, name: str, n_tokens: int, depth: int, window: int | None, dtype: str) -> Candidate:
     """Attend with n tokens after `depth` others; one token does so in as many layers as no cache holds the keys of."""
     config = bench.config
     n_visible = [min(depth + t + 1, window or depth + t + 1) for t in range(n_tokens)]
     key_bytes = 2 * config.n_kv_heads * config.head_dim * np.dtype(dtype).itemsize
     n_layers = 1 if n_tokens > 1 else -(-bench.n_bytes // (n_visible[0] * key_bytes))
-    cache = filled_cache(bench, depth, n_tokens, window, dtype, n_layers)
+    cache = filled_cache(
+        config.replace(n_layers=n_layers, sliding_window=(window,) * n_layers), bench.ops, depth, n_tokens, dtype
+    )
     rng = np.random.default_rng(4)
     this_pass = cache.begin(n_tokens)
     for layer in range(n_layers):
@@ -218,9 +212,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_for(__doc__, EXAMPLES)
     parser.add_argument("--only", action="append", choices=GROUPS, help="measure this group alone; may be repeated")
     parser.add_argument("--shape", default="mistral-7b", help=f"{', '.join(SHAPES)} (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each performance core")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="samples of each (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.1, metavar="S", help="of a sample, at least (%(default)s)")
+    add_threads_option(parser)
+    add_timing_options(parser)
     parser.add_argument(
         "--buffer-mib", type=int, metavar="N", help="weights and keys to rotate through (default: 4 caches, or 256)"
     )
@@ -231,7 +224,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Measure what was asked for; print tables, and write the file."""
-    n_bytes = max(2**28, 4 * cache_bytes())
+    n_bytes = buffer_bytes()
     if arguments.buffer_mib is not None:
         n_bytes = checked_whole("buffer-mib", arguments.buffer_mib, least=1) * 2**20
     bench = Bench(shape(arguments.shape), CompiledOps(threads=arguments.threads), n_bytes, arguments.quick)

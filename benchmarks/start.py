@@ -20,25 +20,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
 
+import common
 from common import finish, notice, parser_for
 
 import mistral_ref
-from mistral_ref.benchmark import spread, write_json
+from mistral_ref.benchmark import spread
 from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.machine import machine, machine_lines
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 EXAMPLES = """\
 examples:
   python benchmarks/start.py                        the demonstration model
   python benchmarks/start.py --model DIR --runs 5
+  python benchmarks/start.py --quick --figure start.svg
 """
 
-# Runs in the fresh process. Numba tells its listeners whenever it compiles rather than loads.
+# Runs in the fresh process, which Ctrl-C ends without a word. Numba tells its listeners whenever it compiles rather
+# than loads.
 _CHILD = """\
-import json, sys, time
+import json, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 started = time.perf_counter()
 import numba.core.event
 import mistral_ref, mistral_ref.compiled_ops
@@ -86,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="DIR", default="", help="default: the demonstration model")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each performance core")
     parser.add_argument("--runs", type=int, default=9, metavar="N", help="warm starts (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the machine and every sample there")
+    common.add_output_options(parser, "three warm starts", "the parts as bars, cold and warm")
     return parser.parse_args()
 
 
@@ -94,6 +103,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Start the processes; print the table, and write the file."""
     n_threads, n_runs = chosen_threads(arguments.threads), checked_whole("runs", arguments.runs, least=1)
     mistral_ref.load(arguments.model or None, backend="numpy")  # what is wrong with it is better said once, and here
+    n_runs = min(3, n_runs) if arguments.quick else n_runs
     description = machine(n_threads)
     warm, compiled_warm = [], []
     with tempfile.TemporaryDirectory() as kernel_dir:
@@ -108,11 +118,33 @@ def measure(arguments: argparse.Namespace) -> None:
     print(f"\n{markdown_table(['seconds', 'cold', 'warm, median', 'min to max'], rows(cold, warm))}")
     print(f"\ncompiled cold: {', '.join(compiled_cold)}")
     print(f"compiled warm: {', '.join(sorted(set(compiled_warm))) or 'nothing'}")
-    if arguments.json:
-        content = {"cold": cold, "warm": warm, "compiled_cold": compiled_cold, "compiled_warm": compiled_warm}
-        write_json(arguments.json, {"machine": description} | content)
+    content = {"cold": cold, "warm": warm, "compiled_cold": compiled_cold, "compiled_warm": compiled_warm}
+    common.write_files(arguments, {"machine": description} | content, lambda: draw(cold, warm))
     if compiled_warm:
         sys.exit(1)
+
+
+def draw(cold: dict[str, float], warm: Sequence[dict[str, float]]) -> Axes:
+    """Draw what the time to the first token is made of: a bar for each start, each on its own scale."""
+    from mistral_ref.drawing import BLUE, GREY, INK, PALE_BLUE, VERMILLION, Figure, Patch, title  # noqa: PLC0415
+
+    typical = {part: median([run[part] for run in warm]) for part in PARTS}
+    colours = {"Python itself": GREY, "imports": PALE_BLUE, "load": VERMILLION, "first token": BLUE}
+    upper, lower = Figure((7.2, 2.6), layout="constrained").subplots(2)
+    for ax, name, times in ((upper, "cold", cold), (lower, "warm", typical)):
+        inside = {part: times[part] for part in ("imports", "load", "first token")}
+        left = 0.0
+        for part, seconds in ({"Python itself": times["in all"] - sum(inside.values())} | inside).items():
+            ax.barh(name, seconds, left=left, color=colours[part], edgecolor=INK, lw=0.4)
+            left += seconds
+        ax.text(left, 0, f" {left:.2f} s", va="center")
+        ax.set_xlim(0, 1.12 * left)
+        ax.spines[["top", "right"]].set_visible(False)
+    lower.set(xlabel="seconds")
+    title(
+        upper, "From the start of a process to its first token", [Patch(color=c, label=p) for p, c in colours.items()]
+    )
+    return upper
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -71,16 +72,21 @@ class Limit:
 
 def read_limit(n_threads: int, n_bytes: int) -> Limit:
     """Return the limit "GB/s": plain reads of an array of so many bytes, to be larger than all caches."""
+    return read_limits([n_threads], n_bytes)[0]
+
+
+def read_limits(counts: Sequence[int], n_bytes: int) -> list[Limit]:
+    """Return that limit for each of some numbers of threads, all reading the same array."""
     floats = np.ones(n_bytes // 4, np.float32)
     kernel = limits.plain_read()
 
-    def measure() -> float:
+    def measure(n_threads: int) -> float:
         with threads.using(n_threads):
             start = time.perf_counter()
             kernel(floats, n_threads)
             return floats.nbytes / (time.perf_counter() - start) / 1e9
 
-    return Limit("GB/s", measure)
+    return [Limit("GB/s", partial(measure, n_threads)) for n_threads in counts]
 
 
 def multiply_add_limit(n_threads: int) -> Limit:

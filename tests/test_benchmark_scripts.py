@@ -1,0 +1,197 @@
+"""The scripts in benchmarks/ that ask one question each, on tiny models: tables, files, figures, mistakes."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mistral_ref
+from mistral_ref.compiled_ops import CompiledOps
+from mistral_ref.machine import available_memory, process_memory
+from mistral_ref.shapes import shape
+from mistral_ref.synthetic import make_checkpoint
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = ("--shape", "tiny")
+FAST = ("--repeats", 2, "--seconds", 0)
+# The smallest settings of each script, and what its table begins with.
+SCRIPTS: dict[str, tuple[tuple[object, ...], str]] = {
+    "widths": (("--dims", 512, 1024, "--layers", 1, "--prompt", 8, *FAST), "| dim "),
+    "context": ((*TINY, "--window", 16, "--depths", 0, 8, 64, *FAST), "| window "),
+    "thread_scaling": ((*TINY, "--threads", 1, 2, "--prompt", 8, *FAST), "| what "),
+    "memory": ((*TINY, "--quick", "--prompt", 8, "--depth", 64), "| weights "),
+    "roofline": ((*TINY, "--prompt", 8, "--repeats", 2), "| step "),
+}
+
+
+def script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
+    variables = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=variables)
+
+
+def measured(name: str, folder: Path) -> dict[str, Any]:
+    """Run a script on its smallest settings; check what it prints and draws, and return its JSON."""
+    settings, table = SCRIPTS[name]
+    work = ("--work-dir", folder) if name == "memory" else ()
+    files = ("--json", folder / "out.json", "--figure", folder / "out.png")
+    done = script(name, *settings, *work, *files)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cpu: ")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert lines[0].startswith(table)
+    assert {line.count("|") for line in lines[:3]} == {lines[0].count("|")}
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((folder / "out.json").read_text())
+    assert content["machine"]["cpu"] is None or content["machine"]["cpu"] in done.stdout
+    return content
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_examples(name: str) -> None:
+    done = script(name, "--help")
+    assert done.returncode == 0
+    assert f"examples:\n  python benchmarks/{name}.py" in done.stdout
+
+
+def test_widths_and_how_time_grows_with_them(tmp_path: Path) -> None:
+    content = measured("widths", tmp_path)
+    assert [row["dim"] for row in content["widths"]] == [512, 1024]
+    assert all(len(row[test]["seconds"]) == 2 for row in content["widths"] for test in ("decode", "prompt"))
+    assert {name: len(found["measured"]) for name, found in content["exponents"].items()} == {
+        "one token": 2,
+        "prompt of 8": 2,
+    }
+    assert all(1.8 < found["counted"] < 2.05 for found in content["exponents"].values())
+
+
+def test_depths_with_a_window_and_without(tmp_path: Path) -> None:
+    windows = measured("context", tmp_path)["windows"]
+    assert list(windows) == ["16", "none"]
+    work = {name: [row["work"] for row in rows] for name, rows in windows.items()}
+    assert work["16"][0] == work["none"][0] < work["16"][1] == work["none"][1]
+    assert work["16"][2] < work["none"][2]
+    assert all(len(row["seconds"]) == 2 for rows in windows.values() for row in rows)
+
+
+def test_speed_ups_beside_those_of_the_limits(tmp_path: Path) -> None:
+    tests = measured("thread_scaling", tmp_path)["tests"]
+    assert list(tests) == ["one token", "prompt of 8"]
+    for rows in tests.values():
+        assert [row["threads"] for row in rows] == [1, 2]
+        assert rows[0]["speed_ups"] == rows[0]["limit_speed_ups"] == [1, 1]
+        assert rows[1]["speed_ups"] == [
+            one / two for one, two in zip(rows[0]["seconds"], rows[1]["seconds"], strict=True)
+        ]
+
+
+def test_memory_after_each_stage(tmp_path: Path) -> None:
+    content = measured("memory", tmp_path)
+    assert [process["cache"] for process in content["processes"]] == ["float32", "float16"]
+    caches = []
+    for process in content["processes"]:
+        stages = process["stages"]
+        assert [found["stage"] for found in stages] == ["before", "load", "1 token", "prompt of 8", "64 tokens"]
+        if process_memory(os.getpid())["peak_resident"] is not None:
+            peaks = [found["peak_resident"] for found in stages]
+            assert peaks == sorted(peaks)
+            assert all(0 < found["anonymous"] <= found["peak_resident"] for found in stages)
+        caches.append(stages[-1]["cache_bytes"])
+    assert caches[0] == 2 * caches[1] > 0
+    assert content["file_bytes"] == (tmp_path / "tiny-2-bf16" / "consolidated.safetensors").stat().st_size
+
+
+def test_steps_under_the_roof(tmp_path: Path) -> None:
+    content = measured("roofline", tmp_path)
+    assert list(content["passes"]) == ["One token after 8 others", "A prompt of 8 tokens"]
+    roof = content["roof"]
+    assert roof["bandwidth"] == max(limit["bandwidth"] for limit in content["limits"])
+    for steps in content["passes"].values():
+        assert steps[-1]["step"] == "total"
+        assert all(len(step["seconds"]) == 2 for step in steps)
+        gate = next(step for step in steps if step["step"] == "layers.0.gate")
+        assert math.isclose(gate["predicted"], max(gate["flops"] / roof["peak"], gate["bytes"] / roof["bandwidth"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("widths", ("--dims", 512, 700), "dims is 700; expected multiples of 512"),
+        ("widths", ("--dims", 512), "dims is one width; expected two at least"),
+        ("context", ("--shape", "giant"), "shape is 'giant'; expected one of"),
+        ("thread_scaling", (*TINY, "--threads", 0), "threads is 0; expected"),
+        ("memory", (*TINY, "--prompt", 0), "prompt is 0; expected"),
+        ("roofline", (*TINY, "--repeats", 0), "repeats is 0; expected"),
+        ("roofline", (*TINY, "--figure", "out.bmpp"), "out.bmpp: not a name for a figure"),
+        ("context", (*TINY, "--json", "nowhere/out.json"), "nowhere/out.json: cannot be written: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line(name: str, options: tuple[object, ...], said: str) -> None:
+    done = script(name, *options)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"{name}.py: {said}")
+
+
+def test_without_matplotlib_a_figure_is_one_line_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('matplotlib')\n")
+    done = script("roofline", *TINY, "--figure", tmp_path / "out.png", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "roofline.py: figures need matplotlib: pip install 'mistral-ref[plots]'\n"
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what the scripts share."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("common")
+
+
+def test_the_model_in_memory_is_the_one_that_files_hold(common: Any, tmp_path: Path) -> None:
+    config, ops = shape("tiny"), CompiledOps(threads=1)
+    for kind in ("bf16", "fp8"):
+        stored = mistral_ref.load(make_checkpoint(tmp_path / kind, config, kind=kind), threads=1)
+        model = common.random_model(config, kind, ops)
+        assert (model.forward([1, 2, 3]) == stored.forward([1, 2, 3])).all()
+        assert model.weights.layers[0].wq.data.ctypes.data % 64 == 0
+
+
+def test_a_filled_cache_is_as_long_as_asked_and_goes_on(common: Any) -> None:
+    config, ops = shape("tiny", window=8), CompiledOps(threads=1)
+    model = common.random_model(config, "bf16", ops)
+    cache = common.filled_cache(config, ops, 1500, dtype="float16")
+    assert (cache.length, cache.dtype) == (1500, "float16")
+    assert np.isfinite(model.forward([1], cache)).all()
+
+
+def test_too_large_a_model_is_one_line(common: Any) -> None:
+    if available_memory() is None:
+        return
+    with pytest.raises(
+        common.MistralRefError, match=r"^32 layers of dim 4096 take [^\n]* of memory are left; expected"
+    ):
+        common.require_memory(shape("mistral-7b"), "bf16", copies=10**6)
+
+
+def test_where_the_time_to_the_first_token_goes_is_drawn(common: Any, tmp_path: Path) -> None:
+    start = importlib.import_module("start")
+    cold = {"imports": 0.3, "load": 0.01, "first token": 19.0, "again": 0.2, "in all": 19.4}
+    common.save_figure(
+        str(tmp_path / "start.svg"), lambda: start.draw(cold, [cold | {"first token": 0.2, "in all": 0.6}])
+    )
+    drawn = (tmp_path / "start.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("cold", "warm", " 19.40 s", " 0.60 s", "Python itself"))
+
+
+@pytest.mark.parametrize("name", ["widths", "thread_scaling"])
+def test_examples_in_docstrings(name: str, common: Any) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
