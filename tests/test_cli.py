@@ -83,7 +83,7 @@ def test_every_sampling_option_reaches_the_library(model_dir: Path) -> None:
 
 
 def test_stats_go_to_standard_error(model_dir: Path) -> None:
-    done = run("generate", "--model", model_dir, "--max-tokens", 5, "--stats", "A mill")
+    done = run("generate", "--model", model_dir, "--temperature", 0, "--max-tokens", 5, "--stats", "A mill")
     assert re.search(r"first token +\d+\.\d+ s after loading, \d+ prompt tokens", done.stderr)
     assert re.search(r"then +4 tokens in \d+\.\d+ s, \d+\.\d tokens/s", done.stderr)
     assert "tokens/s" not in done.stdout
