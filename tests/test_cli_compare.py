@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,10 @@ def test_the_text_goes_on(capsys: pytest.CaptureFixture[str], trace_file: str) -
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["trace", TEXT, "-o", str(tmp_path / "nowhere" / "x.safetensors")]) == 2
     assert f"there is no directory {tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
+def test_the_verdict_outlives_a_reader_who_leaves() -> None:
+    command = [sys.executable, "-m", "mistral_ref", "compare", "demo", "demo", TEXT, "--broken", "theta", "--all"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (1, b"")

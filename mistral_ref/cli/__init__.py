@@ -63,15 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     parser = build_parser()
-    parser.set_defaults(run=lambda _: parser.print_help())
+    parser.set_defaults(run=lambda _: parser.print_help(), status=0)  # a command may set another
     arguments = parser.parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", mistral_ref.MistralRefWarning)
             warnings.showwarning = _show_notice  # type: ignore[assignment]
-            status: int | None = arguments.run(arguments)
+            arguments.run(arguments)
             print(end="", flush=True)
-            return status or 0
     except mistral_ref.MistralRefError as error:
         print(f"mistral-ref: {error}", file=sys.stderr)
         return 2
@@ -87,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):  # whoever read it has seen enough, as `head` does
             print(f"mistral-ref: {error}", file=sys.stderr)
             return 1
-    return 0
+    status: int = arguments.status
+    return status
 
 
 def _show_notice(message: Warning | str, category: type[Warning], *_: object) -> None:

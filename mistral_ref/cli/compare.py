@@ -68,8 +68,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print how far A lies from B; return 1 if a step departs."""
+def run(arguments: argparse.Namespace) -> None:
+    """Print how far A lies from B; the exit status is 1 if a step departs."""
     n_more = None if arguments.n_more is None else checked_whole("--continue", arguments.n_more, 1, _MOST_TOKENS)
     sides = [_opened(arguments, index) for index in range(2)]
     models = [side for side in sides if isinstance(side, Model)]
@@ -87,12 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
         bound = {} if arguments.bound is None else {"bound": arguments.bound}
         ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
         comparison = ours.compare(theirs, **bound)
+    arguments.status = 1 if comparison.departed else 0  # also for a reader who leaves before the last line
     print(_table(comparison, every=arguments.all))
     if arguments.broken and not comparison.departed and BUGS[arguments.broken].shows:
         print(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")
     if n_more is not None:
         _print_texts(models, prompt, n_more)
-    return 1 if comparison.departed else 0
 
 
 def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
