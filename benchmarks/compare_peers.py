@@ -30,7 +30,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
-from common import finish, notice, parser_for
+from common import buffer_bytes, finish, notice, parser_for
 from peer_process import Test, Worker, start
 
 from mistral_ref.benchmark import Limit, ratios, read_limit, spread, write_json
@@ -40,7 +40,7 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.config_files import read_config
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
-from mistral_ref.machine import cache_bytes, cache_folder, machine, machine_lines, process_memory
+from mistral_ref.machine import cache_folder, machine, machine_lines, process_memory
 from mistral_ref.shapes import SHAPES, shape
 from mistral_ref.synthetic import checkpoint_folder, make_checkpoint
 
@@ -262,7 +262,7 @@ def measure(arguments: argparse.Namespace) -> None:
     try:
         workers += start_all(arguments, config, directory, work)
         compare_logits(workers)
-        limit = read_limit(arguments.threads, max(2**28, 4 * cache_bytes()))
+        limit = read_limit(arguments.threads, buffer_bytes())
         measure_all(workers, tests, arguments.repeats, arguments.rest, limit)
     finally:
         for worker in workers:

@@ -20,7 +20,6 @@ from mistral_ref.generation import Progress
 from mistral_ref.model import Model, Prompt
 
 _N_SAMPLES = 5  # of each limit
-_LARGEST_READ = 2**30  # bytes
 
 
 def measure(
@@ -67,9 +66,9 @@ def machine_limits(n_threads: int, weights_bytes: int) -> Limits:
     """
     # Here, since they import Numba, and counting goes without.
     from mistral_ref.benchmark import multiply_add_limit, read_limit  # noqa: PLC0415
-    from mistral_ref.machine import cache_bytes  # noqa: PLC0415
+    from mistral_ref.machine import uncached_bytes  # noqa: PLC0415
 
-    read = read_limit(n_threads, max(4 * cache_bytes(), min(weights_bytes, _LARGEST_READ)))
+    read = read_limit(n_threads, uncached_bytes(weights_bytes))
     peak = multiply_add_limit(n_threads)
     bandwidth, flops = (max(limit.measure() for _ in range(_N_SAMPLES)) for limit in (read, peak))
     return Limits(1e9 * bandwidth, 1e9 * flops)

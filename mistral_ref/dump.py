@@ -41,7 +41,8 @@ def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
     """Return what a file holds; `Trace.load` says of which form it is. Raises CheckpointError."""
     tensors = {tensor.name: tensor for tensor in open_tensor_file(path)}
     about = _about(path)
-    tokens, pieces = _tokens(path, tensors), _pieces(path, tensors)
+    tokens = _tokens(path, tensors)
+    pieces = _pieces(path, tensors, tokens)
     names = sorted((name for name in tensors if _is_step(name)), key=step_order)
     if not names:
         raise CheckpointError(f"{path}: holds no step; expected tensors called 'embedding', 'layers.0.q' and so on")
@@ -138,9 +139,9 @@ def _tokens(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
     return ids
 
 
-def _pieces(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+def _pieces(path: Path, tensors: Mapping[str, Tensor], tokens: Sequence[int]) -> list[str]:
     if "pieces" not in tensors:
-        return [str(token) for token in _tokens(path, tensors)]
+        return [str(token) for token in tokens]
     try:
         pieces = parse_json(tensors["pieces"].raw.tobytes().decode())
     except ValueError as error:

@@ -122,11 +122,7 @@ def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
     last one, that row is the model's own prediction.
     """
     top = checked_whole("top", top, least=1, most=model.config.vocab_size)
-    names = [name for name in trace if name == "embedding" or ".residual_after_" in name]
-    if not names:
-        raise InputError(
-            "this trace holds no residual stream; expected keep=['embedding', 'layers.*.residual_after_*']"
-        )
+    names = residual_names(trace)
     winners_T1, rows = None, []
     for name in reversed(names):  # the last one first: what it finds likeliest is looked for in all
         logprobs_TV = log_softmax(residual_logits(model, _value(trace, name, model.config.dim)))
@@ -138,6 +134,16 @@ def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
     pieces = {int(token): model.piece(int(token)) for token in np.unique(ids_RTN)}
     labels = [trace.label(trace.start + token) for token in range(trace.n_tokens)]
     return LogitLens(names, ids_RTN, logprobs_RTN, final_RT, pieces, labels)
+
+
+def residual_names(trace: Trace) -> list[str]:
+    """Return the steps of a trace that are the residual stream; raise InputError if it holds none."""
+    names = [name for name in trace if name == "embedding" or ".residual_after_" in name]
+    if not names:
+        raise InputError(
+            "this trace holds no residual stream; expected keep=['embedding', 'layers.*.residual_after_*']"
+        )
+    return names
 
 
 def _value(trace: Trace, name: str, *sizes: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from mistral_kernels import threads
 from mistral_kernels.instructions import LANES
 
 _CPUS = Path("/sys/devices/system/cpu")
+_LARGEST_READ = 2**30  # bytes
 _POWER = Path("/sys/class/power_supply")
 
 
@@ -59,6 +60,14 @@ def cache_bytes() -> int:
         if text.endswith("K") and text[:-1].isdecimal():
             sizes.append(int(text[:-1]) * 2**10)
     return max(sizes, default=2**25)
+
+
+def uncached_bytes(n_bytes: int) -> int:
+    """Return how much to read for the speed of memory: as much as weights of n bytes, 1 GiB at most, but four caches.
+
+    So weights that fit the caches are read faster than this limit.
+    """
+    return max(4 * cache_bytes(), min(n_bytes, _LARGEST_READ))
 
 
 def _commit() -> str | None:

@@ -44,7 +44,7 @@ from mistral_ref.drawing import (
     styled,
     title,
 )
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import checked_whole
 from mistral_ref.trace import Trace
 
 __all__ = ["attention", "attribution", "logit_lens", "residual_norms", "ring", "roofline", "rope", "rope_scores"]
@@ -161,11 +161,7 @@ def residual_norms(trace: Trace, *, ax: Axes | None = None) -> Axes:
     there, mean over tokens. The trace has to hold `embedding` or some of the `residual_after_...`; what it holds of
     `attention_out` and `ffn_out` is drawn.
     """
-    names = [name for name in trace if name == "embedding" or ".residual_after_" in name]
-    if not names:
-        raise InputError(
-            "this trace holds no residual stream; expected keep=['embedding', 'layers.*.residual_after_*']"
-        )
+    names = lens.residual_names(trace)
     ax = axes_or_new(ax, min(max(0.42 * len(names), 4.4), 10) + 1.2, 4.2)
     rms_RT = np.array([_rms(trace[name]) for name in names])
     ax.plot(rms_RT, color=GREY, lw=0.6, alpha=0.6)

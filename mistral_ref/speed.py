@@ -161,9 +161,8 @@ def measure_speed(
         n_runs, took = repeats, 0.0
         if warm_up:
             report(f"{test.name}: warming up")
-            took = (
-                _run(model, cache, test, ids if test.n_prompt else ids[:2]) * test.n / (test.n_prompt or min(2, test.n))
-            )
+            first = ids if test.n_prompt else ids[:2]
+            took = _run(model, cache, test, first) * test.n / len(first)
         if seconds is not None and took:
             n_runs = min(repeats, max(1, int(seconds / took)))
         for number in range(n_runs):

@@ -23,7 +23,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CheckpointError, InputError, checked_whole, shown
+from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.tensor_file import all_or_nothing
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, e4m3_values
 
 Progress = Callable[[int, int], None]
@@ -118,22 +119,15 @@ def write_tensor_file(
         written = offsets[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)  # so that data begins where vectors like it
-    partial_path = path.with_name(f"{path.name}.partial")
     written = 0
-    try:
-        with open(partial_path, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors:
-                for piece in tensor.pieces():
-                    np.ascontiguousarray(piece).tofile(file)
-                    written += piece.nbytes
-                    if progress is not None:
-                        progress(written, total)
-        partial_path.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from None
-    finally:
-        partial_path.unlink(missing_ok=True)
+    with all_or_nothing(path) as partial_path, open(partial_path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            for piece in tensor.pieces():
+                np.ascontiguousarray(piece).tofile(file)
+                written += piece.nbytes
+                if progress is not None:
+                    progress(written, total)
 
 
 def plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,21 @@ def write_tensor_file(
     error: type[MistralRefError] = CheckpointError,
 ) -> None:
     """Write a safetensors file, which appears under its name only when it is complete; raise `error` if that fails."""
+    with all_or_nothing(path, error) as partial:
+        save_file(tensors, partial, metadata=metadata)
+
+
+@contextmanager
+def all_or_nothing(path: str | os.PathLike[str], error: type[MistralRefError] = CheckpointError) -> Iterator[Path]:
+    """Give the path to write a file at, which gets its own name once that has gone well; raise `error` if it has not.
+
+    Whatever ends the writing, Ctrl-C too, nothing unfinished is left.
+    """
     partial = Path(f"{os.fspath(path)}.partial")
     if not partial.parent.is_dir():
         raise error(f"{path}: cannot be written: there is no directory {partial.parent}")
     try:
-        save_file(tensors, partial, metadata=metadata)
+        yield partial
         partial.replace(path)
     except (OSError, SafetensorError) as caught:
         raise error(f"{path}: cannot be written: {printable(str(caught))}") from None

@@ -34,7 +34,6 @@ examples:
   mistral-ref bench --shape mistral-7b -p 0 -n 32 -d 0,4096,8192      the window keeps decoding flat
   mistral-ref bench --model DIR -o json > results.json
 """
-_LARGEST_READ = 2**30  # bytes of the array whose reading is the limit
 _QUICK = {"n_prompt": "64", "n_gen": "16", "repetitions": 3}
 _QUICK_SECONDS = 10.0  # of samples of each test
 
@@ -92,14 +91,15 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model = _synthetic(arguments)
     throttled = machine.throttle_count()
     model, started = _started(arguments, n_tokens)
-    n_threads, n_bytes = _threads_of(model, arguments), sum(matrix.nbytes for matrix in matrices(model.weights))
+    weights = matrices(model.weights)
+    n_threads, n_bytes = _threads_of(model, arguments), sum(matrix.nbytes for matrix in weights)
     total, counter = sum(bool(test.depth) + 1 + arguments.repetitions for test in tests), itertools.count()
     with progress_bar("measuring", is_long=True) as bar:
         results = speed.measure_speed(
             model,
             tests,
             repeats=arguments.repetitions,
-            read=benchmark.read_limit(n_threads, max(4 * machine.cache_bytes(), min(n_bytes, _LARGEST_READ))),
+            read=benchmark.read_limit(n_threads, machine.uncached_bytes(n_bytes)),
             peak=benchmark.multiply_add_limit(n_threads),
             cache_dtype=arguments.cache_dtype,
             seconds=_QUICK_SECONDS if arguments.quick else None,
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     cache_type = _CACHE_TYPES[model.new_cache(dtype=arguments.cache_dtype).dtype]
     about = {
         "model_filename": os.fspath(arguments.model),
-        "model_type": f"{Path(arguments.model).name} {'+'.join(sorted({m.kind for m in matrices(model.weights)}))}",
+        "model_type": f"{Path(arguments.model).name} {'+'.join(sorted({matrix.kind for matrix in weights}))}",
         "model_size": n_bytes,
         "model_n_params": model.config.n_parameters,
         "backends": model.ops.name,
