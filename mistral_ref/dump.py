@@ -14,7 +14,7 @@ from mistral_ref.config import RowOrder
 from mistral_ref.errors import CheckpointError, InputError, checked_whole, printable, shown, warn
 from mistral_ref.json_file import parse_json
 from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
-from mistral_ref.tensor_file import Tensor, open_tensor_file, read_metadata
+from mistral_ref.tensor_file import Tensor, open_with_metadata
 from mistral_ref.weights import Matrix
 
 FORMAT = "mistral_ref.trace.v1"
@@ -39,8 +39,9 @@ class Dump(NamedTuple):
 
 def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
     """Return what a file holds; `Trace.load` says of which form it is. Raises CheckpointError."""
-    tensors = {tensor.name: tensor for tensor in open_tensor_file(path)}
-    about = _about(path)
+    found, metadata = open_with_metadata(path)
+    tensors = {tensor.name: tensor for tensor in found}
+    about = _about(path, metadata)
     tokens = _tokens(path, tensors)
     pieces = _pieces(path, tensors, tokens)
     names = sorted((name for name in tensors if _is_step(name)), key=step_order)
@@ -104,12 +105,11 @@ def tokens_of(step: Step) -> int:
     return 0 if axis is None else step.value.shape[axis]
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return what a trace's metadata say, or what the absence of a field means."""
     about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}, "rope_row_order": None}
-    text = (read_metadata(path) or {}).get(FORMAT, "{}")  # null is as good as none
     try:
-        about |= _checked("it", parse_json(text), dict)
+        about |= _checked("it", parse_json(metadata.get(FORMAT, "{}")), dict)
         start = checked_whole("start", about["start"], 0, _MOST_POSITIONS)
         made_by = printable(_checked("made_by", about["made_by"], str))
         has_experts = _checked("has_experts", about["has_experts"], bool)

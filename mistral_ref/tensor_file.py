@@ -71,20 +71,19 @@ def open_tensor_file(path: Path) -> list[Tensor]:
     Raises CheckpointError if it is no regular file, truncated, or its header is too long, broken or contradicts its
     length: offsets that overlap, leave gaps or leave the file.
     """
+    return open_with_metadata(path)[0]
+
+
+def open_with_metadata(path: Path) -> tuple[list[Tensor], dict[str, str]]:
+    """Return what `open_tensor_file` does, and the file's metadata, {} where it has none."""
     size = require_regular_file(path)
     try:
         header, start = _read_header(path, size)
         mapped = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    return [_tensor(path, name, entry, mapped[start:]) for name, entry in header.items() if name != "__metadata__"]
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, {} where it has none; raise CheckpointError as `open_tensor_file`."""
-    header, _ = _read_header(path, require_regular_file(path))
-    metadata: dict[str, str] = header.get("__metadata__", {})
-    return metadata
+    metadata = header.pop("__metadata__", None) or {}  # null is as good as none
+    return [_tensor(path, name, entry, mapped[start:]) for name, entry in header.items()], metadata
 
 
 def write_tensor_file(
