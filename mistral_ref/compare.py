@@ -222,7 +222,12 @@ class Comparison(Sequence[Difference]):
         ]
 
     def __str__(self) -> str:
-        lines = [markdown_table(HEADINGS, self.rows()), self.verdict()]
+        return self.text()
+
+    def text(self, *, every: bool = True) -> str:
+        """Return table and verdict: a row for every step, or for the furthest of each layer."""
+        rows = self.rows() if every else self.furthest_by_layer().rows()
+        lines = [markdown_table(HEADINGS, rows), self.verdict()]
         if self.unmatched:
             few = ", ".join(self.unmatched[:3]) + (", ..." if len(self.unmatched) > 3 else "")
             lines.append(f"{len(self.unmatched)} more are in one of the two alone: {few}")

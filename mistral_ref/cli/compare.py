@@ -8,8 +8,7 @@ import os
 from mistral_ref.broken import BUGS
 from mistral_ref.cli.common import as_text, progress_bar
 from mistral_ref.cli.study import add_broken_option, add_last_option, maybe_broken, split_prompt
-from mistral_ref.compare import HEADINGS, Comparison, compare_walks
-from mistral_ref.display import markdown_table
+from mistral_ref.compare import compare_walks
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.loading import DEMO_MODEL, load
 from mistral_ref.model import Model
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
         comparison = ours.compare(theirs, **bound)
     arguments.status = 1 if comparison.departed else 0  # also for a reader who leaves before the last line
-    print(_table(comparison, every=arguments.all))
+    print(comparison.text(every=arguments.all))
     if arguments.broken and not comparison.departed and BUGS[arguments.broken].shows:
         print(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")
     if n_more is not None:
@@ -152,16 +151,6 @@ def _traced(side: Model | Trace, prompt: str | list[int], last: int | None, side
     kept = next(list(other) for other in sides if isinstance(other, Trace))
     tokens, cache = split_prompt(side, prompt, last)
     return side.trace(tokens, cache=cache, keep=kept)
-
-
-def _table(comparison: Comparison, *, every: bool) -> str:
-    rows = comparison.rows() if every else comparison.furthest_by_layer().rows()
-    lines = [markdown_table(HEADINGS, rows), comparison.verdict()]
-    if comparison.unmatched:
-        lines.append(
-            f"{len(comparison.unmatched)} steps are in one of the two alone, such as {comparison.unmatched[0]}"
-        )
-    return "\n".join(lines)
 
 
 def _print_texts(models: list[Model], prompt: str | list[int], n_more: int) -> None:

@@ -15,14 +15,12 @@ import mistral_ref
 from mistral_ref import lens
 from mistral_ref.cli.selection import as_index
 from mistral_ref.cli.sight import Part, Sight
-from mistral_ref.compare import HEADINGS
 from mistral_ref.cost import step_costs
 from mistral_ref.cost_table import cost_table
 from mistral_ref.display import (
     cell_ranges,
     heat_map,
     legend,
-    markdown_table,
     merged_text,
     numbers,
     shade,
@@ -217,8 +215,7 @@ class View(Sight):
         if not self.stepper.edits:
             self.say("nothing has been edited")
             return
-        comparison = self.stepper.compare()
-        self.say(f"{markdown_table(HEADINGS, comparison.furthest_by_layer().rows())}\n{comparison.verdict()}")
+        self.say(self.stepper.compare().text(every=False))
 
     def _likeliest(self, logits_V: np.ndarray) -> str:
         if why_none := nothing_likeliest(logits_V):
