@@ -10,8 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, checked_whole, shown
-from mistral_ref.tensor_file import all_or_nothing
+from mistral_ref.quantized_matrix import GROUP_SIZE, N_SCALES, quantized_metadata, quantized_parts, scale_values
+from mistral_ref.tensor_file import Part, pieces_of_tensor_file
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, e4m3_values
 
 Progress = Callable[[int, int], None]
 
 DTYPES: dict[Kind, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16", "fp8": "F8_E4M3"}
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 _MADE_HERE = "mistral_ref.synthetic.v1"  # the entry in a file's metadata that says what it was made of
 _PIECE = 2**20  # weights in memory at a time
@@ -87,58 +85,61 @@ class PlannedTensor:
     pieces: Callable[[], Iterable[np.ndarray]]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * _BYTES[self.dtype]
+    def part(self) -> Part:
+        """Its dtype and shape."""
+        return Part(self.dtype, self.shape)
 
 
-def require_space(path: Path, n_bytes: int) -> None:
-    """Raise InputError unless the disk under `path` has room for a file of so many bytes, and 1 GiB besides."""
-    free = shutil.disk_usage(path.parent).free
-    if n_bytes + 2**30 > free:
-        raise InputError(
-            f"{path}: {n_bytes / 2**30:.1f} GiB are to be written; expected 1 GiB more than that, "
-            f"but the disk has {free / 2**30:.1f} GiB left"
-        )
-
-
-def write_tensor_file(
+def write_planned(
     path: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str], progress: Progress | None = None
 ) -> None:
     """Write a safetensors file piece by piece; it appears under its name only when it is complete.
 
     `progress` is called with (bytes written, bytes in all). Raises InputError if the disk has no room.
     """
-    total = sum(tensor.nbytes for tensor in tensors)
-    require_space(path, total)
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    written = 0
-    for tensor in tensors:
-        offsets = [written, written + tensor.nbytes]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        written = offsets[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 64)  # so that data begins where vectors like it
-    written = 0
-    with all_or_nothing(path) as partial_path, open(partial_path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    written, total = 0, sum(tensor.part.nbytes for tensor in tensors)
+    with pieces_of_tensor_file(path, {tensor.name: tensor.part for tensor in tensors}, metadata) as write:
         for tensor in tensors:
             for piece in tensor.pieces():
-                np.ascontiguousarray(piece).tofile(file)
+                write(tensor.name, piece)
                 written += piece.nbytes
                 if progress is not None:
                     progress(written, total)
 
 
+def _random_codes(name: str, n_out: int, n_in: int, bits: int, std: float, seed: int) -> Iterator[PlannedTensor]:
+    """Yield the two tensors of a matrix of 8 or 4 bits: any codes, all scales such as give the standard deviation."""
+    codes, scales = quantized_parts(n_out, n_in, bits, GROUP_SIZE)
+    most = 2**bits - 1
+    scale = np.searchsorted(scale_values()[:N_SCALES], std / math.sqrt((most + 1) ** 2 / 12)).astype(np.uint8)
+
+    def pieces() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng([seed, *name.encode()])
+        for start in range(0, codes.nbytes, _PIECE):
+            yield rng.integers(0, 256, min(_PIECE, codes.nbytes - start), dtype=np.uint8)
+
+    def scales_and_zeros() -> Iterator[np.ndarray]:
+        for _ in range(scales.shape[0]):
+            yield np.broadcast_to(np.array([[scale], [128]], np.uint8), scales.shape[1:])
+
+    yield PlannedTensor(f"{name}.weight", *codes, pieces)
+    yield PlannedTensor(f"{name}.scales", *scales, scales_and_zeros)
+
+
 def plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:
     """Yield the tensors of a model under Mistral's own names: matrices of standard deviation 1/sqrt(I), norms of ones.
 
-    In an fp8 model embedding, output, routers and norms are bf16, as they are in published ones.
+    In an fp8 model embedding, output, routers and norms are bf16, as they are in published ones. In one of 8 or 4 bits
+    routers and norms are bf16, embedding and output have 8 bits, as `quantize` makes them.
     """
-    plain: Kind = "bf16" if kind == "fp8" else kind
+    plain: Kind = kind if kind in ("f32", "f16") else "bf16"
+    around: Kind = "int8" if kind in ("int8", "int4") else plain
 
     def matrix(name: str, n_out: int, n_in: int, kind: Kind = kind) -> Iterator[PlannedTensor]:
         std = n_in**-0.5
+        if kind in ("int8", "int4"):
+            yield from _random_codes(name, n_out, n_in, 8 if kind == "int8" else 4, std, seed)
+            return
 
         def pieces() -> Iterator[np.ndarray]:
             rng = np.random.default_rng([seed, *name.encode()])  # of its own, so that no tensor depends on others
@@ -158,7 +159,7 @@ def plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:
         yield from matrix(f"{name}.w3", config.hidden_dim, config.dim)
 
     q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    yield from matrix("tok_embeddings", config.vocab_size, config.dim, plain)
+    yield from matrix("tok_embeddings", config.vocab_size, config.dim, around)
     for layer in (f"layers.{number}" for number in range(config.n_layers)):
         yield norm(f"{layer}.attention_norm")
         yield from matrix(f"{layer}.attention.wq", q_out, config.dim)
@@ -174,7 +175,7 @@ def plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:
                 yield from feed_forward(f"{layer}.feed_forward.experts.{expert}")
     yield norm("norm")
     if not config.tied_embeddings:
-        yield from matrix("output", config.vocab_size, config.dim, plain)
+        yield from matrix("output", config.vocab_size, config.dim, around)
 
 
 def params_json(config: ModelConfig) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def checkpoint_folder(name: str, config: ModelConfig, kind: Kind, parent: Path) 
 
 def checkpoint_bytes(config: ModelConfig, kind: Kind) -> int:
     """Return the bytes of a checkpoint's tensors."""
-    return sum(tensor.nbytes for tensor in plan(config, kind, seed=0))
+    return sum(tensor.part.nbytes for tensor in plan(config, kind, seed=0))
 
 
 def make_checkpoint(
@@ -263,6 +264,8 @@ def make_checkpoint(
     if os.path.lexists(path) and _made_of(path) is None:
         raise InputError(f"{path}: weights that were not made here are not overwritten; expected another directory")
     if _made_of(path) != made_of:
-        write_tensor_file(path, list(plan(config, kind, seed)), {_MADE_HERE: made_of}, progress)
+        tensors = list(plan(config, kind, seed))
+        metadata = {_MADE_HERE: made_of} | quantized_metadata({tensor.name: tensor.part for tensor in tensors})
+        write_planned(path, tensors, metadata, progress)
     (directory / "params.json").write_text(json.dumps(params_json(config), indent=2) + "\n", encoding="utf-8")
     return directory

@@ -6,23 +6,27 @@ mapped here, at the offsets that it has accepted. Format: 8 bytes little-endian 
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mistral_ref.errors import CheckpointError, MistralRefError, printable, shown
+from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, shown
 from mistral_ref.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.weights import Kind
 
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 _KINDS: dict[str, tuple[Kind, str]] = {
     "F32": ("f32", "<f4"),
     "F16": ("f16", "<f2"),
@@ -95,6 +99,61 @@ def write_tensor_file(
     """Write a safetensors file, which appears under its name only when it is complete; raise `error` if that fails."""
     with all_or_nothing(path, error) as partial:
         save_file(tensors, partial, metadata=metadata)
+
+
+class Part(NamedTuple):
+    """A tensor of a file to be written: its dtype as safetensors spells it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * _SIZES[self.dtype]
+
+
+def require_space(path: Path, n_bytes: int) -> None:
+    """Raise InputError unless the disk under `path` has room for a file of so many bytes, and 1 GiB besides."""
+    free = shutil.disk_usage(path.parent).free
+    if n_bytes + 2**30 > free:
+        raise InputError(
+            f"{path}: {n_bytes / 2**30:.1f} GiB are to be written; expected 1 GiB more than that, "
+            f"but the disk has {free / 2**30:.1f} GiB left"
+        )
+
+
+@contextmanager
+def pieces_of_tensor_file(
+    path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]
+) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Write a safetensors file of any size piece by piece; it appears under its name only when it is complete.
+
+    Gives the function that puts the next piece of a tensor where it belongs: write(name, array). The largest tensors
+    come first in the file, so that those of whole vectors begin where vectors like it.
+
+    Raises InputError if the disk has no room, CheckpointError if writing fails.
+    """
+    require_space(path, sum(part.nbytes for part in parts.values()))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    next_bytes, end = {}, 0
+    for name, part in sorted(parts.items(), key=lambda item: -item[1].nbytes):
+        next_bytes[name] = end
+        end += part.nbytes
+        header[name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [next_bytes[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    with all_or_nothing(path) as partial, open(partial, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        file.truncate(start + end)
+
+        def write(name: str, piece: np.ndarray) -> None:
+            file.seek(start + next_bytes[name])
+            np.ascontiguousarray(piece).tofile(file)
+            next_bytes[name] += piece.nbytes
+
+        yield write
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 
 from mistral_kernels.layout import rows_of_tiles, to_tiles
 
-Kind = Literal["f32", "f16", "bf16", "fp8"]
+Kind = Literal["f32", "f16", "bf16", "fp8", "int8", "int4"]
 Rows = slice | np.ndarray
 
 FP8_BLOCK = 128  # published fp8 checkpoints scale squares of 128 x 128 weights, or the whole matrix

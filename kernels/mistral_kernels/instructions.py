@@ -49,6 +49,23 @@ LANES = _lanes(FEATURES)
 _HAS_F16 = "f16c" in FEATURES or IS_ARM
 
 
+# By int32 lanes: whether four bytes are multiplied and added up at once, and what multiplies bytes into pairs.
+_HAS_QUADS = {
+    16: "avx512vnni" in FEATURES,
+    8: {"avx512vnni", "avx512vl"} <= FEATURES,
+    4: {"avx512vnni", "avx512vl"} <= FEATURES,
+}
+_PAIRS_OF_BYTES = {
+    n: name
+    for n, feature, name in (
+        (16, "avx512bw", "llvm.x86.avx512.pmaddubs.w.512"),
+        (8, "avx2", "llvm.x86.avx2.pmadd.ub.sw"),
+        (4, "ssse3", "llvm.x86.ssse3.pmadd.ub.sw.128"),
+    )
+    if feature in FEATURES
+}
+
+
 VECTOR = ir.VectorType(F32, LANES)
 
 
@@ -100,6 +117,13 @@ def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
+def fenced(builder: Any, value: Any) -> Any:
+    """Return a value that stays rounded: it does not become one instruction with what is added to it."""
+    function_type = ir.FunctionType(value.type, [value.type])
+    name = f"llvm.arithmetic.fence.v{value.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [value])
+
+
 def splat_of(builder: Any, scalar: Any, n: int) -> Any:
     """Return a vector of n times the same number."""
     undefined = ir.Constant(ir.VectorType(scalar.type, n), ir.Undefined)
@@ -146,6 +170,40 @@ def widened(builder: Any, stored: Any, kind: str) -> Any:
         is_special = builder.icmp_unsigned(">=", magnitude, constant(wide, special << mantissa_bits))
     value = builder.select(is_special, builder.or_(moved, constant(wide, 0x7F800000)), value)
     return builder.bitcast(builder.or_(value, sign), floats)
+
+
+def pair_dots(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    """Return sums + a[2j] b[2j] + a[2j+1] b[2j+1] for n int32 and 2n int16: x86's multiply-and-add of pairs."""
+    n, wide = sums.type.count, ir.VectorType(I32, a.type.count)
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    undefined = ir.Constant(wide, ir.Undefined)
+    even, odd = (
+        builder.shuffle_vector(products, undefined, ir.Constant(ir.VectorType(I32, n), list(range(start, 2 * n, 2))))
+        for start in (0, 1)
+    )
+    return builder.add(sums, builder.add(even, odd))
+
+
+def quad_dots(builder: Any, sums: Any, codes: Any, x: Any, largest: int) -> Any:
+    """Return sums + codes[4j] x[4j] + ... + codes[4j+3] x[4j+3] for n int32, 4n codes of up to `largest`, and 4n int8.
+
+    One instruction of processors that have it for n bytes (VNNI). Others multiply bytes into int16 pairs, which would
+    overflow with codes beyond 64, or widen them.
+    """
+    n = sums.type.count
+    words, halves, bits = ir.VectorType(I16, 2 * n), constant(ir.VectorType(I16, 2 * n), 8), 128 * n // 4
+    if _HAS_QUADS.get(n):
+        name = f"llvm.x86.avx512.vpdpbusd.{bits}"
+        function_type = ir.FunctionType(sums.type, [sums.type, codes.type, x.type])
+        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [sums, codes, x])
+    if largest <= 64 and (name := _PAIRS_OF_BYTES.get(n)):
+        function_type = ir.FunctionType(words, [codes.type, x.type])
+        pairs = builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [codes, x])
+        return pair_dots(builder, sums, pairs, constant(words, 1))
+    codes, x = builder.bitcast(codes, words), builder.bitcast(x, words)
+    even = builder.and_(codes, constant(words, 0xFF)), builder.ashr(builder.shl(x, halves), halves)
+    odd = builder.lshr(codes, halves), builder.ashr(x, halves)
+    return pair_dots(builder, pair_dots(builder, sums, *even), *odd)
 
 
 def exp_of(builder: Any, x: Any) -> Any:

@@ -1,12 +1,21 @@
 """Tile order: a matrix (O, I) as tiles of eight rows that lie side by side. NumPy only.
 
-    tiles[o // 8, i, o % 8] = W[o, i]        (ceil(O/8), I, 8), rows beyond O are 0
+    tiles[o // 8, i, o % 8] = W[o, i]                       (ceil(O/8), I, 8), rows beyond O are 0
 
 A kernel that has a row in each lane reads it in one long stream and never adds up lanes; and a part of a tile already
 is the panel that a product with many vectors needs.
 
 >>> to_tiles(np.array([[1, 2], [3, 4]]))[0].tolist()
 [[1, 3, 0, 0, 0, 0, 0, 0], [2, 4, 0, 0, 0, 0, 0, 0]]
+
+Codes of 8 or 4 bits keep four neighbours of a row together, which a processor multiplies and adds up at once; of 4 bits
+a byte holds two, four inputs apart. I is a multiple of 8:
+
+    tiles[o // 8, i // 4, o % 8, i % 4] = code[o, i]                                      8 bits: (ceil(O/8), I/4, 8, 4)
+    tiles[o // 8, i // 8, o % 8, i % 4] = code[o, i] + 16 code[o, i + 4]   i % 8 < 4      4 bits: (ceil(O/8), I/8, 8, 4)
+
+>>> code_tiles(np.array([[1, 2, 3, 4, 5, 6, 7, 8]], np.uint8), 4)[0, 0, 0].tolist() == [0x51, 0x62, 0x73, 0x84]
+True
 """
 
 from __future__ import annotations
@@ -24,6 +33,26 @@ def to_tiles(rows_OI: np.ndarray) -> np.ndarray:
     tiles[:whole] = rows_OI[: whole * TILE].reshape(whole, TILE, n_in).swapaxes(1, 2)
     tiles[whole:, :, : n_out - whole * TILE] = rows_OI[whole * TILE :].T
     return tiles
+
+
+def code_tiles(codes_OI: np.ndarray, bits: int) -> np.ndarray:
+    """Return codes (O, I) of 8 or 4 bits, uint8 each, as tiles; I is a multiple of 8."""
+    n_in = codes_OI.shape[1]
+    tiles = to_tiles(codes_OI).reshape(-1, n_in // 4, 4, TILE).swapaxes(2, 3)
+    return np.ascontiguousarray(tiles if bits == 8 else tiles[:, 0::2] | tiles[:, 1::2] << 4)
+
+
+def codes_of_tiles(tiles: np.ndarray, rows: np.ndarray, bits: int) -> np.ndarray:
+    """Return some rows (R, I) of codes that lie in tiles.
+
+    >>> codes = np.arange(48, dtype=np.uint8).reshape(3, 16) % 16
+    >>> [(codes_of_tiles(code_tiles(codes, bits), np.arange(3), bits) == codes).all().item() for bits in (4, 8)]
+    [True, True]
+    """
+    quads = tiles[rows // TILE, :, rows % TILE]
+    if bits == 4:
+        quads = np.stack([quads & 15, quads >> 4], axis=2)
+    return quads.reshape(len(rows), -1)
 
 
 def rows_of_tiles(tiles: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -65,6 +65,35 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
     return fill_from_tiles if is_tiled else fill_from_rows
 
 
+def over_blocks(multiply_block: Any, new_panel: Any, *variant: object) -> Any:
+    """Return the part of a kernel that takes all inputs through some blocks of WIDTH outputs.
+
+    multiply_block(W, x, n_in, start, stop, y, o, n_out, column, panel) adds what the inputs start, ..., stop - 1 give to
+    WIDTH outputs from o on, to y from `column` on. What W and x are is its own business; new_panel() is its workspace.
+    """
+
+    @part(*variant)
+    def multiply_blocks(W: Any, x: Any, n_in: int, y: Any, first: int, last: int) -> None:
+        """Compute the blocks first, ..., last - 1."""
+        n_tokens, n_out = y.shape
+        panel = new_panel()
+        # Tiles are whole: the last block, if it is not, goes into an array of its own.
+        is_cut = last * WIDTH > n_out
+        edge = np.empty((n_tokens if is_cut else 0, WIDTH), np.float32)
+        chunk = max(KEPT // n_tokens // DEPTH, 1) * DEPTH
+        for start in range(0, n_in, chunk):
+            for block in range(first, last):
+                o, stop = block * WIDTH, min(start + chunk, n_in)
+                is_edge = is_cut and block == last - 1
+                target, column = (edge, 0) if is_edge else (y, o)
+                multiply_block(W, x, n_in, start, stop, target, o, n_out, column, panel)
+        if is_cut:
+            o = (last - 1) * WIDTH
+            y[:, o:] = edge[:, : n_out - o]
+
+    return multiply_blocks
+
+
 @made_once
 def matmul(kind: str, is_tiled: bool = False) -> Any:
     """Return a kernel: matmul(W, scales, x, y, n_threads), for matrices of a kind, as stored or in tile order.
@@ -76,37 +105,22 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
     fill_panel = _panel_filler(kind, is_tiled)
 
     @part(kind, is_tiled)
+    def new_panel() -> Any:
+        return np.empty(DEPTH * WIDTH, np.float32)
+
+    @part(kind, is_tiled)
     def multiply_block(
-        W: Any, scales: Any, slabs: Any, n_in: int, start: int, stop: int, y: Any, o: int, n_out: int, column: int,
-        panel: Any,
-    ) -> None:  # fmt: skip
-        """Add what the inputs start, ..., stop - 1 give to WIDTH outputs from o on, to y from `column` on."""
+        W: Any, slabs: Any, n_in: int, start: int, stop: int, y: Any, o: int, n_out: int, column: int, panel: Any
+    ) -> None:
         n_tokens = len(y)
         for first in range(start, stop, DEPTH):
             last = min(first + DEPTH, stop)
-            fill_panel(W, scales, panel, o, n_out, first, last, n_in)
+            fill_panel(W[0], W[1], panel, o, n_out, first, last, n_in)
             for t in range(0, n_tokens, ROWS):
                 from_x, to_y = (first * n_tokens + t * DEPTH, DEPTH), (t * y.shape[1] + column, y.shape[1])
                 multiply_tile(slabs, from_x, panel, 0, last - first, y, to_y, min(ROWS, n_tokens - t), first > 0)
 
-    @part(kind, is_tiled)
-    def multiply_blocks(W: Any, scales: Any, slabs: Any, n_in: int, y: Any, first: int, last: int) -> None:
-        """Compute the blocks first, ..., last - 1."""
-        n_tokens, n_out = y.shape
-        panel = np.empty(DEPTH * WIDTH, np.float32)
-        # Tiles are whole: the last block, if it is not, goes into an array of its own.
-        is_cut = last * WIDTH > n_out
-        edge = np.empty((n_tokens if is_cut else 0, WIDTH), np.float32)
-        chunk = max(KEPT // n_tokens // DEPTH, 1) * DEPTH
-        for start in range(0, n_in, chunk):
-            for block in range(first, last):
-                o, stop = block * WIDTH, min(start + chunk, n_in)
-                is_edge = is_cut and block == last - 1
-                target, column = (edge, 0) if is_edge else (y, o)
-                multiply_block(W, scales, slabs, n_in, start, stop, target, o, n_out, column, panel)
-        if is_cut:
-            o = (last - 1) * WIDTH
-            y[:, o:] = edge[:, : n_out - o]
+    multiply_blocks = over_blocks(multiply_block, new_panel, kind, is_tiled)
 
     @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind, is_tiled)
     def matmul(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
@@ -116,12 +130,12 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
         slabs = np.empty((n_slabs, n_tokens, DEPTH), np.float32)
         if n_threads == 1:
             _cut(x, slabs, 0, n_slabs)
-            multiply_blocks(W, scales, slabs, n_in, y, 0, n_blocks)
+            multiply_blocks((W, scales), slabs, n_in, y, 0, n_blocks)
         else:
             for slab in numba.prange(n_slabs):
                 _cut(x, slabs, slab, slab + 1)
             for thread in numba.prange(n_threads):
                 first, last = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
-                multiply_blocks(W, scales, slabs, n_in, y, first, last)
+                multiply_blocks((W, scales), slabs, n_in, y, first, last)
 
     return matmul

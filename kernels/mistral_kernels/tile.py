@@ -42,6 +42,53 @@ from mistral_kernels.simd import ARRAY, operation
 # else 16.
 ROWS, VECTORS = {16: (8, 3), 8: (4, 3), 4: (6, 4) if IS_ARM else (2, 4)}[LANES]
 WIDTH = VECTORS * LANES
+PLACE = types.UniTuple(types.intp, 2)  # where in an array a matrix is: offset, and row length
+
+
+def stored_rows(builder: Any, array: Any, place: Any, rows: Any, n_rows: int) -> list[Any]:
+    """Return the address of each of n rows of a matrix that has `rows` of them; those beyond the last fall on it."""
+    start, length = (builder.extract_value(place, index) for index in range(2))
+    last = builder.sub(rows, ir.Constant(I64, 1))
+    numbers = (ir.Constant(I64, row) for row in range(n_rows))
+    kept = (builder.select(builder.icmp_signed("<", row, last), row, last) for row in numbers)
+    return [builder.gep(array, [builder.add(start, builder.mul(row, length))]) for row in kept]
+
+
+def add_to_rows(builder: Any, rows: list[Any], sums: list[Any], n_existing: Any, continues: Any) -> None:
+    """Add sums, some vectors for each row, to what rows of floats hold, or put them there."""
+    n_vectors = len(sums) // len(rows)
+    for index, value in enumerate(sums):
+        row, number = divmod(index, n_vectors)
+        address = builder.gep(rows[row], [ir.Constant(I64, number * LANES)])
+        found = load_vector(builder, address, F32, LANES)
+        # A row beyond the last one falls on it, after it: then what stands there stays.
+        exists = builder.icmp_signed("<", ir.Constant(I64, row), n_existing)
+        old = builder.select(builder.and_(continues, exists), found, constant(VECTOR, 0.0))
+        new = builder.fadd(old, value)
+        store_vector(builder, address, builder.select(exists, new, found) if row else new)
+
+
+def summed_in_loop(
+    builder: Any, n_steps: Any, n_sums: int, zero: Any, step: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """Return n sums that begin at zero and stay in registers: step(k, sums) gives the next ones, for all k < n_steps."""
+    before, loop = builder.block, builder.append_basic_block("loop")
+    after = builder.append_basic_block("after")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(I64)
+    k.add_incoming(ir.Constant(I64, 0), before)
+    sums = [builder.phi(zero.type) for _ in range(n_sums)]
+    for phi in sums:
+        phi.add_incoming(zero, before)
+    new = step(k, sums)
+    following = builder.add(k, ir.Constant(I64, 1))
+    k.add_incoming(following, builder.block)
+    for phi, value in zip(sums, new, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, n_steps), loop, after)
+    builder.position_at_end(after)
+    return new
 
 
 def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
@@ -54,18 +101,9 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
     continues       whether to add to what C holds
     """
     element, size, width = STORED[kind], KINDS[kind], n_vectors * LANES
-    place = types.UniTuple(types.intp, 2)
 
     def whole(value: int) -> ir.Constant:
         return ir.Constant(I64, value)
-
-    def addresses(builder: Any, array: Any, place: Any, rows: Any) -> list[Any]:
-        """Return where each row starts; those beyond the last one fall on it."""
-        start, length = (builder.extract_value(place, index) for index in range(2))
-        last = builder.sub(rows, whole(1))
-        numbers = (whole(row) for row in range(n_rows))
-        kept = (builder.select(builder.icmp_signed("<", row, last), row, last) for row in numbers)
-        return [builder.gep(array, [builder.add(start, builder.mul(row, length))]) for row in kept]
 
     def products(builder: Any, A_rows: list[Any], panel: Any, k: Any, sums: list[Any]) -> list[Any]:
         """Return the sums after step k."""
@@ -81,41 +119,18 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
                 new.append(fused(builder, number_of_A, value, sums[row * n_vectors + number]))
         return new
 
-    def add_to(builder: Any, C_rows: list[Any], sums: list[Any], rows: Any, continues: Any) -> None:
-        """Add the sums to C, or put them there."""
-        for index, value in enumerate(sums):
-            row, number = divmod(index, n_vectors)
-            address = builder.gep(C_rows[row], [whole(number * LANES)])
-            found = load_vector(builder, address, F32, LANES)
-            # A row beyond the last one falls on it, after it: then what stands there stays.
-            exists = builder.icmp_signed("<", whole(row), rows)
-            old = builder.select(builder.and_(continues, exists), found, constant(VECTOR, 0.0))
-            new = builder.fadd(old, value)
-            store_vector(builder, address, builder.select(exists, new, found) if row else new)
-
-    @operation(types.void, ARRAY, place, ARRAY, types.intp, types.intp, ARRAY, place, types.intp, types.boolean)
+    @operation(types.void, ARRAY, PLACE, ARRAY, types.intp, types.intp, ARRAY, PLACE, types.intp, types.boolean)
     def multiply_tile(
         builder: Any, A: Any, a: Any, B: Any, b: Any, n_k: Any, C: Any, c: Any, rows: Any, continues: Any
     ) -> None:
-        A_rows, C_rows = addresses(builder, A, a, rows), addresses(builder, C, c, rows)
+        A_rows, C_rows = stored_rows(builder, A, a, rows, n_rows), stored_rows(builder, C, c, rows, n_rows)
         panel = builder.gep(builder.bitcast(B, I8.as_pointer()), [builder.mul(b, whole(size))])
-        before, loop = builder.block, builder.append_basic_block("tile")
-        after = builder.append_basic_block("tile_end")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k = builder.phi(I64)
-        k.add_incoming(whole(0), before)
-        sums = [builder.phi(VECTOR) for _ in range(n_rows * n_vectors)]
-        for phi in sums:
-            phi.add_incoming(constant(VECTOR, 0.0), before)
-        new = products(builder, A_rows, panel, k, sums)
-        following = builder.add(k, whole(1))
-        k.add_incoming(following, loop)
-        for phi, value in zip(sums, new, strict=True):
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, n_k), loop, after)
-        builder.position_at_end(after)
-        add_to(builder, C_rows, new, rows, continues)
+
+        def step(k: Any, sums: list[Any]) -> list[Any]:
+            return products(builder, A_rows, panel, k, sums)
+
+        sums = summed_in_loop(builder, n_k, n_rows * n_vectors, constant(VECTOR, 0.0), step)
+        add_to_rows(builder, C_rows, sums, rows, continues)
 
     return multiply_tile
 

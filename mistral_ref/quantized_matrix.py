@@ -1,0 +1,244 @@
+"""Matrices of 8 or 4 bits a weight: how they are rounded, and how the inputs they are multiplied with are.
+
+A row is cut into groups of neighbours, which share a scale and a zero:
+
+    weight = scale * (code - zero)
+
+    code    bits wide, 0 to 2^bits - 1
+    zero    a byte in units of 2^(bits - 8): a whole number for 8 bits, sixteenths for 4
+    scale   a byte: a float of 5 bits of exponent (bias 27) and 3 of mantissa, (1 + m/8) 2^(e - 27); up to 15
+
+so groups of 32 cost half a bit a weight, as in llama.cpp's Q8_0 and Q4_0, which have a scale of 16 bits and no zero.
+Products round their inputs too, with a scale of their own for each group, so that what is summed up are integers
+(mistral_kernels.dots). That is what `rounded` does, for the NumPy backend to compute what the kernels do.
+
+Rows beyond O and inputs beyond I, which make whole tiles and groups, have codes of any value: such rows are not read,
+and such inputs are 0. In files they are what the last input of the row repeated gives, and scales of 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
+from mistral_ref.errors import CheckpointError, InputError, shown
+from mistral_ref.tensor_file import Part
+from mistral_ref.weights import Matrix, Rows
+
+Activations = Literal["int16", "int8", "float"]
+
+BITS = (8, 4)
+GROUP_SIZES = (32, 64, 128)
+GROUP_SIZE = 32  # unless another is asked for
+FORMAT = "mistral_ref.quantized.v1"  # the entry in a file's metadata that says how its matrices are rounded
+
+_LARGEST = {"int16": 32767, "int8": 127}
+N_SCALES = 248  # codes beyond would be infinite or NaN
+# How a group is rounded: scales that are tried, counted from the smallest that spans it, and how often the zero is
+# fitted to the codes that it led to. More of either changes little (docs/quantization.md).
+_SCALES_TRIED = (1, 0, -1, -2)
+_REFITS = 2
+_BLOCK_ELEMENTS = 2**18
+
+
+@cache
+def scale_values() -> np.ndarray:
+    """Return what the 256 codes of a scale stand for, float32.
+
+    >>> scale_values()[[0, 1, 8 * 27, 247]].tolist() == [0.0, 2.0**-29, 1.0, 15.0]
+    True
+    """
+    halves = (np.arange(256, dtype=np.uint16) << 7).view(np.float16)
+    with np.errstate(invalid="ignore"):  # the last of them
+        return np.ldexp(halves.astype(np.float32), -12)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedMatrix(Matrix):
+    """A matrix of 8 or 4 bits a weight, in tile order.
+
+    data    codes, uint8 (ceil(O/8), groups * group_size * bits / 32, 8, 4), as mistral_kernels.layout describes
+    scales  codes of scales and zeros, uint8 (ceil(O/8), groups, 2, 8)
+    n_out, n_in     O and I
+    """
+
+    scales: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    n_out: int = 0
+    n_in: int = 0
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)"""
+        return self.n_out, self.n_in
+
+    @cached_property
+    def bits(self) -> int:
+        """8 or 4"""
+        return int(self.kind.removeprefix("int"))
+
+    @cached_property
+    def group_size(self) -> int:
+        """How many neighbours in a row share a scale."""
+        return self.data.shape[1] * 32 // self.bits // self.scales.shape[1]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes in the file, those of the scales included."""
+        return self.data.nbytes + self.scales.nbytes
+
+    @cached_property
+    def scale_bytes(self) -> np.ndarray:
+        """`scales` as it lies in memory, as one read-only array of bytes."""
+        flat = np.ascontiguousarray(self.scales).reshape(-1)
+        flat.flags.writeable = False
+        return flat
+
+    def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
+        """Return the rows at `index` as floats (R, I): exact, also in float32."""
+        rows = np.arange(self.n_out)[index]
+        codes = codes_of_tiles(self.data, rows, self.bits).reshape(len(rows), -1, self.group_size)
+        scales = self.scales[rows // TILE, :, :, rows % TILE]
+        scale, zero = scale_values()[scales[..., 0]], scales[..., 1] * np.float32(2.0 ** (self.bits - 8))
+        values = (codes.astype(dtype) - zero[..., np.newaxis].astype(dtype)) * scale[..., np.newaxis].astype(dtype)
+        return values.reshape(len(rows), -1)[:, : self.n_in]
+
+
+def checked_bits(name: str, bits: int) -> int:
+    """Return bits if they are 8 or 4; raise InputError if not."""
+    if type(bits) is not int or bits not in BITS:
+        raise InputError(f"{name} is {shown(bits)}; expected 8 or 4")
+    return bits
+
+
+def checked_group_size(group_size: int) -> int:
+    """Return a group size if it is one of GROUP_SIZES; raise InputError if not."""
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        raise InputError(f"group_size is {shown(group_size)}; expected one of {', '.join(map(str, GROUP_SIZES))}")
+    return group_size
+
+
+def checked_activations(activations: str, *, floats: bool) -> Activations:
+    """Return what inputs are rounded to if that is known, "float" among them or not; raise InputError if not."""
+    known = [name for name in get_args(Activations) if floats or name != "float"]
+    if activations not in known:
+        raise InputError(f"activations is {shown(activations)}; expected one of {', '.join(known)}")
+    return activations  # type: ignore[return-value]
+
+
+def rounded(x_TI: np.ndarray, activations: Activations, group_size: int) -> np.ndarray:
+    """Return inputs as products with quantized matrices take them: rounded in float32, in the dtype they came in.
+
+    In each group of neighbours x becomes scale q: q = x / scale to the nearest whole number, ties to even, where
+    scale = max |x| / 32767, or 127 for "int8". With "float" they stay as they are.
+
+    >>> rounded(np.array([[1.0, 0.3, -127.0]]), "int8", 32).tolist()
+    [[1.0, 0.0, -127.0]]
+    """
+    if activations == "float":
+        return x_TI
+    n_tokens, n_in = x_TI.shape
+    groups = np.zeros((n_tokens, -(-n_in // group_size) * group_size), np.float32)
+    groups[:, :n_in] = x_TI
+    groups = groups.reshape(n_tokens, -1, group_size)
+    largest, most = np.float32(_LARGEST[activations]), np.abs(groups).max(axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        times = largest / most
+        q = np.rint(groups * np.where(times < np.inf, times, np.float32(0)))
+        values = q.astype(x_TI.dtype) * (most / largest).astype(x_TI.dtype)
+    return values.reshape(n_tokens, -1)[:, :n_in]
+
+
+def quantized_parts(n_out: int, n_in: int, bits: int, group_size: int) -> tuple[Part, Part]:
+    """Return what a file holds of a matrix: its codes, and its scales and zeros."""
+    n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
+    codes = Part("U8", (n_tiles, n_groups * group_size * bits // 32, TILE, 4))
+    return codes, Part("U8", (n_tiles, n_groups, 2, TILE))
+
+
+def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes (R, N, G), and the scales and zeros (R, N) that round these groups with least squared error."""
+    most, unit = np.float32(2**bits - 1), np.float32(2 ** (8 - bits))
+    table = scale_values()[:N_SCALES]
+    low, high = np.minimum(groups.min(axis=-1), 0), np.maximum(groups.max(axis=-1), 0)
+    smallest = np.searchsorted(table, (high - low) / most)
+    least = np.full(smallest.shape, np.inf, np.float32)
+    scales, zeros = np.zeros_like(smallest), np.zeros_like(least)
+
+    def in_codes(zero: np.ndarray) -> np.ndarray:
+        values = in_scales + zero[..., np.newaxis]
+        return np.clip(np.rint(values, out=values), 0, most, out=values)
+
+    for offset in _SCALES_TRIED:
+        tried = np.clip(smallest + offset, 1, N_SCALES - 1)
+        scale = table[tried]
+        in_scales = groups / scale[..., np.newaxis]
+        zero = most / 2 - (low + high) / (2 * scale)  # the middle of the group becomes the middle of the codes
+        for _ in range(_REFITS + 1):
+            zero = np.clip(np.rint(zero * unit), 0, 255) / unit
+            distance = np.subtract(codes := in_codes(zero), in_scales, out=codes)
+            mean = distance.mean(axis=-1)
+            squares = np.einsum("rng,rng->rn", distance, distance)
+            # the sum of (distance - zero)², all of which are one and the same for the scale
+            error = (squares + groups.shape[-1] * zero * (zero - 2 * mean)) * np.square(scale)
+            better = error < least
+            least, scales, zeros = (
+                np.where(better, new, old) for new, old in ((error, least), (tried, scales), (zero, zeros))
+            )
+            zero = mean
+    is_zero = high == low
+    scales[is_zero] = zeros[is_zero] = 0
+    in_scales = groups / np.where(is_zero, 1, table[scales])[..., np.newaxis]
+    return in_codes(zeros).astype(np.uint8), scales.astype(np.uint8), (zeros * unit).astype(np.uint8)
+
+
+def _blocks(n_rows: int, n_in: int) -> Iterator[slice]:
+    """Yield slices of whole tiles of rows, each of a bounded number of weights."""
+    step = max(_BLOCK_ELEMENTS // n_in // TILE, 1) * TILE
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+
+
+def quantized(
+    matrix: Matrix, bits: int, group_size: int, row_order: np.ndarray | None = None, threads: int | None = None
+) -> QuantizedMatrix:
+    """Return a matrix rounded to 8 or 4 bits.
+
+    row_order   which row of `matrix` each row of the result is; None: as they are
+    threads     how many rows are rounded on; None: as many as there are processors
+
+    Raises CheckpointError for weights that are not finite, or too large: 15 * (2^bits - 1) apart in a group.
+    """
+    if isinstance(matrix, QuantizedMatrix):
+        raise CheckpointError(f"{matrix.name} has {matrix.bits} bits already; expected float weights")
+    n_out, n_in = matrix.shape
+    n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
+    data = np.empty((n_tiles, n_groups * group_size * bits // 32, TILE, 4), np.uint8)
+    all_scales = np.zeros((n_tiles, n_groups, 2, TILE), np.uint8)
+
+    def round_rows(rows: slice) -> None:
+        weights = matrix.rows(rows if row_order is None else row_order[rows], np.float32)
+        if not np.abs(weights).max() <= scale_values()[N_SCALES - 1] * (2**bits - 1) / 2:
+            raise CheckpointError(
+                f"{matrix.name} cannot be rounded to {bits} bits: it holds {shown(float(np.abs(weights).max()))}; "
+                f"expected finite weights of up to {scale_values()[N_SCALES - 1] * (2**bits - 1) / 2:g}"
+            )
+        groups = np.pad(weights, ((0, 0), (0, n_groups * group_size - n_in)), mode="edge")
+        codes, *scales = _best_codes(groups.reshape(len(groups), n_groups, group_size), bits)
+        tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
+        data[tiles] = code_tiles(codes.reshape(len(groups), -1), bits)
+        by_row = np.zeros(((tiles.stop - tiles.start) * TILE, 2, n_groups), np.uint8)
+        by_row[: len(groups)] = np.stack(scales, axis=1)
+        all_scales[tiles] = by_row.reshape(-1, TILE, 2, n_groups).transpose(0, 3, 2, 1)
+
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        for _ in pool.map(round_rows, _blocks(n_out, n_in)):
+            pass
+    kind: Any = f"int{bits}"
+    return QuantizedMatrix(matrix.name, kind, data, scales=all_scales, n_out=n_out, n_in=n_in)
