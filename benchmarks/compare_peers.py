@@ -8,7 +8,9 @@ apart is reported: proof that they compute the same. Then every test runs once t
   tg32            32 tokens one by one after nothing
   tg32 @ d4096    the same after 4096 others; without a window, so that all do equal work
 
-mistral_ref with a sliding window, and with --repack, have rows of their own. Tokens are random; there is no tokenizer
+mistral_ref with a sliding window, and with --repack, have rows of their own. With --quantize the same weights are
+rounded to 8 or 4 bits by each runtime's own rules, ours with activations of int16 and of int8, llama.cpp's as Q8_0, or
+Q4_0 and Q4_K_M; logits are then held against those of the float weights. Tokens are random; there is no tokenizer
 and no sampling. Each runtime keeps its own defaults: llama.cpp flash attention "auto" and a float16 cache, n_batch and
 n_ubatch 512; transformers sdpa attention and the checkpoint's dtype; mistral_ref a float32 cache. Peers that are not
 installed are left out: pip install llama-cpp-python gguf transformers torch. Files take three times the size of the
@@ -21,6 +23,7 @@ import argparse
 import datetime
 import importlib.util
 import os
+import shutil
 import sys
 import time
 import zlib
@@ -31,29 +34,33 @@ from typing import Any
 
 import numpy as np
 from common import buffer_bytes, finish, notice, parser_for
-from peer_process import Test, Worker, start
+from peer_process import Runner, Test, Worker, start
 
 from mistral_ref.benchmark import Limit, ratios, read_limit, spread, write_json
-from mistral_ref.checkpoint import open_checkpoint
+from mistral_ref.checkpoint import open_model
 from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.config import ModelConfig
 from mistral_ref.config_files import read_config
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.machine import cache_folder, machine, machine_lines, process_memory
+from mistral_ref.quantization import quantize
 from mistral_ref.shapes import SHAPES, shape
 from mistral_ref.synthetic import checkpoint_folder, make_checkpoint
+from mistral_ref.weights import matrices
 
 EXAMPLES = """\
 examples:
   python benchmarks/compare_peers.py                             8 layers of Mistral 7B in bf16: 12 GiB on disk
   python benchmarks/compare_peers.py --peers llama.cpp --dtype f16
+  python benchmarks/compare_peers.py --quantize 4                4 bits, beside llama.cpp's Q4_0 and Q4_K_M
   python benchmarks/compare_peers.py --shape stories-110m --depth 0
   python benchmarks/compare_peers.py --shape tiny --prompt 64 --generate 4 --depth 64    seconds, to see it work
 """
 
 OURS = "mistral_ref"
 NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("transformers", "torch")}
+LLAMA_TYPES = {8: ["Q8_0"], 4: ["Q4_0", "Q4_K_M"]}
 N_CHECKED = 16  # tokens whose logits are compared
 
 
@@ -114,27 +121,66 @@ def peer_file(peer: str, directory: Path, work: Path) -> Path:
     return path
 
 
-def start_all(arguments: argparse.Namespace, config: ModelConfig, directory: Path, work: Path) -> list[Worker]:
-    """Start every runtime, ours first."""
-    context = max(arguments.prompt, arguments.depth + arguments.generate, N_CHECKED)
-    common = [f"--vocabulary={config.vocab_size}", f"--context={context}", f"--threads={arguments.threads}"]
-    common += [f"--cache-dtype={arguments.cache_dtype}", f"--flash-attention={arguments.flash_attention}"]
-    files = {peer: peer_file(peer, directory, work) for peer in installed_peers(arguments.peers)}
-    workers = [start(OURS, OURS, directory, common)]
+def matrix_bytes(directory: Path) -> tuple[int, float]:
+    """Return the bytes of weights that a token reads, all but an embedding of its own, and the bits a weight."""
+    _, weights = open_model(directory)
+    every, read = (matrices(part) for part in (weights, (weights.layers, weights.output)))
+    n_weights = sum(matrix.size for matrix in every)
+    return sum(matrix.nbytes for matrix in read), 8 * sum(matrix.nbytes for matrix in every) / n_weights
+
+
+def float_runners(arguments: argparse.Namespace, directory: Path, work: Path) -> list[Runner]:
+    """Return what runs the weights as they are, ours first."""
+    size = matrix_bytes(directory)
+    runners = [Runner(OURS, OURS, directory, (), *size)]
     if arguments.repack:
-        workers.append(start(f"{OURS} repacked", OURS, directory, common, "--repack"))
+        runners.append(Runner(f"{OURS} repacked", OURS, directory, ["--repack"], *size))
     if arguments.window:
-        name = f"{OURS} window {arguments.window}"
-        workers.append(start(name, OURS, directory, common, f"--window={arguments.window}"))
-    return workers + [start(peer, peer, path, common) for peer, path in files.items()]
+        options = [f"--window={arguments.window}"]
+        runners.append(Runner(f"{OURS} window {arguments.window}", OURS, directory, options, *size))
+    peers = installed_peers(arguments.peers)
+    return runners + [Runner(peer, peer, peer_file(peer, directory, work), (), *size) for peer in peers]
 
 
-def compare_logits(workers: Sequence[Worker]) -> None:
-    """Note how far each runtime's logits lie from ours: the largest difference over the largest logit."""
-    ours = np.array(workers[0].ask(do="logits", n=N_CHECKED)["logits"])
+def quantized_runners(arguments: argparse.Namespace, directory: Path, work: Path) -> list[Runner]:
+    """Return what runs the weights in 8 or 4 bits, ours first."""
+    bits = arguments.quantize
+    ours = work / f"int{bits}"
+    if ours.exists() and ours.stat().st_mtime < (directory / "consolidated.safetensors").stat().st_mtime:
+        shutil.rmtree(ours)
+    if not ours.exists():
+        notice(f"writing {ours}")
+        quantize(directory, ours, bits)
+    runners = [
+        Runner(f"{OURS} int{bits}, {name}", OURS, ours, [f"--activations={name}"], *matrix_bytes(ours))
+        for name in ("int16", "int8")
+    ]
+    if "llama.cpp" not in installed_peers([peer for peer in arguments.peers if peer == "llama.cpp"]):
+        return runners
+    from gguf_writer import gguf_bytes, quantize_gguf  # noqa: PLC0415 (needs the package gguf)
+
+    source = peer_file("llama.cpp", directory, work)
+    plain = gguf_bytes(source)
+    n_weights = sum(n_bytes for name, n_bytes in plain.items() if "norm" not in name) * 8 / matrix_bytes(directory)[1]
+    for name in LLAMA_TYPES[bits]:
+        path = work / f"model-{name}.gguf"
+        converted(source, path, lambda path=path, name=name: quantize_gguf(source, path, name, arguments.threads))
+        sizes = {tensor: n_bytes for tensor, n_bytes in gguf_bytes(path).items() if "norm" not in tensor}
+        unread = sizes["token_embd.weight"] if "output.weight" in sizes else 0
+        total = sum(sizes.values())
+        runners.append(Runner(f"llama.cpp {name}", "llama.cpp", path, (), total - unread, 8 * total / n_weights))
+    return runners
+
+
+def ask_logits(worker: Worker) -> np.ndarray:
+    """Return a runtime's logits after the first tokens."""
+    return np.array(worker.ask(do="logits", n=N_CHECKED)["logits"])
+
+
+def compare_logits(workers: Sequence[Worker], expected: np.ndarray) -> None:
+    """Note how far each runtime's logits lie from those expected: the largest difference over the largest logit."""
     for worker in workers:
-        theirs = np.array(worker.ask(do="logits", n=N_CHECKED)["logits"])
-        worker.distance = float(np.abs(theirs - ours).max() / np.abs(ours).max())
+        worker.distance = float(np.abs(ask_logits(worker) - expected).max() / np.abs(expected).max())
 
 
 def measure_all(workers: Sequence[Worker], tests: Sequence[Test], repeats: int, rest: float, limit: Limit) -> None:
@@ -157,18 +203,25 @@ def measure_all(workers: Sequence[Worker], tests: Sequence[Test], repeats: int, 
         worker.memory = process_memory(worker.process.pid)
 
 
-def rate_rows(workers: Sequence[Worker], tests: Sequence[Test], gb_a_token: float) -> list[list[str]]:
+def rate_rows(workers: Sequence[Worker], tests: Sequence[Test]) -> list[list[str]]:
     """Return the table's rows: tokens a second, bytes of weights a second where tokens come one by one, and ratios."""
     rows = []
     for test in tests:
-        ours = workers[0].rates[test.name]
         for worker in workers:
             rates = worker.rates[test.name]
-            reads = [100 * gb_a_token * share for share in ratios(rates, worker.limits[test.name])]
-            share = f"{median(reads):.0f}" if test.step == 1 else ""
-            times = spread(ratios(ours, rates)).text(2)
-            rows.append([worker.name, test.name, *spread(rates).text(2), share, *times])
+            shares = ratios(rates, worker.limits[test.name])
+            share = f"{100 * worker.runner.n_weights_read / 1e9 * median(shares):.0f}" if test.step == 1 else ""
+            times = [spread(ratios(ours.rates[test.name], rates)).text(2) for ours in compared(workers)]
+            cells = [f"{middle} ({extremes})" for middle, extremes in times]
+            rows.append(
+                [worker.name, test.name, f"{worker.runner.bits_a_weight:.2f}", *spread(rates).text(2), share, *cells]
+            )
     return rows
+
+
+def compared(workers: Sequence[Worker]) -> list[Worker]:
+    """Return the rows of ours that every row is held against: the first, and others with activations of their own."""
+    return [worker for worker in workers if worker is workers[0] or "activations" in str(worker.runner.options)]
 
 
 def process_rows(workers: Sequence[Worker]) -> list[list[str]]:
@@ -214,7 +267,9 @@ def as_json(
                 "samples_ts": rates,
                 "samples_ns": [round(1e9 * test.n / rate) for rate in rates],
                 "plain_read_gbs": worker.limits[test.name],
-                "mistral_ref_times_as_fast": ratios(workers[0].rates[test.name], rates),
+                "bits_a_weight": worker.runner.bits_a_weight,
+                "weights_read": worker.runner.n_weights_read,
+                "times_as_fast": {ours.name: ratios(ours.rates[test.name], rates) for ours in compared(workers)},
             }
         )
     return results
@@ -236,6 +291,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=4096, metavar="W", help="of ours; 0: none (default: %(default)s)")
     parser.add_argument("--rest", type=float, default=0.3, metavar="S", help="seconds between runs (%(default)s)")
     parser.add_argument("--repack", action="store_true", help="a row of ours with load(repack=True)")
+    parser.add_argument("--quantize", type=int, choices=[8, 4], metavar="BITS", help="round the weights to 8 or 4 bits")
     parser.add_argument(
         "--cache-dtype", choices=["float32", "float16"], default="", help="of ours and llama.cpp's (default: their own)"
     )
@@ -247,21 +303,32 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def options_of(arguments: argparse.Namespace, config: ModelConfig) -> list[str]:
+    """Return the options that all runtimes are started with."""
+    context = max(arguments.prompt, arguments.depth + arguments.generate, N_CHECKED)
+    common = [f"--vocabulary={config.vocab_size}", f"--context={context}", f"--threads={arguments.threads}"]
+    return [*common, f"--cache-dtype={arguments.cache_dtype}", f"--flash-attention={arguments.flash_attention}"]
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """Compare; print tables, and write the file."""
     arguments.threads = chosen_threads(arguments.threads)
     checked_whole("repeats", arguments.repeats, least=1)
     tests = chosen_tests(arguments)
     directory, work = checkpoint_of(arguments)
-    config, tensors = read_config(directory), open_checkpoint(directory).tensors
-    n_bytes = sum(tensor.raw.nbytes for tensor in tensors.values())
-    unread = 0 if config.tied_embeddings else tensors["tok_embeddings.weight"].raw.nbytes
+    config = read_config(directory)
     description = machine(arguments.threads)
-    model = {"model_type": directory.name, "model_size": n_bytes, "model_n_params": config.n_parameters}
+    model = {"model_type": directory.name, "model_n_params": config.n_parameters}
+    runners = (quantized_runners if arguments.quantize else float_runners)(arguments, directory, work)
+    common = options_of(arguments, config)
     workers: list[Worker] = []
     try:
-        workers += start_all(arguments, config, directory, work)
-        compare_logits(workers)
+        reference = start(Runner(OURS, OURS, directory, (), 0, 0), common)
+        expected = ask_logits(reference)
+        reference.stop()
+        for runner in runners:
+            workers.append(start(runner, common))
+        compare_logits(workers, expected)
         limit = read_limit(arguments.threads, buffer_bytes())
         measure_all(workers, tests, arguments.repeats, arguments.rest, limit)
     finally:
@@ -271,8 +338,9 @@ def measure(arguments: argparse.Namespace) -> None:
     print("\n".join(machine_lines(description | {"model": directory.name, "repeats": arguments.repeats})))
     for worker in workers:
         print(f"{worker.name}: {', '.join(f'{name} {value}' for name, value in worker.about.items())}")
-    headings = ["runtime", "test", "t/s", "min to max", "% of plain read", "ours is x times as fast", "min to max x"]
-    print(f"\n{markdown_table(headings, rate_rows(workers, tests, (n_bytes - unread) / 1e9))}")
+    headings = ["runtime", "test", "bits a weight", "t/s", "min to max", "% of plain read"]
+    headings += [f"{worker.name} is x times as fast" for worker in compared(workers)]
+    print(f"\n{markdown_table(headings, rate_rows(workers, tests))}")
     headings = ["runtime", "first token s", "peak resident GiB", "anonymous GiB", "logits differ by"]
     print(f"\n{markdown_table(headings, process_rows(workers))}")
     if arguments.json:

@@ -6,6 +6,7 @@ It knows no sliding window: every layer attends to everything. The file has no v
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import gguf
@@ -15,8 +16,7 @@ from mistral_ref.checkpoint import open_checkpoint
 from mistral_ref.config import ModelConfig
 from mistral_ref.config_files import read_config
 from mistral_ref.errors import InputError
-from mistral_ref.synthetic import require_space
-from mistral_ref.tensor_file import Tensor
+from mistral_ref.tensor_file import Tensor, require_space
 
 _AROUND_LAYERS = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
 _IN_LAYER = {
@@ -87,6 +87,24 @@ def write_gguf(directory: Path, path: Path) -> None:
         writer.write_tensor_data(_contents(tensor)[0])
     writer.close()
     partial.replace(path)
+
+
+def quantize_gguf(path: Path, target: Path, name: str, threads: int) -> None:
+    """Let llama.cpp quantize a GGUF file to one of its types, such as "Q4_K_M", by its own rules for each tensor."""
+    import llama_cpp  # noqa: PLC0415 (writing a file needs gguf alone)
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), threads
+    require_space(target, path.stat().st_size)
+    partial = target.with_name(f"{target.name}.partial")
+    if llama_cpp.llama_model_quantize(os.fsencode(path), os.fsencode(partial), settings):
+        raise InputError(f"llama.cpp cannot quantize {path} to {name}")
+    partial.replace(target)
+
+
+def gguf_bytes(path: Path) -> dict[str, int]:
+    """Return the bytes of each tensor of a GGUF file."""
+    return {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
 
 
 def _add_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:

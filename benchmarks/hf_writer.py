@@ -12,7 +12,7 @@ from mistral_ref.checkpoint import open_checkpoint
 from mistral_ref.config import ModelConfig
 from mistral_ref.config_files import read_config
 from mistral_ref.errors import InputError
-from mistral_ref.synthetic import PlannedTensor, write_tensor_file
+from mistral_ref.synthetic import PlannedTensor, write_planned
 from mistral_ref.tensor_file import Tensor
 from mistral_ref.tensor_names import huggingface_name
 
@@ -73,4 +73,4 @@ def write_huggingface(directory: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     text = json.dumps(_config_json(config, tensors[0].dtype), indent=2)
     (target / "config.json").write_text(text + "\n", encoding="utf-8")
-    write_tensor_file(target / "model.safetensors", [_planned(tensor, config) for tensor in tensors], {"format": "pt"})
+    write_planned(target / "model.safetensors", [_planned(tensor, config) for tensor in tensors], {"format": "pt"})

@@ -26,11 +26,23 @@ class Test:
     step: int
 
 
+@dataclass(frozen=True)
+class Runner:
+    """What is to run: the name of its row, the runtime, what it reads, and its own options."""
+
+    name: str
+    runtime: str
+    model: Path
+    options: Sequence[str]
+    n_weights_read: int
+    bits_a_weight: float
+
+
 @dataclass
 class Worker:
     """A process with one runtime, and what it has measured: seconds, and plain-read limits, by test."""
 
-    name: str
+    runner: Runner
     process: subprocess.Popen[str]
     about: dict[str, Any]
     first_token: float
@@ -38,6 +50,11 @@ class Worker:
     limits: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int | None] = field(default_factory=dict)
     distance: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name of its row."""
+        return self.runner.name
 
     def ask(self, **request: object) -> dict[str, Any]:
         """Send a request and wait for its answer."""
@@ -60,17 +77,18 @@ def _answer(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
     return json.loads(line)
 
 
-def start(name: str, runtime: str, model: Path, common: Sequence[str], *own: str) -> Worker:
+def start(runner: Runner, common: Sequence[str]) -> Worker:
     """Start a runtime; return once it has given its first token."""
+    name = runner.name
     notice(f"starting {name}")
     script = Path(__file__).with_name("peer_worker.py")
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, str(script), runtime, str(model), *common, *own],
+        [sys.executable, str(script), runner.runtime, str(runner.model), *common, *runner.options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
     )
     about = _answer(name, process)["about"]
-    return Worker(name, process, about, time.perf_counter() - began)
+    return Worker(runner, process, about, time.perf_counter() - began)

@@ -21,6 +21,7 @@ from mistral_ref.errors import (
 from mistral_ref.generation import Token
 from mistral_ref.loading import load
 from mistral_ref.model import Model
+from mistral_ref.quantization import quantize
 from mistral_ref.steps import Step
 from mistral_ref.trace import Trace
 from mistral_ref.walk import Walk
@@ -43,4 +44,5 @@ __all__ = [
     "Trace",
     "Walk",
     "load",
+    "quantize",
 ]

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from mistral_ref.config import ModelConfig, RowOrder
-from mistral_ref.errors import CheckpointError, shown, warn
+from mistral_ref.config_files import read_config
+from mistral_ref.errors import CheckpointError, InputError, shown, warn
 from mistral_ref.json_file import read_json
-from mistral_ref.tensor_file import Tensor, open_tensor_file
+from mistral_ref.quantized_matrix import QuantizedMatrix, bits_of, quantized_parts
+from mistral_ref.tensor_file import Tensor, open_with_metadata
 from mistral_ref.tensor_names import huggingface_name, is_unused, mistral_name, other_part
 from mistral_ref.weights import FP8_BLOCK, ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights
 
@@ -38,6 +41,7 @@ class Checkpoint:
     tensors     by Mistral's own names; each Tensor keeps the name it has in its file
     row_order   which rows of wq and wk form RoPE's pairs, by whose names the tensors bear
     skipped     tensors that belong to other parts (vision), or that the forward pass has no use for
+    metadata    what the files say of themselves
     """
 
     directory: Path
@@ -45,6 +49,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     row_order: RowOrder
     skipped: tuple[Tensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layout(self) -> str:
@@ -62,7 +67,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     skipped: list[Tensor] = []
     own_names = 0
-    for tensor in (tensor for path in paths for tensor in open_tensor_file(path)):
+    metadata: dict[str, str] = {}
+    opened = [open_with_metadata(path) for path in paths]
+    for _, about in opened:
+        metadata |= about
+    for tensor in (tensor for stored, _ in opened for tensor in stored):
         if expected is not None and expected.pop(tensor.name, tensor.path.name) != tensor.path.name:
             raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is in another file according to the index")
         if other_part(tensor.name) or is_unused(tensor.name):
@@ -84,7 +93,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory}: some tensors bear Mistral's own names, some Hugging Face's")
     if parts := sorted({part for tensor in skipped if (part := other_part(tensor.name))}):
         warn(f"{directory}: only the text model is read, not {', '.join(parts)}")
-    return Checkpoint(directory, tuple(paths), tensors, "interleaved" if own_names else "halves", tuple(skipped))
+    row_order: RowOrder = "interleaved" if own_names else "halves"
+    return Checkpoint(directory, tuple(paths), tensors, row_order, tuple(skipped), metadata)
 
 
 def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -116,6 +126,7 @@ class _Shelf:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.left = dict(checkpoint.tensors)
+        self.bits, self.group_size = bits_of(checkpoint.metadata, checkpoint.directory)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.left.pop(name, None)
@@ -140,7 +151,9 @@ class _Shelf:
         return Matrix(name, kind, data[np.newaxis]).rows(slice(None), np.float32)[0]
 
     def matrix(self, name: str, n_out: int, n_in: int) -> Matrix:
-        """Take a matrix (n_out, n_in), with its scale if it is fp8."""
+        """Take a matrix (n_out, n_in), with its scale if it is fp8, or its scales if it has codes."""
+        if f"{name}.scales" in self.left:
+            return self._quantized(name, n_out, n_in)
         tensor = self._take(f"{name}.weight", (n_out, n_in))
         kind, data = tensor.mapped()
         scale = self.left.pop(f"{name}.qscale_weight", None)
@@ -148,6 +161,22 @@ class _Shelf:
             problem = "fp8 without its scale" if scale is None else f"{tensor.dtype} with a scale"
             raise CheckpointError(f"{tensor.path}: {tensor.name} is {problem}")
         return Matrix(name, kind, data, None if scale is None else _fp8_scale(scale, n_out, n_in))
+
+    def _quantized(self, name: str, n_out: int, n_in: int) -> QuantizedMatrix:
+        """Take a matrix that `quantize` wrote."""
+        if name not in self.bits:
+            raise CheckpointError(f"{self.checkpoint.directory}: the metadata does not tell how {name} is quantized")
+        bits = self.bits[name]
+        parts = quantized_parts(n_out, n_in, bits, self.group_size)
+        tensors = [
+            self._take(f"{name}.{ending}", part.shape) for ending, part in zip(("weight", "scales"), parts, strict=True)
+        ]
+        for tensor in tensors:
+            if tensor.dtype != "U8":
+                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected U8")
+        codes, scales = (tensor.raw.reshape(tensor.shape) for tensor in tensors)
+        kind: Kind = "int8" if bits == 8 else "int4"
+        return QuantizedMatrix(name, kind, codes, scales=scales, n_out=n_out, n_in=n_in)
 
     def experts(self, layer: str, config: ModelConfig) -> ExpertFeedForward:
         """Take a layer's router, and its experts' networks, stored one by one or all in two tensors."""
@@ -228,3 +257,23 @@ def _layer(shelf: _Shelf, name: str, config: ModelConfig) -> Layer:
         ffn_norm=shelf.vector(f"{name}.ffn_norm", config.dim),
         feed_forward=feed_forward(f"{name}.feed_forward", config),
     )
+
+
+def checked_directory(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a directory; raise InputError if it is none."""
+    if not os.path.isdir(path):
+        file = os.path.exists(path)
+        raise InputError(
+            f"{shown(os.fspath(path))}: "
+            + ("not a directory; give the one that holds it" if file else "no such directory")
+        )
+    return Path(path)
+
+
+def open_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
+    """Return the configuration of the model in a directory, completed by what its files are like, and its weights."""
+    directory = checked_directory(path)
+    config, checkpoint = read_config(directory), open_checkpoint(directory)
+    config = config.replace(rope_row_order=checkpoint.row_order)
+    weights = build_weights(checkpoint, config)
+    return config.replace(tied_embeddings=weights.output is weights.tok_embeddings), weights

@@ -16,8 +16,10 @@ import numpy as np
 from mistral_kernels import attention, elementwise, threads
 from mistral_kernels.matmul import matmul
 from mistral_kernels.matvec import matvec, matvec_tiled
+from mistral_kernels.quantized import matmul_quantized, matvec_quantized
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.ops import KeyView, Slots
+from mistral_ref.quantized_matrix import Activations, QuantizedMatrix
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.steps import Step, StepFactory, Steps
@@ -64,14 +66,23 @@ class CompiledOps(ReferenceOps):
 
     threads     how many; None: MISTRAL_REF_THREADS, or as many as there are performance cores
     angles      as in ReferenceOps
+    activations what the inputs of quantized matrices are rounded to: "int16", or "int8", which is faster
     """
 
     name = "numba"
 
-    def __init__(self, *, threads: int | None = None, angles: AnglePrecision = "float64") -> None:
+    def __init__(
+        self,
+        *,
+        threads: int | None = None,
+        angles: AnglePrecision = "float64",
+        activations: Activations | None = None,
+    ) -> None:
         if numba.config.DISABLE_JIT:
             raise InputError("backend is 'numba', but NUMBA_DISABLE_JIT is set; expected backend='numpy' then")
-        super().__init__("float32", angles=angles)
+        super().__init__("float32", angles=angles, activations=activations)
+        if self.activations == "float":
+            raise InputError("activations is 'float'; expected 'int16' or 'int8' with backend='numba', or 'numpy'")
         self.threads = chosen_threads(threads)
         _start_threads()
 
@@ -95,6 +106,9 @@ class CompiledOps(ReferenceOps):
             raise InputError(f"{weight_OI.name} takes {n_in} inputs a token; found an array {x_TI.shape}")
         x_TI, n_tokens = _floats(x_TI), len(x_TI)
         y_TO = np.empty((n_tokens, n_out), np.float32)
+        if isinstance(weight_OI, QuantizedMatrix):
+            self._quantized_linear(x_TI, weight_OI, y_TO)
+            return y_TO
         scale = _NO_SCALE if weight_OI.scale is None else weight_OI.scale
         n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
         kind, is_tiled, stored = weight_OI.kind, isinstance(weight_OI, TiledMatrix), weight_OI.as_bytes
@@ -107,6 +121,17 @@ class CompiledOps(ReferenceOps):
         elif n_tokens == 1:
             matvec(kind)(stored, scale, x_TI[0], y_TO[0], n_threads)
         return y_TO
+
+    def _quantized_linear(self, x_TI: np.ndarray, weight_OI: QuantizedMatrix, y_TO: np.ndarray) -> None:
+        how = weight_OI.bits, self.activations, weight_OI.group_size
+        stored, scales = weight_OI.as_bytes, weight_OI.scale_bytes
+        n_threads = self._threads_for(weight_OI.nbytes * len(x_TI), _FEW_BYTES)
+        if len(x_TI) == 1:
+            matvec_quantized(*how)(stored, scales, x_TI[0], y_TO[0], n_threads)
+            return
+        for start in range(0, len(x_TI), _TOKENS_AT_ONCE):
+            rows = slice(start, start + _TOKENS_AT_ONCE)
+            matmul_quantized(*how)(stored, scales, x_TI[rows], y_TO[rows], n_threads)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         x_THK = _floats(x_THK)

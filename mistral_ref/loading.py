@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mistral_ref.checkpoint import build_weights, open_checkpoint
+from mistral_ref.checkpoint import checked_directory, open_model
 from mistral_ref.config import ModelConfig
-from mistral_ref.config_files import read_config, read_eos_ids
+from mistral_ref.config_files import read_eos_ids
 from mistral_ref.errors import ConfigError, InputError, TokenizerError, shown, warn
 from mistral_ref.generation import Progress
 from mistral_ref.model import Model
+from mistral_ref.quantization import Scheme, quantized_weights
+from mistral_ref.quantized_matrix import Activations, checked_bits
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.tokenizer import OTHER_FORMATS, SentencePieceTokenizer, find_tokenizer, load_tokenizer
@@ -27,6 +29,8 @@ def load(
     threads: int | None = None,
     rope_angles: AnglePrecision = "float64",
     repack: bool = False,
+    quantize: int | None = None,
+    activations: Activations | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Return the model in a directory, weights mapped, not copied; without a path the demonstration model.
@@ -39,44 +43,41 @@ def load(
     rope_angles   "float32" rounds RoPE's angles as the published implementations do
     repack        copy matrices of 16 bits into the order in which the kernels read them fastest. Decoding gets a few
                   percent faster; memory grows by the size of these matrices, and loading takes seconds a GB
-    progress      called with (matrices done, matrices in all) while repacking
+    quantize      8 or 4: round the weights to so many bits, in memory, as `mistral_ref.quantize` does for good
+    activations   what the inputs of quantized matrices are rounded to: "int16", "int8", which is faster and less exact,
+                  or "float", not at all, with NumPy alone; None: "int16", and "float" with dtype="float64"
+    progress      called with (done, in all) while repacking (matrices) or rounding (weights)
 
     Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
     assumed or left aside.
     """
-    path = DEMO_MODEL if path is None else path
-    if not os.path.isdir(path):
-        file = os.path.exists(path)
-        raise InputError(
-            f"{shown(os.fspath(path))}: "
-            + ("not a directory; give the one that holds it" if file else "no such directory")
-        )
-    directory = Path(path)
-    ops = _make_ops(backend, dtype, threads, rope_angles)
-    config = read_config(directory)
-    checkpoint = open_checkpoint(directory)
-    config = config.replace(rope_row_order=checkpoint.row_order)
-    weights = build_weights(checkpoint, config)
-    config = config.replace(tied_embeddings=weights.output is weights.tok_embeddings)
+    directory = checked_directory(DEMO_MODEL if path is None else path)
+    ops = _make_ops(backend, dtype, threads, rope_angles, activations)
+    scheme = None if quantize is None else Scheme(checked_bits("quantize", quantize))
+    config, weights = open_model(directory)
+    if scheme is not None:
+        weights = quantized_weights(weights, scheme, progress)
     if repack:
         weights = repacked(weights, progress)
     tokenizer, eos_ids = _text_side(directory, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
-def _make_ops(backend: str | None, dtype: str, threads: int | None, angles: AnglePrecision) -> ReferenceOps:
+def _make_ops(
+    backend: str | None, dtype: str, threads: int | None, angles: AnglePrecision, activations: Activations | None
+) -> ReferenceOps:
     """Return the operations of a backend: "numba", "numpy", or None for the first of the two that has the dtype."""
     if backend not in (None, "numba", "numpy"):
         raise InputError(f"backend is {shown(backend)}; expected 'numba' or 'numpy'")
     if backend == "numpy" or (backend is None and dtype == "float64"):
-        return ReferenceOps(dtype, threads=threads, angles=angles)
+        return ReferenceOps(dtype, threads=threads, angles=angles, activations=activations)
     if dtype != "float32":
         raise InputError(f"dtype is {shown(dtype)}; expected 'float32' with backend='numba', which has no other")
     try:  # here, since Numba takes a third of a second, and NumPy alone goes without
         from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415
     except (ImportError, ValueError) as error:
         raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' goes without") from None
-    return CompiledOps(threads=threads, angles=angles)
+    return CompiledOps(threads=threads, angles=angles, activations=activations)
 
 
 def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:

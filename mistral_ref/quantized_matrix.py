@@ -18,11 +18,13 @@ and such inputs are 0. In files they are what the last input of the row repeated
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -30,6 +32,7 @@ from numpy.typing import DTypeLike
 
 from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
 from mistral_ref.errors import CheckpointError, InputError, shown
+from mistral_ref.json_file import parse_json
 from mistral_ref.tensor_file import Part
 from mistral_ref.weights import Matrix, Rows
 
@@ -125,11 +128,10 @@ def checked_group_size(group_size: int) -> int:
     return group_size
 
 
-def checked_activations(activations: str, *, floats: bool) -> Activations:
-    """Return what inputs are rounded to if that is known, "float" among them or not; raise InputError if not."""
-    known = [name for name in get_args(Activations) if floats or name != "float"]
-    if activations not in known:
-        raise InputError(f"activations is {shown(activations)}; expected one of {', '.join(known)}")
+def checked_activations(activations: str) -> Activations:
+    """Return what inputs are rounded to if that is known; raise InputError if not."""
+    if activations not in get_args(Activations):
+        raise InputError(f"activations is {shown(activations)}; expected one of {', '.join(get_args(Activations))}")
     return activations  # type: ignore[return-value]
 
 
@@ -161,6 +163,40 @@ def quantized_parts(n_out: int, n_in: int, bits: int, group_size: int) -> tuple[
     n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
     codes = Part("U8", (n_tiles, n_groups * group_size * bits // 32, TILE, 4))
     return codes, Part("U8", (n_tiles, n_groups, 2, TILE))
+
+
+def quantized_metadata(bits: Mapping[str, int], group_size: int) -> dict[str, str]:
+    """Return the metadata of a file with these matrices: the bits of each, and the groups of all.
+
+    >>> quantized_metadata({"output": 8}, 32)
+    {'mistral_ref.quantized.v1': '{"group_size": 32, "bits": {"output": 8}}'}
+    """
+    return {FORMAT: json.dumps({"group_size": group_size, "bits": dict(bits)})}
+
+
+def bits_of(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, int], int]:
+    """Return the bits of each matrix that a file's metadata tells of, and their group size; none where it tells none.
+
+    Raises CheckpointError if the metadata is damaged, or of another version.
+    """
+    other = [key for key in metadata if key.startswith(FORMAT.rpartition(".")[0]) and key != FORMAT]
+    if other:
+        raise CheckpointError(f"{path}: its weights are {shown(other[0])}; this version reads {FORMAT}")
+    if FORMAT not in metadata:
+        return {}, GROUP_SIZE
+    try:
+        about = parse_json(metadata[FORMAT])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {FORMAT} in its metadata cannot be read: {error}") from None
+    match about:
+        case {"group_size": int(group_size), "bits": dict(bits)} if group_size in GROUP_SIZES:
+            wrong = [name for name, found in bits.items() if type(found) is not int or found not in BITS]
+            if not wrong:
+                return bits, group_size
+    raise CheckpointError(
+        f"{path}: {FORMAT} in its metadata is {shown(about)}; expected a group_size of {GROUP_SIZES}, "
+        "and 8 or 4 bits for each matrix"
+    )
 
 
 def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from mistral_ref.cache import attends
 from mistral_ref.config import ModelConfig, RowOrder
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.ops import KeyView, Slots
+from mistral_ref.quantized_matrix import Activations, QuantizedMatrix, checked_activations, rounded
 from mistral_ref.rope import AnglePrecision, Rotation, rotation
 from mistral_ref.steps import StepFactory, Steps
 from mistral_ref.weights import Matrix
@@ -59,12 +60,19 @@ class ReferenceOps:
 
     threads     BLAS threads while a pass runs; None leaves them as they are
     angles      "float32" rounds RoPE's angles as the published implementations do
+    activations what the inputs of quantized matrices are rounded to, as the kernels do: "int16", "int8", or "float" for
+                not at all; None: "int16", and "float" in float64
     """
 
     name = "numpy"
 
     def __init__(
-        self, dtype: str = "float32", *, threads: int | None = None, angles: AnglePrecision = "float64"
+        self,
+        dtype: str = "float32",
+        *,
+        threads: int | None = None,
+        angles: AnglePrecision = "float64",
+        activations: Activations | None = None,
     ) -> None:
         if dtype not in ("float32", "float64"):
             raise InputError(f"dtype is {shown(dtype)}; expected 'float32' or 'float64'")
@@ -73,6 +81,7 @@ class ReferenceOps:
         self.dtype = np.dtype(dtype)
         self.cache_dtypes: tuple[str, ...] = (dtype, "float16")
         self.angles: AnglePrecision = angles
+        self.activations = checked_activations(activations or ("int16" if dtype == "float32" else "float"))
         self._threads = None if threads is None else checked_whole("threads", threads, least=1)
         self._blas = None if threads is None else ThreadpoolController()
 
@@ -98,6 +107,8 @@ class ReferenceOps:
 
     def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
         n_out, n_in = weight_OI.shape
+        if isinstance(weight_OI, QuantizedMatrix):
+            x_TI = rounded(x_TI, self.activations, weight_OI.group_size)
         y_TO = np.empty((len(x_TI), n_out), self.dtype)
         for rows in _blocks(n_out, n_in, _WIDENED_ELEMENTS):
             y_TO[:, rows] = x_TI @ weight_OI.rows(rows, self.dtype).T

@@ -23,12 +23,11 @@ from safetensors import SafetensorError, safe_open
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.quantized_matrix import GROUP_SIZE, N_SCALES, quantized_metadata, quantized_parts, scale_values
-from mistral_ref.tensor_file import Part, pieces_of_tensor_file
+from mistral_ref.tensor_file import DTYPES, Part, pieces_of_tensor_file
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, e4m3_values
 
 Progress = Callable[[int, int], None]
 
-DTYPES: dict[Kind, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16", "fp8": "F8_E4M3"}
 
 _MADE_HERE = "mistral_ref.synthetic.v1"  # the entry in a file's metadata that says what it was made of
 _PIECE = 2**20  # weights in memory at a time
@@ -178,6 +177,15 @@ def plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:
         yield from matrix("output", config.vocab_size, config.dim, around)
 
 
+def plan_metadata(tensors: Iterable[PlannedTensor], kind: Kind) -> dict[str, str]:
+    """Return the metadata that a file of these tensors needs to be read."""
+    if kind not in ("int8", "int4"):
+        return {}
+    names = (tensor.name.removesuffix(".scales") for tensor in tensors if tensor.name.endswith(".scales"))
+    bits = {name: 4 if kind == "int4" and name not in ("tok_embeddings", "output") else 8 for name in names}
+    return quantized_metadata(bits, GROUP_SIZE)
+
+
 def params_json(config: ModelConfig) -> dict[str, Any]:
     """Return what params.json says of a configuration."""
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps")
@@ -265,7 +273,6 @@ def make_checkpoint(
         raise InputError(f"{path}: weights that were not made here are not overwritten; expected another directory")
     if _made_of(path) != made_of:
         tensors = list(plan(config, kind, seed))
-        metadata = {_MADE_HERE: made_of} | quantized_metadata({tensor.name: tensor.part for tensor in tensors})
-        write_planned(path, tensors, metadata, progress)
+        write_planned(path, tensors, {_MADE_HERE: made_of} | plan_metadata(tensors, kind), progress)
     (directory / "params.json").write_text(json.dumps(params_json(config), indent=2) + "\n", encoding="utf-8")
     return directory

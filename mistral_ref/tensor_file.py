@@ -33,6 +33,7 @@ _KINDS: dict[str, tuple[Kind, str]] = {
     "BF16": ("bf16", "<u2"),
     "F8_E4M3": ("fp8", "u1"),
 }
+DTYPES: dict[Kind, str] = {kind: dtype for dtype, (kind, _) in _KINDS.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,6 +61,11 @@ class Matrix:
         return self.data.shape
 
     @cached_property
+    def size(self) -> int:
+        """How many weights it has."""
+        return self.shape[0] * self.shape[1]
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes in the file, those of the scale included."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
@@ -160,15 +165,15 @@ class Weights:
     output: Matrix
 
 
-def _with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
-    """Return a layer, a network or a tuple of them with every matrix replaced by what `change` makes of it."""
+def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
+    """Return weights, a layer, a network or a tuple of them with every matrix replaced by what `change` makes of it."""
     if isinstance(part, Matrix):
         return change(part)
     if isinstance(part, tuple):
-        return tuple(_with_matrices(one, change) for one in part)
+        return tuple(with_matrices(one, change) for one in part)
     if not dataclasses.is_dataclass(part):
         return part
-    fields = {field.name: _with_matrices(getattr(part, field.name), change) for field in dataclasses.fields(part)}
+    fields = {field.name: with_matrices(getattr(part, field.name), change) for field in dataclasses.fields(part)}
     return dataclasses.replace(part, **fields)  # type: ignore[type-var]
 
 
@@ -180,7 +185,7 @@ def matrices(part: Any) -> list[Matrix]:
         found[id(matrix)] = matrix
         return matrix
 
-    _with_matrices(part, note)
+    with_matrices(part, note)
     return list(found.values())
 
 
@@ -197,6 +202,6 @@ def repacked(weights: Weights, progress: Callable[[int, int], None] | None = Non
         report(next(done), total)
         return tiled(matrix)
 
-    layers, output = _with_matrices(multiplied, repack)
+    layers, output = with_matrices(multiplied, repack)
     report(total, total)
     return dataclasses.replace(weights, layers=layers, output=output)

@@ -146,7 +146,6 @@ def tile_groups(bits: int, activations: str, group: int, n_tiles: int) -> tuple[
     sums_type = types.UniTuple(EIGHT, n_tiles)
     lanes = ir.VectorType(I32, TILE_LANES)
     halves, per_byte = TILE_LANES // 8, 8 // bits  # a vector has 8 rows of four codes, once or twice
-    word = ir.VectorType(I32, 1)
     n_words = {"int16": 2, "int8": 1}[activations]  # of 32 bits, for four inputs
 
     def inputs_for(builder: Any, q: Any, vector_number: int, half_byte: int) -> list[Any]:
@@ -268,10 +267,10 @@ def group_tile(bits: int, activations: str, group: int) -> Any:
         ]
         new = []
         for r, address in enumerate(q_rows):
-            address = builder.gep(address, [builder.mul(four, _whole(4 * size))])
             x = []
             for part in range(n_words):
-                one = load_vector(builder, builder.gep(address, [_whole(4 * part)]), I32, 1)
+                place = builder.gep(address, [builder.add(builder.mul(four, _whole(4 * size)), _whole(4 * part))])
+                one = load_vector(builder, place, I32, 1)
                 spread = splat_of(builder, builder.extract_element(one, ir.Constant(I32, 0)), LANES)
                 x.append(builder.bitcast(spread, ir.VectorType(element, 4 * LANES // n_words)))
             for number, value in enumerate(codes):
@@ -301,9 +300,9 @@ def group_tile(bits: int, activations: str, group: int) -> Any:
             scales = builder.gep(S, [builder.mul(number_of_group, _whole(2 * WIDTH))])
             new = []
             for r, address in enumerate(x_rows):
-                address = builder.gep(address, [builder.mul(number_of_group, _whole(2))])
-                scale_x = splat_of(builder, builder.load(address), LANES)
-                sum_x = builder.fneg(splat_of(builder, builder.load(builder.gep(address, [_whole(1)])), LANES))
+                pair = builder.gep(address, [builder.mul(number_of_group, _whole(2))])
+                scale_x = splat_of(builder, builder.load(pair), LANES)
+                sum_x = builder.fneg(splat_of(builder, builder.load(builder.gep(pair, [_whole(1)])), LANES))
                 for number in range(VECTORS):
                     scale, zero = (
                         load_vector(builder, builder.gep(scales, [_whole(start + number * LANES)]), F32, LANES)

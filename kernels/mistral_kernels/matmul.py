@@ -68,8 +68,8 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
 def over_blocks(multiply_block: Any, new_panel: Any, *variant: object) -> Any:
     """Return the part of a kernel that takes all inputs through some blocks of WIDTH outputs.
 
-    multiply_block(W, x, n_in, start, stop, y, o, n_out, column, panel) adds what the inputs start, ..., stop - 1 give to
-    WIDTH outputs from o on, to y from `column` on. What W and x are is its own business; new_panel() is its workspace.
+    multiply_block(W, x, n_in, start, stop, y, o, n_out, column, panel) adds what the inputs start, ..., stop - 1 give
+    to WIDTH outputs from o on, to y from `column` on. What W and x are is its business; new_panel() is its workspace.
     """
 
     @part(*variant)

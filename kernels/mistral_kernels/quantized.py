@@ -106,7 +106,9 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
         return np.empty(DEPTH * WIDTH, np.uint8), np.empty(DEPTH // group * of_group, np.float32)
 
     @part(bits, activations, group)
-    def fill_panel(W: Any, S: Any, panel: Any, scales: Any, o: int, n_out: int, first: int, last: int, n_in: int) -> None:
+    def fill_panel(
+        W: Any, S: Any, panel: Any, scales: Any, o: int, n_out: int, first: int, last: int, n_in: int
+    ) -> None:
         """Put the codes of WIDTH rows and the inputs first, ..., last - 1 into a panel, and their scales."""
         for r in range(0, WIDTH, TILE):
             tile = min(o + r, n_out - 1) // TILE
@@ -128,7 +130,10 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
             fill_panel(W[0], W[1], codes, scales, o, n_out, first, last, n_in)
             n_groups = (last - first) // group
             for t in range(0, n_tokens, GROUP_ROWS):
-                from_q, from_x = (first * n_tokens + t * DEPTH, DEPTH), ((first // DEPTH * n_tokens + t) * n_kept, n_kept)
+                from_q, from_x = (
+                    (first * n_tokens + t * DEPTH, DEPTH),
+                    ((first // DEPTH * n_tokens + t) * n_kept, n_kept),
+                )
                 to_y, rows = (t * y.shape[1] + column, y.shape[1]), min(GROUP_ROWS, n_tokens - t)
                 multiply_groups(q, from_q, codes, scales, scales_x, from_x, n_groups, y, to_y, rows, first > 0)
 

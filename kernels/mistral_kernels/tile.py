@@ -71,7 +71,7 @@ def add_to_rows(builder: Any, rows: list[Any], sums: list[Any], n_existing: Any,
 def summed_in_loop(
     builder: Any, n_steps: Any, n_sums: int, zero: Any, step: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """Return n sums that begin at zero and stay in registers: step(k, sums) gives the next ones, for all k < n_steps."""
+    """Return n sums that begin at zero and stay in registers: step(k, sums) gives the next ones, for k < n_steps."""
     before, loop = builder.block, builder.append_basic_block("loop")
     after = builder.append_basic_block("after")
     builder.branch(loop)

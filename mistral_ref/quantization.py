@@ -1,0 +1,203 @@
+"""Quantization of a model: a directory in, a smaller directory out; or weights in memory.
+
+What is rounded are the matrices of the layers but for routers, which are small and decide much, and, each as one says,
+the embedding and the head. How a matrix is rounded, quantized_matrix.py says.
+
+The directory that comes out holds one file under Mistral's own names, rows of wq and wk in Mistral's own order,
+
+    NAME.weight     uint8, the codes, in tile order         NAME.scales     uint8, scales and zeros
+    NAME.weight     what is not rounded, as it was
+
+a copy of every small file that lay beside the weights (configuration, tokenizer, licence), and in the file's metadata
+the version of this format, the bits of each matrix, and the size of groups.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mistral_ref.checkpoint import open_model
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import InputError
+from mistral_ref.quantized_matrix import (
+    GROUP_SIZE,
+    QuantizedMatrix,
+    checked_bits,
+    checked_group_size,
+    quantized,
+    quantized_metadata,
+    quantized_parts,
+)
+from mistral_ref.tensor_file import DTYPES, Part, pieces_of_tensor_file
+from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
+
+Progress = Callable[[int, int], None]
+
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack")
+_LARGEST_COPY = 2**26  # bytes; a tokenizer has 20 MB at most
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How many bits each matrix gets: those of the layers, the embedding and the head; None leaves one as it is."""
+
+    bits: int
+    group_size: int = GROUP_SIZE
+    embedding: int | None = 8
+    head: int | None = 8
+
+    def __post_init__(self) -> None:
+        checked_bits("bits", self.bits)
+        checked_group_size(self.group_size)
+        for name in ("embedding", "head"):
+            if getattr(self, name) is not None:
+                checked_bits(name, getattr(self, name))
+
+    def bits_of(self, name: str) -> int | None:
+        """Return the bits that the matrix of this name gets, None if it stays as it is."""
+        if name.endswith("feed_forward.gate"):
+            return None
+        return {"tok_embeddings": self.embedding, "output": self.head}.get(name, self.bits)
+
+    def check(self, weights: Weights) -> None:
+        """Raise InputError if this cannot be done to these weights."""
+        if weights.output is weights.tok_embeddings and self.embedding != self.head:
+            raise InputError(
+                f"embedding is {self.embedding} and head is {self.head}, but this model has one matrix for both; "
+                "expected the same for both"
+            )
+        if done := [matrix.name for matrix in matrices(weights) if isinstance(matrix, QuantizedMatrix)]:
+            raise InputError(f"{done[0]} is quantized already; expected a model with float weights")
+
+
+def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | None = None) -> Weights:
+    """Return weights rounded in memory. `progress` is called with (weights done, weights in all)."""
+    scheme.check(weights)
+    total, done = sum(matrix.size for matrix in matrices(weights)), 0
+    rounded: dict[int, Matrix] = {}
+
+    def change(matrix: Matrix) -> Matrix:
+        nonlocal done
+        if id(matrix) not in rounded:
+            bits = scheme.bits_of(matrix.name)
+            rounded[id(matrix)] = matrix if bits is None else quantized(matrix, bits, scheme.group_size)
+            done += matrix.size
+            if progress is not None:
+                progress(done, total)
+        return rounded[id(matrix)]
+
+    return with_matrices(weights, change)
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    bits: int = 4,
+    *,
+    group_size: int = GROUP_SIZE,
+    embedding: int | None = 8,
+    head: int | None = 8,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a directory with the model of another one in 8 or 4 bits a weight, which loads like any; return its path.
+
+    bits        8 or 4, of the matrices in layers, but for routers, which stay as they are
+    group_size  neighbours in a row that share a scale and a zero, which cost 16 bits: 32, 64 or 128
+    embedding, head     8 or 4 bits, or None for as they are; the same where one matrix serves for both
+    progress    called with (weights done, weights in all)
+
+    Memory holds one matrix at a time. The directory appears only when it is complete. Raises InputError if it is there
+    already, if the disk has no room for it, or if the model is quantized; CheckpointError if weights cannot be rounded.
+    """
+    source, target = Path(source), Path(target)
+    scheme = Scheme(bits, group_size, embedding, head)
+    if os.path.lexists(target):
+        raise InputError(f"{target}: is there already; expected the name of a new directory")
+    config, weights = open_model(source)
+    scheme.check(weights)
+    with _new_directory(target) as directory:
+        _copy_small_files(source, directory)
+        _write(directory / "consolidated.safetensors", config, weights, scheme, progress)
+    return target
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """Give a directory to fill, which gets its own name once that has gone well, and vanishes if it has not."""
+    if not target.absolute().parent.is_dir():
+        raise InputError(f"{target}: cannot be written: there is no directory {target.absolute().parent}")
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+        try:
+            directory.chmod(0o755)
+            yield directory
+            directory.rename(target)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+
+
+def _copy_small_files(source: Path, directory: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.stat().st_size <= _LARGEST_COPY:
+            shutil.copyfile(path, directory / path.name)
+
+
+def _interleaved(matrix: Matrix, config: ModelConfig) -> np.ndarray | None:
+    """Return which row of a checkpoint's matrix each row is in Mistral's own order; None if it is in that already."""
+    if config.rope_row_order == "interleaved" or not matrix.name.endswith((".wq", ".wk")):
+        return None
+    rows = np.arange(matrix.shape[0]).reshape(-1, 2, config.head_dim // 2)
+    return rows.swapaxes(1, 2).reshape(-1)
+
+
+def _as_it_was(matrix: Matrix) -> Iterator[tuple[str, Part, np.ndarray]]:
+    """Yield what a file holds of a matrix that is not rounded."""
+    yield f"{matrix.name}.weight", Part(DTYPES[matrix.kind], matrix.shape), matrix.data
+    if matrix.scale is not None:
+        yield f"{matrix.name}.qscale_weight", Part("F32", matrix.scale.shape), matrix.scale
+
+
+def _norms(weights: Weights) -> Iterator[tuple[str, Part, np.ndarray]]:
+    """Yield what a file holds of the norms: float32, which holds all that they may have been."""
+    names = ("attention_norm", "ffn_norm")
+    vectors = {
+        f"layers.{number}.{name}": getattr(layer, name) for number, layer in enumerate(weights.layers) for name in names
+    }
+    for name, vector in (vectors | {"norm": weights.norm}).items():
+        yield f"{name}.weight", Part("F32", vector.shape), vector
+
+
+def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, progress: Progress | None) -> None:
+    all_matrices = matrices(weights)
+    bits = {matrix.name: bits for matrix in all_matrices if (bits := scheme.bits_of(matrix.name))}
+    kept = list(_norms(weights))
+    for matrix in all_matrices:
+        kept += _as_it_was(matrix) if matrix.name not in bits else ()
+    parts = {name: part for name, part, _ in kept}
+    for matrix in all_matrices:
+        if matrix.name in bits:
+            codes, scales = quantized_parts(*matrix.shape, bits[matrix.name], scheme.group_size)
+            parts |= {f"{matrix.name}.weight": codes, f"{matrix.name}.scales": scales}
+    done, total = 0, sum(matrix.size for matrix in all_matrices)
+    with pieces_of_tensor_file(path, parts, quantized_metadata(bits, scheme.group_size)) as write:
+        for name, _, array in kept:
+            write(name, array)
+        for matrix in all_matrices:
+            if matrix.name in bits:
+                small = quantized(matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
+                write(f"{matrix.name}.weight", small.data)
+                write(f"{matrix.name}.scales", small.scales)
+            done += matrix.size
+            if progress is not None:
+                progress(done, total)
