@@ -24,7 +24,7 @@ from mistral_ref.machine import available_memory, cache_bytes
 from mistral_ref.model import Model
 from mistral_ref.shapes import SHAPES
 from mistral_ref.speed import CHUNK, SpeedTest, work_of
-from mistral_ref.synthetic import checkpoint_bytes, plan
+from mistral_ref.synthetic import checkpoint_bytes, plan, plan_metadata
 from mistral_ref.tensor_file import Tensor
 from mistral_ref.weights import Kind
 
@@ -151,15 +151,17 @@ def random_model(config: ModelConfig, kind: Kind, ops: CompiledOps) -> Model:
     """
     require_memory(config, kind)
     where, tensors = Path("memory"), {}
-    for planned in plan(config, kind, seed=0):
-        buffer = np.empty(planned.nbytes + 64, np.uint8)
+    all_planned = list(plan(config, kind, seed=0))
+    for planned in all_planned:
+        buffer = np.empty(planned.part.nbytes + 64, np.uint8)
         start = -buffer.ctypes.data % 64  # as in the file: where vectors like it
-        raw, done = buffer[start : start + planned.nbytes], 0
+        raw, done = buffer[start : start + planned.part.nbytes], 0
         for piece in planned.pieces():
             raw[done : done + piece.nbytes] = np.ascontiguousarray(piece).view(np.uint8).reshape(-1)
             done += piece.nbytes
         tensors[planned.name] = Tensor(where, planned.name, planned.dtype, planned.shape, raw)
-    return Model(config, build_weights(Checkpoint(where, (), tensors, "interleaved", ()), config), ops)
+    checkpoint = Checkpoint(where, (), tensors, "interleaved", (), plan_metadata(all_planned, kind))
+    return Model(config, build_weights(checkpoint, config), ops)
 
 
 def filled_cache(

@@ -3,7 +3,8 @@
 Groups of measurements, each printed as a Markdown table when it is done:
 
   decode      products with one vector, as in decoding, against plain reads; weights of every kind, rotated so that no
-              cache holds them; "tiled" are copied into the order that load(repack=True) makes
+              cache holds them; "tiled" are copied into the order that load(repack=True) makes; int8 and int4 are
+              in groups of 32, with what inputs are rounded to after them
   prompt      products with T tokens at once, against the multiply-add peak, and NumPy's float32 product beside them,
               with as many BLAS threads
   attention   one token over 4096 keys, against plain reads; prompts of 512 and 2048 tokens, against the peak
@@ -40,6 +41,7 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.machine import machine, machine_lines
+from mistral_ref.quantized_matrix import GROUP_SIZE, QuantizedMatrix, quantized_parts
 from mistral_ref.shapes import SHAPES, shape
 from mistral_ref.synthetic import fp8_scale, random_weights
 from mistral_ref.weights import Kind, Matrix, tiled
@@ -52,6 +54,7 @@ examples:
 """
 
 KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8")
+ROUNDED: tuple[Kind, ...] = ("int8", "int4")
 TOKENS = (2, 4, 8, 15, 16, 32, 128, 512, 2048)
 BLAS_REST = 0.3  # seconds; OpenBLAS's threads go on spinning after a product
 
@@ -64,6 +67,11 @@ class Bench:
     ops: CompiledOps
     n_bytes: int
     quick: bool
+
+    @cached_property
+    def rounding_ops(self) -> list[CompiledOps]:
+        """Operations for each way to round the inputs of quantized matrices."""
+        return [CompiledOps(threads=self.ops.threads, activations=name) for name in ("int16", "int8")]
 
     @cached_property
     def read(self) -> Limit:
@@ -92,6 +100,11 @@ def rotated(kind: Kind, n_out: int, n_in: int, n_bytes: int) -> list[Matrix]:
     rng, std = np.random.default_rng(0), n_in**-0.5
     scale = fp8_scale(std).reshape(1, 1) if kind == "fp8" else None
     matrices: list[Matrix] = []
+    bits = 4 if kind == "int4" else 8
+    while kind in ROUNDED and sum(matrix.nbytes for matrix in matrices) < n_bytes:
+        codes, scales = quantized_parts(n_out, n_in, bits, GROUP_SIZE)
+        data, zeros = rng.integers(0, 256, codes.shape, np.uint8), np.full(scales.shape, 128, np.uint8)
+        matrices.append(QuantizedMatrix("random", kind, data, scales=zeros, n_out=n_out, n_in=n_in))
     while sum(matrix.nbytes for matrix in matrices) < n_bytes:
         data = np.concatenate(list(random_weights(rng, n_out * n_in, std, kind))).reshape(n_out, n_in)
         matrices.append(Matrix("random", kind, data, scale))
@@ -107,35 +120,47 @@ def decode_group(bench: Bench) -> list[Candidate]:
         n_out, n_in = bench.matrices[name]
         matrices = rotated(kind, n_out, n_in, bench.n_bytes)
         x_TI = rng.standard_normal((1, n_in), np.float32)
-        candidates.append(_product(bench, f"{name} {n_out} x {n_in}, {kind}", x_TI, matrices))
+        candidates.append(_product(bench, bench.ops, f"{name} {n_out} x {n_in}, {kind}", x_TI, matrices))
         if name == "w1" and kind in ("f16", "bf16"):
             copies = [tiled(matrix) for matrix in matrices]
-            candidates.append(_product(bench, f"{name} {n_out} x {n_in}, {kind} tiled", x_TI, copies))
+            candidates.append(_product(bench, bench.ops, f"{name} {n_out} x {n_in}, {kind} tiled", x_TI, copies))
+    for name, kind in ((name, kind) for name in names for kind in ROUNDED):
+        n_out, n_in = bench.matrices[name]
+        matrices = rotated(kind, n_out, n_in, bench.n_bytes)
+        x_TI = rng.standard_normal((1, n_in), np.float32)
+        for ops in bench.rounding_ops:
+            label = f"{name} {n_out} x {n_in}, {kind} {ops.activations}"
+            candidates.append(_product(bench, ops, label, x_TI, matrices))
     return candidates
 
 
-def _product(bench: Bench, name: str, x_TI: np.ndarray, matrices: list[Matrix]) -> Candidate:
+def _product(bench: Bench, ops: CompiledOps, name: str, x_TI: np.ndarray, matrices: list[Matrix]) -> Candidate:
     following = cycle(matrices)
-    return Candidate(name, lambda: bench.ops.linear(x_TI, next(following)), matrices[0].nbytes / 1e9, bench.read)
+    return Candidate(name, lambda: ops.linear(x_TI, next(following)), matrices[0].nbytes / 1e9, bench.read)
 
 
 def prompt_group(bench: Bench) -> list[Candidate]:
     """Products with T tokens, and NumPy's beside them."""
     rng = np.random.default_rng(2)
     n_out, n_in = bench.matrices["w1"]
-    weights = {kind: rotated(kind, n_out, n_in, 1)[0] for kind in KINDS}
+    weights = {kind: rotated(kind, n_out, n_in, 1)[0] for kind in (*KINDS, *ROUNDED)}
     candidates = []
     for n_tokens in (2, 16, 512) if bench.quick else TOKENS:
         x_TI = rng.standard_normal((n_tokens, n_in), np.float32)
         work = 2e-9 * n_tokens * n_out * n_in
         for kind in ("f32", "bf16") if bench.quick else KINDS:
-            candidates.append(_prompt_product(bench, f"T = {n_tokens}, {kind}", x_TI, weights[kind], work))
+            candidates.append(_prompt_product(bench, bench.ops, f"T = {n_tokens}, {kind}", x_TI, weights[kind], work))
+        for kind, ops in ((kind, ops) for kind in ROUNDED for ops in bench.rounding_ops):
+            name = f"T = {n_tokens}, {kind} {ops.activations}"
+            candidates.append(_prompt_product(bench, ops, name, x_TI, weights[kind], work))
         candidates.append(_numpy_product(bench, f"T = {n_tokens}, NumPy f32", x_TI, weights["f32"], work))
     return candidates
 
 
-def _prompt_product(bench: Bench, name: str, x_TI: np.ndarray, weight: Matrix, work: float) -> Candidate:
-    return Candidate(name, lambda: bench.ops.linear(x_TI, weight), work, bench.peak)
+def _prompt_product(
+    bench: Bench, ops: CompiledOps, name: str, x_TI: np.ndarray, weight: Matrix, work: float
+) -> Candidate:
+    return Candidate(name, lambda: ops.linear(x_TI, weight), work, bench.peak)
 
 
 def _numpy_product(bench: Bench, name: str, x_TI: np.ndarray, weight: Matrix, work: float) -> Candidate:

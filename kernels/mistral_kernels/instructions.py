@@ -196,9 +196,10 @@ def quad_dots(builder: Any, sums: Any, codes: Any, x: Any, largest: int) -> Any:
         name = f"llvm.x86.avx512.vpdpbusd.{bits}"
         function_type = ir.FunctionType(sums.type, [sums.type, codes.type, x.type])
         return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [sums, codes, x])
-    if largest <= 64 and (name := _PAIRS_OF_BYTES.get(n)):
+    if largest <= 64 and n in _PAIRS_OF_BYTES:
         function_type = ir.FunctionType(words, [codes.type, x.type])
-        pairs = builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [codes, x])
+        multiply = cgutils.get_or_insert_function(builder.module, function_type, _PAIRS_OF_BYTES[n])
+        pairs = builder.call(multiply, [codes, x])
         return pair_dots(builder, sums, pairs, constant(words, 1))
     codes, x = builder.bitcast(codes, words), builder.bitcast(x, words)
     even = builder.and_(codes, constant(words, 0xFF)), builder.ashr(builder.shl(x, halves), halves)

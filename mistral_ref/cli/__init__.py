@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import mistral_ref
-from mistral_ref.cli import bench, compare, generate, info, perplexity, step, trace
+from mistral_ref.cli import bench, compare, generate, info, perplexity, quantize, step, trace
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mistral-ref {mistral_ref.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=CommandParser)
-    for command in (generate, step, trace, compare, bench, perplexity, info):
+    for command in (generate, step, trace, compare, bench, perplexity, quantize, info):
         command.add_to(commands)
     return parser
 

@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, get_args
 
 from mistral_ref.errors import InputError
 from mistral_ref.loading import DEMO_MODEL, load
 from mistral_ref.model import Model
+from mistral_ref.quantized_matrix import BITS, Activations
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,18 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
         action="store_true",
         help="copy 16-bit weights into the order that decodes fastest; takes as much memory as they do",
     )
+    parser.add_argument(
+        "--quantize",
+        type=int,
+        choices=BITS,
+        help="round the weights to 8 or 4 bits after loading (mistral-ref quantize does it for good)",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=get_args(Activations),
+        help="what inputs of quantized weights are rounded to (default: int16; int8 is faster and less exact; float: "
+        "not at all, with numpy)",
+    )
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -67,13 +80,16 @@ def as_text(argument: str) -> str:
 
 def load_model(arguments: argparse.Namespace) -> Model:
     """Return the model that the options ask for, with a bar while its weights are repacked."""
-    with progress_bar("repacking", is_long=arguments.repack) as progress:
+    doing = "rounding weights" if arguments.quantize else "repacking"
+    with progress_bar(doing, is_long=arguments.repack or bool(arguments.quantize)) as progress:
         return load(
             arguments.model,
             backend=arguments.backend,
             dtype=getattr(arguments, "dtype", "float32"),
             threads=arguments.threads,
             repack=arguments.repack,
+            quantize=arguments.quantize,
+            activations=arguments.activations,
             progress=progress,
         )
 

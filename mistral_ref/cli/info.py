@@ -13,8 +13,9 @@ import mistral_ref
 from mistral_ref.checkpoint import Checkpoint, open_checkpoint
 from mistral_ref.cli.common import add_model_option, size
 from mistral_ref.config import ModelConfig
-from mistral_ref.tensor_file import Tensor
+from mistral_ref.tensor_file import DTYPES, Tensor
 from mistral_ref.tensor_names import huggingface_name
+from mistral_ref.weights import matrices
 
 _LENGTHS = (1024, 4096, 32768, 131072)
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has said it all
         checkpoint = open_checkpoint(Path(arguments.model))
     print_rows("architecture", architecture(model.config))
-    print_rows("checkpoint", files(checkpoint))
+    print_rows("checkpoint", files(checkpoint, model))
     print_rows("memory", memory(model, checkpoint))
     print_rows("tokenizer", tokenizer(model))
     if arguments.tensors:
@@ -90,21 +91,21 @@ def windows(config: ModelConfig) -> str:
     )
 
 
-def files(checkpoint: Checkpoint) -> dict[str, object]:
+def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]:
     """Return the layout, the files and what they add up to."""
-    dtypes = Counter[str]()
+    stored = Counter[str]()
+    for matrix in matrices(model.weights):
+        stored[DTYPES.get(matrix.kind, matrix.kind)] += matrix.size
     for tensor in checkpoint.tensors.values():
-        dtypes[tensor.dtype] += math.prod(tensor.shape)
-    weights = sum(
-        math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if not name.endswith(".qscale_weight")
-    )
-    names = [path.name for path in checkpoint.files]
+        stored[tensor.dtype] += tensor.shape[0] if len(tensor.shape) == 1 and "norm." in tensor.name else 0
+    n_bytes, names = sum(path.stat().st_size for path in checkpoint.files), [path.name for path in checkpoint.files]
     return {
         "layout": checkpoint.layout,
         "files": names[0] if len(names) == 1 else f"{len(names)}, {names[0]} to {names[-1]}",
-        "size on disk": size(sum(path.stat().st_size for path in checkpoint.files)),
-        "parameters": f"{weights:,}",
-        "stored as": ", ".join(f"{dtype} ({n:,})" for dtype, n in dtypes.most_common()),
+        "size on disk": size(n_bytes),
+        "parameters": f"{sum(stored.values()):,}",
+        "stored as": ", ".join(f"{dtype} ({n:,})" for dtype, n in stored.most_common() if n),
+        "bits a weight": f"{8 * n_bytes / sum(stored.values()):.2f}",
         "tied embeddings": "no" if "output.weight" in checkpoint.tensors else "yes",
         "left aside": f"{len(checkpoint.skipped)} tensors",
     }
