@@ -102,8 +102,11 @@ def rotated(kind: Kind, n_out: int, n_in: int, n_bytes: int) -> list[Matrix]:
     matrices: list[Matrix] = []
     bits = 4 if kind == "int4" else 8
     while kind in ROUNDED and sum(matrix.nbytes for matrix in matrices) < n_bytes:
-        codes, scales = quantized_parts(n_out, n_in, bits, GROUP_SIZE)
-        data, zeros = rng.integers(0, 256, codes.shape, np.uint8), np.full(scales.shape, 128, np.uint8)
+        parts = quantized_parts(n_out, n_in, bits, GROUP_SIZE)
+        data, zeros = (
+            rng.integers(0, 256, parts["weight"].shape, np.uint8),
+            np.full(parts["scales"].shape, 128, np.uint8),
+        )
         matrices.append(QuantizedMatrix("random", kind, data, scales=zeros, n_out=n_out, n_in=n_in))
     while sum(matrix.nbytes for matrix in matrices) < n_bytes:
         data = np.concatenate(list(random_weights(rng, n_out * n_in, std, kind))).reshape(n_out, n_in)

@@ -167,16 +167,18 @@ class _Shelf:
         if name not in self.bits:
             raise CheckpointError(f"{self.checkpoint.directory}: the metadata does not tell how {name} is quantized")
         bits = self.bits[name]
-        parts = quantized_parts(n_out, n_in, bits, self.group_size)
-        tensors = [
-            self._take(f"{name}.{ending}", part.shape) for ending, part in zip(("weight", "scales"), parts, strict=True)
-        ]
-        for tensor in tensors:
-            if tensor.dtype != "U8":
-                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected U8")
-        codes, scales = (tensor.raw.reshape(tensor.shape) for tensor in tensors)
+        found = {}
+        for ending, part in quantized_parts(n_out, n_in, bits, self.group_size).items():
+            tensor = self._take(f"{name}.{ending}", part.shape)
+            if tensor.dtype != part.dtype:
+                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected {part.dtype}")
+            found[ending] = tensor.raw.reshape(tensor.shape) if part.dtype == "U8" else tensor.mapped()[1]
+        unit = np.float32(found["unit"][0])
+        if not (np.isfinite(unit) and unit > 0 and np.frexp(unit)[0] == 0.5):
+            raise CheckpointError(f"{self.checkpoint.directory}: {name}.unit is {unit}; expected a power of two")
         kind: Kind = "int8" if bits == 8 else "int4"
-        return QuantizedMatrix(name, kind, codes, scales=scales, n_out=n_out, n_in=n_in)
+        codes, scales = found["weight"], found["scales"]
+        return QuantizedMatrix(name, kind, codes, scales=scales, unit=unit, n_out=n_out, n_in=n_in)
 
     def experts(self, layer: str, config: ModelConfig) -> ExpertFeedForward:
         """Take a layer's router, and its experts' networks, stored one by one or all in two tensors."""

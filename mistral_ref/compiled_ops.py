@@ -124,14 +124,14 @@ class CompiledOps(ReferenceOps):
 
     def _quantized_linear(self, x_TI: np.ndarray, weight_OI: QuantizedMatrix, y_TO: np.ndarray) -> None:
         how = weight_OI.bits, self.activations, weight_OI.group_size
-        stored, scales = weight_OI.as_bytes, weight_OI.scale_bytes
+        stored, scales, unit = weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit
         n_threads = self._threads_for(weight_OI.nbytes * len(x_TI), _FEW_BYTES)
         if len(x_TI) == 1:
-            matvec_quantized(*how)(stored, scales, x_TI[0], y_TO[0], n_threads)
+            matvec_quantized(*how)(stored, scales, unit, x_TI[0], y_TO[0], n_threads)
             return
         for start in range(0, len(x_TI), _TOKENS_AT_ONCE):
             rows = slice(start, start + _TOKENS_AT_ONCE)
-            matmul_quantized(*how)(stored, scales, x_TI[rows], y_TO[rows], n_threads)
+            matmul_quantized(*how)(stored, scales, unit, x_TI[rows], y_TO[rows], n_threads)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         x_THK = _floats(x_THK)

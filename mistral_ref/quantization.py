@@ -5,8 +5,9 @@ the embedding and the head. How a matrix is rounded, quantized_matrix.py says.
 
 The directory that comes out holds one file under Mistral's own names, rows of wq and wk in Mistral's own order,
 
-    NAME.weight     uint8, the codes, in tile order         NAME.scales     uint8, scales and zeros
-    NAME.weight     what is not rounded, as it was
+    NAME.weight     the codes in tile order, uint8; or, of what is not rounded, the weights as they were
+    NAME.scales     scales and zeros, uint8
+    NAME.unit       what scales are multiplied by, float32
 
 a copy of every small file that lay beside the weights (configuration, tokenizer, licence), and in the file's metadata
 the version of this format, the bits of each matrix, and the size of groups.
@@ -187,8 +188,8 @@ def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, pr
     parts = {name: part for name, part, _ in kept}
     for matrix in all_matrices:
         if matrix.name in bits:
-            codes, scales = quantized_parts(*matrix.shape, bits[matrix.name], scheme.group_size)
-            parts |= {f"{matrix.name}.weight": codes, f"{matrix.name}.scales": scales}
+            rounded = quantized_parts(*matrix.shape, bits[matrix.name], scheme.group_size)
+            parts |= {f"{matrix.name}.{ending}": part for ending, part in rounded.items()}
     done, total = 0, sum(matrix.size for matrix in all_matrices)
     with pieces_of_tensor_file(path, parts, quantized_metadata(bits, scheme.group_size)) as write:
         for name, _, array in kept:
@@ -198,6 +199,7 @@ def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, pr
                 small = quantized(matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
                 write(f"{matrix.name}.weight", small.data)
                 write(f"{matrix.name}.scales", small.scales)
+                write(f"{matrix.name}.unit", small.unit.reshape(1))
             done += matrix.size
             if progress is not None:
                 progress(done, total)

@@ -6,7 +6,8 @@ A row is cut into groups of neighbours, which share a scale and a zero:
 
     code    bits wide, 0 to 2^bits - 1
     zero    a byte in units of 2^(bits - 8): a whole number for 8 bits, sixteenths for 4
-    scale   a byte: a float of 5 bits of exponent (bias 27) and 3 of mantissa, (1 + m/8) 2^(e - 27); up to 15
+    scale   a byte, 4 bits of exponent e and 4 of mantissa m, times a unit, a power of two for the whole matrix:
+            (1 + m/16) 2^(e - 15) unit, or m/16 2^-14 unit where e is 0
 
 so groups of 32 cost half a bit a weight, as in llama.cpp's Q8_0 and Q4_0, which have a scale of 16 bits and no zero.
 Products round their inputs too, with a scale of their own for each group, so that what is summed up are integers
@@ -19,6 +20,7 @@ and such inputs are 0. In files they are what the last input of the row repeated
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,24 +46,22 @@ GROUP_SIZE = 32  # unless another is asked for
 FORMAT = "mistral_ref.quantized.v1"  # the entry in a file's metadata that says how its matrices are rounded
 
 _LARGEST = {"int16": 32767, "int8": 127}
-N_SCALES = 248  # codes beyond would be infinite or NaN
 # How a group is rounded: scales that are tried, counted from the smallest that spans it, and how often the zero is
 # fitted to the codes that it led to. More of either changes little (docs/quantization.md).
-_SCALES_TRIED = (1, 0, -1, -2)
+_SCALES_TRIED = (1, 0, -1, -2, -3)
 _REFITS = 2
 _BLOCK_ELEMENTS = 2**18
+_EXPONENTS = (-126, 126)  # powers of two that float32 has
 
 
 @cache
 def scale_values() -> np.ndarray:
-    """Return what the 256 codes of a scale stand for, float32.
+    """Return what the 256 codes of a scale stand for, in units, float32.
 
-    >>> scale_values()[[0, 1, 8 * 27, 247]].tolist() == [0.0, 2.0**-29, 1.0, 15.0]
+    >>> scale_values()[[0, 1, 8 * 16, 255]].tolist() == [0.0, 2.0**-18, 2.0**-7, 1.9375]
     True
     """
-    halves = (np.arange(256, dtype=np.uint16) << 7).view(np.float16)
-    with np.errstate(invalid="ignore"):  # the last of them
-        return np.ldexp(halves.astype(np.float32), -12)
+    return (np.arange(256, dtype=np.uint16) << 6).view(np.float16).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,10 +70,12 @@ class QuantizedMatrix(Matrix):
 
     data    codes, uint8 (ceil(O/8), groups * group_size * bits / 32, 8, 4), as mistral_kernels.layout describes
     scales  codes of scales and zeros, uint8 (ceil(O/8), groups, 2, 8)
+    unit    what scales are multiplied by, a power of two
     n_out, n_in     O and I
     """
 
     scales: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    unit: np.float32 = field(default_factory=lambda: np.float32(1))
     n_out: int = 0
     n_in: int = 0
 
@@ -109,7 +111,7 @@ class QuantizedMatrix(Matrix):
         rows = np.arange(self.n_out)[index]
         codes = codes_of_tiles(self.data, rows, self.bits).reshape(len(rows), -1, self.group_size)
         scales = self.scales[rows // TILE, :, :, rows % TILE]
-        scale, zero = scale_values()[scales[..., 0]], scales[..., 1] * np.float32(2.0 ** (self.bits - 8))
+        scale, zero = scale_values()[scales[..., 0]] * self.unit, scales[..., 1] * np.float32(2.0 ** (self.bits - 8))
         values = (codes.astype(dtype) - zero[..., np.newaxis].astype(dtype)) * scale[..., np.newaxis].astype(dtype)
         return values.reshape(len(rows), -1)[:, : self.n_in]
 
@@ -158,11 +160,14 @@ def rounded(x_TI: np.ndarray, activations: Activations, group_size: int) -> np.n
     return values.reshape(n_tokens, -1)[:, :n_in]
 
 
-def quantized_parts(n_out: int, n_in: int, bits: int, group_size: int) -> tuple[Part, Part]:
-    """Return what a file holds of a matrix: its codes, and its scales and zeros."""
+def quantized_parts(n_out: int, n_in: int, bits: int, group_size: int) -> dict[str, Part]:
+    """Return what a file holds of a matrix: codes, scales and zeros, and the unit, by the endings of their names."""
     n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
-    codes = Part("U8", (n_tiles, n_groups * group_size * bits // 32, TILE, 4))
-    return codes, Part("U8", (n_tiles, n_groups, 2, TILE))
+    return {
+        "weight": Part("U8", (n_tiles, n_groups * group_size * bits // 32, TILE, 4)),
+        "scales": Part("U8", (n_tiles, n_groups, 2, TILE)),
+        "unit": Part("F32", (1,)),
+    }
 
 
 def quantized_metadata(bits: Mapping[str, int], group_size: int) -> dict[str, str]:
@@ -199,10 +204,16 @@ def bits_of(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, int], in
     )
 
 
+def _unit(largest: float, bits: int) -> np.float32:
+    """Return the least power of two with which a scale spans weights from -largest to largest; 1 if they are 0."""
+    least = 2 * largest / (2**bits - 1) / float(scale_values()[-1])
+    return np.ldexp(np.float32(1), int(np.clip(math.ceil(math.log2(least)), *_EXPONENTS)) if least else 0)
+
+
 def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return codes (R, N, G), and the scales and zeros (R, N) that round these groups with least squared error."""
     most, unit = np.float32(2**bits - 1), np.float32(2 ** (8 - bits))
-    table = scale_values()[:N_SCALES]
+    table = scale_values()
     low, high = np.minimum(groups.min(axis=-1), 0), np.maximum(groups.max(axis=-1), 0)
     smallest = np.searchsorted(table, (high - low) / most)
     least = np.full(smallest.shape, np.inf, np.float32)
@@ -213,7 +224,7 @@ def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, 
         return np.clip(np.rint(values, out=values), 0, most, out=values)
 
     for offset in _SCALES_TRIED:
-        tried = np.clip(smallest + offset, 1, N_SCALES - 1)
+        tried = np.clip(smallest + offset, 1, 255)
         scale = table[tried]
         in_scales = groups / scale[..., np.newaxis]
         zero = most / 2 - (low + high) / (2 * scale)  # the middle of the group becomes the middle of the codes
@@ -249,7 +260,7 @@ def quantized(
     row_order   which row of `matrix` each row of the result is; None: as they are
     threads     how many rows are rounded on; None: as many as there are processors
 
-    Raises CheckpointError for weights that are not finite, or too large: 15 * (2^bits - 1) apart in a group.
+    Raises CheckpointError for weights that are not finite.
     """
     if isinstance(matrix, QuantizedMatrix):
         raise CheckpointError(f"{matrix.name} has {matrix.bits} bits already; expected float weights")
@@ -258,13 +269,12 @@ def quantized(
     data = np.empty((n_tiles, n_groups * group_size * bits // 32, TILE, 4), np.uint8)
     all_scales = np.zeros((n_tiles, n_groups, 2, TILE), np.uint8)
 
+    def largest_of(rows: slice) -> float:
+        return float(np.abs(matrix.rows(rows, np.float32)).max())
+
     def round_rows(rows: slice) -> None:
         weights = matrix.rows(rows if row_order is None else row_order[rows], np.float32)
-        if not np.abs(weights).max() <= scale_values()[N_SCALES - 1] * (2**bits - 1) / 2:
-            raise CheckpointError(
-                f"{matrix.name} cannot be rounded to {bits} bits: it holds {shown(float(np.abs(weights).max()))}; "
-                f"expected finite weights of up to {scale_values()[N_SCALES - 1] * (2**bits - 1) / 2:g}"
-            )
+        weights = weights / unit
         groups = np.pad(weights, ((0, 0), (0, n_groups * group_size - n_in)), mode="edge")
         codes, *scales = _best_codes(groups.reshape(len(groups), n_groups, group_size), bits)
         tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
@@ -274,7 +284,11 @@ def quantized(
         all_scales[tiles] = by_row.reshape(-1, TILE, 2, n_groups).transpose(0, 3, 2, 1)
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        largest = np.max(list(pool.map(largest_of, _blocks(n_out, n_in))))  # NaN if there is one
+        if not np.isfinite(largest):
+            raise CheckpointError(f"{matrix.name} holds {largest}, which has no place among {2**bits} steps")
+        unit = _unit(float(largest), bits)
         for _ in pool.map(round_rows, _blocks(n_out, n_in)):
             pass
     kind: Any = f"int{bits}"
-    return QuantizedMatrix(matrix.name, kind, data, scales=all_scales, n_out=n_out, n_in=n_in)
+    return QuantizedMatrix(matrix.name, kind, data, scales=all_scales, unit=unit, n_out=n_out, n_in=n_in)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, checked_whole, shown
-from mistral_ref.quantized_matrix import GROUP_SIZE, N_SCALES, quantized_metadata, quantized_parts, scale_values
+from mistral_ref.quantized_matrix import GROUP_SIZE, quantized_metadata, quantized_parts, scale_values
 from mistral_ref.tensor_file import DTYPES, Part, pieces_of_tensor_file
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, e4m3_values
 
@@ -107,22 +107,22 @@ def write_planned(
 
 
 def _random_codes(name: str, n_out: int, n_in: int, bits: int, std: float, seed: int) -> Iterator[PlannedTensor]:
-    """Yield the two tensors of a matrix of 8 or 4 bits: any codes, all scales such as give the standard deviation."""
-    codes, scales = quantized_parts(n_out, n_in, bits, GROUP_SIZE)
-    most = 2**bits - 1
-    scale = np.searchsorted(scale_values()[:N_SCALES], std / math.sqrt((most + 1) ** 2 / 12)).astype(np.uint8)
+    """Yield the tensors of a matrix of 8 or 4 bits: any codes, all scales such as give the standard deviation."""
+    parts, most = quantized_parts(n_out, n_in, bits, GROUP_SIZE), 2**bits - 1
+    scale = np.searchsorted(scale_values(), std / math.sqrt((most + 1) ** 2 / 12)).astype(np.uint8)
 
     def pieces() -> Iterator[np.ndarray]:
         rng = np.random.default_rng([seed, *name.encode()])
-        for start in range(0, codes.nbytes, _PIECE):
-            yield rng.integers(0, 256, min(_PIECE, codes.nbytes - start), dtype=np.uint8)
+        for start in range(0, parts["weight"].nbytes, _PIECE):
+            yield rng.integers(0, 256, min(_PIECE, parts["weight"].nbytes - start), dtype=np.uint8)
 
     def scales_and_zeros() -> Iterator[np.ndarray]:
-        for _ in range(scales.shape[0]):
-            yield np.broadcast_to(np.array([[scale], [128]], np.uint8), scales.shape[1:])
+        for _ in range(parts["scales"].shape[0]):
+            yield np.broadcast_to(np.array([[scale], [128]], np.uint8), parts["scales"].shape[1:])
 
-    yield PlannedTensor(f"{name}.weight", *codes, pieces)
-    yield PlannedTensor(f"{name}.scales", *scales, scales_and_zeros)
+    yield PlannedTensor(f"{name}.weight", *parts["weight"], pieces)
+    yield PlannedTensor(f"{name}.scales", *parts["scales"], scales_and_zeros)
+    yield PlannedTensor(f"{name}.unit", *parts["unit"], lambda: [np.ones(1, np.float32)])
 
 
 def plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:

@@ -9,7 +9,8 @@ and both sums on the right are sums of integers, of which processors multiply an
 Only then come floats. Where q are int16 they lie as 0, 2, 1, 3 in each four, so that neighbours meet the codes of the
 even and of the odd bytes.
 
-    scale = a float of 5 bits of exponent (bias 27) and 3 of mantissa, a byte; the upper bits of a float16 times 2^-12
+    scale = a byte times a unit of the whole matrix: 4 bits of exponent e and 4 of mantissa m, bits of a float16,
+            (1 + m/16) 2^(e - 15), or m/16 2^-14 where e is 0
     zero  = a byte / 2^(8 - bits)
 """
 
@@ -47,7 +48,6 @@ from mistral_kernels.tile import PLACE, ROWS, VECTORS, WIDTH, add_to_rows, store
 
 ACTIVATIONS = {"int16": 2, "int8": 1}  # what inputs are rounded to, and the bytes of one
 LARGEST = {"int16": 32767.0, "int8": 127.0}
-SCALE_UNIT = 2.0**-12
 EIGHT = FloatVectorType(8)
 
 # As many rows of a tile as leave room for an integer and a float for each lane.
@@ -80,7 +80,7 @@ def products(builder: Any, sums: Any, codes: Any, x: list[Any], bits: int) -> An
 def scales_of(builder: Any, address: Any, bits: int) -> tuple[Any, Any]:
     """Return the scales, without their unit, and the zeros of the 8 rows of a tile's group."""
     codes = load_vector(builder, address, I8, 8)
-    half = builder.shl(builder.zext(codes, ir.VectorType(I16, 8)), constant(ir.VectorType(I16, 8), 7))
+    half = builder.shl(builder.zext(codes, ir.VectorType(I16, 8)), constant(ir.VectorType(I16, 8), 6))
     zeros = load_vector(builder, builder.gep(address, [_whole(8)]), I8, 8)
     zeros = builder.uitofp(builder.zext(zeros, ir.VectorType(I32, 8)), _EIGHT_FLOATS)
     return widened(builder, half, "f16"), builder.fmul(zeros, constant(_EIGHT_FLOATS, 2.0 ** (bits - 8)))

@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from mistral_kernels.compiling import kernel, made_once, part
-from mistral_kernels.dots import GROUP_ROWS, SCALE_UNIT, group_tile, rounding, tile_groups, unpack
+from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
 from mistral_kernels.layout import TILE
 from mistral_kernels.matmul import DEPTH, MATRIX_IN, MATRIX_OUT, over_blocks
 from mistral_kernels.matvec import BYTES, TILES, VECTOR_IN, VECTOR_OUT
@@ -28,14 +28,14 @@ def _rounded(activations: str, group: int) -> Any:
     round_group = rounding(activations, group)
 
     @part(activations, group)
-    def rounded(x: Any, start: int, stop: int, kept: Any, q: Any, at: int, scales_x: Any, n: int) -> None:
-        """q[at + i] = x[start + i] / scale, and for each group its scale and its sum into scales_x from n on."""
+    def rounded(x: Any, start: int, stop: int, kept: Any, unit: float, q: Any, at: int, scales_x: Any, n: int) -> None:
+        """q[at + i] = x[start + i] / scale; for each group scale * unit and the sum of q into scales_x from n on."""
         n_in = stop - start
         kept[:n_in] = x[start:stop]
         kept[n_in:] = 0
         for first in range(0, n_in, group):
             scale, total = round_group(kept, first, q, at + first)
-            scales_x[n + first // group * 2] = scale * numba.float32(SCALE_UNIT)
+            scales_x[n + first // group * 2] = scale * unit
             scales_x[n + first // group * 2 + 1] = total
 
     return rounded
@@ -43,10 +43,10 @@ def _rounded(activations: str, group: int) -> Any:
 
 @made_once
 def matvec_quantized(bits: int, activations: str, group: int) -> Any:
-    """Return a kernel: matvec_quantized(W, S, x, y, n_threads), for codes of 8 or 4 bits.
+    """Return a kernel: matvec_quantized(W, S, unit, x, y, n_threads), for codes of 8 or 4 bits.
 
     W       codes as layout.code_tiles has them, of whole groups of inputs, as bytes
-    S       (ceil(O/8), groups, 2, 8) scales and zeros, as bytes; see dots.py
+    S, unit (ceil(O/8), groups, 2, 8) scales and zeros, as bytes, and what scales are multiplied by; see dots.py
     x, y    (I,) and (O,) float32
     """
     no_group_sums, add_group, store_group_sums = tile_groups(bits, activations, group, TILES)
@@ -73,11 +73,11 @@ def matvec_quantized(bits: int, activations: str, group: int) -> Any:
                     n = min(TILE, len(y) - o)
                     y[o : o + n] = sums_of_tiles[number * TILE : number * TILE + n]
 
-    @kernel(types.void(BYTES, BYTES, VECTOR_IN, VECTOR_OUT, types.intp), bits, activations, group)
-    def matvec_quantized(W: Any, S: Any, x: Any, y: Any, n_threads: int) -> None:
+    @kernel(types.void(BYTES, BYTES, types.float32, VECTOR_IN, VECTOR_OUT, types.intp), bits, activations, group)
+    def matvec_quantized(W: Any, S: Any, unit: float, x: Any, y: Any, n_threads: int) -> None:
         n_groups, n_tiles = (len(x) + group - 1) // group, (len(y) + TILE - 1) // TILE
         q, scales_x = np.empty(n_groups * group, integer), np.empty(n_groups * 2, np.float32)
-        rounded(x, 0, len(x), np.empty(n_groups * group, np.float32), q, 0, scales_x, 0)
+        rounded(x, 0, len(x), np.empty(n_groups * group, np.float32), unit, q, 0, scales_x, 0)
         if n_threads == 1:
             multiply_tiles(W, S, q, scales_x, y, 0, n_tiles)
         else:
@@ -89,10 +89,10 @@ def matvec_quantized(bits: int, activations: str, group: int) -> Any:
 
 @made_once
 def matmul_quantized(bits: int, activations: str, group: int) -> Any:
-    """Return a kernel: matmul_quantized(W, S, x, y, n_threads), for codes of 8 or 4 bits.
+    """Return a kernel: matmul_quantized(W, S, unit, x, y, n_threads), for codes of 8 or 4 bits.
 
-    W, S    as in matvec_quantized
-    x, y    (T, I) and (T, O) float32, T at least 1
+    W, S, unit  as in matvec_quantized
+    x, y        (T, I) and (T, O) float32, T at least 1
     """
     multiply_groups = group_tile(bits, activations, group)
     unpack_codes, unpack_scales = unpack(bits)
@@ -140,27 +140,27 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
     multiply_blocks = over_blocks(multiply_block, new_panel, bits, activations, group)
 
     @part(bits, activations, group)
-    def cut(x: Any, q: Any, scales_x: Any, slab: int) -> None:
+    def cut(x: Any, unit: float, q: Any, scales_x: Any, slab: int) -> None:
         """Round the inputs of a slab of all tokens."""
         start, stop = slab * DEPTH, min((slab + 1) * DEPTH, x.shape[1])
         kept = np.empty((stop - start + group - 1) // group * group, np.float32)
         for t in range(len(x)):
             row = slab * len(x) + t
-            rounded(x[t], start, stop, kept, q, row * DEPTH, scales_x, row * n_kept)
+            rounded(x[t], start, stop, kept, unit, q, row * DEPTH, scales_x, row * n_kept)
 
-    @kernel(types.void(BYTES, BYTES, MATRIX_IN, MATRIX_OUT, types.intp), bits, activations, group)
-    def matmul_quantized(W: Any, S: Any, x: Any, y: Any, n_threads: int) -> None:
+    @kernel(types.void(BYTES, BYTES, types.float32, MATRIX_IN, MATRIX_OUT, types.intp), bits, activations, group)
+    def matmul_quantized(W: Any, S: Any, unit: float, x: Any, y: Any, n_threads: int) -> None:
         n_tokens, n_in = len(x), (x.shape[1] + group - 1) // group * group
         n_slabs, n_blocks = (n_in + DEPTH - 1) // DEPTH, (y.shape[1] + WIDTH - 1) // WIDTH
         q = np.empty(n_slabs * n_tokens * DEPTH, integer)
         scales_x = np.empty(n_slabs * n_tokens * n_kept, np.float32)
         if n_threads == 1:
             for slab in range(n_slabs):
-                cut(x, q, scales_x, slab)
+                cut(x, unit, q, scales_x, slab)
             multiply_blocks((W, S), (q, scales_x), n_in, y, 0, n_blocks)
         else:
             for index in numba.prange(n_slabs):
-                cut(x, q, scales_x, numba.intp(index))
+                cut(x, unit, q, scales_x, numba.intp(index))
             for thread in numba.prange(n_threads):
                 first, last = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
                 multiply_blocks((W, S), (q, scales_x), n_in, y, first, last)
