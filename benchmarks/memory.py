@@ -1,6 +1,6 @@
 """What memory a model takes: fresh processes that load it, and go on to a token, a prompt and a full cache.
 
-A process each for keys and values in float32 and float16, for weights as they lie in the file and for repacked ones.
+A process each for keys and values in float32, float16 and int8, for weights as they lie in the file and repacked ones.
 After each stage it looks at what the system says of it:
 
   resident at most    most memory that was ever its own or of a file that it had mapped, up to here
@@ -129,7 +129,9 @@ def measure(arguments: argparse.Namespace) -> None:
     description = machine(n_threads) | about
     print("\n".join(machine_lines(description)))
     processes = []
-    for weights, dtype in product(["mapped"] if arguments.quick else ["mapped", "repacked"], ["float32", "float16"]):
+    for weights, dtype in product(
+        ["mapped"] if arguments.quick else ["mapped", "repacked"], ["float32", "float16", "int8"]
+    ):
         notice(f"a process with {weights} weights, {dtype} in the cache")
         observed = in_fresh_process(arguments, weights, dtype)
         processes.append({"weights": weights, "cache": dtype, "stages": observed})

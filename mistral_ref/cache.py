@@ -31,6 +31,7 @@ from mistral_ref.ops import KeyView, Ops
 from mistral_ref.tensor_file import write_tensor_file
 
 DEFAULT_CHUNK = 512
+STEP_BYTES = 4  # for each head's key and value of int8, what its steps are
 _FIRST_CAPACITY = 64
 _FORMAT = "mistral_ref.cache.v1"
 _MAX_LENGTH = 2**40  # positions stay exact in float64 angles and far from overflow
@@ -99,7 +100,7 @@ class KVCache:
     length      number of tokens that have gone through a complete pass
     chunk       the longest single pass; `model.forward` splits longer input
     max_tokens  bound on length, or None
-    dtype       what keys and values are stored as
+    dtype       what keys and values are stored as; "int8": in 127 steps either way, of a size for each key and value
 
     A pass that does not end (an exception, an abandoned walk) leaves `length` and all that later queries see as it was.
     Where a dtype of 16 bits is asked for, larger numbers than it holds (65504) become infinite.
@@ -117,6 +118,8 @@ class KVCache:
         self.chunk = checked_whole("chunk", chunk, least=1)
         self.max_tokens = None if max_tokens is None else checked_whole("max_tokens", max_tokens, least=1)
         self.dtype = ops.dtype.name if dtype is None else dtype
+        if self.dtype == "int4":
+            raise InputError("dtype is 'int4'; expected more: 15 steps for a key change what a model says")
         if self.dtype not in ops.cache_dtypes:
             raise InputError(f"dtype is {shown(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
         self.config, self.ops = config, ops
@@ -139,7 +142,10 @@ class KVCache:
     def bytes_for(self, length: int) -> int:
         """Return the memory that keys and values take once the cache holds `length` tokens."""
         kv_width = self.config.n_kv_heads * self.config.head_dim
-        return sum(2 * ring.capacity_for(length) * kv_width for ring in self.rings) * np.dtype(self.dtype).itemsize
+        steps = self.config.n_kv_heads * STEP_BYTES if self.dtype == "int8" else 0
+        return sum(2 * ring.capacity_for(length) for ring in self.rings) * (
+            kv_width * np.dtype(self.dtype).itemsize + steps
+        )
 
     def begin(self, n_tokens: int) -> Pass:
         """Start a pass of n tokens: make room, and return what the forward pass writes and reads through.

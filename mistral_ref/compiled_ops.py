@@ -144,6 +144,9 @@ class CompiledOps(ReferenceOps):
 
     def write(self, store: attention.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
         slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else np.ascontiguousarray(slots)
+        if store.k.dtype == np.int8:
+            attention.write_steps()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
+            return
         raw = "float32" if store.k.dtype == np.float32 else "uint16"
         k_TGK, v_TGK = (np.ascontiguousarray(part, store.k.dtype).view(raw) for part in (k_TGK, v_TGK))
         attention.write(raw)(store.k.view(raw), store.v.view(raw), slots_T, k_TGK, v_TGK)
@@ -164,17 +167,18 @@ class CompiledOps(ReferenceOps):
 
     def _heads(self, q_THK: np.ndarray, view: KeyView) -> np.ndarray:
         q_THK = _floats(q_THK)
-        (k, v), heads_THK = view.store, np.empty_like(q_THK)
+        (k, v, k_steps, v_steps), heads_THK = view.store, np.empty_like(q_THK)
         n_tokens, n_heads, _ = q_THK.shape
         n_kv_heads, n_blocks = v.shape[:2]
         is_few = n_tokens * n_heads <= n_kv_heads * attention.FEW_ROWS
-        kernel = attention.attention(
-            "f32" if k.itemsize == 4 else "f16", attention.FEW_ROWS if is_few else attention.MANY_ROWS
-        )
+        kind = {4: "f32", 2: "f16", 1: "int8"}[k.itemsize]
+        kernel = attention.attention(kind, attention.FEW_ROWS if is_few else attention.MANY_ROWS)
         kernel(
             q_THK,
             k.view(np.uint8).reshape(-1),
             v.view(np.uint8).reshape(-1),
+            k_steps,
+            v_steps,
             n_kv_heads,
             n_blocks,
             _segments(view),

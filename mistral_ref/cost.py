@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mistral_ref.cache import Ring
+from mistral_ref.cache import STEP_BYTES, Ring
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Layer, Matrix, Weights
 
-_CACHE_DTYPES = ("float32", "float16", "float64")
+_CACHE_DTYPES = ("float32", "float16", "float64", "int8")
 
 
 class Limits(NamedTuple):
@@ -115,7 +115,7 @@ def step_costs(
         config,
         checked_whole("n_tokens", n_tokens, least=1),
         checked_whole("start", start, least=0),
-        cached_bytes=np.dtype(cache_dtype).itemsize,
+        head_bytes=config.head_dim * np.dtype(cache_dtype).itemsize + (STEP_BYTES if cache_dtype == "int8" else 0),
         activation_bytes=checked_whole("activation_bytes", activation_bytes, least=1),
     )
     rows_read = min(this_pass.n_tokens, config.vocab_size)
@@ -133,7 +133,7 @@ class _Pass:
     config: ModelConfig
     n_tokens: int
     start: int
-    cached_bytes: int  # of a number in the cache
+    head_bytes: int  # of a head's key in the cache, or its value
     activation_bytes: int  # of any other
 
     def elementwise(self, name: str, width: int, flops: int, arrays: int, weight_bytes: int = 0) -> StepCost:
@@ -173,8 +173,8 @@ class _Pass:
     def heads(self, window: int | None) -> StepCost:
         q_width, kv_width = (n * self.config.head_dim for n in (self.config.n_heads, self.config.n_kv_heads))
         n_keys = self.start + self.n_tokens - Ring(window, None, 1).first_visible(self.start)
-        activations, cached = 2 * self.n_tokens * (q_width + kv_width), 2 * (n_keys + self.n_tokens) * kv_width
-        other_bytes = activations * self.activation_bytes + cached * self.cached_bytes
+        activations, cached = 2 * self.n_tokens * (q_width + kv_width), 2 * (n_keys + self.n_tokens)
+        other_bytes = activations * self.activation_bytes + cached * self.config.n_kv_heads * self.head_bytes
         return StepCost("heads", 4 * visible_pairs(self.n_tokens, self.start, window) * q_width, 0, other_bytes)
 
     def experts(self, weights: ExpertFeedForward) -> Iterator[StepCost]:

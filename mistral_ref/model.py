@@ -62,7 +62,8 @@ class Model:
 
         max_tokens  bound on its length; without it the cache grows as needed
         chunk       the longest single pass, and how many tokens can be taken back; a ring has W + chunk - 1 slots
-        dtype       what keys and values are stored as: the operations' own, or "float16" in half the memory
+        dtype       what keys and values are stored as: the operations' own, "float16" in half the memory, or "int8" in
+                    a quarter of it
         """
         return KVCache(self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype)
 

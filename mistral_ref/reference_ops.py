@@ -33,10 +33,30 @@ _BLAS_TURN = threading.RLock()
 
 
 class Store(NamedTuple):
-    """Keys and values of one layer, (capacity, G, K) each."""
+    """Keys and values of one layer, (capacity, G, K) each; of int8 also what they are multiplied by, (capacity, G)."""
 
     k: np.ndarray
     v: np.ndarray
+    k_steps: np.ndarray
+    v_steps: np.ndarray
+
+
+def in_steps(x_TGK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return keys or values rounded to int8, and their steps (T, G): max |x| / 127 of each.
+
+    The last 8 bits of a step's mantissa are rounded up, so that what has been rounded is not changed by being rounded
+    again.
+
+    >>> q, steps = in_steps(np.float32([[[127.0, -1.4, 0.0]]]))
+    >>> q.tolist(), steps.tolist()
+    ([[[127, -1, 0]]], [[1.0]])
+    """
+    x_TGK = x_TGK.astype(np.float32, copy=False)
+    steps_TG = np.abs(x_TGK).max(axis=-1) / np.float32(127)
+    steps_TG = ((steps_TG.view(np.uint32) + np.uint32(0xFF)) & np.uint32(0xFFFFFF00)).view(np.float32)
+    with np.errstate(all="ignore"):
+        q_TGK = np.nan_to_num(np.rint(x_TGK / steps_TG[..., np.newaxis]), posinf=0, neginf=0)
+    return np.where(np.abs(q_TGK) <= 127, q_TGK, 0).astype(np.int8), steps_TG
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -79,7 +99,7 @@ class ReferenceOps:
         if angles not in ("float32", "float64"):
             raise InputError(f"rope_angles is {shown(angles)}; expected 'float64' or 'float32'")
         self.dtype = np.dtype(dtype)
-        self.cache_dtypes: tuple[str, ...] = (dtype, "float16")
+        self.cache_dtypes: tuple[str, ...] = (dtype, "float16", "int8")
         self.angles: AnglePrecision = angles
         self.activations = checked_activations(activations or ("int16" if dtype == "float32" else "float"))
         self._threads = None if threads is None else checked_whole("threads", threads, least=1)
@@ -129,15 +149,23 @@ class ReferenceOps:
         return turned
 
     def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> Any:
-        shape = (capacity, n_kv_heads, head_dim)
-        return Store(np.zeros(shape, dtype), np.zeros(shape, dtype))
+        shape, n_steps = (capacity, n_kv_heads, head_dim), capacity if dtype == "int8" else 0
+        steps = (np.zeros((n_steps, n_kv_heads), np.float32) for _ in range(2))
+        return Store(np.zeros(shape, dtype), np.zeros(shape, dtype), *steps)
 
     def write(self, store: Any, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
-        store.k[slots] = k_TGK
-        store.v[slots] = v_TGK
+        if store.k.dtype == np.int8:
+            store.k[slots], store.k_steps[slots] = in_steps(k_TGK)
+            store.v[slots], store.v_steps[slots] = in_steps(v_TGK)
+        else:
+            store.k[slots] = k_TGK
+            store.v[slots] = v_TGK
 
     def read(self, store: Any, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
-        return store.k[slots], store.v[slots]
+        if store.k.dtype != np.int8:
+            return store.k[slots], store.v[slots]
+        k_SGK = store.k[slots] * store.k_steps[slots][..., np.newaxis]
+        return k_SGK, store.v[slots] * store.v_steps[slots][..., np.newaxis]
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))

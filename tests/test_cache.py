@@ -15,10 +15,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import chunkings, configs, model_of, tokens_for
 
+import mistral_ref
 from mistral_ref import CacheError, InputError
 from mistral_ref.cache import KVCache, attends
 from mistral_ref.config import ModelConfig
 from mistral_ref.model import Model
+from mistral_ref.reference_ops import in_steps
 
 # Float64 rounding through three layers of peaked attention. A window that is off by one changes logits by about 1.
 CLOSE = {"rtol": 0, "atol": 1e-9}
@@ -191,6 +193,40 @@ def test_memory_stays_at_window_plus_chunk_minus_one() -> None:
     assert {ring.capacity for ring in cache.rings} == {99}
 
 
+def test_a_cache_of_int8_is_a_quarter_of_the_memory_and_close() -> None:
+    """And growing it, which reads and writes what it holds, changes nothing."""
+    model = model_of(config_with(window=100))
+    tokens = tokens_for(model.config, 150)
+    small, full = model.new_cache(dtype="int8", chunk=5), model.new_cache(chunk=5)
+    assert small.bytes_for(150) * 4 * 6 == full.bytes_for(150) * (6 + 4)  # float32, heads of 6, and a step for each
+    logits, rounded = model.forward(tokens, full), model.forward(tokens, small)
+    # Half a step in 127 is as much as 2^-8, eight times what float16 rounds off above.
+    assert 0 < np.abs(rounded - logits).max() < 0.8
+    large = model.new_cache(dtype="int8", chunk=5)
+    for ring in large.rings:
+        large._grow(ring, ring.capacity_for(150))
+    assert np.array_equal(model.forward(tokens, large), rounded)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_a_cache_of_int4_is_refused_with_the_reason(backend: str) -> None:
+    with pytest.raises(InputError, match=r"dtype is 'int4'; expected more: 15 steps"):
+        mistral_ref.load(backend=backend).new_cache(dtype="int4")
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]))
+def test_keys_of_int8_are_off_by_half_a_step_and_stay_when_rounded_again(seed: int, size: float) -> None:
+    x_TGK = (np.random.default_rng(seed).standard_normal((3, 2, 5)) * size).astype(np.float32)
+    x_TGK[0, 0] = 0
+    q, steps = in_steps(x_TGK)
+    assert steps[0, 0] == 0
+    assert np.all(np.abs(x_TGK).max(axis=-1) <= 127 * steps.astype(np.float64))
+    values = q * steps[..., np.newaxis]
+    assert np.all(np.abs(values - x_TGK) <= 0.5000001 * steps[..., np.newaxis])
+    again, same = in_steps(values)
+    assert np.array_equal(again * same[..., np.newaxis], values)
+
+
 def test_float16_cache_is_half_the_memory_and_close() -> None:
     model = model_of(config_with(window=5))
     tokens = tokens_for(model.config, 30)
@@ -241,7 +277,7 @@ def test_limits_are_errors() -> None:
         model.forward([1], other.new_cache())
     with pytest.raises(InputError, match="cache is 'x'"):
         model.forward([1], "x")
-    for bad in ({"chunk": 0}, {"chunk": True}, {"max_tokens": -1}, {"max_tokens": 2.0}, {"dtype": "int8"}):
+    for bad in ({"chunk": 0}, {"chunk": True}, {"max_tokens": -1}, {"max_tokens": 2.0}, {"dtype": "int4"}):
         with pytest.raises(InputError, match=next(iter(bad))):
             model.new_cache(**bad)
     for length in (-1, 1, True, 0.0):

@@ -166,7 +166,13 @@ def test_heads_read_each_visible_key_once_in_the_dtype_of_the_cache(
     n_keys = attends(queries, keys, window).any(axis=0).sum()
     n_activations, n_cached = 2 * n_tokens * (4 + 2) * 32, 2 * (n_keys + n_tokens) * 2 * 32
     weights = hollow_weights(config)
-    for dtype, cached_bytes, activation_bytes in [("float32", 4, 4), ("float16", 2, 4), ("float64", 8, 8)]:
+    cases = [
+        ("float32", 4, 4),
+        ("float16", 2, 4),
+        ("float64", 8, 8),
+        ("int8", 1 + 4 / 32, 4),
+    ]  # heads of 32, and a step
+    for dtype, cached_bytes, activation_bytes in cases:
         costs = step_costs(config, weights, n_tokens, start, cache_dtype=dtype, activation_bytes=activation_bytes)
         heads = by_name(costs)["layers.0.heads"]
         assert heads.other_bytes == activation_bytes * n_activations + cached_bytes * n_cached

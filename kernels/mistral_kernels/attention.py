@@ -12,6 +12,9 @@ Keys and values lie in panels, as `tile` reads them, one key/value head after th
     k[g, slot // PANEL, i, slot % PANEL]                        i < K
     v[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL]    i < K, rounded up to whole panels
 
+Of int8 each key and each value is one number times 127 steps: a score is multiplied by the step of its key, a share by
+that of its value, before it meets the value.
+
 Work is cut by key/value head, queries and keys, never by the number of threads, so the result does not depend on it.
 """
 
@@ -54,6 +57,8 @@ HEADS_IN = types.Array(types.float32, 3, "C", readonly=True)
 HEADS_OUT = types.Array(types.float32, 3, "C")
 PANELS = types.Array(types.uint8, 1, "C")
 SEGMENTS = types.Array(types.int64, 2, "C", readonly=True)
+STEPS = types.Array(types.float32, 2, "C", readonly=True)
+STEPS_OUT = types.Array(types.float32, 2, "C")
 SLOTS = types.Array(types.int64, 1, "C", readonly=True)
 
 
@@ -62,27 +67,36 @@ class PanelStore(NamedTuple):
 
     k       (G, ceil(capacity / BLOCK) * BLOCK / PANEL, K, PANEL)
     v       (G, ceil(capacity / BLOCK), ceil(K / PANEL), BLOCK, PANEL)
+    k_steps, v_steps    what the int8 of each slot are multiplied by, float32 (G, ceil(capacity / BLOCK) * BLOCK)
     """
 
     k: np.ndarray
     v: np.ndarray
+    k_steps: np.ndarray
+    v_steps: np.ndarray
 
 
 def new_store(capacity: int, n_kv_heads: int, head_dim: int, dtype: np.dtype[Any]) -> PanelStore:
     """Return room for `capacity` slots, all zeros."""
     n_blocks, n_panels = -(-capacity // BLOCK), -(-head_dim // PANEL)
+    n_steps = n_blocks * BLOCK if dtype == np.int8 else 0
     return PanelStore(
         np.zeros((n_kv_heads, n_blocks * (BLOCK // PANEL), head_dim, PANEL), dtype),
         np.zeros((n_kv_heads, n_blocks, n_panels, BLOCK, PANEL), dtype),
+        np.zeros((n_kv_heads, n_steps), np.float32),
+        np.zeros((n_kv_heads, n_steps), np.float32),
     )
 
 
 def read(store: PanelStore, slots: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-    """Return the keys and values (S, G, K) in these slots."""
+    """Return the keys and values (S, G, K) in these slots, float32 if they are int8."""
     n_kv_heads, n_panels, head_dim, _ = store.k.shape
     slots = np.arange(n_panels * PANEL)[slots]
     v = store.v[:, slots // BLOCK, :, slots % BLOCK].reshape(len(slots), n_kv_heads, store.v.shape[2] * PANEL)
-    return store.k[:, slots // PANEL, :, slots % PANEL], v[..., :head_dim]
+    k, v = store.k[:, slots // PANEL, :, slots % PANEL], v[..., :head_dim]
+    if store.k.dtype != np.int8:
+        return k, v
+    return k * store.k_steps[:, slots].T[..., np.newaxis], v * store.v_steps[:, slots].T[..., np.newaxis]
 
 
 @made_once
@@ -109,6 +123,60 @@ def write(dtype: str) -> Any:
                     v_store[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL] = v[t, g, i]
 
     return write
+
+
+@made_once
+def write_steps() -> Any:
+    """Return a kernel: write_steps(k_store, v_store, k_steps, v_steps, slots, k, v) rounds k and v (T, G, K) to int8.
+
+    A key or value is rounded to the nearest of 127 steps either way. A step is max |x| / 127, its last 8 bits of
+    mantissa rounded up, so that what has been rounded is not changed by being rounded again.
+    """
+
+    @part()
+    def step_of(x: Any, steps: Any, bits: Any, g: int, slot: int) -> float:
+        largest = numba.float32(0)
+        for i in range(len(x)):
+            size = abs(x[i])
+            if not size <= largest:  # or NaN
+                largest = size
+        steps[g, slot] = largest / numba.float32(127)
+        bits[g, slot] = (bits[g, slot] + numba.uint32(0xFF)) & numba.uint32(0xFFFFFF00)
+        return steps[g, slot]
+
+    @part()
+    def steps_away(x: float, step: float) -> int:
+        q = np.rint(x / step)
+        return numba.int8(q) if -127 <= q <= 127 else numba.int8(0)  # 0 / 0, or what is no number
+
+    @kernel(
+        types.void(
+            types.Array(types.int8, 4, "C"), types.Array(types.int8, 5, "C"), STEPS_OUT, STEPS_OUT, SLOTS, HEADS_IN,
+            HEADS_IN,
+        ),
+        parallel=False,
+    )  # fmt: skip
+    def write_steps(k_store: Any, v_store: Any, k_steps: Any, v_steps: Any, slots: Any, k: Any, v: Any) -> None:
+        n_tokens, n_kv_heads, head_dim = k.shape
+        k_bits, v_bits = k_steps.view(np.uint32), v_steps.view(np.uint32)
+        for t in range(n_tokens):
+            slot = slots[t]
+            for g in range(n_kv_heads):
+                k_step = step_of(k[t, g], k_steps, k_bits, g, slot)
+                v_step = step_of(v[t, g], v_steps, v_bits, g, slot)
+                for i in range(head_dim):
+                    k_store[g, slot // PANEL, i, slot % PANEL] = steps_away(k[t, g, i], k_step)
+                    v_store[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL] = steps_away(v[t, g, i], v_step)
+
+    return write_steps
+
+
+@part()
+def _scale(S: Any, row: int, low: int, high: int, steps: Any, g: int, slot: int) -> None:
+    """Multiply what a row of S holds for the keys low, ..., high - 1 of the block at a slot by their steps."""
+    scores = S[row * BLOCK : (row + 1) * BLOCK]
+    for j in range(low // LANES * LANES, high, LANES):
+        store(scores, j, multiply(load(scores, j), load(steps, g * steps.shape[1] + slot + j)))
 
 
 @part()
@@ -175,10 +243,11 @@ def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, head
 def _attend(kind: str, n_rows: int) -> Any:
     """Return the part of a kernel that takes some queries through some keys of one key/value head."""
     multiply_tile = tile(n_rows, 2, kind)
+    has_steps = kind == "int8"
 
     @part(kind, n_rows)
     def attend(
-        q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
+        q: Any, panels: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         g: int, first: int, last: int, oldest: int, newest: int, m: Any, total: Any, acc: Any,
     ) -> None:  # fmt: skip
         """Take the queries first, ..., last - 1 through the keys at positions oldest, ..., newest - 1.
@@ -186,6 +255,7 @@ def _attend(kind: str, n_rows: int) -> Any:
         For row (t - first) * H/G + r: m is the largest score, total the sum of exp(score - m), acc that of
         exp(score - m) v.
         """
+        k, v, k_steps, v_steps = panels
         n_heads, head_dim = q.shape[1:]
         group, n_panels = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL
         width, rows = n_panels * PANEL, (last - first) * group
@@ -212,7 +282,11 @@ def _attend(kind: str, n_rows: int) -> Any:
                     query = first_query + first + row // group - base
                     row_low, row_high = max(low, query - window + 1), min(high, query + 1)
                     if row_low < row_high:
+                        if has_steps:
+                            _scale(S, row, row_low, row_high, k_steps, g, block * BLOCK)
                         _softmax(S, row, row_low, row_high, m, total, acc, width)
+                        if has_steps:
+                            _scale(S, row, row_low, row_high, v_steps, g, block * BLOCK)
                     else:
                         S[row * BLOCK : (row + 1) * BLOCK] = 0
                 for panel in range(n_panels):
@@ -226,13 +300,15 @@ def _attend(kind: str, n_rows: int) -> Any:
 
 @made_once
 def attention(kind: str, n_rows: int) -> Any:
-    """Return a kernel: attention(q, k, v, n_kv_heads, n_blocks, segments, first_query, window, heads, n_threads).
+    """Return a kernel: attention(q, k, v, k_steps, v_steps, n_kv_heads, n_blocks, segments, first_query, window, heads,
+    n_threads).
 
-    kind            of the numbers in the store: "f32", "f16", "bf16"
+    kind            of the numbers in the store: "f32", "f16", "bf16", "int8"
     n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
 
     q, heads        (T, H, K) float32
     k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
+    k_steps, v_steps    a PanelStore's, not read unless kind is "int8"
     segments        (n, 3): first slot, slot past the last one, and position of the key in the first, oldest key first
     first_query     position of q[0]
     window          how many keys a query sees, itself included
@@ -241,7 +317,7 @@ def attention(kind: str, n_rows: int) -> Any:
 
     @part(kind, n_rows)
     def take_turns(
-        q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
+        q: Any, panels: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         heads: Any, n_splits: int, split: int, m: Any, total: Any, acc: Any, thread: int, n_threads: int,
     ) -> None:  # fmt: skip
         """Do every n_threads-th piece of the work."""
@@ -254,7 +330,7 @@ def attention(kind: str, n_rows: int) -> Any:
             first = (n_tiles - 1 - piece // n_splits // n_kv_heads) * QUERIES  # those with most keys come first
             last = min(first + QUERIES, n_tokens)
             attend(
-                q, k, v, n_kv_heads, n_blocks, segments, first_query, window, g, first, last,
+                q, panels, n_kv_heads, n_blocks, segments, first_query, window, g, first, last,
                 start, min(start + split, first_query + n_tokens), m[kept], total[kept], acc[kept],
             )  # fmt: skip
             if n_splits == 1:
@@ -265,14 +341,25 @@ def attention(kind: str, n_rows: int) -> Any:
 
     @kernel(
         types.void(
-            HEADS_IN, PANELS, PANELS, types.intp, types.intp, SEGMENTS, types.intp, types.intp, HEADS_OUT, types.intp
+            HEADS_IN,
+            PANELS,
+            PANELS,
+            STEPS,
+            STEPS,
+            types.intp,
+            types.intp,
+            SEGMENTS,
+            types.intp,
+            types.intp,
+            HEADS_OUT,
+            types.intp,
         ),
         kind,
         n_rows,
     )
     def attention(
-        q: Any, k: Any, v: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
-        heads: Any, n_threads: int,
+        q: Any, k: Any, v: Any, k_steps: Any, v_steps: Any, n_kv_heads: int, n_blocks: int, segments: Any,
+        first_query: int, window: int, heads: Any, n_threads: int,
     ) -> None:  # fmt: skip
         n_tokens, n_heads, head_dim = q.shape
         group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
@@ -281,33 +368,20 @@ def attention(kind: str, n_rows: int) -> Any:
         # Few queries: their keys are split, and each piece keeps what it found. Many: all keys are one piece.
         n_splits = (newest - oldest + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
         split = SPLIT if n_splits > 1 else newest - oldest
+        panels = k, v, k_steps, v_steps
         n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, QUERIES) * group
         m, total = np.empty((n_kept, most_rows), np.float32), np.empty((n_kept, most_rows), np.float32)
         acc = np.empty((n_kept, most_rows * width), np.float32)
         if n_threads == 1:
             take_turns(
-                q,
-                k,
-                v,
-                n_kv_heads,
-                n_blocks,
-                segments,
-                first_query,
-                window,
-                heads,
-                n_splits,
-                split,
-                m,
-                total,
-                acc,
-                0,
-                1,
-            )
+                q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total, acc,
+                0, 1,
+            )  # fmt: skip
         else:
-            for index in numba.prange(n_threads):
+            for index in numba.prange(n_threads):  # unsigned numbers, which become floats beside signed ones
                 take_turns(
-                    q, k, v, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total, acc,
-                    numba.intp(index), n_threads,  # prange's numbers are unsigned, and become floats beside signed ones
+                    q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total,
+                    acc, numba.intp(index), n_threads,
                 )  # fmt: skip
         if n_splits > 1:
             for g in range(n_kv_heads):

@@ -4,7 +4,8 @@ Each function writes a few instructions and returns their value. They are generi
 machine has. Nothing else in this package depends on the processor than LANES and the two questions asked here.
 
     LANES       floats of a vector: 16 with AVX-512, 8 with AVX2, else 4; MISTRAL_KERNELS_LANES=4, 8 or 16 overrides
-    KINDS       how numbers may be stored, and their bytes: f32, f16, bf16 (the upper half of a float32), fp8 (e4m3)
+    KINDS       how numbers may be stored, and their bytes: f32, f16, bf16 (the upper half of a float32), fp8 (e4m3),
+                int8 (for whoever knows what to multiply it by)
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, config
 
-KINDS = {"f32": 4, "f16": 2, "bf16": 2, "fp8": 1}
+KINDS = {"f32": 4, "f16": 2, "bf16": 2, "fp8": 1, "int8": 1}
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-STORED = {"f32": F32, "f16": I16, "bf16": I16, "fp8": I8}
+STORED = {"f32": F32, "f16": I16, "bf16": I16, "fp8": I8, "int8": I8}
 
 
 def target_features() -> frozenset[str]:
@@ -137,6 +138,8 @@ def widened(builder: Any, stored: Any, kind: str) -> Any:
         return stored
     n = stored.type.count
     wide, floats = ir.VectorType(I32, n), ir.VectorType(F32, n)
+    if kind == "int8":
+        return builder.sitofp(builder.sext(stored, wide), floats)
     if kind == "f16" and _HAS_F16:
         return builder.fpext(builder.bitcast(stored, ir.VectorType(F16, n)), floats)
     if kind == "fp8" and _HAS_F16:

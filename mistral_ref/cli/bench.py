@@ -66,7 +66,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     tests.add_argument("-d", "--n-depth", default="0", metavar="N", help="tokens before them (default: %(default)s)")
     tests.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="(default: %(default)s)")
     tests.add_argument("--no-warmup", action="store_true", help="without the first run, which does not count")
-    tests.add_argument("--cache-dtype", choices=["float32", "float16"], help="of keys and values (default: float32)")
+    tests.add_argument(
+        "--cache-dtype", choices=["float32", "float16", "int8"], help="of keys and values (default: float32)"
+    )
     tests.add_argument("--quick", action="store_true", help="pp64 and tg16, a few seconds each")
     parser.add_argument(
         "-o", "--output", choices=["md", "json", "csv"], default="md", help="what to print (default: %(default)s)"
@@ -247,4 +249,4 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 _HEADINGS = ["model", "size", "params", "backend", "threads", "test", "t/s", "reached", "limit"]
 _MEMORY = {"peak_resident": "resident at most", "anonymous": "of it no file's"}
-_CACHE_TYPES = {"float32": "f32", "float16": "f16", "float64": "f64"}
+_CACHE_TYPES = {"float32": "f32", "float16": "f16", "float64": "f64", "int8": "i8"}

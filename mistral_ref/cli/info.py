@@ -92,19 +92,20 @@ def windows(config: ModelConfig) -> str:
 
 def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]:
     """Return the layout, the files and what they add up to."""
+    every, names = matrices(model.weights), [path.name for path in checkpoint.files]
+    n_bits, n_weights = 8 * sum(matrix.nbytes for matrix in every), sum(matrix.size for matrix in every)
     stored = Counter[str]()
-    for matrix in matrices(model.weights):
+    for matrix in every:
         stored[DTYPES.get(matrix.kind, matrix.kind)] += matrix.size
     for tensor in checkpoint.tensors.values():
         stored[tensor.dtype] += tensor.shape[0] if len(tensor.shape) == 1 and "norm." in tensor.name else 0
-    n_bytes, names = sum(path.stat().st_size for path in checkpoint.files), [path.name for path in checkpoint.files]
     return {
         "layout": checkpoint.layout,
         "files": names[0] if len(names) == 1 else f"{len(names)}, {names[0]} to {names[-1]}",
-        "size on disk": size(n_bytes),
+        "size on disk": size(sum(path.stat().st_size for path in checkpoint.files)),
         "parameters": f"{sum(stored.values()):,}",
         "stored as": ", ".join(f"{dtype} ({n:,})" for dtype, n in stored.most_common() if n),
-        "bits a weight": f"{8 * n_bytes / sum(stored.values()):.2f}",
+        "bits a weight": f"{n_bits / n_weights:.2f}",
         "tied embeddings": "no" if "output.weight" in checkpoint.tensors else "yes",
         "left aside": f"{len(checkpoint.skipped)} tensors",
     }

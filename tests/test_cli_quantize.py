@@ -1,0 +1,123 @@
+"""mistral-ref quantize, and the options of other commands that quantized weights brought, as a user meets them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mistral_ref
+from mistral_ref.loading import DEMO_MODEL
+
+COMMAND = [sys.executable, "-m", "mistral_ref"]
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the demonstration model in 4 bits, made by the command."""
+    target = tmp_path_factory.mktemp("models") / "small"
+    done = run("quantize", "demo", target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{target}: 1.77 MiB for 5.52 MiB, 5.13 bits a weight for 16.00, in ")
+    return target
+
+
+def test_the_result_loads_like_any_other(small: Path) -> None:
+    done = run("generate", "--model", small, "--temperature", 0, "--max-tokens", 12, "Once upon a time")
+    text = mistral_ref.load(quantize=4).complete("Once upon a time", max_tokens=12)
+    assert (done.returncode, done.stdout) == (0, f"Once upon a time{text}\n")
+    in_memory = run("generate", "--quantize", 4, "--temperature", 0, "--max-tokens", 12, "Once upon a time")
+    assert in_memory.stdout == done.stdout
+
+
+def test_info_says_what_is_stored_how(small: Path) -> None:
+    told = run("info", "--model", small).stdout
+    assert "parameters          2,898,336\n" in told
+    assert "int4 (2,437,120), int8 (458,752), F32 (2,464)" in told
+    assert "bits a weight       5.13\n" in told
+
+
+def test_every_option_reaches_the_library(tmp_path: Path) -> None:
+    options = ("--bits", 8, "--group-size", 64, "--embedding", "keep", "--head", "keep")
+    assert run("quantize", "demo", tmp_path / "ours", *options).returncode == 0
+    mistral_ref.quantize(DEMO_MODEL, tmp_path / "theirs", 8, group_size=64, embedding=None, head=None)
+    ours, theirs = (
+        (tmp_path / name / "consolidated.safetensors").read_bytes() for name in ("ours", "theirs")
+    )  # fmt: skip
+    assert ours == theirs
+
+
+def test_activations_are_chosen(small: Path) -> None:
+    """They change what a model says only a little, but to the last digit they do."""
+    prompt = ("--model", small, "--context", "64", "--json", "-")
+    figures = {
+        name: run("perplexity", *prompt, "--activations", name, *more, input="Once upon a time there was a cat. " * 20)
+        for name, more in {"int16": (), "int8": (), "float": ("--backend", "numpy")}.items()
+    }
+    assert {done.returncode for done in figures.values()} == {0}
+    assert len({done.stdout.split("perplexity")[1] for done in figures.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("quantize", "demo"), "required: OUT"),
+        (("quantize", "nowhere", "x"), "'nowhere': no such directory"),
+        (("quantize", "demo", "."), ".: is there already; expected the name of a new directory"),
+        (("quantize", "demo", "/nowhere/x"), "/nowhere/x: cannot be written: there is no directory /nowhere"),
+        (("quantize", "demo", "x", "--bits", 5), "invalid choice"),
+        (("quantize", "demo", "x", "--group-size", 48), "invalid choice"),
+        (
+            ("quantize", "demo", "x", "--head", 4),
+            "embedding is 8 and head is 4, but this model has one matrix for both",
+        ),
+        (("generate", "--activations", "float", "A"), "activations is 'float'; expected 'int16' or 'int8' with"),
+        (("generate", "--quantize", 3, "A"), "invalid choice"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[object, ...], said: str, tmp_path: Path) -> None:
+    done = run(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_model_is_not_quantized_again(small: Path, tmp_path: Path) -> None:
+    for arguments in (("quantize", small, tmp_path / "x"), ("generate", "--model", small, "--quantize", 8, "A")):
+        done = run(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "is quantized already; expected a model with float weights" in done.stderr
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    from mistral_ref.shapes import SHAPES  # noqa: PLC0415
+    from mistral_ref.synthetic import make_checkpoint  # noqa: PLC0415
+
+    config = SHAPES["tiny"].replace(n_layers=64, sliding_window=(None,) * 64)
+    make_checkpoint(tmp_path / "in", config)
+    process = subprocess.Popen(
+        [*COMMAND, "quantize", str(tmp_path / "in"), str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*/consolidated.safetensors.partial")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
