@@ -23,6 +23,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,16 +52,13 @@ examples:
   python benchmarks/quality.py --model DIR --ids IDS.json         token ids, for a model without a tokenizer
 """
 
-OURS: tuple[tuple[int, int, Activations], ...] = (
-    (8, 32, "int16"),
-    (8, 32, "int8"),
-    (8, 64, "int16"),
-    (4, 32, "float"),
-    (4, 32, "int16"),
-    (4, 32, "int8"),
-    (4, 64, "int16"),
-    (4, 128, "int16"),
-)
+OURS: dict[str, tuple[int, int, Activations]] = {
+    f"int{bits} g{group_size} {activations}": (bits, group_size, activations)
+    for bits, group_size, activations in (
+        (8, 32, "int16"), (8, 32, "int8"), (8, 64, "int16"),
+        (4, 32, "float"), (4, 32, "int16"), (4, 32, "int8"), (4, 64, "int16"), (4, 128, "int16"),
+    )
+}  # fmt: skip
 THEIRS = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
 AROUND = ("tok_embeddings", "output")
 QUICK_TOKENS = 2048
@@ -92,19 +90,19 @@ class Quality:
         return [name, bits, f"{self.divergences.mean():.3e}", f"{error:.0e}", f"{perplexity:.4f}", f"{same:.2f}"]
 
 
-def ours(model: Model) -> Iterator[Variant]:
-    """Yield our ways."""
-    for bits, group_size, activations in OURS:
+def ours(model: Model, names: Sequence[str]) -> Iterator[Variant]:
+    """Yield our ways of these names."""
+    for name in (name for name in names if name in OURS):
+        bits, group_size, activations = OURS[name]
         weights = quantized_weights(model.weights, Scheme(bits, group_size))
         backend = "numpy" if activations == "float" else "numba"
         ops = mistral_ref.load(backend=backend, activations=activations).ops
-        name = f"int{bits} g{group_size} {activations}"
         yield Variant(name, bits_a_weight(weights), Model(model.config, weights, ops))
 
 
-def theirs(model: Model) -> Iterator[Variant]:
-    """Yield llama.cpp's, as far as what they need is installed."""
-    for name in THEIRS:
+def theirs(model: Model, names: Sequence[str]) -> Iterator[Variant]:
+    """Yield llama.cpp's of these names, as far as what they need is installed."""
+    for name in (name for name in names if name in THEIRS):
         needs = ("gguf", "llama_cpp") if name.endswith("_K") else ("gguf",)
         missing = [module for module in needs if importlib.util.find_spec(module) is None]
         if missing:
@@ -223,7 +221,7 @@ def draw(results: Sequence[Quality]) -> Axes:
         points = [
             (result.variant.name, result.variant.bits, float(result.divergences.mean()))
             for result in results
-            if result.variant.name.startswith("int") == is_ours
+            if (result.variant.name in OURS) == is_ours
         ]
         if not points:
             continue
@@ -243,6 +241,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("file", nargs="?", metavar="FILE", help="text")
     parser.add_argument("--model", default=DEMO_MODEL, metavar="DIR", help="default: the demonstration model")
     parser.add_argument("--ids", metavar="FILE", help="a JSON list of token ids instead of a text")
+    every = [*OURS, *THEIRS]
+    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
     parser.add_argument("--context", type=int, default=256, metavar="N", help="of a window (default: %(default)s)")
     parser.add_argument("--tokens", type=int, metavar="N", help="take only the first N (default: all)")
     common.add_threads_option(parser)
@@ -259,10 +259,9 @@ def measure(arguments: argparse.Namespace) -> None:
     description = machine(model.ops.threads) | about | {"text": Path(arguments.file or arguments.ids).name}
     print("\n".join(machine_lines(description)))
     results = []
-    for make in (lambda: iter([as_it_is]), lambda: ours(model), lambda: theirs(model)):
-        for variant in make():
-            notice(f"{variant.name}, {variant.bits:.2f} bits a weight")
-            results.append(quality(variant, model, windows))
+    for variant in chain([as_it_is], ours(model, arguments.only), theirs(model, arguments.only)):
+        notice(f"{variant.name}, {variant.bits:.2f} bits a weight")
+        results.append(quality(variant, model, windows))
     headings = ["rounded to", "bits a weight", "KL", "±", "perplexity", "same %"]
     print(f"\n{markdown_table(headings, [result.cells() for result in results])}")
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -97,7 +98,7 @@ def test_speed_ups_beside_those_of_the_limits(tmp_path: Path) -> None:
 
 def test_memory_after_each_stage(tmp_path: Path) -> None:
     content = measured("memory", tmp_path)
-    assert [process["cache"] for process in content["processes"]] == ["float32", "float16"]
+    assert [process["cache"] for process in content["processes"]] == ["float32", "float16", "int8"]
     caches = []
     for process in content["processes"]:
         stages = process["stages"]
@@ -121,6 +122,38 @@ def test_steps_under_the_roof(tmp_path: Path) -> None:
         assert all(len(step["seconds"]) == 2 for step in steps)
         gate = next(step for step in steps if step["step"] == "layers.0.gate")
         assert math.isclose(gate["predicted"], max(gate["flops"] / roof["peak"], gate["bytes"] / roof["bandwidth"]))
+
+
+def test_quality_against_size(tmp_path: Path) -> None:
+    """More bits a weight, less divergence; and theirs are there as far as their packages are."""
+    (tmp_path / "text").write_text("Once upon a time there was a little cat. She had a red ball and a friend. " * 20)
+    files = ("--json", tmp_path / "out.json", "--figure", tmp_path / "out.png")
+    ways = ("int8 g32 int16", "int8 g32 int8", "int4 g32 float", "Q8_0", "Q4_0", "Q4_K")
+    done = script("quality", tmp_path / "text", "--tokens", 128, "--context", 64, "--only", *ways, *files)
+    assert done.returncode == 0, done.stderr
+    assert "| rounded to " in done.stdout
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    results = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
+    kl = {name: row["kl"] for name, row in results.items()}
+    assert kl["as it is"] == 0 < kl["int8 g32 int16"] < kl["int8 g32 int8"] < kl["int4 g32 float"]
+    assert results["int8 g32 int16"]["bits_a_weight"] == pytest.approx(8.5, abs=1e-4)
+    has_gguf, has_llama = (importlib.util.find_spec(name) is not None for name in ("gguf", "llama_cpp"))
+    assert ("Q4_0" in kl, "Q4_K" in kl) == (has_gguf, has_gguf and has_llama)
+    assert ("Q4_0 is left out" in done.stderr) == (not has_gguf)
+
+
+def test_texts_that_cannot_be_measured_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("Hi")
+    (tmp_path / "ids").write_text("[1, 2")
+    for options, said in [
+        ((), "expected a FILE with text, or --ids"),
+        ((tmp_path / "none",), "cannot be read"),
+        ((tmp_path / "short",), "expected at least 255, one window"),
+        (("--ids", tmp_path / "ids"), "expected a list of token ids"),
+    ]:
+        done = script("quality", *options)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert said in done.stderr
 
 
 @pytest.mark.parametrize(
