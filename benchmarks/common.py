@@ -151,7 +151,7 @@ def random_model(config: ModelConfig, kind: Kind, ops: CompiledOps) -> Model:
     """
     require_memory(config, kind)
     where, tensors = Path("memory"), {}
-    all_planned = list(plan(config, kind, seed=0))
+    all_planned = plan(config, kind, seed=0)
     for planned in all_planned:
         buffer = np.empty(planned.part.nbytes + 64, np.uint8)
         start = -buffer.ctypes.data % 64  # as in the file: where vectors like it

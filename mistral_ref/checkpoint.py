@@ -127,6 +127,7 @@ class _Shelf:
         self.checkpoint = checkpoint
         self.left = dict(checkpoint.tensors)
         self.bits, self.group_size = bits_of(checkpoint.metadata, checkpoint.directory)
+        self.units = self._units() if self.bits else {}
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.left.pop(name, None)
@@ -172,13 +173,20 @@ class _Shelf:
             tensor = self._take(f"{name}.{ending}", part.shape)
             if tensor.dtype != part.dtype:
                 raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected {part.dtype}")
-            found[ending] = tensor.raw.reshape(tensor.shape) if part.dtype == "U8" else tensor.mapped()[1]
-        unit = np.float32(found["unit"][0])
-        if not (np.isfinite(unit) and unit > 0 and np.frexp(unit)[0] == 0.5):
-            raise CheckpointError(f"{self.checkpoint.directory}: {name}.unit is {unit}; expected a power of two")
+            found[ending] = tensor.raw.reshape(tensor.shape)
         kind: Kind = "int8" if bits == 8 else "int4"
         codes, scales = found["weight"], found["scales"]
-        return QuantizedMatrix(name, kind, codes, scales=scales, unit=unit, n_out=n_out, n_in=n_in)
+        return QuantizedMatrix(name, kind, codes, scales=scales, unit=self.units[name], n_out=n_out, n_in=n_in)
+
+    def _units(self) -> dict[str, np.float32]:
+        """Take the units of all matrices that `quantize` wrote."""
+        tensor = self._take("units", (len(self.bits),))
+        if tensor.dtype != "F32":
+            raise CheckpointError(f"{tensor.path}: units is {tensor.dtype}; expected F32")
+        units = tensor.mapped()[1]
+        if not (np.isfinite(units) & (units > 0) & (np.frexp(units)[0] == 0.5)).all():
+            raise CheckpointError(f"{tensor.path}: units are {shown(units.tolist())}; expected powers of two")
+        return dict(zip(self.bits, map(np.float32, units), strict=True))
 
     def experts(self, layer: str, config: ModelConfig) -> ExpertFeedForward:
         """Take a layer's router, and its experts' networks, stored one by one or all in two tensors."""

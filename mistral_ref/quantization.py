@@ -7,7 +7,7 @@ The directory that comes out holds one file under Mistral's own names, rows of w
 
     NAME.weight     the codes in tile order, uint8; or, of what is not rounded, the weights as they were
     NAME.scales     scales and zeros, uint8
-    NAME.unit       what scales are multiplied by, float32
+    units           what the scales of each matrix are multiplied by, float32, in the order of the metadata
 
 a copy of every small file that lay beside the weights (configuration, tokenizer, licence), and in the file's metadata
 the version of this format, the bits of each matrix, and the size of groups.
@@ -145,7 +145,7 @@ def _new_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(directory, ignore_errors=True)
             raise
     except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
 def _copy_small_files(source: Path, directory: Path) -> None:
@@ -190,6 +190,7 @@ def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, pr
         if matrix.name in bits:
             rounded = quantized_parts(*matrix.shape, bits[matrix.name], scheme.group_size)
             parts |= {f"{matrix.name}.{ending}": part for ending, part in rounded.items()}
+    parts["units"] = Part("F32", (len(bits),))
     done, total = 0, sum(matrix.size for matrix in all_matrices)
     with pieces_of_tensor_file(path, parts, quantized_metadata(bits, scheme.group_size)) as write:
         for name, _, array in kept:
@@ -199,7 +200,7 @@ def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, pr
                 small = quantized(matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
                 write(f"{matrix.name}.weight", small.data)
                 write(f"{matrix.name}.scales", small.scales)
-                write(f"{matrix.name}.unit", small.unit.reshape(1))
+                write("units", small.unit.reshape(1))
             done += matrix.size
             if progress is not None:
                 progress(done, total)

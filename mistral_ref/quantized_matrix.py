@@ -13,8 +13,8 @@ so groups of 32 cost half a bit a weight, as in llama.cpp's Q8_0 and Q4_0, which
 Products round their inputs too, with a scale of their own for each group, so that what is summed up are integers
 (mistral_kernels.dots). That is what `rounded` does, for the NumPy backend to compute what the kernels do.
 
-Rows beyond O and inputs beyond I, which make whole tiles and groups, have codes of any value: such rows are not read,
-and such inputs are 0. In files they are what the last input of the row repeated gives, and scales of 0.
+Rows beyond O, which make whole tiles, have scales of 0, and nothing is kept of what they give. Inputs beyond I, which
+make whole groups, have the codes that the row's last weight repeated gets, and meet inputs of 0.
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ class QuantizedMatrix(Matrix):
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
         """Return the rows at `index` as floats (R, I): exact, also in float32."""
         rows = np.arange(self.n_out)[index]
-        codes = codes_of_tiles(self.data, rows, self.bits).reshape(len(rows), -1, self.group_size)
+        codes = codes_of_tiles(self.data, rows, self.bits).reshape(len(rows), self.scales.shape[1], self.group_size)
         scales = self.scales[rows // TILE, :, :, rows % TILE]
         scale, zero = scale_values()[scales[..., 0]] * self.unit, scales[..., 1] * np.float32(2.0 ** (self.bits - 8))
         values = (codes.astype(dtype) - zero[..., np.newaxis].astype(dtype)) * scale[..., np.newaxis].astype(dtype)
-        return values.reshape(len(rows), -1)[:, : self.n_in]
+        return values.reshape(len(rows), self.scales.shape[1] * self.group_size)[:, : self.n_in]
 
 
 def checked_bits(name: str, bits: int) -> int:
@@ -151,22 +151,22 @@ def rounded(x_TI: np.ndarray, activations: Activations, group_size: int) -> np.n
     n_tokens, n_in = x_TI.shape
     groups = np.zeros((n_tokens, -(-n_in // group_size) * group_size), np.float32)
     groups[:, :n_in] = x_TI
-    groups = groups.reshape(n_tokens, -1, group_size)
+    padded = groups.shape
+    groups = groups.reshape(n_tokens, padded[1] // group_size, group_size)
     largest, most = np.float32(_LARGEST[activations]), np.abs(groups).max(axis=-1, keepdims=True)
     with np.errstate(all="ignore"):
         times = largest / most
         q = np.rint(groups * np.where(times < np.inf, times, np.float32(0)))
         values = q.astype(x_TI.dtype) * (most / largest).astype(x_TI.dtype)
-    return values.reshape(n_tokens, -1)[:, :n_in]
+    return values.reshape(padded)[:, :n_in]
 
 
 def quantized_parts(n_out: int, n_in: int, bits: int, group_size: int) -> dict[str, Part]:
-    """Return what a file holds of a matrix: codes, scales and zeros, and the unit, by the endings of their names."""
+    """Return what a file holds of a matrix: codes, and scales and zeros, by the endings of their names."""
     n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
     return {
         "weight": Part("U8", (n_tiles, n_groups * group_size * bits // 32, TILE, 4)),
         "scales": Part("U8", (n_tiles, n_groups, 2, TILE)),
-        "unit": Part("F32", (1,)),
     }
 
 
@@ -230,16 +230,15 @@ def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, 
         zero = most / 2 - (low + high) / (2 * scale)  # the middle of the group becomes the middle of the codes
         for _ in range(_REFITS + 1):
             zero = np.clip(np.rint(zero * unit), 0, 255) / unit
-            distance = np.subtract(codes := in_codes(zero), in_scales, out=codes)
-            mean = distance.mean(axis=-1)
-            squares = np.einsum("rng,rng->rn", distance, distance)
-            # the sum of (distance - zero)², all of which are one and the same for the scale
-            error = (squares + groups.shape[-1] * zero * (zero - 2 * mean)) * np.square(scale)
+            off = in_codes(zero)
+            off -= in_scales
+            off -= zero[..., np.newaxis]
+            error = np.einsum("rng,rng->rn", off, off) * np.square(scale)
             better = error < least
             least, scales, zeros = (
                 np.where(better, new, old) for new, old in ((error, least), (tried, scales), (zero, zeros))
             )
-            zero = mean
+            zero = zero + off.mean(axis=-1)
     is_zero = high == low
     scales[is_zero] = zeros[is_zero] = 0
     in_scales = groups / np.where(is_zero, 1, table[scales])[..., np.newaxis]

@@ -101,7 +101,8 @@ class ReferenceOps:
         self.dtype = np.dtype(dtype)
         self.cache_dtypes: tuple[str, ...] = (dtype, "float16", "int8")
         self.angles: AnglePrecision = angles
-        self.activations = checked_activations(activations or ("int16" if dtype == "float32" else "float"))
+        default: Activations = "int16" if dtype == "float32" else "float"
+        self.activations = checked_activations(default if activations is None else activations)
         self._threads = None if threads is None else checked_whole("threads", threads, least=1)
         self._blas = None if threads is None else ThreadpoolController()
 

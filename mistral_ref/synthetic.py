@@ -111,6 +111,8 @@ def _random_codes(name: str, n_out: int, n_in: int, bits: int, std: float, seed:
     parts, most = quantized_parts(n_out, n_in, bits, GROUP_SIZE), 2**bits - 1
     scale = np.searchsorted(scale_values(), std / math.sqrt((most + 1) ** 2 / 12)).astype(np.uint8)
 
+    zero = most * 2 ** (8 - bits) // 2
+
     def pieces() -> Iterator[np.ndarray]:
         rng = np.random.default_rng([seed, *name.encode()])
         for start in range(0, parts["weight"].nbytes, _PIECE):
@@ -118,19 +120,25 @@ def _random_codes(name: str, n_out: int, n_in: int, bits: int, std: float, seed:
 
     def scales_and_zeros() -> Iterator[np.ndarray]:
         for _ in range(parts["scales"].shape[0]):
-            yield np.broadcast_to(np.array([[scale], [128]], np.uint8), parts["scales"].shape[1:])
+            yield np.broadcast_to(np.array([[scale], [zero]], np.uint8), parts["scales"].shape[1:])
 
     yield PlannedTensor(f"{name}.weight", *parts["weight"], pieces)
     yield PlannedTensor(f"{name}.scales", *parts["scales"], scales_and_zeros)
-    yield PlannedTensor(f"{name}.unit", *parts["unit"], lambda: [np.ones(1, np.float32)])
 
 
-def plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:
-    """Yield the tensors of a model under Mistral's own names: matrices of standard deviation 1/sqrt(I), norms of ones.
+def plan(config: ModelConfig, kind: Kind, seed: int) -> list[PlannedTensor]:
+    """Return the tensors of a model under Mistral's own names: matrices of standard deviation 1/sqrt(I), norms of ones.
 
     In an fp8 model embedding, output, routers and norms are bf16, as they are in published ones. In one of 8 or 4 bits
     routers and norms are bf16, embedding and output have 8 bits, as `quantize` makes them.
     """
+    tensors = list(_plan(config, kind, seed))
+    n_rounded = sum(tensor.name.endswith(".scales") for tensor in tensors)
+    units = PlannedTensor("units", "F32", (n_rounded,), lambda: [np.ones(n_rounded, np.float32)])
+    return [*tensors, units] if n_rounded else tensors
+
+
+def _plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]:
     plain: Kind = kind if kind in ("f32", "f16") else "bf16"
     around: Kind = "int8" if kind in ("int8", "int4") else plain
 
@@ -272,7 +280,7 @@ def make_checkpoint(
     if os.path.lexists(path) and _made_of(path) is None:
         raise InputError(f"{path}: weights that were not made here are not overwritten; expected another directory")
     if _made_of(path) != made_of:
-        tensors = list(plan(config, kind, seed))
+        tensors = plan(config, kind, seed)
         write_planned(path, tensors, {_MADE_HERE: made_of} | plan_metadata(tensors, kind), progress)
     (directory / "params.json").write_text(json.dumps(params_json(config), indent=2) + "\n", encoding="utf-8")
     return directory

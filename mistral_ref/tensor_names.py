@@ -27,7 +27,7 @@ _FUSED = {
     "mlp.experts.down_proj": "feed_forward.experts.w2",
 }
 
-_OWN_NAME = re.compile(r"(tok_embeddings|norm|output|layers\.\d+\.[\w.]+)\.(weight|qscale_weight|scales|unit)")
+_OWN_NAME = re.compile(r"(tok_embeddings|norm|output|layers\.\d+\.[\w.]+)\.(weight|qscale_weight|scales)|units")
 _LAYER = re.compile(r"(layers\.\d+\.)?(.*)", re.DOTALL)
 _TEXT_PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.")
 _OTHER_PARTS = re.compile(

@@ -31,9 +31,15 @@ from tiny import (
 import mistral_ref
 from mistral_kernels import threads
 from mistral_ref import CacheError, InputError, MistralRefError
+from mistral_ref.compare import compare_walks
+from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
 from mistral_ref.model import Model
+from mistral_ref.quantization import Scheme, quantized_weights
+from mistral_ref.quantized_matrix import quantized
+from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.steps import step_names
+from mistral_ref.weights import Matrix
 
 # Fused attention is one step, with the rounding of its scores in it: they are shown beside it, and the oracle, which
 # does not go on from what is only shown, has exact ones. Twice what was measured over 12 random models a family.
@@ -410,6 +416,177 @@ def test_two_threads_that_use_models_at_once_get_what_one_gets(layer: str) -> No
         assert "tbb" in warned[0]
     else:
         assert warned == []
+
+
+# --------------------------------------------------------------------------------------------------- quantized weights
+
+# Where two passes differ by an ulp before inputs are rounded, one of them may become the next number: a step of 1/32767
+# or 1/127 of the largest in its group. So steps agree to the ulps of any others if they are given the same inputs, and
+# whole models, as a part of the largest logit, to a few such steps: over 48 random models of the families to 4e-4 with
+# int16, and with int8 to 1e-6 or, where one input has moved, to 2e-2. These are twice that and a bit.
+CLOSE_QUANTIZED = {"int16": 1e-3, "int8": 0.05}
+
+each_bits = pytest.mark.parametrize("bits", [8, 4])
+each_activations = pytest.mark.parametrize("activations", CLOSE_QUANTIZED)
+
+
+def quantized_model(
+    config: ModelConfig, bits: int, activations: str, backend: str = "numba", seed: int = 0, group_size: int = 32
+) -> Model:
+    """Return a random model with matrices of 8 or 4 bits; "oracle" for a backend is NumPy in float64."""
+    weights = quantized_weights(model_of(config, seed).weights, Scheme(bits, group_size))
+    if backend == "numba":
+        return Model(config, weights, CompiledOps(threads=1, activations=activations))
+    dtype = "float64" if backend == "oracle" else "float32"
+    return Model(config, weights, ReferenceOps(dtype, activations=activations))
+
+
+def assert_each_step_is_close(model: Model, oracle: Model, tokens: list[int], *, slack: float = 1) -> None:
+    """Fail where a step, from the same inputs, is further from the oracle's than `slack` times its bound."""
+    own = compare_walks(model.steps(tokens), oracle.steps(tokens), own=True)
+    assert [difference.name for difference in own] == list(step_names(model.config))
+    bounds = {difference.name: slack * FUSED_BOUND[difference.name.rpartition(".")[2]] for difference in own}
+    assert {difference.name: difference.ulps for difference in own if difference.ulps > bounds[difference.name]} == {}
+    assert max(difference.ulps for difference in own) > 0
+
+
+@each_activations
+@each_bits
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_step_with_quantized_weights_stays_close_to_the_oracle(
+    family: object, bits: int, activations: str
+) -> None:
+    model, oracle = (
+        quantized_model(family.config, bits, activations, backend, family.seed) for backend in ("numba", "oracle")
+    )
+    assert {layer.wo.kind for layer in model.weights.layers} == {f"int{bits}"}
+    assert_each_step_is_close(model, oracle, tokens_for(family.config, 24, family.seed))
+
+
+@settings(max_examples=30)
+@given(wide_configs(), st.integers(8, 40), st.sampled_from([8, 4]), st.sampled_from([32, 64, 128]), st.booleans())
+def test_every_step_of_any_configuration_with_quantized_weights(
+    config: ModelConfig, n_tokens: int, bits: int, group_size: int, is_int8: bool
+) -> None:
+    """Of a step of few numbers all may be small where sums cancel, and ulps are those of the largest: hence the slack,
+    and some tokens.
+    """
+    model, oracle = (
+        quantized_model(config, bits, "int8" if is_int8 else "int16", backend, group_size=group_size)
+        for backend in ("numba", "oracle")
+    )
+    assert_each_step_is_close(model, oracle, tokens_for(config, n_tokens), slack=4)
+
+
+@each_activations
+@each_bits
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_logits_of_quantized_models(family: object, bits: int, activations: str) -> None:
+    """Whole, in chunks, token by token and from a saved state of a cache: NumPy's, as far as rounded inputs allow."""
+    tokens = tokens_for(family.config, 40, family.seed)
+    model, plain = (
+        quantized_model(family.config, bits, activations, backend, family.seed) for backend in ("numba", "numpy")
+    )
+    expected, close = plain.forward(tokens), CLOSE_QUANTIZED[activations]
+    assert distance(model.forward(tokens), expected) < close
+    for chunk in (1, 7):
+        for tried in (model, plain):
+            cache = tried.new_cache(chunk=chunk)
+            parts = [tried.forward(tokens[start : start + chunk], cache) for start in range(0, 40, chunk)]
+            assert distance(np.concatenate(parts), expected) < close
+    walk = model.steps(tokens)
+    for _ in walk:
+        pass
+    np.testing.assert_array_equal(walk.logits, model.forward(tokens))
+
+
+@each_bits
+def test_activations_matter_as_much_as_they_should(bits: int) -> None:
+    """int8 is further from inputs that are not rounded than int16, and both are far from nothing at all."""
+    config = LARGE
+    tokens = tokens_for(config, 20)
+    exact = quantized_model(config, bits, "float", "oracle").forward(tokens)
+    int16, int8 = (distance(quantized_model(config, bits, one).forward(tokens), exact) for one in ("int16", "int8"))
+    assert 1e-6 < int16 < 2e-3 < int8 < 0.2
+    unrounded = quantized_model(config, bits, "float", "numpy").forward(tokens)
+    assert distance(unrounded, exact) < 1e-4
+    assert distance(model_of(config).forward(tokens), exact) > (0.003 if bits == 8 else 0.05)
+
+
+@each_activations
+@each_bits
+def test_threads_do_not_change_a_bit_of_a_quantized_model(bits: int, activations: str) -> None:
+    """Its matrices are so small that one thread would do their work, which all are told here to share out."""
+    model, tokens = quantized_model(LARGE, bits, activations), tokens_for(LARGE, 30)
+    results = []
+    for n_threads in (1, 2, 5):
+        ops = CompiledOps(threads=n_threads, activations=activations)
+        ops._threads_for = lambda work, few, n_threads=n_threads: n_threads
+        same = Model(LARGE, model.weights, ops)
+        cache = same.new_cache(chunk=30)
+        results.append(np.concatenate([same.forward(part, cache) for part in (tokens[:-1], tokens[-1:])]))
+    for logits in results[1:]:
+        np.testing.assert_array_equal(logits, results[0])
+
+
+@each_bits
+@pytest.mark.parametrize("n_tokens", [1, 3, 600])
+def test_products_with_quantized_weights_for_any_number_of_tokens(bits: int, n_tokens: int) -> None:
+    """One, some, and more than are multiplied at once; in any layout of the inputs."""
+    matrix = quantized(Matrix("w", "f32", np.random.RandomState(0).normal(size=(50, 40)).astype("f4")), bits, 32)
+    x = np.random.RandomState(1).normal(size=(n_tokens, 40)).astype(np.float32)
+    ops, oracle = CompiledOps(threads=1), ReferenceOps("float64", activations="int16")
+    expected = oracle.linear(x.astype(np.float64), matrix)
+    for laid_out in (x, np.asfortranarray(x), x.repeat(2, axis=1)[:, ::2], x.astype(np.float64)):
+        found = ops.linear(laid_out, matrix)
+        assert (found.shape, found.dtype) == ((n_tokens, 50), np.float32)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    with pytest.raises(InputError, match=r"^w takes 40 inputs a token; found an array \(2, 39\)$"):
+        ops.linear(np.zeros((2, 39), np.float32), matrix)
+
+
+@pytest.mark.parametrize("kind", ["f32", "int8", "int4"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_give_no_outputs(backend: str, kind: str) -> None:
+    matrix = Matrix("w", "f32", np.ones((50, 40), np.float32))
+    if kind != "f32":
+        matrix = quantized(matrix, int(kind[-1]), 32)
+    found = ops_of(backend).linear(np.zeros((0, 40), np.float32), matrix)
+    assert (found.shape, found.dtype) == ((0, 50), np.float32)
+
+
+@each_bits
+def test_a_token_without_any_expert_of_quantized_ones(bits: int) -> None:
+    for zero in (np.zeros_like, lambda shares: shares * np.array([[0], [1]], np.float32)):
+        edits = {"layers.*.expert_weights": zero}
+        found, expected = (
+            quantized_model(MIXTURE, bits, "int16", backend).forward([5, 6], edits=edits) for backend in BACKENDS[::-1]
+        )
+        assert distance(found, expected) < CLOSE_QUANTIZED["int16"]
+
+
+@each_activations
+@each_bits
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0, 1e30, 1e-40])
+def test_edits_to_any_number_do_with_quantized_weights_what_they_do_in_numpy(
+    bits: int, activations: str, value: float
+) -> None:
+    """One token's inputs of a product are replaced: logits are numbers where NumPy's are, and about the same."""
+
+    def edit(array: np.ndarray) -> np.ndarray:
+        changed = array.copy()
+        changed[1:2] = value
+        return changed
+
+    for name in ("layers.1.attention_norm", "layers.0.heads", "layers.1.ffn_norm", "norm"):
+        found, expected = (
+            quantized_model(MIXTURE, bits, activations, backend).forward([5, 6, 7], edits={name: edit})
+            for backend in BACKENDS[::-1]
+        )
+        np.testing.assert_array_equal(np.isfinite(found[0]), np.isfinite(expected[0]))
+        np.testing.assert_array_equal(np.isfinite(found).all(axis=1), np.isfinite(expected).all(axis=1))
+        if np.isfinite(expected).all():
+            assert distance(found, expected) < CLOSE_QUANTIZED[activations]
 
 
 # --------------------------------------------------------------------------------------------- what people hand over

@@ -197,6 +197,11 @@ EVERY_KERNEL = [
         for kind in ("f32", "f16")
         for rows in ("FEW_ROWS", "MANY_ROWS")
     ),
+    *(
+        f"from mistral_kernels.quantized import *; {product}(4, {activations!r}, 32)"
+        for product in ("matvec_quantized", "matmul_quantized")
+        for activations in ("int16", "int8")
+    ),
 ]
 
 

@@ -1,7 +1,8 @@
 """The compiled kernels against NumPy in float64: any shape, any kind of number, any number of threads, and no step
 beyond an array's end.
 
-MISTRAL_REF_EXAMPLES says how many examples each property gets. Run as a script, this file multiplies, attends and
+MISTRAL_REF_EXAMPLES says how many examples each property gets; with ten or fewer not all kernels for quantized weights
+are compiled. Run as a script, this file multiplies, attends and
 normalizes with arrays that end where readable memory ends.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import mmap
 import os
 import subprocess
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
@@ -27,16 +30,22 @@ from hypothesis import strategies as st
 from mistral_kernels import attention, elementwise, threads
 from mistral_kernels.matmul import DEPTH, matmul
 from mistral_kernels.matvec import PART, matvec, matvec_tiled
+from mistral_kernels.quantized import matmul_quantized, matvec_quantized
 from mistral_kernels.simd import LANES
 from mistral_kernels.tile import WIDTH
 from mistral_ref.ops import KeyView
+from mistral_ref.quantized_matrix import QuantizedMatrix, quantized_parts, rounded, scale_values
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, e4m3_values, tiled
 
 UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number
 REPOSITORY = Path(__file__).parents[1]
 
-some = settings(max_examples=int(os.environ.get("MISTRAL_REF_EXAMPLES", "40")))
+EXAMPLES = int(os.environ.get("MISTRAL_REF_EXAMPLES", "40"))
+
+HOST_FEATURES = {name for name, present in llvm.get_host_cpu_features().items() if present}
+
+some = settings(max_examples=EXAMPLES)
 seeds = st.integers(0, 2**32 - 1)
 thread_counts = st.sampled_from([1, 2, 3, 7])
 
@@ -225,6 +234,216 @@ def test_a_matrix_may_lie_at_any_address(
     moved = dataclasses.replace(matrix, data=buffer[offset:].view(matrix.data.dtype).reshape(matrix.data.shape))
     assert np.shares_memory(moved.as_bytes, buffer)
     np.testing.assert_array_equal(product(moved, x_TI, one_by_one=one_by_one), expected)
+
+
+# ------------------------------------------------------------------------------------- products with quantized weights
+
+
+class How(NamedTuple):
+    """What one of these kernels is made for."""
+
+    bits: int
+    activations: str
+    group: int
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+EVERY_WAY = [How(*one) for one in itertools.product((8, 4), ("int16", "int8"), (32, 64, 128))]
+# All bits with all activations, and all sizes of groups: each takes seconds to compile. The first has the largest sums.
+SOME_WAYS = [How(8, "int16", 128), How(8, "int8", 32), How(4, "int16", 32), How(4, "int8", 64)]
+each_way = pytest.mark.parametrize("how", EVERY_WAY if EXAMPLES > 10 else SOME_WAYS, ids=str)
+each_of_some_ways = pytest.mark.parametrize("how", SOME_WAYS, ids=str)
+quantized_input_counts = sizes(300, 32, 64, 128, DEPTH, 2 * DEPTH)
+
+
+def any_quantized(how: How, n_out: int, n_in: int, seed: int) -> QuantizedMatrix:
+    """Return a matrix of any codes, zeros and scales: a file may hold them all."""
+    random = np.random.RandomState(seed)
+    parts = quantized_parts(n_out, n_in, how.bits, how.group)
+    both, data = (random.randint(0, 256, parts[name].shape).astype(np.uint8) for name in ("scales", "weight"))
+    unit = np.float32(random.choice([2.0**-9, 1, 2.0**5]))
+    return QuantizedMatrix("w", f"int{how.bits}", data, scales=both, unit=unit, n_out=n_out, n_in=n_in)
+
+
+def any_inputs(seed: int, n_tokens: int, n_in: int) -> np.ndarray:
+    """Return inputs some of which are much larger than their neighbours, and some of which are 0 for a while."""
+    random = np.random.RandomState(seed)
+    x_TI = random.normal(size=(n_tokens, n_in)) * random.choice([1, 1, 1, 1e-3, 40], (n_tokens, n_in))
+    start = random.randint(0, n_in)
+    x_TI[:, start : start + 70] *= random.choice([0, 1, 1, 1e-6], (n_tokens, 1))
+    return x_TI.astype(np.float32)
+
+
+def quantized_product(
+    how: How,
+    matrix: QuantizedMatrix,
+    x_TI: np.ndarray,
+    n_threads: int = 1,
+    *,
+    one_by_one: bool,
+    into: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return x · Wᵀ by matvec_quantized, token by token, or by matmul_quantized."""
+    y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
+    if not one_by_one:
+        matmul_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_TI, y_TO, n_threads)
+        return y_TO
+    for x_I, y_O in zip(x_TI, y_TO, strict=True):
+        matvec_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_I, y_O, n_threads)
+    return y_TO
+
+
+def quantized_product_exactly(how: How, matrix: QuantizedMatrix, x_TI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the product of rounded inputs and weights in float64, and how far kernels may lie from it.
+
+    Sums of integers are exact. With one rounding for each step that follows, a group's
+
+        scale scale_x (sum of code q - zero sum of q)
+
+    is off by at most a unit of scale scale_x (|sum of code q| + |zero sum of q|), and by three of its own size: the
+    subtraction, the product of the scales, and that with it. Adding up n groups, slab by slab, gives at most n + slabs
+    more of these. So this is a bound and no measurement; scale (code + zero) is weight + 2 scale zero.
+    """
+    x_TI = rounded(x_TI.astype(np.float64), how.activations, how.group)
+    w_OI = matrix.rows(slice(None), np.float64)
+    scales = matrix.scales.transpose(0, 3, 2, 1).reshape(-1, 2, matrix.scales.shape[1])[: matrix.n_out]
+    zero_weights = (
+        float(matrix.unit) * scale_values()[scales[:, 0]].astype(np.float64) * scales[:, 1] * 2.0 ** (how.bits - 8)
+    )
+    sums_of_both = w_OI + 2 * zero_weights.repeat(how.group, axis=1)[:, : matrix.n_in]
+    n_sums = scales.shape[2] + -(-matrix.n_in // DEPTH)
+    size = np.abs(x_TI)
+    error = UNIT * (size @ sums_of_both.T + (4 + n_sums) * (size @ np.abs(w_OI).T))
+    return x_TI @ w_OI.T, error
+
+
+@each_product
+@each_way
+@given(token_counts, output_counts, quantized_input_counts, seeds, thread_counts)
+@some
+def test_quantized_products(
+    how: How, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int, n_threads: int
+) -> None:
+    """Of what the module that rounds says that inputs and weights are."""
+    matrix = any_quantized(how, n_out, n_in, seed)
+    x_TI = any_inputs(seed ^ 1, min(n_tokens, 3) if one_by_one else n_tokens, n_in)
+    found = quantized_product(how, matrix, x_TI, n_threads, one_by_one=one_by_one)
+    assert_within(found, *quantized_product_exactly(how, matrix, x_TI))
+
+
+@each_of_some_ways
+@given(st.integers(1, 20), output_counts, quantized_input_counts, seeds)
+@some
+def test_quantized_prompts_and_single_tokens_agree(how: How, n_tokens: int, n_out: int, n_in: int, seed: int) -> None:
+    """To the bit as long as groups are added up in the same order, which they are within a prompt's first slab."""
+    matrix, x_TI = any_quantized(how, n_out, n_in, seed), any_inputs(seed ^ 1, n_tokens, n_in)
+    one_by_one, together = (quantized_product(how, matrix, x_TI, one_by_one=one) for one in (True, False))
+    if n_in <= DEPTH:
+        np.testing.assert_array_equal(one_by_one, together)
+    else:
+        _, error = quantized_product_exactly(how, matrix, x_TI)
+        assert_within(one_by_one, together.astype(np.float64), 2 * error)
+
+
+@each_product
+@each_of_some_ways
+@given(st.integers(1, 9), output_counts, quantized_input_counts, seeds)
+@some
+def test_threads_do_not_change_a_bit_of_a_quantized_product(
+    how: How, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int
+) -> None:
+    matrix = any_quantized(how, n_out, n_in, seed)
+    x_TI = any_inputs(seed ^ 1, min(n_tokens, 2) if one_by_one else n_tokens, n_in)
+    alone = quantized_product(how, matrix, x_TI, 1, one_by_one=one_by_one)
+    for n_threads in (2, 3, 7):
+        found = quantized_product(how, matrix, x_TI, n_threads, one_by_one=one_by_one)
+        np.testing.assert_array_equal(found, alone)
+
+
+@each_product
+@each_of_some_ways
+@given(st.integers(1, 6), output_counts, quantized_input_counts, seeds, st.data())
+@some
+def test_what_is_no_number_stays_in_its_token_of_a_quantized_product(
+    how: How, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int, data: st.DataObject
+) -> None:
+    """An input that is none makes none of its token alone."""
+    matrix, x_TI = any_quantized(how, n_out, n_in, seed), any_inputs(seed ^ 1, n_tokens, n_in)
+    matrix.scales[:, :, 0] |= 1  # a scale of 0 would make 0 of a group, whatever is in it, where weights are exact
+    i, t = (data.draw(st.integers(0, n - 1)) for n in (n_in, n_tokens))
+    plain = quantized_product(how, matrix, x_TI, one_by_one=one_by_one)
+    x_TI[t, i] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    found = quantized_product(how, matrix, x_TI, one_by_one=one_by_one)
+    np.testing.assert_array_equal(np.delete(found, t, 0), np.delete(plain, t, 0))
+    assert not np.isfinite(found[t]).any()
+
+
+@each_product
+@each_of_some_ways
+@given(st.integers(1, 20), st.integers(1, 150), seeds, st.integers(1, 63), st.integers(1, 63))
+@some
+def test_codes_and_scales_may_lie_at_any_address(
+    how: How, one_by_one: bool, n_out: int, n_in: int, seed: int, offset: int, offset_of_scales: int
+) -> None:
+    matrix, x_TI = any_quantized(how, n_out, n_in, seed), any_inputs(seed ^ 1, 2, n_in)
+    expected = quantized_product(how, matrix, x_TI, one_by_one=one_by_one)
+    moved = []
+    for array, start in ((matrix.data, offset), (matrix.scales, offset_of_scales)):
+        buffer = np.zeros(array.nbytes + start, np.uint8)
+        buffer[start:] = array.reshape(-1)
+        moved.append(buffer[start:].reshape(array.shape))
+    elsewhere = dataclasses.replace(matrix, data=moved[0], scales=moved[1])
+    assert np.shares_memory(elsewhere.as_bytes, moved[0])
+    assert np.shares_memory(elsewhere.scale_bytes, moved[1])
+    np.testing.assert_array_equal(quantized_product(how, elsewhere, x_TI, one_by_one=one_by_one), expected)
+
+
+@each_product
+@each_of_some_ways
+def test_inputs_of_next_to_nothing_are_nothing(how: How, one_by_one: bool) -> None:
+    """Where largest / max |x| is beyond float32, as in `rounded`: such a group is as good as zeros."""
+    n_in = 2 * how.group + 5
+    matrix, x_TI = any_quantized(how, 20, n_in, 0), normal(1, 3, n_in)
+    least = {"int16": 32767, "int8": 127}[how.activations] / float(np.finfo(np.float32).max)
+    tiny = np.linspace(-0.9 * least, 0.9 * least, how.group)
+    for start in (0, how.group):
+        x_TI[:, start : start + how.group] = 0
+        expected = quantized_product(how, matrix, x_TI, one_by_one=one_by_one)
+        x_TI[:, start : start + how.group] = tiny
+        found = quantized_product(how, matrix, x_TI, one_by_one=one_by_one)
+        np.testing.assert_array_equal(found, expected)
+    x_TI[:] = 0.9 * least
+    assert not quantized_product(how, matrix, x_TI, one_by_one=one_by_one).any()
+
+
+@each_product
+@each_of_some_ways
+def test_the_largest_sums_of_integers_do_not_overflow(how: How, one_by_one: bool) -> None:
+    """All codes as large as can be, and all inputs: 255 * 32767 * 128 is half of what int32 holds, and twice 15 * 127,
+    or 255 * 127, is in or beyond what int16 holds.
+
+    Zeros of 0 leave the sum as it is, and the largest ones take nearly all of it away again. Signs that take turns
+    cancel exactly, also within a four and a pair.
+    """
+    n_out, n_in = 9, 256
+    parts = quantized_parts(n_out, n_in, how.bits, how.group)
+    data = np.full(parts["weight"].shape, 255, np.uint8)  # or twice 15
+    for zero, scale in ((0, 8 * 16), (255, 8 * 16), (0, 255), (255, 0)):
+        both = np.empty(parts["scales"].shape, np.uint8)
+        both[:, :, 0], both[:, :, 1] = scale, zero
+        matrix = QuantizedMatrix("w", f"int{how.bits}", data, scales=both, n_out=n_out, n_in=n_in)
+        i = np.arange(n_in)
+        signs = [np.ones(n_in), -np.ones(n_in), 1 - 2 * (i % 2), 1 - 2 * (i // 2 % 2), 1 - 2 * (i // 4 % 2)]
+        x_TI = (np.array(signs) * 3).astype(np.float32)
+        found = quantized_product(how, matrix, x_TI, one_by_one=one_by_one)
+        exact, error = quantized_product_exactly(how, matrix, x_TI)
+        assert_within(found, exact, error)
+        assert not found[2:].any()
+        weight = float(scale_values()[scale]) * (2**how.bits - 1 - zero * 2.0 ** (how.bits - 8))
+        for expected, outputs in ((3 * n_in * weight, exact[0]), (-3 * n_in * weight, exact[1])):
+            np.testing.assert_allclose(outputs, expected, rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -551,6 +770,11 @@ def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
             for stored in (*KINDS, *TILED)
             for n_tokens, one_by_one in ((1, True), (30, False))
         ]
+        products += [
+            quantized_product(how, any_quantized(how, 300, 700, 9), x_TI[:n_tokens], n_threads, one_by_one=one_by_one)
+            for how in SOME_WAYS
+            for n_tokens, one_by_one in ((1, True), (30, False))
+        ]
         few = past._replace(q=past.q[-2:])
         heads = [attended(part, *filled(part, 5, "float32"), n_threads=n_threads) for part in (past, few)]
         normed, turned = np.full_like(x_TI, np.nan), np.full_like(past.q, np.nan)
@@ -595,6 +819,17 @@ def run_to_the_ends() -> None:
                     into = at_the_end(np.empty((5, n_out), np.float32))
                     found = product(matrix, x_TI, one_by_one=one_by_one, into=into)
                     np.testing.assert_array_equal(found, product(drawn, x_TI.copy(), one_by_one=one_by_one))
+    for how in SOME_WAYS:
+        for n_out in (1, 7, 8, 9, 33, WIDTH, WIDTH + 1):
+            for n_in in (1, 3, 31, 33, how.group, how.group + 1, DEPTH, DEPTH + 1):
+                drawn = any_quantized(how, n_out, n_in, n_in)
+                matrix = dataclasses.replace(drawn, data=at_the_end(drawn.data), scales=at_the_end(drawn.scales))
+                x_TI = at_the_end(normal(n_in, 5, n_in))
+                for one_by_one in (True, False):
+                    into = at_the_end(np.empty((5, n_out), np.float32))
+                    found = quantized_product(how, matrix, x_TI, one_by_one=one_by_one, into=into)
+                    expected = quantized_product(how, drawn, x_TI.copy(), one_by_one=one_by_one)
+                    np.testing.assert_array_equal(found, expected)
     for n_tokens, head_dim, window in ((1, 2, None), (1, 10, 70), (5, 18, None), (30, 34, 9), (2, 36, 600)):
         for n_rows in (attention.FEW_ROWS, attention.MANY_ROWS):
             for dtype in ("float32", "float16"):
@@ -619,10 +854,20 @@ def test_nothing_is_touched_beyond_the_end_of_an_array() -> None:
         assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
+# Bytes are multiplied with bytes four at once where there is an instruction for it (VNNI), else in pairs if the codes
+# have 4 bits, else as int16: so with no instruction sets. This machine's own way is tried above.
 VARIANTS = {
     "4 lanes, no instruction sets": {"NUMBA_CPU_NAME": "generic"},
     "8 lanes": {"MISTRAL_KERNELS_LANES": "8"},
 }
+_AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe"
+_AVX512 = f"{_AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"
+for _name, _cpu, _features in (
+    ("8 lanes, pairs of bytes", "haswell", _AVX2),
+    ("16 lanes, pairs of bytes", "skylake-avx512", _AVX512),
+):
+    if {name[1:] for name in _features.split(",")} <= HOST_FEATURES:  # else its instructions would be illegal here
+        VARIANTS[_name] = {"NUMBA_CPU_NAME": _cpu, "NUMBA_CPU_FEATURES": _features}
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def codes_of_tiles(tiles: np.ndarray, rows: np.ndarray, bits: int) -> np.ndarray
     quads = tiles[rows // TILE, :, rows % TILE]
     if bits == 4:
         quads = np.stack([quads & 15, quads >> 4], axis=2)
-    return quads.reshape(len(rows), -1)
+    return quads.reshape(len(rows), tiles.shape[1] * 4 * 8 // bits)
 
 
 def rows_of_tiles(tiles: np.ndarray, rows: np.ndarray) -> np.ndarray:
