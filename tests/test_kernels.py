@@ -35,7 +35,7 @@ from mistral_kernels.simd import LANES
 from mistral_kernels.tile import WIDTH
 from mistral_ref.ops import KeyView
 from mistral_ref.quantized_matrix import QuantizedMatrix, quantized_parts, rounded, scale_values
-from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.reference_ops import ReferenceOps, in_steps
 from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, e4m3_values, tiled
 
 UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number
@@ -493,8 +493,11 @@ def filled(past: Past, spare: int, dtype: str) -> tuple[attention.PanelStore, np
     capacity = spare + (n_seen if past.window is None else past.window + len(past.q) - 1)
     store = attention.new_store(capacity, *past.k.shape[1:], np.dtype(dtype))
     raw = "float32" if dtype == "float32" else "uint16"
+    slots = np.arange(len(past.k)) % capacity
+    if dtype == "int8":
+        attention.write_steps()(*store, slots, past.k, past.v)
+        return store, slots[past.first_visible :]
     k, v = (part.astype(dtype).view(raw) for part in (past.k, past.v))
-    slots = np.arange(len(k)) % capacity
     attention.write(raw)(store.k.view(raw), store.v.view(raw), slots, k, v)
     return store, slots[past.first_visible :]
 
@@ -516,10 +519,12 @@ def attended(
 ) -> np.ndarray:
     """Return heads (T, H, K) as the kernel computes them."""
     heads = np.full_like(past.q, np.nan) if into is None else into
-    attention.attention({"float32": "f32", "float16": "f16"}[store.k.dtype.name], n_rows)(
+    attention.attention({"float32": "f32", "float16": "f16", "int8": "int8"}[store.k.dtype.name], n_rows)(
         past.q,
         store.k.view(np.uint8).reshape(-1),
         store.v.view(np.uint8).reshape(-1),
+        store.k_steps,
+        store.v_steps,
         store.k.shape[0],
         store.v.shape[1],
         segments_of(slots, past.first_visible),
@@ -565,6 +570,19 @@ def test_attention(dtype: str, n_rows: int, past: Past, spare: int, n_threads: i
     assert_within(found, expected, error)
 
 
+@each_tile
+@given(pasts(), st.integers(0, 70), thread_counts)
+@some
+def test_attention_over_keys_of_int8(n_rows: int, past: Past, spare: int, n_threads: int) -> None:
+    """The store holds what NumPy's rounding gives, to the bit, and attention is that over what it holds."""
+    store, slots = filled(past, spare, "int8")
+    held = [(q * steps[..., np.newaxis]).astype(np.float32) for q, steps in map(in_steps, (past.k, past.v))]
+    for part, expected_part in zip(attention.read(store, slots), held, strict=True):
+        np.testing.assert_array_equal(part, expected_part[past.first_visible :])
+    expected, error = attended_exactly(past._replace(k=held[0], v=held[1]), "float32")
+    assert_within(attended(past, store, slots, n_rows, n_threads), expected, 2 * error)
+
+
 @each_store
 @given(pasts(most_tokens=4, most_before=1600), st.integers(0, 70), st.sampled_from([None, 511, 512, 513, 1300]))
 @some
@@ -594,7 +612,7 @@ def test_one_query_hears_nothing_of_what_it_does_not_see(dtype: str, past: Past,
     store, slots = filled(past, spare, dtype)
     unseen = np.setdiff1d(np.arange(store.v.shape[1] * attention.BLOCK), slots)
     attention.write(store.k.dtype.name if dtype == "float32" else "uint16")(
-        *(part if dtype == "float32" else part.view(np.uint16) for part in store),
+        *(part if dtype == "float32" else part.view(np.uint16) for part in store[:2]),
         unseen,
         *np.full((2, len(unseen), *past.k.shape[1:]), np.nan, dtype).view("f4" if dtype == "float32" else "u2"),
     )
@@ -836,7 +854,7 @@ def run_to_the_ends() -> None:
                 drawn_q, drawn_kv = normal(1, n_tokens, 6, head_dim), normal(2, 2, 700 + n_tokens, 2, head_dim)
                 past = Past(at_the_end(drawn_q), *drawn_kv, window)
                 store, slots = filled(past, 3, dtype)
-                at_end = attention.PanelStore(at_the_end(store.k), at_the_end(store.v))
+                at_end = attention.PanelStore(*map(at_the_end, store))
                 found = attended(past, at_end, slots, n_rows, into=at_the_end(np.empty_like(drawn_q)))
                 np.testing.assert_array_equal(found, attended(past, store, slots, n_rows))
     for n in (1, LANES - 1, LANES, 2 * LANES + 3):
