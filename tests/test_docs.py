@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/stepping.md")
+PAGES = ("README.md", "docs/stepping.md", "docs/quantization.md")
 LINKED = (*PAGES, "docs/architecture.md", "docs/benchmarks.md", "docs/kernels.md")
 
 
