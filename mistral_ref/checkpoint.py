@@ -68,24 +68,24 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     skipped: list[Tensor] = []
     own_names = 0
     metadata: dict[str, str] = {}
-    opened = [open_with_metadata(path) for path in paths]
-    for _, about in opened:
+    for path in paths:
+        stored, about = open_with_metadata(path)
         metadata |= about
-    for tensor in (tensor for stored, _ in opened for tensor in stored):
-        if expected is not None and expected.pop(tensor.name, tensor.path.name) != tensor.path.name:
-            raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is in another file according to the index")
-        if other_part(tensor.name) or is_unused(tensor.name):
-            skipped.append(tensor)
-            continue
-        name = mistral_name(tensor.name)
-        if name is None:
-            raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is a tensor of no model that is known here")
-        if name in tensors:
-            raise CheckpointError(f"{tensor.path}: {shown(tensor.name)} is there twice, also in {tensors[name].path}")
-        if len(tensors) >= _MAX_TENSORS:
-            raise CheckpointError(f"{tensor.path}: more than {_MAX_TENSORS} tensors in all; no model has as many")
-        tensors[name] = tensor
-        own_names += name == tensor.name
+        for tensor in stored:
+            if expected is not None and expected.pop(tensor.name, path.name) != path.name:
+                raise CheckpointError(f"{path}: {shown(tensor.name)} is in another file according to the index")
+            if other_part(tensor.name) or is_unused(tensor.name):
+                skipped.append(tensor)
+                continue
+            name = mistral_name(tensor.name)
+            if name is None:
+                raise CheckpointError(f"{path}: {shown(tensor.name)} is a tensor of no model that is known here")
+            if name in tensors:
+                raise CheckpointError(f"{path}: {shown(tensor.name)} is there twice, also in {tensors[name].path}")
+            if len(tensors) >= _MAX_TENSORS:
+                raise CheckpointError(f"{path}: more than {_MAX_TENSORS} tensors in all; no model has as many")
+            tensors[name] = tensor
+            own_names += name == tensor.name
     if expected:
         missing = next(iter(expected))
         raise CheckpointError(f"{directory / expected[missing]}: {shown(missing)} is missing, though the index has it")

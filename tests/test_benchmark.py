@@ -136,8 +136,8 @@ def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_kind_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^kind is 'int4'; expected one of f32, f16, bf16, fp8"):
-        make_checkpoint(tmp_path, shape("tiny"), kind="int4")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^kind is 'int3'; expected one of f32, f16, bf16, fp8, int8, int4"):
+        make_checkpoint(tmp_path, shape("tiny"), kind="int3")  # type: ignore[arg-type]
 
 
 def test_every_stored_number_is_encoded_as_itself() -> None:

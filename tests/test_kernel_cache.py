@@ -27,7 +27,7 @@ from mistral_kernels import attention
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     store = attention.new_store(3, 1, 2, np.dtype(np.float32))
-    attention.write("float32")(*store, np.array([1]), *np.full((2, 1, 1, 2), 7, np.float32))
+    attention.write("float32")(store.k, store.v, np.array([1]), *np.full((2, 1, 1, 2), 7, np.float32))
 for warning in caught:
     print(f"{warning.category.__name__}: {warning.message}")
 print((attention.read(store, slice(0, 3))[0][:, 0, 0] == [0, 7, 0]).all())
@@ -215,6 +215,24 @@ def test_kernels_that_were_each_compiled_in_a_process_of_its_own_pass_their_test
         command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_kernels_give_the_same_bits_in_the_process_that_compiles_them_and_the_next(tmp_path: Path) -> None:
+    """They would not if the compiler chose what a sum is fused with: each process may call another copy of a part."""
+    code = """
+import hashlib
+import mistral_ref
+for bits in (None, 8):
+    model = mistral_ref.load(backend="numba", threads=2, quantize=bits)
+    cache = model.new_cache()
+    outputs = [model.forward(tokens, cache) for tokens in (list(range(5, 40)), [9])]
+    print([hashlib.sha256(logits.tobytes()).hexdigest() for logits in outputs])
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    first, second = (subprocess.check_output(command, env=environment, timeout=300) for _ in range(2))
+    assert first == second
 
 
 def test_processes_that_compile_different_kernels_at_once_write_different_files(package: Package) -> None:

@@ -23,9 +23,10 @@ from numba.core.registry import cpu_target
 from mistral_kernels import KernelWarning
 from mistral_kernels.instructions import LANES
 
-# No `fastmath=True`: NaN and infinities keep their meaning, and sums keep their order, so that a kernel gives the same
-# bits on any number of threads. A multiplication and the addition that follows it may become one instruction.
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
+# No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so that a kernel gives the same bits on
+# any number of threads. Not even "contract", which leaves it to LLVM which of two products a sum is fused with: copies of
+# one part in two kernels then differ, and which copy is called depends on whether kernels were compiled or read from disk.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 
 
 def _fingerprint() -> str:
