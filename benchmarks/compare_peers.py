@@ -145,12 +145,12 @@ def float_runners(arguments: argparse.Namespace, directory: Path, work: Path) ->
 def quantized_runners(arguments: argparse.Namespace, directory: Path, work: Path) -> list[Runner]:
     """Return what runs the weights in 8 or 4 bits, ours first."""
     bits = arguments.quantize
-    ours = work / f"int{bits}"
+    ours = work / f"int{bits}-head{arguments.head}"
     if ours.exists() and ours.stat().st_mtime < (directory / "consolidated.safetensors").stat().st_mtime:
         shutil.rmtree(ours)
     if not ours.exists():
         notice(f"writing {ours}")
-        quantize(directory, ours, bits)
+        quantize(directory, ours, bits, head=arguments.head)
     runners = [
         Runner(f"{OURS} int{bits}, {name}", OURS, ours, [f"--activations={name}"], *matrix_bytes(ours))
         for name in ("int16", "int8")
@@ -292,6 +292,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rest", type=float, default=0.3, metavar="S", help="seconds between runs (%(default)s)")
     parser.add_argument("--repack", action="store_true", help="a row of ours with load(repack=True)")
     parser.add_argument("--quantize", type=int, choices=[8, 4], metavar="BITS", help="round the weights to 8 or 4 bits")
+    parser.add_argument("--head", type=int, choices=[8, 4], default=8, help="bits of our output matrix (%(default)s)")
     parser.add_argument(
         "--cache-dtype", choices=["float32", "float16"], default="", help="of ours and llama.cpp's (default: their own)"
     )
