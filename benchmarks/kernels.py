@@ -40,7 +40,7 @@ from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
-from mistral_ref.machine import machine, machine_lines
+from mistral_ref.machine import available_memory, machine, machine_lines
 from mistral_ref.quantized_matrix import GROUP_SIZE, QuantizedMatrix, quantized_parts
 from mistral_ref.shapes import SHAPES, shape
 from mistral_ref.synthetic import fp8_scale, random_weights
@@ -55,6 +55,7 @@ examples:
 
 KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8")
 ROUNDED: tuple[Kind, ...] = ("int8", "int4")
+SHARES = 48  # of memory: more than the candidates of a group, each of which holds as many bytes as are rotated through
 TOKENS = (2, 4, 8, 15, 16, 32, 128, 512, 2048)
 BLAS_REST = 0.3  # seconds; OpenBLAS's threads go on spinning after a product
 
@@ -243,7 +244,10 @@ def parse_arguments() -> argparse.Namespace:
     add_threads_option(parser)
     add_timing_options(parser)
     parser.add_argument(
-        "--buffer-mib", type=int, metavar="N", help="weights and keys to rotate through (default: 4 caches, or 256)"
+        "--buffer-mib",
+        type=int,
+        metavar="N",
+        help="weights and keys to rotate through (default: 4 caches or 256, as far as memory has room)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     parser.add_argument("--json", metavar="FILE", help="write the machine and every sample there")
@@ -252,7 +256,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Measure what was asked for; print tables, and write the file."""
-    n_bytes = buffer_bytes()
+    available = available_memory()
+    n_bytes = buffer_bytes() if available is None else min(buffer_bytes(), available // SHARES)
     if arguments.buffer_mib is not None:
         n_bytes = checked_whole("buffer-mib", arguments.buffer_mib, least=1) * 2**20
     bench = Bench(shape(arguments.shape), CompiledOps(threads=arguments.threads), n_bytes, arguments.quick)

@@ -212,26 +212,24 @@ def windows_of(arguments: argparse.Namespace, model: Model) -> list[list[int]]:
 
 
 def draw(results: Sequence[Quality]) -> Axes:
-    """Draw KL against bits a weight."""
-    from mistral_ref.drawing import BLUE, GREY, VERMILLION, axes_or_new, title  # noqa: PLC0415
+    """Draw the KL of every way to round, the fewest bits a weight first."""
+    from mistral_ref.drawing import BLUE, VERMILLION, axes_or_new, title  # noqa: PLC0415
 
-    ax, handles = axes_or_new(None, 6.4, 4.8), []
-    ax.set(yscale="log", xlabel="bits a weight", ylabel="KL to the weights as they are, nats a token")
+    ordered = sorted(results, key=lambda result: (result.variant.bits, float(result.divergences.mean())))
+    ax, handles = axes_or_new(None, 6.4, 1.0 + 0.3 * len(ordered)), []
     for is_ours, color, marker, label in ((True, BLUE, "o", "ours"), (False, VERMILLION, "s", "llama.cpp's formats")):
-        points = [
-            (result.variant.name, result.variant.bits, float(result.divergences.mean()))
-            for result in results
-            if (result.variant.name in OURS) == is_ours
-        ]
-        if not points:
-            continue
-        _, bits, values = zip(*points, strict=True)
-        handles += ax.plot(bits, values, marker, color=color, ms=5, label=label)
-        for name, x, y in points:
-            ax.annotate(name, (x, y), xytext=(6, -3), textcoords="offset points", color=GREY)
-    ax.margins(x=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-    title(ax, "How far predictions move, by the size of the weights", handles)
+        rows = [row for row, result in enumerate(ordered) if (result.variant.name in OURS) == is_ours]
+        if rows:
+            values = [float(ordered[row].divergences.mean()) for row in rows]
+            handles += ax.plot(values, rows, marker, color=color, ms=5, label=label)
+    names = [f"{result.variant.name}   {result.variant.bits:.2f} bits" for result in ordered]
+    ax.set(xscale="log", xlabel="KL to the weights as they are, nats a token", yticks=range(len(names)))
+    ax.set_yticklabels(names)
+    ax.invert_yaxis()
+    ax.grid(axis="y", alpha=0.3)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    title(ax, "How far predictions move, by how weights are rounded", handles)
     return ax
 
 

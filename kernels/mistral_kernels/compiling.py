@@ -23,9 +23,9 @@ from numba.core.registry import cpu_target
 from mistral_kernels import KernelWarning
 from mistral_kernels.instructions import LANES
 
-# No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so that a kernel gives the same bits on
-# any number of threads. Not even "contract", which leaves it to LLVM which of two products a sum is fused with: copies of
-# one part in two kernels then differ, and which copy is called depends on whether kernels were compiled or read from disk.
+# No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so that a kernel gives the same bits
+# on any number of threads. Not even "contract", which leaves it to LLVM which of two products a sum is fused with:
+# copies of one part in two kernels then differ, and which is called depends on whether a process compiled or read them.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 
 
