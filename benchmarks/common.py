@@ -123,6 +123,29 @@ def save_figure(path: str, draw: Callable[[], Axes]) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def rows_with_ranges(panels: Mapping[str, Mapping[str, Sequence[float]]], heading: str, unit: str) -> Axes:
+    """Draw the median and the range of the samples of each name, a row each, in a panel for each group of names."""
+    from mistral_ref.drawing import BLUE, Figure, title  # noqa: PLC0415
+
+    sizes = [len(rows) for rows in panels.values()]
+    figure = Figure((7.2, 0.8 + sum(0.7 + 0.2 * size for size in sizes)), layout="constrained")
+    every = figure.subplots(len(panels), squeeze=False, height_ratios=[2 + size for size in sizes])[:, 0]
+    for ax, (group, rows) in zip(every, panels.items(), strict=True):
+        for row, samples in enumerate(rows.values()):
+            middle, low, high = spread(samples)
+            ax.plot([low, high], [row, row], color=BLUE, lw=1.2)
+            ax.plot(middle, row, "o", color=BLUE, ms=4)
+        ax.set_yticks(range(len(rows)), list(rows))
+        ax.set(xlabel=f"{group}: {unit}")
+        ax.set_xlim(left=0)
+        ax.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+        ax.grid(axis="y", alpha=0.3)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+    title(every[0], heading)
+    return every[0]
+
+
 def whiskers(ax: Axes, x: Sequence[float], samples: Sequence[Sequence[float]], **style: Any) -> Any:
     """Draw the median of each group of samples with its range, joined by a line; return its handle for a legend."""
     middle, low, high = np.array([spread(group) for group in samples]).T

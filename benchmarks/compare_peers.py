@@ -33,10 +33,10 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
-from common import buffer_bytes, finish, notice, parser_for
+from common import buffer_bytes, finish, notice, parser_for, rows_with_ranges, write_files
 from peer_process import Runner, Test, Worker, start
 
-from mistral_ref.benchmark import Limit, ratios, read_limit, spread, write_json
+from mistral_ref.benchmark import Limit, ratios, read_limit, spread
 from mistral_ref.checkpoint import open_model
 from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.config import ModelConfig
@@ -301,6 +301,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work-dir", default=cache_folder(), metavar="DIR", help="%(default)s")
     parser.add_argument("--json", metavar="FILE", help="write the machine, versions and every sample there")
+    parser.add_argument("--figure", metavar="FILE", help="draw the rates: .svg, .png or .pdf (needs the extra plots)")
     return parser.parse_args()
 
 
@@ -344,11 +345,11 @@ def measure(arguments: argparse.Namespace) -> None:
     print(f"\n{markdown_table(headings, rate_rows(workers, tests))}")
     headings = ["runtime", "first token s", "peak resident GiB", "anonymous GiB", "logits differ by"]
     print(f"\n{markdown_table(headings, process_rows(workers))}")
-    if arguments.json:
-        results = as_json(workers, tests, arguments.threads, model)
-        processes = {worker.name: worker.memory | {"logits_differ": worker.distance} for worker in workers}
-        content = {"machine": description, "runtimes": runtimes, "processes": processes, "results": results}
-        write_json(arguments.json, content)
+    results = as_json(workers, tests, arguments.threads, model)
+    processes = {worker.name: worker.memory | {"logits_differ": worker.distance} for worker in workers}
+    content = {"machine": description, "runtimes": runtimes, "processes": processes, "results": results}
+    panels = {test.name: {worker.name: worker.rates[test.name] for worker in workers} for test in tests}
+    write_files(arguments, content, lambda: rows_with_ranges(panels, "The same weights in turn", "tokens a second"))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from itertools import cycle
 
 import numpy as np
 from common import (
+    add_output_options,
     add_threads_option,
     add_timing_options,
     buffer_bytes,
@@ -31,6 +32,8 @@ from common import (
     finish,
     notice,
     parser_for,
+    rows_with_ranges,
+    write_files,
 )
 from threadpoolctl import threadpool_limits
 
@@ -50,7 +53,7 @@ EXAMPLES = """\
 examples:
   python benchmarks/kernels.py                                everything, at the shapes of Mistral 7B: some minutes
   python benchmarks/kernels.py --only decode --threads 1      products of decoding on one core
-  python benchmarks/kernels.py --quick --json out.json        fewer sizes, a minute or so
+  python benchmarks/kernels.py --quick --figure out.svg       fewer sizes, a minute or so
 """
 
 KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8")
@@ -249,8 +252,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="weights and keys to rotate through (default: 4 caches or 256, as far as memory has room)",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer sizes")
-    parser.add_argument("--json", metavar="FILE", help="write the machine and every sample there")
+    add_output_options(parser, "fewer sizes", "each product's share of its limit")
     return parser.parse_args()
 
 
@@ -281,8 +283,13 @@ def measure(arguments: argparse.Namespace) -> None:
                 times, extremes = benchmark.spread(benchmark.ratios(deepest.seconds, shorter.seconds)).text(2)
                 print(f"\n{deepest.name} takes {times} ({extremes}) times as long as {shorter.name}")
             results[group] = [m.as_json() for m in measured]
-    if arguments.json:
-        benchmark.write_json(arguments.json, {"machine": description, "groups": results})
+    panels = {
+        group: {result["name"]: [100 * share for share in result["shares"]] for result in rows}
+        for group, rows in results.items()
+    }
+    heading = "Kernels against what the machine can do"
+    content = {"machine": description, "groups": results}
+    write_files(arguments, content, lambda: rows_with_ranges(panels, heading, "% of the limit"))
 
 
 if __name__ == "__main__":

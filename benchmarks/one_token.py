@@ -12,21 +12,24 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from common import finish, notice, parser_for
+from common import finish, notice, parser_for, write_files
 
 import mistral_ref
 from mistral_kernels import attention, elementwise
 from mistral_ref import compiled_ops
-from mistral_ref.benchmark import spread, write_json
+from mistral_ref.benchmark import spread
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.machine import machine, machine_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 EXAMPLES = """\
 examples:
@@ -100,7 +103,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of a sample (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="samples (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=64, metavar="N", help="tokens before (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the machine and all figures there")
+    parser.add_argument("--json", metavar="FILE", help="write the machine and all samples there")
+    parser.add_argument("--figure", metavar="FILE", help="draw the table: .svg, .png or .pdf (needs the extra plots)")
     return parser.parse_args()
 
 
@@ -140,8 +144,24 @@ def measure(arguments: argparse.Namespace) -> None:
     print(f"\na token: {typical:.0f} us ({low:.0f} to {high:.0f}), {1e6 / typical:.0f} tokens/s; ", end="")
     print(f"with clocks {median(timed):.0f} us\n")
     print(markdown_table(["microseconds a token", "calls", "kernel", "around"], rows))
-    if arguments.json:
-        write_json(arguments.json, {"machine": description, "plain_us": plain, "timed_us": timed, "rows": rows})
+    content = {"machine": description, "plain_us": plain, "timed_us": timed, "rows": rows}
+    write_files(arguments, content, lambda: draw(rows))
+
+
+def draw(rows: Sequence[Sequence[str]]) -> Axes:
+    """Draw the table but for its sums: what a token spends in each kernel, and in Python around it."""
+    from mistral_ref.drawing import BLUE, GREY, axes_or_new, title  # noqa: PLC0415
+
+    names = [name for name, *_ in rows[:-1]]
+    inside, outside = ([float(row[column] or 0) for row in rows[:-1]] for column in (2, 3))
+    ax = axes_or_new(None, 6.4, 1.0 + 0.25 * len(names))
+    handles = [ax.barh(names, inside, color=BLUE, label="in kernels")]
+    handles.append(ax.barh(names, outside, left=inside, color=GREY, label="in Python around them"))
+    ax.invert_yaxis()
+    ax.set(xlabel="microseconds a token")
+    ax.spines[["top", "right"]].set_visible(False)
+    title(ax, "Where the time of one token goes", handles)
+    return ax
 
 
 def around(clock: Clock, name: str) -> float:

@@ -220,8 +220,9 @@ def test_a_mistake_is_one_line(name: str) -> None:
 
 def test_kernels_are_measured_against_limits(tmp_path: Path) -> None:
     small = ("--quick", "--shape", "tiny", "--buffer-mib", 1, "--seconds", 0, "--repeats", 2)
-    done = script("kernels", *small, "--json", tmp_path / "out.json")
+    done = script("kernels", *small, "--json", tmp_path / "out.json", "--figure", tmp_path / "out.png")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     groups = json.loads((tmp_path / "out.json").read_text())["groups"]
     assert list(groups) == ["decode", "prompt", "attention", "depth"]
     rows = [row for group in groups.values() for row in group]
@@ -230,12 +231,23 @@ def test_kernels_are_measured_against_limits(tmp_path: Path) -> None:
     assert "times as fast as NumPy" in done.stdout
 
 
+def test_the_time_of_a_token_is_told_apart(tmp_path: Path) -> None:
+    small = ("--tokens", 2, "--repeats", 2, "--depth", 4)
+    done = script("one_token", *small, "--json", tmp_path / "out.json", "--figure", tmp_path / "out.svg")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert len(content["plain_us"]) == 2
+    assert [row[0] for row in content["rows"][-2:]] == ["between", "in all"]
+    assert "<svg" in (tmp_path / "out.svg").read_text()
+
+
 def compared(tmp_path: Path, *options: object) -> dict[str, dict[str, object]]:
     """Run compare_peers.py on a tiny float32 model; return what it says of each process."""
     small = ("--shape", "tiny", "--layers", 2, "--prompt", 8, "--generate", 2, "--depth", 16, "--repeats", 1)
-    files = ("--work-dir", tmp_path, "--json", tmp_path / "out.json")
+    files = ("--work-dir", tmp_path, "--json", tmp_path / "out.json", "--figure", tmp_path / "out.svg")
     done = script("compare_peers", *small, *files, "--rest", 0, "--dtype", "f32", "--cache-dtype", "float32", *options)
     assert done.returncode == 0, done.stderr
+    assert "<svg" in (tmp_path / "out.svg").read_text()
     content = json.loads((tmp_path / "out.json").read_text())
     assert {result["test"] for result in content["results"]} == {"pp8", "tg2", "tg2 @ d16"}
     assert all(len(result["samples_ts"]) == 1 for result in content["results"])
