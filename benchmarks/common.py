@@ -131,10 +131,8 @@ def rows_with_ranges(panels: Mapping[str, Mapping[str, Sequence[float]]], headin
     figure = Figure((7.2, 0.8 + sum(0.7 + 0.2 * size for size in sizes)), layout="constrained")
     every = figure.subplots(len(panels), squeeze=False, height_ratios=[2 + size for size in sizes])[:, 0]
     for ax, (group, rows) in zip(every, panels.items(), strict=True):
-        for row, samples in enumerate(rows.values()):
-            middle, low, high = spread(samples)
-            ax.plot([low, high], [row, row], color=BLUE, lw=1.2)
-            ax.plot(middle, row, "o", color=BLUE, ms=4)
+        middle, low, high = np.array([spread(samples) for samples in rows.values()]).T
+        ax.errorbar(middle, range(len(rows)), xerr=(middle - low, high - middle), fmt="o", color=BLUE, ms=4)
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set(xlabel=f"{group}: {unit}")
         ax.set_xlim(left=0)
