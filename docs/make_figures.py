@@ -1,4 +1,4 @@
-"""Draw the documentation's figures: what mistral_ref.plots shows of the demonstration model.
+"""Draw the documentation's figures: what mistral_ref.plots shows of the demonstration model, and the course's pictures.
 
 python docs/make_figures.py [FOLDER]        # docs/figures, by default
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+from drawings import attention, numbers, text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -66,7 +67,9 @@ def main(arguments: list[str]) -> None:
     folder = Path(arguments[0]) if arguments else Path(__file__).parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "mistral_ref"}):
-        for name, ax in figures(mistral_ref.load()).items():
+        model = mistral_ref.load()
+        course = text.figures(model) | attention.figures(model) | numbers.figures(model)
+        for name, ax in (figures(model) | course).items():
             ax.figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/stepping.md", "docs/quantization.md")
+COURSE = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "course").glob("*.md")))
+PAGES = ("README.md", "docs/stepping.md", "docs/quantization.md", *COURSE)
 LINKED = (*PAGES, "docs/architecture.md", "docs/benchmarks.md", "docs/kernels.md")
+
+# A block of Python, and the block of text that follows it at once, if one does: what it prints.
+_EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_examples_run_and_print_what_is_shown(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block.replace('"path/to/dir", ', ""), page, "exec"), names)
+    examples = _EXAMPLE.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert examples or page.endswith("index.md")
+    for block, expected in examples:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block.replace('"path/to/dir", ', ""), page, "exec"), names)
+        assert not expected or printed.getvalue() == expected
 
 
 @pytest.mark.parametrize("page", LINKED)

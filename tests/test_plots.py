@@ -444,8 +444,9 @@ def test_without_matplotlib_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert str(caught.value) == "figures need matplotlib: pip install 'mistral-ref[plots]'"
 
 
-def test_the_documentation_s_figures_can_be_made(tmp_path: Path) -> None:
+def test_the_documentation_s_figures_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).parents[1] / "docs" / "make_figures.py"
+    monkeypatch.syspath_prepend(script.parent)
     spec = importlib.util.spec_from_file_location("make_figures", script)
     assert spec is not None
     assert spec.loader is not None
