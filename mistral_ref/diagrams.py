@@ -1,4 +1,4 @@
-"""Diagrams of two ideas that need no trace to be drawn: the ring of the cache, and RoPE. Part of plots.py."""
+"""Diagrams of ideas that need no trace to be drawn: heads, receptive field, the ring, RoPE. Part of plots.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mistral_ref.cache import Ring, attends
 from mistral_ref.config import ModelConfig
 from mistral_ref.drawing import (
     BLUE,
+    FAINT,
     GREY,
     INK,
     PALE_BLUE,
@@ -23,6 +24,7 @@ from mistral_ref.drawing import (
     Rectangle,
     axes_or_new,
     label_ticks,
+    room,
     styled,
     title,
 )
@@ -38,6 +40,93 @@ _SLOT_STYLES: dict[str, dict[str, Any]] = {
     _LATER: {"facecolor": "white", "edgecolor": GREY, "ls": ":", "lw": 0.8},
     _WRITTEN: {"facecolor": "none", "edgecolor": VERMILLION, "lw": 2},
 }
+
+
+@styled
+def head_map(config: ModelConfig, *, ax: Axes | None = None) -> Axes:
+    """Draw which of G key/value heads each of H query heads reads: head h // (H/G), so that neighbours share one.
+
+    Keys and values of the G heads alone are kept in the cache (grouped-query attention, arXiv:2305.13245).
+
+        H = 4, G = 2    query head      0 1 2 3
+                        reads k and v   0 0 1 1
+    """
+    n_heads, n_kv_heads = config.n_heads, config.n_kv_heads
+    group = n_heads // n_kv_heads
+    ax = axes_or_new(ax, min(max(0.46 * n_heads, 4.2), 11) + 1.3, 2.1)
+    ax.set(xlim=(-0.6, n_heads - 0.4), ylim=(-0.5, 1.5))
+    every = int(np.ceil(1.7 * n_heads / room(ax.xaxis)))  # query heads to one number, where there is room for fewer
+    for kv_head in range(n_kv_heads):
+        heads, colour = range(kv_head * group, (kv_head + 1) * group), (PALE_BLUE, FAINT)[kv_head % 2]
+        middle = (heads[0] + heads[-1]) / 2
+        ax.plot([[middle] * group, heads], [[0] * group, [1] * group], color=GREY, lw=0.8, zorder=0)
+        ax.add_patch(Rectangle((heads[0] - 0.42, -0.25), group - 0.16, 0.5, facecolor=colour, edgecolor=INK, lw=1.2))
+        if heads[-1] // every > (heads[0] - 1) // every:
+            ax.text(middle, 0, str(kv_head), ha="center", va="center", color=INK)
+        for head in heads:
+            ax.add_patch(Rectangle((head - 0.42, 0.8), 0.84, 0.4, facecolor=colour, edgecolor=GREY, lw=0.8))
+            if head % every == 0:
+                ax.text(head, 1, str(head), ha="center", va="center", color=INK)
+    names = [f"{n_kv_heads} key/value head{_s(n_kv_heads)}\n(kept in the cache)", f"{n_heads} query head{_s(n_heads)}"]
+    label_ticks(ax.yaxis, names)
+    ax.set(xticks=[], xlabel=f"query head h reads key/value head {'h' if group == 1 else f'h // {group}'}")
+    ax.tick_params(axis="y", length=0)
+    ax.spines[:].set_visible(False)
+    title(ax, f"Head map: {group} query head{_s(group)} to each key/value head")
+    return ax
+
+
+def _s(number: int) -> str:
+    return "" if number == 1 else "s"
+
+
+@styled
+def receptive_field(n_layers: int, window: int, n_tokens: int | None = None, *, ax: Axes | None = None) -> Axes:
+    """Draw from which positions the last of n tokens can be influenced: a row after each layer, a column a position.
+
+    In one layer a token sees itself and the W - 1 tokens before it. These have seen as much in the layer below, so each
+    layer reaches W - 1 further, and L layers reach L (W - 1) (Mistral 7B, arXiv:2310.06825, section 2).
+
+        window 3            position  0 1 2 3 4 5 6
+             after layer 1                        x
+             after layer 0                    x x x
+             embedding                    x x x x x
+
+    n_tokens    None: as many as the last token can be influenced by, and some more
+    """
+    n_layers = checked_whole("n_layers", n_layers, least=1)
+    window = checked_whole("window", window, least=1)
+    reach = n_layers * (window - 1)
+    n_tokens = reach + 1 + max(2, reach // 10) if n_tokens is None else checked_whole("n_tokens", n_tokens, least=1)
+    one_layer, last = Ring(window, None, 1), n_tokens - 1
+    oldest = [last]  # position that reaches the last token, from the highest row down to the embedding
+    for _ in range(n_layers):
+        oldest.append(one_layer.first_visible(oldest[-1]))
+    rows, in_sight = np.arange(n_layers, -1, -1), np.array([last] + [one_layer.first_visible(last)] * n_layers)
+
+    ax = axes_or_new(ax, 7.2, min(max(0.36 * (n_layers + 1), 1.8), 7) + 1.4)
+    lefts = np.array(oldest) - 0.5
+    ax.set(xlim=(-0.5, last + 0.5), ylim=(-0.6, n_layers + 0.6))
+    ax.fill_betweenx(rows, lefts, last + 0.5, color=PALE_BLUE, alpha=0.35, lw=0)
+    handles: list[Any] = [
+        ax.barh(rows, last - in_sight + 1, 0.62, in_sight - 0.5, color=BLUE, label="window of the last token"),
+        ax.barh(rows, in_sight - oldest, 0.62, lefts, color=PALE_BLUE, label="reached through others"),
+    ]
+    if n_tokens <= 2 * _MOST_CELLS:
+        ax.vlines(np.arange(n_tokens - 1) + 0.5, -0.6, n_layers + 0.6, color="white", lw=0.8)
+    handles += ax.plot(lefts, rows, color=VERMILLION, lw=1.5, marker="o", ms=3.5, clip_on=False, zorder=3,
+                       label=f"edge: {window - 1:,} further back each layer")  # fmt: skip
+    label_ticks(ax.yaxis, ["embedding", *(f"after layer {layer}" for layer in range(n_layers))])
+    for row in ax.get_yticks():
+        count = last - oldest[n_layers - int(row)] + 1
+        ax.annotate(f"{count:,}", (1.01, row), xycoords=ax.get_yaxis_transform(), va="center", fontsize=SMALL)
+    ax.annotate("tokens", (1.01, -0.03), xycoords="axes fraction", va="top", fontsize=SMALL)
+    ax.locator_params("x", integer=True)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set(xlabel="position")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    title(ax, f"Receptive field of token {last:,}: {n_layers} layer{_s(n_layers)}, window {window:,}", handles)
+    return ax
 
 
 @styled

@@ -1,4 +1,4 @@
-"""Figures of what happens in a model: attention, the ring, RoPE, the logit lens, the residual stream, logits and cost.
+"""Figures of what happens in a model: attention, heads, the ring, RoPE, logit lens, residual stream, logits, cost.
 
     from mistral_ref import plots
 
@@ -20,7 +20,7 @@ import numpy as np
 from mistral_ref import lens
 from mistral_ref.cache import Ring, attends
 from mistral_ref.cost_table import CostTable
-from mistral_ref.diagrams import ring, rope, rope_scores
+from mistral_ref.diagrams import head_map, receptive_field, ring, rope, rope_scores
 from mistral_ref.drawing import (
     BLUE,
     BLUES,
@@ -47,7 +47,10 @@ from mistral_ref.drawing import (
 from mistral_ref.errors import checked_whole
 from mistral_ref.trace import Trace
 
-__all__ = ["attention", "attribution", "logit_lens", "residual_norms", "ring", "roofline", "rope", "rope_scores"]
+__all__ = [
+    "attention", "attribution", "head_map", "logit_lens", "receptive_field", "residual_norms", "ring", "roofline",
+    "rope", "rope_scores",
+]  # fmt: skip
 
 
 @styled

@@ -1,18 +1,25 @@
-"""mistral-ref trace: the values of a pass, listed or written to a file."""
+"""mistral-ref trace: the values of a pass, listed, written to a file, or shown as a page."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
-from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, read_prompt, size
+from mistral_ref import report
+from mistral_ref.cache import KVCache
+from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar, read_prompt, size
 from mistral_ref.cli.study import add_broken_option, add_dtype_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.display import markdown_table, size_text
 from mistral_ref.errors import InputError, shown
+from mistral_ref.loading import DEMO_MODEL
+from mistral_ref.model import Model
 
 _EXAMPLES = """\
 examples:
   mistral-ref trace "Once upon a time"
+  mistral-ref trace "Once upon a time" -o trace.html
+  mistral-ref trace --model DIR --keep "layers.0.*" --keep "*.attention_weights" "Hello" -o trace.html
   mistral-ref trace --keep "layers.0.*" --keep logits "Once upon a time" -o trace.safetensors
   mistral-ref trace --dtype float64 "Once upon a time" -o exact.safetensors
 """
@@ -22,9 +29,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add this command to the command line."""
     parser = commands.add_parser(
         "trace",
-        help="list the values of a pass, or write them to a file",
-        description="Take a text through the model and list every step with its axes and statistics, or write the "
-        "values to a safetensors file, which mistral_ref.Trace.load and mistral-ref compare read.",
+        help="show the values of a pass as a page, list them, or write them to a file",
+        description="Take a text through the model and list every step with its axes and statistics; or make a page of "
+        "them, one HTML file to click through in a browser, without a network; or write the values to a safetensors "
+        "file, which mistral_ref.Trace.load and mistral-ref compare read.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -32,10 +40,17 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_model_option(parser)
     add_compute_options(parser)
     add_dtype_option(parser)
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the values to FILE.safetensors")
     parser.add_argument(
-        "--keep", action="append", metavar="STEP", help='steps to keep, such as "layers.*.heads" (default: all)'
+        "-o", "--output", metavar="FILE", help="FILE.html: a page; FILE.safetensors: the values (default: a list)"
     )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        metavar="STEP",
+        help='steps to keep, such as "layers.*.heads"; a page has the statistics and a small picture of the others '
+        "(default: all; in a page of a large model those that have room, attention first)",
+    )
+    parser.add_argument("--no-cost", action="store_true", help="in a page, do not measure what each step costs")
     add_last_option(parser)
     add_broken_option(parser, "the model")
     parser.set_defaults(run=run)
@@ -44,10 +59,15 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def run(arguments: argparse.Namespace) -> None:
     """Print the steps of a pass, or write them."""
     output = arguments.output
-    if output is not None and not output.endswith(".safetensors"):
-        raise InputError(f"-o is {shown(output)}; expected a name that ends in .safetensors")
+    if output is not None and not output.endswith((".html", ".safetensors")):
+        raise InputError(f"-o is {shown(output)}; expected a name that ends in .html or .safetensors")
+    if arguments.no_cost and (output is None or not output.endswith(".html")):
+        raise InputError("--no-cost is of a page; expected -o FILE.html beside it")
     model = maybe_broken(load_model(arguments), arguments.broken)
     tokens, cache = split_prompt(model, read_prompt(arguments), arguments.last)
+    if output is not None and output.endswith(".html"):
+        _write_page(arguments, model, tokens, cache)
+        return
     trace = model.trace(tokens, keep=arguments.keep or "*", cache=cache)
     if output is not None:
         trace.save(output)
@@ -56,3 +76,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{trace.n_tokens} tokens from position {trace.start}: {' '.join(trace.pieces)}")
     rows = [[name, size_text(step.axes, step.value.shape), str(step.statistics)] for name, step in trace.steps.items()]
     print(markdown_table(["step", "axes", "statistics"], rows))
+
+
+def _write_page(arguments: argparse.Namespace, model: Model, tokens: list[int], cache: KVCache | None) -> None:
+    name = "the demonstration model" if arguments.model == DEMO_MODEL else Path(arguments.model).resolve().name
+    title = name if arguments.broken is None else f"{name}, broken: {arguments.broken}"
+    with progress_bar("measuring, then taking every step", is_long=True) as progress:
+        report.write(
+            model, tokens, arguments.output, keep=arguments.keep, cache=cache, with_cost=not arguments.no_cost,
+            title=title, progress=progress,
+        )  # fmt: skip
+    print(f"{arguments.output}: {len(tokens)} tokens, {size(os.path.getsize(arguments.output))}; open it in a browser")

@@ -1,0 +1,279 @@
+"""A forward pass as one HTML page that needs no network: every step to be clicked through, in any browser.
+
+    from mistral_ref import report
+
+    report.write(model, "Once upon a time", "trace.html")
+
+The files in page/ hold how the page looks and moves; this one says what it shows. All that comes from a model or its
+reader goes into the page as JSON in which no tag can begin, and becomes text there, never markup. The page's own policy
+lets a browser run the one script and the one style that are in it, and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+import mistral_ref
+from mistral_ref import lens
+from mistral_ref.cache import KVCache
+from mistral_ref.config import ModelConfig
+from mistral_ref.cost_table import CostTable, cost_table
+from mistral_ref.display import heat_map
+from mistral_ref.errors import InputError
+from mistral_ref.generation import Progress
+from mistral_ref.model import Model, Prompt
+from mistral_ref.rope import inverse_frequencies
+from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step, step_names
+from mistral_ref.tensor_file import all_or_nothing
+from mistral_ref.trace import Trace
+from mistral_ref.walk import Edit, matching_steps
+
+_FOLDER = Path(__file__).parent / "page"
+_SCRIPTS = (
+    "dom", "values", "charts", "block", "attention", "ring", "field", "rope", "heads", "lens", "cost", "main",
+)  # fmt: skip
+_MOST_BY_DEFAULT = 2**22  # values kept whole, about 10 MB of page
+_MOST_EVER = 2**26  # about 160 MB: browsers end at strings of 512
+_MOST_ROWS, _MOST_COLUMNS, _LEVELS = 64, 96, 126  # of a picture, and of its cells either way
+_BINS = 48
+_N_CHOICES = 5  # of the logit lens
+
+# What is kept where not everything has room: the first of these that has.
+_BY_DEFAULT = (("*",), ("*.attention_weights", "embedding", "*.residual_after_*", "norm"), ("*.attention_weights",), ())
+
+
+def write(
+    model: Model, prompt: Prompt, path: str | os.PathLike[str], *,
+    keep: str | Iterable[str] | None = None, cache: KVCache | None = None, edits: Mapping[str, Edit] | None = None,
+    with_cost: bool = True, title: str = "", progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Write the page of a pass to a file, which appears under its name only when it is complete; see `page`."""
+    with all_or_nothing(path, InputError) as partial:
+        text = page(
+            model, prompt, keep=keep, cache=cache, edits=edits, with_cost=with_cost, title=title, progress=progress
+        )
+        partial.write_text(text, encoding="utf-8")
+
+
+def page(
+    model: Model, prompt: Prompt, *,
+    keep: str | Iterable[str] | None = None, cache: KVCache | None = None, edits: Mapping[str, Edit] | None = None,
+    with_cost: bool = True, title: str = "", progress: Progress | None = None,
+) -> str:  # fmt: skip
+    """Return the page of the forward pass of a prompt.
+
+    keep        names or globs of the steps whose values are all in the page, to 11 bits; of the others, what is inside
+                attention apart, it has a picture of at most 64 by 96 cells. None: every step where that is at most
+                2**22 values, else the attention weights with or without the residual stream, or none
+    cache       as in `Model.steps`: the pass starts after the tokens in it, and they are appended
+    edits       as in `Model.forward`
+    with_cost   whether every step is timed and compared with the limits of the machine, measured too; of the pass
+                without the edits
+    title       what the model is called
+    progress    called with (done, all), of passes timed and then of steps taken
+
+    Raises InputError for a pattern that matches no step, and for more than 2**26 values.
+    """
+    ids, edits = model.token_ids(prompt, cache), {} if edits is None else edits
+    kept = _kept(model.config, len(ids), 0 if cache is None else cache.length, keep)
+    costs = cost_table(model, ids, cache, progress=progress) if with_cost else None
+    start = 0 if cache is None else cache.length
+    names, entries, residuals = list(step_names(model.config)), [], []
+    rope: dict[str, Any] = {}
+    for done, step in enumerate(model.steps(ids, cache, edits=edits)):
+        entries.append(_step_entry(step, step.name in kept))
+        if step.name == "embedding" or step.kind is CATALOGUE["residual_after_ffn"]:
+            residuals.append(step)
+        if step.name in ("layers.0.q", "layers.0.k"):  # one query and one key, to be turned
+            rope[step.name[-1]] = _finite(step.value[-1 if step.name[-1] == "q" else 0, 0])
+        if progress:
+            progress(done + 1, len(names))
+    config = model.config
+    rope["frequencies"] = inverse_frequencies(config.rope_theta, config.head_dim, config.yarn).tolist()
+    trace = Trace(residuals, ids, [model.piece(token) for token in ids], start=start)
+    about = {
+        "title": title or f"a model of {config.n_parameters:,} parameters",
+        "madeBy": f"mistral_ref {mistral_ref.__version__}, {model.ops.dtype} by {model.ops.name}",
+        "start": start,
+        "tokens": [{"id": token, "piece": piece} for token, piece in zip(ids, trace.pieces, strict=True)],
+        "config": _config_entry(config),
+        "kinds": _kind_entries(config),
+        "steps": entries,
+        "rope": rope,
+        "lens": _lens_entry(lens.logit_lens(model, trace, top=min(_N_CHOICES, config.vocab_size))),
+        "cost": None if costs is None else _cost_entry(costs),
+    }
+    return _html(about)
+
+
+def _kept(config: ModelConfig, n_tokens: int, start: int, keep: str | Iterable[str] | None) -> set[str]:
+    """Return the names of the steps whose values go into the page whole."""
+    if keep is not None:
+        chosen = matching_steps([keep] if isinstance(keep, str) else keep, config)
+        n_values = _n_values(config, n_tokens, start, chosen)
+        if n_values > _MOST_EVER:
+            raise InputError(
+                f"keep chooses {n_values:,} values; expected at most {_MOST_EVER:,}, since browsers open no larger page"
+            )
+        return set(chosen)
+    for patterns in _BY_DEFAULT:
+        chosen = matching_steps(patterns, config)
+        if _n_values(config, n_tokens, start, chosen) <= _MOST_BY_DEFAULT:
+            break
+    return set(chosen)
+
+
+def _n_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[str]) -> int:
+    """Return how many numbers these steps have, in a pass of so many tokens."""
+    window = max((start + n_tokens if window is None else window) for window in config.sliding_window)
+    per_token, n_experts = (1, 0) if config.moe is None else (config.moe.num_experts_per_tok, config.moe.num_experts)
+    sizes = {
+        "token": n_tokens, "query": n_tokens, "key": min(start + n_tokens, window + n_tokens - 1),
+        "pair": n_tokens * per_token, "dim": config.dim, "head": config.n_heads, "kv_head": config.n_kv_heads,
+        "head_dim": config.head_dim, "ffn": config.hidden_dim, "expert": n_experts, "vocabulary": config.vocab_size,
+    }  # fmt: skip
+    catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
+    return sum(math.prod(sizes[axis] for axis in catalogue[name.rpartition(".")[2]].axes) for name in names)
+
+
+def _step_entry(step: Step, is_kept: bool) -> dict[str, Any]:
+    """Return what the page shows of a step."""
+    value = step.value
+    finite = value[np.isfinite(value)].astype(np.float64)
+    counts = np.histogram(finite, _BINS)[0].tolist() if finite.size else []
+    return {
+        "name": step.name,
+        "kind": step.name.rpartition(".")[2],
+        "shape": value.shape,
+        "dtype": str(value.dtype),
+        "source": step.source,
+        "firstKey": None if step.key_positions is None else step.key_positions.start,
+        "statistics": {name: _number(number) for name, number in step.statistics._asdict().items()},
+        "histogram": counts,
+        "whole": packed(value) if is_kept else None,
+        "picture": None if is_kept or step.key_positions is not None else _picture(value),
+    }
+
+
+def packed(values: np.ndarray) -> dict[str, Any]:
+    """Return numbers as float16, scaled by a power of 2 into the middle of its range, deflated, in base 64.
+
+    First come the lower bytes of all numbers, then the upper ones, which are much alike and take less room so.
+
+    >>> packed(np.array([1e-30, -np.inf]))["exponent"]  # the largest becomes 2^14 at least: 2^14 * 2^exponent <= 1e-30
+    -114
+    """
+    values = values.astype(np.float64)
+    largest = float(np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max(initial=0.0))
+    exponent = math.frexp(largest)[1] - 15
+    halves = np.ldexp(values, -exponent).astype("<f2")
+    planes = halves.reshape(-1).view(np.uint8).reshape(-1, 2).T
+    return {"exponent": exponent, "data": _deflated(planes.tobytes())}
+
+
+def _picture(value: np.ndarray) -> dict[str, Any]:
+    """Return a value as a heat map of few cells, a byte each: heads side by side, tokens one below the other."""
+    heat = heat_map(value.reshape(len(value), -1), _MOST_ROWS, _MOST_COLUMNS)
+    levels = np.rint(np.where(np.isfinite(heat.cells), heat.cells, 0) * _LEVELS)
+    levels[np.isnan(heat.cells)] = -_LEVELS - 2
+    levels[np.isinf(heat.cells)] = _LEVELS + 1
+    return {"scale": heat.scale, "shape": heat.cells.shape, "data": _deflated(levels.astype(np.int8).tobytes())}
+
+
+def _deflated(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def _config_entry(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "dim": config.dim,
+        "layers": config.n_layers,
+        "heads": config.n_heads,
+        "kvHeads": config.n_kv_heads,
+        "headDim": config.head_dim,
+        "hidden": config.hidden_dim,
+        "vocabulary": config.vocab_size,
+        "theta": config.rope_theta,
+        "windows": config.sliding_window,
+        "experts": None if config.moe is None else [config.moe.num_experts, config.moe.num_experts_per_tok],
+        "parameters": config.n_parameters,
+    }
+
+
+def _kind_entries(config: ModelConfig) -> dict[str, Any]:
+    """Return of each kind of step what the catalogue says, in the order of the pass."""
+    catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in step_names(config))
+    return {kind: catalogue[kind]._asdict() for kind in kinds}
+
+
+def _lens_entry(predictions: lens.LogitLens) -> dict[str, Any]:
+    return {
+        "names": predictions.names,
+        "ids": predictions.ids_RTN.tolist(),
+        "probabilities": [[_finite(np.exp(p_N)) for p_N in p_TN] for p_TN in predictions.logprobs_RTN],
+        "pieces": {str(token): piece for token, piece in predictions.pieces.items()},
+    }
+
+
+def _cost_entry(table: CostTable) -> dict[str, Any]:
+    def rows(*, by_kind: bool) -> Iterator[dict[str, Any]]:
+        for row in table.rows(by_kind=by_kind):
+            yield {
+                "name": row.cost.name,
+                "flops": row.cost.flops,
+                "bytes": row.cost.bytes,
+                "bound": row.bound,
+                "predicted": row.predicted,
+                "seconds": median(row.seconds),
+                "range": [min(row.seconds), max(row.seconds)],
+            }
+
+    return {
+        "bandwidth": table.limits.bandwidth,
+        "peak": table.limits.peak,
+        "repeats": len(table.runs),
+        "kinds": list(rows(by_kind=True)),
+        "steps": {row["name"]: row for row in rows(by_kind=False)},
+    }
+
+
+def _number(number: float) -> float | int | None:
+    """Return a number of JSON, which has no NaN."""
+    return number if isinstance(number, int) or math.isfinite(number) else None
+
+
+def _finite(values: np.ndarray) -> list[float | None]:
+    return [_number(round(float(value), 6)) for value in values]
+
+
+def _html(about: dict[str, Any]) -> str:
+    """Return the page: its parts put into the skeleton, and a policy under which nothing else runs or loads."""
+    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = f'"use strict";\n{script}'
+    policy = (
+        f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    data = json.dumps(about, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
+    skeleton = (_FOLDER / "page.html").read_text(encoding="utf-8")
+    for name, part in {"policy": policy, "style": style, "script": script, "data": data}.items():
+        before, after = skeleton.split(f"{{{{{name}}}}}")
+        skeleton = before + part + after
+    return skeleton
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
