@@ -12,7 +12,7 @@ function strongest(matrix, row, firstKey) {
   return el("div", { class: "strong" }, order.map((key) => {
     const bar = el("i");
     bar.style.width = `${100 * Math.min(weights[key], 1)}%`;
-    return [el("span", null, pieceText(pieceAt(firstKey + key)), " ", el("span", { class: "muted" }, firstKey + key)), bar, el("b", null, digits(weights[key]))];
+    return [el("span", null, placeNodes(firstKey + key)), bar, el("b", null, digits(weights[key]))];
   }));
 }
 
@@ -42,7 +42,7 @@ async function attentionPicture(state, go) {
   const matrix = matrices[state.head], query = state.token;
   markTokens(matrix, query, first);
   const describe = (row, column, value) => [
-    pieceText(pieceAt(start + row)), ` ${start + row} looks at `, pieceText(pieceAt(first + column)), ` ${first + column}: `,
+    placeNodes(start + row), " looks at ", placeNodes(first + column), ": ",
     el("b", null, isSeen(row, column) || value !== 0 ? `weight ${digits(value)}` : column + first > row + start ? "later, so not seen" : "before the window, so not seen"),
   ];
   return [
@@ -53,14 +53,14 @@ async function attentionPicture(state, go) {
         el("h3", null, `Layer ${state.layer}, head ${state.head}: a row for each query, a column for each key`),
         heat(matrix, {
           label: `Attention weights of layer ${state.layer}, head ${state.head}`, scale: 1, describe, isSquare: matrix.columns < 3 * matrix.rows, isSeen,
-          rowLabel: (row) => rowName("query", row), columnLabel: (column) => `${pieceAt(first + column)} ${first + column}`,
+          rowLabel: (row) => placeText(start + row), columnLabel: (column) => placeText(first + column),
           edges: sightEdges(step, window), chosenRow: query, onpick: (token) => go({ token }),
         }),
         legend({ statistics: { low: 0, high: 1 } }, el("span", null, swatch(colour("unseen")), "out of sight"),
           el("span", null, "━ causal edge: nothing later is seen"),
           el("span", null, window === null ? "no window: all that came before is seen" : `┅ the window's edge: ${grouped(window)} keys, itself included${start + tokens.length > window ? "" : " (this text is shorter)"}`))),
       el("div", { class: "card stack" },
-        el("h3", null, "What ", pieceText(pieceAt(start + query)), ` ${start + query} looks at`),
+        el("h3", null, "What ", placeNodes(start + query), " looks at"),
         strongest(matrix, query, first),
         el("p", { class: "muted small" }, "The weights of a row add up to 1. Choose another token above, or a row in the picture."))),
   ];

@@ -81,18 +81,16 @@ function headChooser(count, head, name, go) {
 const group = config.heads / config.kvHeads;
 const axisHead = (step, head) => headAxis(step) === "kv_head" ? Math.floor(head / group) : head;
 
-const rowName = (axis, index) => axis === "token" || axis === "query" ? `${pieceAt(start + index)} ${start + index}` : String(index);
-
 const spanWords = (edges, index) => edges[index + 1] - edges[index] > 1 ? `${edges[index]} to ${edges[index + 1] - 1}` : String(edges[index]);
 
 function cellWords(step, matrix, head) {
   const [rowAxis, columnAxis] = matrix.axes, firstKey = step.firstKey ?? 0;
-  const spot = (axis, edges, index) => axis === "key" ? ["key ", pieceText(pieceAt(firstKey + index)), ` ${firstKey + index}`]
-    : axis === "token" || axis === "query" ? [`${axis} `, edges[index + 1] - edges[index] > 1 ? "" : pieceText(pieceAt(start + edges[index])), ` ${spanWords(edges.map((edge) => edge + start), index)}`]
+  const spot = (axis, edges, index) => axis === "key" ? ["key ", placeNodes(firstKey + index)]
+    : axis === "token" || axis === "query" ? [`${axis} `, edges[index + 1] - edges[index] > 1 ? spanWords(edges.map((edge) => edge + start), index) : placeNodes(start + edges[index])]
       : [`${axis.replaceAll("_", " ")} ${spanWords(edges, index)}`];
   return (row, column, value) => [
     head === null ? "" : `head ${head}, `, ...spot(rowAxis, matrix.rowEdges, row), ", ", ...spot(columnAxis, matrix.columnEdges, column), ": ",
-    el("b", null, value === -Infinity ? "out of sight" : digits(value)),
+    el("b", null, value === -Infinity && step.firstKey !== null ? "out of sight" : digits(value)),
   ];
 }
 
@@ -110,14 +108,14 @@ async function stepPicture(step, state, go) {
     count > 0 && headChooser(count, head, headAxis(step).replace("_", "/").replace("kv/head", "key/value head"), (index) => go({ head: headAxis(step) === "kv_head" ? index * group : index })),
     heat(matrix, {
       label: `Heat map of ${step.name}${count ? `, head ${head}` : ""}`, scale: scaleOf(step), describe: cellWords(step, matrix, count ? head : null),
-      rowLabel: (row) => isTokens && isWhole ? rowName(matrix.axes[0], row) : spanWords(matrix.rowEdges, row),
+      rowLabel: (row) => isTokens && isWhole ? placeText(start + row) : spanWords(matrix.rowEdges, row),
       isSeen: seen, chosenRow: isTokens && isWhole ? state.token : undefined, onpick: isTokens && isWhole ? (token) => go({ token }) : undefined,
     }),
     legend(step, isAttention && el("span", null, swatch(colour("unseen")), "out of sight"), !isWhole && el("span", null, "a picture: each cell is the largest of those it stands for; ", el("code", null, `--keep "${step.name}"`), " keeps every value")),
   ];
   if (isTokens && isWhole && !isAttention && matrix.columns <= 4096) {
     const row = matrix.data.subarray(state.token * matrix.columns, (state.token + 1) * matrix.columns);
-    parts.push(el("div", null, el("h3", null, "The ", matrix.columns, " numbers of ", pieceText(pieceAt(start + state.token)), ` ${start + state.token}${count ? `, head ${head}` : ""}`), rowBars(row, scaleOf(step), `The numbers of token ${start + state.token}, one after the other`)));
+    parts.push(el("div", null, el("h3", null, "The ", matrix.columns, " numbers of ", placeNodes(start + state.token), count > 0 && `, head ${head}`), rowBars(row, scaleOf(step), `The numbers of token ${start + state.token}, one after the other`)));
   }
   return parts;
 }

@@ -21,11 +21,11 @@ function pixels(matrix, scale, isSeen) {
   const canvas = el("canvas", { width: matrix.columns, height: matrix.rows });
   const context = canvas.getContext("2d"), image = context.createImageData(matrix.columns, matrix.rows);
   const unseen = bytesOf(colour("unseen"));
-  const ramp = range(513).map((step) => shade(step / 256 - 1));
+  const ramp = range(513).map((step) => shade((step / 256 - 1) * Math.abs(step / 256 - 1))); // even steps of the square root
   matrix.data.forEach((value, index) => {
     const isHidden = value === -Infinity || (value === 0 && !isSeen(Math.floor(index / matrix.columns), index % matrix.columns));
-    const isPlain = Number.isFinite(value) && Math.abs(value) <= scale;
-    const rgb = isHidden ? unseen : isPlain ? ramp[Math.round((value / scale + 1) * 256)] : shade(value === Infinity ? NaN : value / scale);
+    const share = clamp(value / scale, -1, 1);
+    const rgb = isHidden ? unseen : Number.isFinite(value) ? ramp[Math.round((Math.sign(share) * Math.sqrt(Math.abs(share)) + 1) * 256)] : shade(NaN);
     image.data.set([...rgb, 255], 4 * index);
   });
   context.putImageData(image, 0, 0);
@@ -125,7 +125,7 @@ function heat(matrix, options) {
 
   function read(row, column) {
     cursor = [clamp(row, 0, matrix.rows - 1), clamp(column, 0, matrix.columns - 1)];
-    readout.replaceChildren(...[describe(...cursor, matrix.data[cursor[0] * matrix.columns + cursor[1]])].flat());
+    readout.replaceChildren(...describe(...cursor, matrix.data[cursor[0] * matrix.columns + cursor[1]]).flat(Infinity));
     draw();
   }
 

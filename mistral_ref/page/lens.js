@@ -58,7 +58,7 @@ const lensView = {
     return el("div", { class: "stack" },
       table,
       el("div", { class: "card stack" },
-        el("h3", null, `${lensLabel(page.lens.names[row])}: what would come after `, pieceText(pieceAt(start + token)), ` ${start + token}`),
+        el("h3", null, `${lensLabel(page.lens.names[row])}: what would come after `, placeNodes(start + token)),
         el("div", { class: "strong" }, ids[row][token].map((_, place) => {
           const p = probabilities[row][token][place] ?? 0, bar = el("i");
           bar.style.width = `${100 * p}%`;

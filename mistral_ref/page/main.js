@@ -53,6 +53,7 @@ function drawTabs() {
     type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "view", "aria-selected": String(name === state.view), tabindex: name === state.view ? 0 : -1,
     "data-key": `tab ${name}`, onclick: () => go({ view: name }),
   }, view.title)));
+  tabs.querySelector('[aria-selected="true"]').scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
 function draw() {

@@ -67,7 +67,7 @@ function ringWords({ position, window, chunk }) {
   const { capacity, slot, slots, begin } = ringAt(position, window, chunk), oldest = Math.max(0, position - window + 1);
   const overwritten = slots.map(({ was }) => was).filter((was) => was >= 0).sort((a, b) => a - b);
   return [
-    el("p", null, "The key of ", pieceText(pieceAt(position)), ` ${position} lies in slot `, el("b", null, `${position} % ${capacity} = ${slot}`), ". ",
+    el("p", null, "The key of ", placeNodes(position), " lies in slot ", el("b", null, `${position} % ${capacity} = ${slot}`), ". ",
       overwritten.length ? `${chunk > 1 ? `The pass of ${begin} to ${begin + chunk - 1}` : "It"} has overwritten ${overwritten.length > 1 ? `the keys of ${overwritten[0]} to ${overwritten.at(-1)}` : `the key of ${overwritten[0]}`}. ` : "Nothing has been overwritten for it. ",
       `It sees ${oldest === position ? "itself alone" : `the keys of ${oldest} to ${position}`}, and all of them are in the ring.`),
     el("p", { class: "muted small" }, chunk > 1 ? "A pass writes all its keys before its first query looks. That query still needs the oldest key of its window: hence chunk − 1 more slots." : "A token writes its key first and looks then: the slot it takes held the key that has just gone out of its window."),

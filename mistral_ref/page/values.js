@@ -7,8 +7,10 @@ const isEnd = (kind) => kind === "embedding" || kind === "norm" || kind === "log
 const nameOf = (kind, layer) => isEnd(kind) ? kind : `layers.${layer}.${kind}`;
 const blockKinds = Object.keys(page.kinds).filter((kind) => !isEnd(kind));
 
-// What stands at a position: the token's piece, or its position where the pass began later.
-const pieceAt = (position) => tokens[position - start]?.piece ?? `@${position}`;
+// What stands at a position: the token's piece and where it is, or the position alone where the pass began later.
+const pieceAt = (position) => tokens[position - start]?.piece ?? "";
+const placeText = (position) => `${pieceAt(position) || "@"} ${position}`;
+const placeNodes = (position) => pieceAt(position) ? [pieceText(pieceAt(position)), ` ${position}`] : [`@ ${position}`];
 
 // Whether the token at position `query` sees the one at `key`: 0 <= query - key < window, as in cache.py.
 const attends = (query, key, window) => query >= key && (window === null || query - key < window);
