@@ -27,9 +27,10 @@ from mistral_ref import lens, plots
 from mistral_ref.cache import KVCache, attends
 from mistral_ref.cost import Limits
 from mistral_ref.cost_table import cost_table
-from mistral_ref.drawing import ORANGE, VERMILLION, literal, spread
+from mistral_ref.drawing import BLUE, ORANGE, VERMILLION, literal, spread
 from mistral_ref.errors import InputError
 from mistral_ref.model import Model
+from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import rotation
 from mistral_ref.steps import CATALOGUE, Step
 from mistral_ref.trace import Trace
@@ -148,6 +149,81 @@ def test_attention_shows_what_should_not_be() -> None:
     assert cells.mask[0, 1]
     assert to_hex(image.to_rgba(cells)[1, 1]).upper() == ORANGE
     check_drawn(ax)
+
+
+# ------------------------------------------------------------------------------------ heads, receptive field
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(8, 2), (4, 4), (6, 1), (1, 1), (32, 8), (32, 32), (96, 8)])
+def test_head_map_joins_query_heads_to_the_heads_that_attention_reads(n_heads: int, n_kv_heads: int) -> None:
+    config = FAMILIES["dense_windowed"].config.replace(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=2)
+    ax = plots.head_map(config)
+    check_drawn(ax)
+    check_apart(ax.texts)
+    boxes = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    kept = sorted((box for box in boxes if box.get_y() < 0), key=Rectangle.get_x)
+    assert (len(kept), len(boxes)) == (n_kv_heads, n_kv_heads + n_heads)
+    # What the operations do: the values of key/value head g are all g, and every query sees one key.
+    values = np.tile(np.arange(n_kv_heads, dtype=float)[:, np.newaxis], (1, 1, 2))
+    read_H = ReferenceOps("float64")._gather(np.ones((n_heads, 1, 1)), values)[0, :, 0]
+    assert len(ax.lines) == n_heads
+    for line in ax.lines:
+        (x0, y0), (head, y1) = np.array(line.get_xydata())
+        assert kept[int(read_H[int(head)])].contains_point(ax.transData.transform((x0, y0)))
+        assert (y0, y1) == (0, 1)
+    numbers = {(text.get_position()[1], int(text.get_text())) for text in ax.texts}
+    assert {(0, 0), (1, 0)} <= numbers
+    assert len(numbers) == n_heads + n_kv_heads or n_heads > 32
+
+
+def influence_on_the_last(model: Model, n_tokens: int) -> np.ndarray:
+    """Return for each row of a receptive field and each position whether the last token's logits depend on it."""
+    names = ["embedding", *(f"layers.{layer}.residual_after_ffn" for layer in range(model.config.n_layers))]
+    tokens = tokens_for(model.config, n_tokens)
+    before = model.forward(tokens)[-1]
+
+    def depends(name: str, position: int) -> bool:
+        at = (np.arange(n_tokens) == position)[:, np.newaxis]
+        edits = {name: lambda x_TD: np.where(at, x_TD[:, ::-1], x_TD)}
+        return not np.array_equal(model.forward(tokens, edits=edits)[-1], before)
+
+    return np.array([[depends(name, position) for position in range(n_tokens)] for name in names])
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "window", "n_tokens"), [(3, 3, 12), (2, 4, None), (3, 4, 6), (1, 1, 3), (4, 2, 1)]
+)
+def test_receptive_field_is_what_a_model_s_last_token_depends_on(
+    n_layers: int, window: int, n_tokens: int | None
+) -> None:
+    ax = plots.receptive_field(n_layers, window, n_tokens)
+    check_drawn(ax)
+    n_tokens = round(ax.get_xlim()[1] + 0.5)
+    drawn, dark = np.zeros((2, n_layers + 1, n_tokens), bool)
+    for bar in (patch for patch in ax.patches if isinstance(patch, Rectangle)):
+        columns = slice(round(bar.get_x() + 0.5), round(bar.get_x() + bar.get_width() + 0.5))
+        row = round(bar.get_y() + bar.get_height() / 2)
+        drawn[row, columns] = True
+        dark[row, columns] |= to_hex(bar.get_facecolor()) == to_hex(BLUE)
+    config = FAMILIES["dense_windowed"].config.replace(n_layers=n_layers, sliding_window=(window,) * n_layers)
+    assert np.array_equal(drawn, influence_on_the_last(model_of(config), n_tokens))
+    assert np.array_equal(dark[0], attends(n_tokens - 1, np.arange(n_tokens), window))
+    counts = [int(text.get_text()) for text in ax.texts if text.get_text() != "tokens"]
+    assert counts == drawn.sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize(("n_layers", "window", "widest"), [(32, 4096, "131,041"), (5, 64, "316"), (200, 2, "201")])
+def test_receptive_field_of_published_sizes(n_layers: int, window: int, widest: str) -> None:
+    ax = plots.receptive_field(n_layers, window)
+    check_drawn(ax)
+    check_apart(ax.texts)
+    assert ax.texts[0].get_text() == widest  # 32 * 4095 + 1
+
+
+@pytest.mark.parametrize("arguments", [(0, 4), (3, 0), (3, 4, 0), (3, None), (2.5, 4)])
+def test_receptive_field_refuses_what_is_no_number(arguments: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="expected a whole number of at least 1"):
+        plots.receptive_field(*arguments)
 
 
 # ----------------------------------------------------------------------------------------------------- ring
@@ -404,8 +480,8 @@ def test_a_style_of_the_user_s_stays_and_does_not_reach_pieces(trace: Trace) -> 
 
 
 def test_figures_draw_into_axes_that_are_given(demo: Model, trace: Trace) -> None:
-    figure = Figure((20, 12), layout="constrained")
-    given = figure.subplots(2, 4).ravel()
+    figure = Figure((24, 12), layout="constrained")
+    given = figure.subplots(2, 5).ravel()
     table = cost_table(demo, [1, 2], repeats=1, limits=Limits(1e10, 1e11))
     drawn = [
         plots.attention(trace, 0, 0, window=64, ax=given[0]),
@@ -416,6 +492,8 @@ def test_figures_draw_into_axes_that_are_given(demo: Model, trace: Trace) -> Non
         plots.residual_norms(trace, ax=given[5]),
         plots.attribution(lens.attribution(demo, trace), ax=given[6]),
         plots.roofline(table, ax=given[7]),
+        plots.head_map(demo.config, ax=given[8]),
+        plots.receptive_field(5, 64, ax=given[9]),
     ]
     assert all(ax is mine for ax, mine in zip(drawn, given, strict=True))
     assert all(ax.get_title(loc="left") for ax in drawn)
