@@ -1,0 +1,303 @@
+"""The page of a pass in Chromium: drawn fast and without a complaint, reached by keyboard, true to the library.
+
+Skipped where there is no Chromium, Debian's package chromium, or no playwright to drive it: pip install -e ".[dev]".
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mistral_ref
+from mistral_ref import report
+from mistral_ref.cache import Ring, attends
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.rope import rotation
+from mistral_ref.steps import step_names
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
+
+VIEWS = ("block", "attention", "ring", "field", "rope", "heads", "lens", "cost")
+STORY = """Once upon a time there was a little girl named Lily. She had a red ball. One day, she went to the park with \
+her mom. They saw a big dog. The dog was very happy and wanted to play with the ball. Lily was scared at first. She \
+ran to her mom and said she wanted to go home. Her mom gave her a hug and smiled. The dog sat down. Lily and the dog \
+played together until it was time to go home."""
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>bold</b>"
+
+# Everything that a reader could want to act on, in the order of the page; hidden ones are left out.
+CONTROLS = """() => [...document.querySelectorAll('button, input, a, select, canvas[tabindex], [role="button"]')]
+    .filter((node) => node.checkVisibility())"""
+# The names of the rows, each one tab stop, in which controls stand that are no tab stops themselves.
+ROWS = """([controls, left]) =>
+    left.map((index) => controls[index].closest('[role="toolbar"], [role="tablist"], table')?.ariaLabel)"""
+IS_DRAWN = """() => {
+    const canvas = document.querySelector('main figure canvas');
+    if (!canvas || canvas.width < 10) return false;
+    const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+    return new Set(new Uint32Array(pixels.buffer)).size > 20;
+}"""
+
+
+@pytest.fixture(scope="module")
+def model() -> mistral_ref.Model:
+    return mistral_ref.load(backend="numpy")
+
+
+@pytest.fixture(scope="module")
+def path(model: mistral_ref.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of 64 tokens, all of their values in it."""
+    path = tmp_path_factory.mktemp("page") / "trace.html"
+    report.write(model, model.token_ids(STORY)[:64], path, title="the demonstration model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
+        yield browser
+        browser.close()
+
+
+class Complaints(list[str]):
+    """What a page says on its console, throws, asks the network for, or pops up."""
+
+    def __init__(self, tab: Any) -> None:
+        super().__init__()
+        tab.on("console", lambda message: self.append(f"console: {message.text}"))
+        tab.on("pageerror", lambda error: self.append(f"error: {error}"))
+        tab.on("dialog", lambda dialog: (self.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        tab.on("request", lambda request: request.url.startswith("file:") or self.append(f"request: {request.url}"))
+
+
+@pytest.fixture
+def tab(browser: Any) -> Iterator[Any]:
+    """A tab in which nothing may be complained of."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab = context.new_page()
+    complaints = Complaints(tab)
+    yield tab
+    context.close()
+    assert complaints == []
+
+
+def opened(tab: Any, path: Path, address: str = "block/embedding") -> Any:
+    tab.goto(f"file://{path}#{address}")
+    tab.reload()  # another address of the same file is no new page
+    tab.wait_for_selector("main h2")
+    return tab
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_view_is_drawn_and_none_is_wider_than_the_screen(
+    browser: Any, path: Path, theme: str, width: int
+) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme)
+    tab = context.new_page()
+    complaints = Complaints(tab)
+    for view in VIEWS:
+        opened(tab, path, f"{view}/layers.2.attention_weights/2/3/40")
+        if view in ("block", "attention"):
+            tab.wait_for_function(IS_DRAWN)
+        assert tab.evaluate("document.documentElement.dataset.theme") == theme
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.evaluate("document.querySelector('main').innerText.length > 200")
+    context.close()
+    assert complaints == []
+
+
+def test_the_first_layer_is_drawn_within_a_second(browser: Any, path: Path) -> None:
+    def seconds() -> float:
+        context = browser.new_context()
+        tab = context.new_page()
+        tab.goto(f"file://{path}#block/layers.0.attention_norm", wait_until="commit")
+        tab.wait_for_function(IS_DRAWN, polling=10)
+        elapsed = tab.evaluate("performance.now() / 1000")
+        context.close()
+        return float(elapsed)
+
+    assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_the_arrow_keys_walk_through_every_step_of_every_layer(tab: Any, path: Path, model: mistral_ref.Model) -> None:
+    opened(tab, path)
+    for name in step_names(model.config):
+        assert tab.text_content("section h2") == name
+        tab.keyboard.press("ArrowRight")
+    assert tab.text_content("section h2") == "logits"
+    tab.keyboard.press("ArrowLeft")
+    assert tab.text_content("section h2") == "norm"
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_control_is_reached_by_keyboard(tab: Any, path: Path, view: str) -> None:
+    opened(tab, path, f"{view}/layers.1.q/1/2/5")
+    if view in ("block", "attention"):
+        tab.wait_for_function(IS_DRAWN)
+    controls = tab.evaluate_handle(CONTROLS)
+    n_controls = tab.evaluate("(controls) => controls.length", controls)
+    assert n_controls > 70  # the tokens alone are 64
+    reached = set()
+    for _ in range(n_controls + 1):
+        tab.keyboard.press("Tab")
+        reached.add(tab.evaluate("(controls) => controls.indexOf(document.activeElement)", controls))
+    left = [index for index in range(n_controls) if index not in reached]
+    # The arrow keys go on within a row of many: the tokens, the views, the cells of the lens.
+    rows = tab.evaluate(ROWS, [controls, left])
+    assert set(rows) <= {"Tokens", "Views", "The likeliest next piece after each layer, for each token"}
+
+
+def test_the_arrow_keys_go_on_within_a_row(tab: Any, path: Path) -> None:
+    opened(tab, path, "lens/layers.1.q/1/2/5")
+    tab.focus('[role="tablist"] [aria-selected="true"]')
+    tab.keyboard.press("ArrowRight")
+    assert tab.text_content("main h2") == "What it costs, and what the machine allows"
+    for _ in VIEWS:
+        tab.keyboard.press("ArrowLeft")
+    assert tab.text_content("main h2") == "One block, step by step"
+    tab.focus('[aria-label="Tokens"] [aria-pressed="true"]')
+    for _ in range(70):
+        tab.keyboard.press("ArrowRight")
+    assert tab.evaluate("location.hash").endswith("/63")
+    opened(tab, path, "lens/layers.1.q/1/2/5")
+    tab.focus("table.lens button[tabindex='0']")
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowLeft")
+    assert tab.evaluate("document.activeElement.ariaLabel").startswith("layer 3, after ")
+    assert tab.evaluate("location.hash").endswith("/4")
+
+
+def test_a_button_keeps_the_focus_when_it_was_used(tab: Any, path: Path) -> None:
+    opened(tab, path, "block/layers.1.q/1/2/5")
+    tab.focus('[data-key="box layers.1.gate"]')
+    tab.keyboard.press("Enter")
+    assert tab.text_content("section h2") == "layers.1.gate"
+    assert tab.evaluate("document.activeElement.dataset.key") == "box layers.1.gate"
+    tab.keyboard.press("?")
+    assert tab.is_visible("dialog")
+    tab.keyboard.press("Escape")
+    assert not tab.is_visible("dialog")
+
+
+def test_values_under_the_pointer_and_the_arrow_keys(tab: Any, path: Path, model: mistral_ref.Model) -> None:
+    trace = model.trace(model.token_ids(STORY)[:64], keep=["layers.2.attention_weights", "layers.2.k"])
+    opened(tab, path, "attention/layers.2.attention_weights/2/3/0")
+    tab.wait_for_function(IS_DRAWN)
+    tab.focus("main figure canvas")
+    for key in ["Home", *["ArrowDown"] * 7, *["ArrowRight"] * 5]:
+        tab.keyboard.press(key)
+    weight = trace["layers.2.attention_weights"][3, 7, 5]
+    text = tab.text_content("main output")
+    assert text == f"{trace.pieces[7]} 7 looks at {trace.pieces[5]} 5: weight {text.rpartition(' ')[2]}"
+    assert float(text.rpartition(" ")[2]) == pytest.approx(weight, rel=2e-3)
+    for _ in range(5):
+        tab.keyboard.press("ArrowRight")
+    assert tab.text_content("main output").endswith("later, so not seen")
+
+    opened(tab, path, "block/layers.2.k/2/5/0")  # query head 5 reads key/value head 1
+    tab.wait_for_function(IS_DRAWN)
+    canvas = tab.locator("main figure canvas")
+    box = canvas.bounding_box()
+    canvas.hover(position={"x": box["width"] * 10.5 / 32, "y": box["height"] * 20.5 / 64})
+    text = tab.text_content("main output").replace("−", "-")
+    assert text.startswith(f"head 1, token {trace.pieces[20]} 20, head dim 10: ")
+    assert float(text.rpartition(" ")[2]) == pytest.approx(trace["layers.2.k"][20, 1, 10], rel=2e-3)
+
+
+def test_the_page_unpacks_what_was_packed(tab: Any, path: Path, model: mistral_ref.Model) -> None:
+    trace = model.trace(model.token_ids(STORY)[:64])
+    opened(tab, path)
+    for name in ("embedding", "layers.0.scores", "layers.4.ffn_hidden", "logits"):
+        found = np.array(tab.evaluate("async (name) => [...await values(name)].map(String)", name), dtype=np.float32)
+        np.testing.assert_allclose(found, trace[name].ravel(), rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(1, 1), (8, 1), (8, 3), (5, 16), (64, 1), (64, 8)])
+def test_the_ring_is_the_caches(tab: Any, path: Path, window: int, chunk: int) -> None:
+    opened(tab, path, "ring")
+    capacity = window + chunk - 1
+    ring, held = Ring(window, capacity, capacity), np.full(capacity, -1)
+    for start in range(0, 210, chunk):
+        before = held.copy()
+        held[ring.slots(start, start + chunk)] = np.arange(start, start + chunk)
+        for query in range(start, start + chunk):
+            found = tab.evaluate("([query, window, chunk]) => ringAt(query, window, chunk)", [query, window, chunk])
+            assert (found["capacity"], found["slot"], found["begin"]) == (capacity, query % capacity, start)
+            assert [slot["held"] for slot in found["slots"]] == held.tolist()
+            assert [slot["was"] for slot in found["slots"]] == np.where(held != before, before, -1).tolist()
+            seen = [slot["held"] for slot in found["slots"] if slot["kind"] == "seen"]
+            assert sorted(seen) == [key for key in range(query + 1) if attends(query, key, window)]
+
+
+def test_a_reader_finds_what_is_in_slot_3_at_token_200(tab: Any, path: Path) -> None:
+    opened(tab, path, "ring")
+    tab.click("text=this model's window, 64")
+    tab.fill('input[type="number"]', "200")
+    assert "lies in slot 200 % 64 = 8. It has overwritten the key of 136. It sees the keys of 137 to 200" in (
+        tab.text_content("main .split")
+    )
+    slots = tab.evaluate("ringAt(200, 64, 1).slots")
+    assert slots[3]["held"] == 195
+    tab.click("text=▶ Play")
+    tab.wait_for_function("() => document.querySelector('main').innerText.includes('203 % 64 = 11')", timeout=5000)
+    tab.click("text=❚❚ Pause")
+
+
+def test_the_receptive_field_is_what_windows_reach(tab: Any, path: Path) -> None:
+    opened(tab, path, "field")
+    for window, layers in ((1, 5), (3, 2), (4, 5)):
+        sees = np.array([[attends(query, key, window) for key in range(33)] for query in range(33)]).astype(int)
+        through = np.linalg.matrix_power(sees, layers) > 0
+        for token in (0, 7, 32):
+            first = tab.evaluate("([token, layers, window]) => reach(token, layers, window)", [token, layers, window])
+            assert first == np.flatnonzero(through[token])[0]
+
+
+def test_rope_s_scores_are_the_librarys(tab: Any, path: Path, model: mistral_ref.Model) -> None:
+    trace = model.trace(model.token_ids(STORY)[:64], keep=["layers.0.q", "layers.0.k"])
+    q_1HK, k_1GK = trace["layers.0.q"][-1:].astype(np.float64), trace["layers.0.k"][:1].astype(np.float64)
+    opened(tab, path, "rope")
+    ops = ReferenceOps("float64")
+    for query, key in ((0, 0), (12, 7), (256, 130)):
+        at_query, at_key = (rotation(np.array([p]), model.config, "float64") for p in (query, key))
+        turned_q = ops.rotate(q_1HK, at_query.query_cos, at_query.query_sin)[0, 0]
+        turned_k = ops.rotate(k_1GK, at_key.key_cos, at_key.key_sin)[0, 0]
+        score = tab.evaluate("([i, j]) => ropeScore(i, j)", [query, key])
+        assert score == pytest.approx(turned_q @ turned_k / np.sqrt(model.config.head_dim), abs=1e-5)
+
+
+def test_hostile_text_is_shown_and_never_run(tab: Any, model: mistral_ref.Model, tmp_path: Path) -> None:
+    ids = model.token_ids(HOSTILE)
+    path = tmp_path / "hostile.html"
+    report.write(model, ids, path, title=HOSTILE, with_cost=False)
+    for view in VIEWS:
+        opened(tab, path, f"{view}/<img src=x onerror='window.hacked = 1'>/2/3/4")
+        assert tab.text_content("h1") == HOSTILE
+        assert tab.evaluate("typeof window.hacked") == "undefined"
+        assert tab.evaluate("document.images.length + document.querySelectorAll('b.piece, main b b').length") == 0
+    pieces = tab.evaluate("[...document.querySelectorAll('[aria-label=Tokens] bdi')].map((node) => node.textContent)")
+    assert pieces == [model.piece(token) for token in ids]
+
+
+def test_a_page_of_one_token_and_one_over_a_cache(tab: Any, model: mistral_ref.Model, tmp_path: Path) -> None:
+    ids = model.token_ids(STORY)
+    cache = model.new_cache(chunk=8)
+    model.forward(ids[:80], cache)
+    report.write(model, ids[80:85], tmp_path / "cached.html", cache=cache, with_cost=False)
+    report.write(model, ids[:1], tmp_path / "one.html", keep="*.q", with_cost=False)
+    for name in ("cached.html", "one.html"):
+        for view in VIEWS:
+            opened(tab, tmp_path / name, view)
+    opened(tab, tmp_path / "cached.html", "attention")
+    tab.wait_for_function(IS_DRAWN)
+    assert "from position 80" in tab.text_content("header")
+    opened(tab, tmp_path / "one.html", "attention")
+    tab.wait_for_selector("text=These weights were not kept")
