@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import linecache
 import math
 import os
 import zlib
@@ -158,12 +159,19 @@ def _step_entry(step: Step, is_kept: bool) -> dict[str, Any]:
         "shape": value.shape,
         "dtype": str(value.dtype),
         "source": step.source,
+        "code": _line(step.source),
         "firstKey": None if step.key_positions is None else step.key_positions.start,
         "statistics": {name: _number(number) for name, number in step.statistics._asdict().items()},
         "histogram": counts,
         "whole": packed(value) if is_kept else None,
         "picture": None if is_kept or step.key_positions is not None else _picture(value),
     }
+
+
+def _line(source: str) -> str:
+    """Return the line of code that a "file:line" names."""
+    file, _, line = source.rpartition(":")
+    return linecache.getline(str(_FOLDER.parents[1] / file), int(line)).strip() if file else ""
 
 
 def packed(values: np.ndarray) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def test_every_step_is_there_with_its_values(model: mistral_ref.Model) -> None:
         step = trace.steps[entry["name"]]
         assert entry["shape"] == list(step.value.shape)
         assert entry["source"] == step.source
+        assert f'"{entry["kind"]}"' in entry["code"]
         assert tuple(about["kinds"][entry["kind"]]["axes"]) == step.axes
         assert about["kinds"][entry["kind"]]["formula"] == step.formula
         assert tuple(entry["statistics"].values()) == tuple(step.statistics)

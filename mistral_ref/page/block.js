@@ -137,7 +137,7 @@ function stepDetails(state, go) {
       ["shape", axes.map((axis, index) => `${axis} ${step.shape[index]}`).join(" × "), `, ${step.dtype}`],
       ["values", `${digits(numbers.low)} to ${digits(numbers.high)}, mean ${digits(numbers.mean)}, rms ${digits(numbers.rms)}`, numbers.n_infinite > 0 && `, ${grouped(numbers.n_infinite)} infinite`, numbers.n_nan > 0 && `, ${grouped(numbers.n_nan)} NaN`],
       stepCost(step),
-      ["source", el("code", null, step.source)],
+      ["source", el("code", null, step.source), step.code && el("code", { class: "line" }, step.code)],
     ]),
     picture,
     el("div", { class: "halves" },
