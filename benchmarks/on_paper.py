@@ -35,7 +35,7 @@ examples:
   python benchmarks/on_paper.py --bandwidth 100 --peak 800            of another one, in GB/s and GFLOP/s
   python benchmarks/on_paper.py --split large-123b --gbit 10 --us 50  over a better network
 """
-BITS = (16, 8.5, 4.5)  # a weight: bf16, and blocks of 32 in 8 or 4 bits with a 16-bit scale
+BITS = (16, 8.5, 4.5)  # a weight: bf16, and groups of 32 in 8 or 4 bits with 16 bits of scale and zero
 MACHINES = (1, 2, 4, 8)
 ACTIVATION_BYTES = 4
 

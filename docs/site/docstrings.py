@@ -31,15 +31,14 @@ class MarkdownDocstrings(griffe.Extension):
 def as_markdown(docstring: str) -> str:
     r"""Return a docstring as Markdown.
 
-    >>> print(as_markdown("Return x*y.\n\nx    the first,\n     a number\n\n>>> 1 + 1\n2"))
+    >>> print(as_markdown("Return x*y.\n\nx    the first,\n     a number\n\n    y = 1"))
     Return x\*y.
     <BLANKLINE>
     `x`
     :   the first, a number
     <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
+    ```python
+    y = 1
     ```
     """
     blocks = re.split(r"\n(?:[ \t]*\n)+", textwrap.dedent(docstring).strip("\n"))

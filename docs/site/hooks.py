@@ -78,7 +78,7 @@ def source_page(path: str) -> str:
     """Return the page that shows a file of the repository, its lines numbered."""
     text = (ROOT / path).read_text(encoding="utf-8").rstrip()
     language = _LANGUAGES.get(Path(path).suffix, "text")
-    head = "---\nhide: [toc]\nsearch: {exclude: true}\n---\n\n"
+    head = "---\nhide: [navigation, toc]\nsearch: {exclude: true}\n---\n\n"
     return f'{head}# {path}\n\n````````{language} linenums="1"\n{text}\n````````\n'
 
 
