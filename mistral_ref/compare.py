@@ -4,8 +4,8 @@ Distances are in float32 ulps of the step's largest value: max |a - b| / spacing
 the gap between x and the next float32. One ulp is one rounding, whatever the scale of the step. What separates two
 correct passes in float32 is a few ulps in the first steps and grows from layer to layer, to some hundreds for models
 with sharp attention (docs/architecture.md has measured figures); most bugs are a jump to tens of thousands and more.
-The default bound lies between. What is as small as rounding escapes it, an epsilon of 1e-6 for 1e-5 in the last norm for one;
-a lower bound, or `own`, which takes away what has come together before, finds smaller ones.
+The default bound lies between. What is as small as rounding escapes it, an epsilon of 1e-6 for 1e-5 in the last norm
+for one; a lower bound, or `own`, which takes away what has come together before, finds smaller ones.
 """
 
 from __future__ import annotations
