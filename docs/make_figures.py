@@ -15,18 +15,13 @@ import matplotlib
 from drawings import attention, numbers, text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from story import N_STORY, STORY
 
 import mistral_ref
 from mistral_ref import lens, plots
 from mistral_ref.cost_table import cost_table
 
 SENTENCE = "Once upon a time there was a little girl. She"
-STORY = """Once upon a time there was a little girl named Lily. She was three years old and was very curious. She \
-wanted to explore the world.
-One day, she went outside to explore the woods. She found a big tree and wanted to climb it. She climbed up the tree \
-and stumbled. Suddenly, she heard a loud noise. It was a little girl. She was worried because she was scared. She ran \
-around the tree and saw a kind man."""
-N_STORY = 90  # tokens: a window and a half
 
 
 def figures(model: mistral_ref.Model) -> dict[str, Axes]:

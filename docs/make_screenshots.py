@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from make_figures import N_STORY, STORY
 from playwright.sync_api import sync_playwright
+from story import N_STORY, STORY
 
 import mistral_ref
 from mistral_ref import report

@@ -17,8 +17,12 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 ALLOWED_SKIPS = {
     "../shared is absent",
+    "Chromium is not installed",
     "llama-cpp-python or gguf is not installed",
     "mistral-common is not installed",
+    "mkdocs is not installed",
+    "nbclient or ipykernel is not installed",
+    "playwright is not installed",
     "transformers is not installed",
 }
 

@@ -532,6 +532,8 @@ def test_the_documentation_s_figures_can_be_made(tmp_path: Path, monkeypatch: py
     spec.loader.exec_module(module)
     module.main([str(tmp_path / "figures")])
     made = {path.name: path.stat().st_size for path in (tmp_path / "figures").iterdir()}
-    kept = {path.name for path in (script.parent / "figures").iterdir() if not path.name.startswith(("bench_", "page_"))}
+    kept = {
+        path.name for path in (script.parent / "figures").iterdir() if not path.name.startswith(("bench_", "page_"))
+    }
     assert made.keys() == kept
     assert max(made.values()) < 120_000

@@ -7,6 +7,7 @@ indented code, doctests. Here each becomes what Markdown has for it.
 from __future__ import annotations
 
 import ast
+import html
 import re
 import textwrap
 from typing import Any
@@ -16,7 +17,7 @@ import griffe
 _ITEM = re.compile(r"(?P<name>\S+(?: \S+)*) {2,}(?P<text>\S.*)")
 _NAMES = re.compile(r"[\w.*]+(?:, [\w.*]+)*")
 _CODE_SPAN = re.compile(r"(`[^`]*`)")
-_SPECIAL = re.compile(r"([\\*_<>\[\]#|$])")
+_SPECIAL = re.compile(r"([\\*_\[\]#|])")
 
 
 class MarkdownDocstrings(griffe.Extension):
@@ -90,6 +91,12 @@ def _names(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return prose with no character in it that Markdown takes for more than it is; code between backticks stays."""
+    r"""Return prose with no character in it that Markdown takes for more than it is; code between backticks stays.
+
+    >>> print(_escaped("`x*y` is not x*y < <s>"))
+    `x*y` is not x\*y &lt; &lt;s&gt;
+    """
     parts = _CODE_SPAN.split(text)
-    return "".join(part if part.startswith("`") else _SPECIAL.sub(r"\\\1", part) for part in parts)
+    return "".join(
+        part if part.startswith("`") else _SPECIAL.sub(r"\\\1", html.escape(part, quote=False)) for part in parts
+    )

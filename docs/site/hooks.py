@@ -1,4 +1,4 @@
-"""What the site adds to MkDocs: pages made of notebooks, and pages of source that links out of docs/ lead to.
+"""What the site adds to MkDocs: pages of notebooks, pages of source that links out of docs/ lead to, and trace.html.
 
 There is no public address of the repository, so a link to ../mistral_ref/rope.py leads to a page of the site that shows
 that file. Only files that something links to get one.
@@ -10,6 +10,7 @@ import html
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import mistral_ref
+from mistral_ref import report
+
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
+sys.path.append(str(DOCS))
+
+from story import N_STORY, STORY  # noqa: E402
+
 _LINK = re.compile(r"(?P<text>\[[^\]]*\])\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 _LANGUAGES = {".py": "python", ".toml": "toml", ".md": "markdown", ".js": "javascript", ".css": "css", ".sh": "sh"}
 
@@ -60,6 +68,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[0]
 
     return _LINK.sub(replaced, markdown)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Add what `mistral-ref trace -o trace.html` writes, of a text that is longer than the window."""
+    model = mistral_ref.load()
+    path = Path(config.site_dir) / "trace.html"
+    report.write(model, model.token_ids(STORY)[:N_STORY], path, title="the demonstration model")
 
 
 def _shown_as_source(page_uri: str, target: str) -> str | None:
