@@ -27,10 +27,10 @@ import numpy as np
 
 import mistral_ref
 from mistral_ref import lens
-from mistral_ref.cache import KVCache
+from mistral_ref.cache import KVCache, attends
 from mistral_ref.config import ModelConfig
 from mistral_ref.cost_table import CostTable, cost_table
-from mistral_ref.display import heat_map
+from mistral_ref.display import heat_map, statistics
 from mistral_ref.errors import InputError
 from mistral_ref.generation import Progress
 from mistral_ref.model import Model, Prompt
@@ -86,22 +86,21 @@ def page(
 
     Raises InputError for a pattern that matches no step, and for more than 2**26 values.
     """
+    config = model.config
     ids, edits = model.token_ids(prompt, cache), {} if edits is None else edits
-    kept = _kept(model.config, len(ids), 0 if cache is None else cache.length, keep)
+    kept = _kept(config, len(ids), 0 if cache is None else cache.length, keep)
     costs = cost_table(model, ids, cache, progress=progress) if with_cost else None
     start = 0 if cache is None else cache.length
-    names, entries, residuals = list(step_names(model.config)), [], []
-    rope: dict[str, Any] = {}
+    names, entries, residuals = list(step_names(config)), [], []
+    to_turn: dict[str, np.ndarray] = {}
     for done, step in enumerate(model.steps(ids, cache, edits=edits)):
-        entries.append(_step_entry(step, step.name in kept))
+        entries.append(_step_entry(step, step.name in kept, config))
         if step.name == "embedding" or step.kind is CATALOGUE["residual_after_ffn"]:
             residuals.append(step)
-        if step.name in ("layers.0.q", "layers.0.k"):  # one query and one key, to be turned
-            rope[step.name[-1]] = _finite(step.value[-1 if step.name[-1] == "q" else 0, 0])
+        if step.name in ("layers.0.q", "layers.0.k"):
+            to_turn[step.name[-1]] = step.value
         if progress:
             progress(done + 1, len(names))
-    config = model.config
-    rope["frequencies"] = inverse_frequencies(config.rope_theta, config.head_dim, config.yarn).tolist()
     trace = Trace(residuals, ids, [model.piece(token) for token in ids], start=start)
     about = {
         "title": title or f"a model of {config.n_parameters:,} parameters",
@@ -111,7 +110,7 @@ def page(
         "config": _config_entry(config),
         "kinds": _kind_entries(config),
         "steps": entries,
-        "rope": rope,
+        "rope": _rope_entry(config, to_turn["q"][-1, 0], to_turn["k"][0, 0]),
         "lens": _lens_entry(lens.logit_lens(model, trace, top=min(_N_CHOICES, config.vocab_size))),
         "cost": None if costs is None else _cost_entry(costs),
     }
@@ -148,10 +147,10 @@ def _n_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[st
     return sum(math.prod(sizes[axis] for axis in catalogue[name.rpartition(".")[2]].axes) for name in names)
 
 
-def _step_entry(step: Step, is_kept: bool) -> dict[str, Any]:
+def _step_entry(step: Step, is_kept: bool, config: ModelConfig) -> dict[str, Any]:
     """Return what the page shows of a step."""
-    value = step.value
-    finite = value[np.isfinite(value)].astype(np.float64)
+    value, in_sight = step.value, _in_sight(step, config)
+    finite = in_sight[np.isfinite(in_sight)].astype(np.float64)
     counts = np.histogram(finite, _BINS)[0].tolist() if finite.size else []
     return {
         "name": step.name,
@@ -161,11 +160,22 @@ def _step_entry(step: Step, is_kept: bool) -> dict[str, Any]:
         "source": step.source,
         "code": _line(step.source),
         "firstKey": None if step.key_positions is None else step.key_positions.start,
-        "statistics": {name: _number(number) for name, number in step.statistics._asdict().items()},
+        "statistics": {name: _number(number) for name, number in statistics(in_sight)._asdict().items()},
         "histogram": counts,
         "whole": packed(value) if is_kept else None,
         "picture": None if is_kept or step.key_positions is not None else _picture(value),
     }
+
+
+def _in_sight(step: Step, config: ModelConfig) -> np.ndarray:
+    """Return the values that say something: of scores and weights none of a query and a key that it does not see."""
+    if step.key_positions is None:
+        return step.value
+    layer = int(step.name.split(".")[1])
+    keys_S = np.array(step.key_positions)
+    queries_T = np.arange(step.key_positions.stop - step.value.shape[1], step.key_positions.stop)
+    sees_TS = attends(queries_T[:, np.newaxis], keys_S, config.sliding_window[layer])
+    return step.value[sees_TS | ~np.isin(step.value, (0.0, -np.inf))]  # a wrong window shows
 
 
 def _line(source: str) -> str:
@@ -213,6 +223,7 @@ def _config_entry(config: ModelConfig) -> dict[str, Any]:
         "hidden": config.hidden_dim,
         "vocabulary": config.vocab_size,
         "theta": config.rope_theta,
+        "yarn": config.yarn is not None,
         "windows": config.sliding_window,
         "experts": None if config.moe is None else [config.moe.num_experts, config.moe.num_experts_per_tok],
         "parameters": config.n_parameters,
@@ -224,6 +235,18 @@ def _kind_entries(config: ModelConfig) -> dict[str, Any]:
     catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in step_names(config))
     return {kind: catalogue[kind]._asdict() for kind in kinds}
+
+
+def _rope_entry(config: ModelConfig, q_K: np.ndarray, k_K: np.ndarray) -> dict[str, Any]:
+    """Return one query and one key, from before they were turned, and all that their turning depends on."""
+    warmth = config.query_temperature
+    return {
+        "q": _finite(q_K),
+        "k": _finite(k_K),
+        "frequencies": inverse_frequencies(config.rope_theta, config.head_dim, config.yarn).tolist(),
+        "factor": 1.0 if config.yarn is None else config.yarn.attention_factor,
+        "temperature": warmth and {"beta": warmth.beta, "positions": warmth.original_max_position_embeddings},
+    }
 
 
 def _lens_entry(predictions: lens.LogitLens) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import model_of, tokens_for
 
 import mistral_ref
 from mistral_ref import report
 from mistral_ref.cache import Ring, attends
+from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import rotation
 from mistral_ref.steps import step_names
@@ -212,6 +214,58 @@ def test_values_under_the_pointer_and_the_arrow_keys(tab: Any, path: Path, model
     assert float(text.rpartition(" ")[2]) == pytest.approx(trace["layers.2.k"][20, 1, 10], rel=2e-3)
 
 
+def test_a_value_stays_when_its_row_is_chosen(tab: Any, path: Path) -> None:
+    opened(tab, path, "attention/layers.2.attention_weights/2/3/0")
+    tab.wait_for_function(IS_DRAWN)
+    canvas = tab.locator("main figure canvas")
+    box = canvas.bounding_box()
+    tab.evaluate("scrollTo(0, 250)")
+    canvas.click(position={"x": box["width"] - 10, "y": box["height"] - 5})
+    assert tab.evaluate("location.hash").endswith("/63")
+    tab.wait_for_function("() => document.querySelector('main output').textContent.includes('63 looks at')")
+    tab.wait_for_function("() => document.activeElement.dataset.key.startsWith('heat Attention weights')")
+    assert abs(tab.evaluate("scrollY") - 250) < 30  # nothing jumps
+    tab.focus('[data-key="head 5"]')
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("() => document.activeElement.dataset.key === 'head 5'")
+
+
+def test_keys_while_a_slider_has_the_focus_and_the_browsers_way_back(tab: Any, path: Path) -> None:
+    opened(tab, path, "block/layers.2.q/2/3/0")
+    tab.keyboard.press("5")
+    tab.focus('[data-key="distance i − j"]')
+    tab.keyboard.press("ArrowRight")
+    assert "distance i − j = 6" in tab.text_content("main")
+    tab.keyboard.press("3")
+    assert tab.text_content("main h2") == "The ring of the cache"
+    tab.fill('[data-key="position"]', "99999")
+    tab.keyboard.press("Tab")
+    assert tab.input_value('[data-key="position"]') == "9999"
+    tab.go_back()
+    assert tab.text_content("main h2") == "Pairs that turn with the position"
+    tab.go_back()
+    assert tab.text_content("section h2") == "layers.2.q"
+
+
+@pytest.mark.parametrize("address", ["%", "block/%E0%A4%A/9/9/9", "ring/layers.7.q", "//////", "constructor/toString"])
+def test_an_address_that_leads_nowhere_is_left_aside(tab: Any, path: Path, address: str) -> None:
+    opened(tab, path, address)
+    assert tab.text_content("main h2") in ("One block, step by step", "embedding", "The ring of the cache")
+
+
+def test_numbers_that_are_none_are_named(tab: Any, model: mistral_ref.Model, tmp_path: Path) -> None:
+    path = tmp_path / "nan.html"
+    edits = {"layers.2.ffn_out": lambda x_TD: np.full_like(x_TD, np.nan)}
+    report.write(model, "Once upon a time", path, edits=edits, with_cost=False)
+    opened(tab, path, "block/layers.3.q/3/0/0")
+    tab.wait_for_function("() => document.querySelector('main .legend')?.textContent.includes('NaN or infinite')")
+    assert "layer 3: rms NaN" in tab.text_content("main")
+    opened(tab, path, "lens")
+    assert tab.text_content("table.lens tbody tr button") == "NaN"
+    for view in VIEWS:
+        opened(tab, path, view)
+
+
 def test_the_page_unpacks_what_was_packed(tab: Any, path: Path, model: mistral_ref.Model) -> None:
     trace = model.trace(model.token_ids(STORY)[:64])
     opened(tab, path)
@@ -261,17 +315,28 @@ def test_the_receptive_field_is_what_windows_reach(tab: Any, path: Path) -> None
             assert first == np.flatnonzero(through[token])[0]
 
 
-def test_rope_s_scores_are_the_librarys(tab: Any, path: Path, model: mistral_ref.Model) -> None:
-    trace = model.trace(model.token_ids(STORY)[:64], keep=["layers.0.q", "layers.0.k"])
+def test_rope_s_scores_are_the_librarys(tab: Any, tmp_path: Path) -> None:
+    config = ModelConfig(
+        dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=32, vocab_size=50, norm_eps=1e-5,
+        rope_theta=1e4, sliding_window=(None, 6), rope_row_order="halves",
+        yarn=Yarn(factor=4, original_max_position_embeddings=16, beta_fast=4, beta_slow=1, attention_factor=1.1),
+        query_temperature=QueryTemperature(beta=0.3, original_max_position_embeddings=16),
+        moe=MixtureOfExperts(num_experts=4, num_experts_per_tok=2),
+    )  # fmt: skip
+    model, tokens = model_of(config), tokens_for(config, 9)
+    report.write(model, tokens, tmp_path / "page.html", with_cost=False)
+    trace = model.trace(tokens, keep=["layers.0.q", "layers.0.k"])
     q_1HK, k_1GK = trace["layers.0.q"][-1:].astype(np.float64), trace["layers.0.k"][:1].astype(np.float64)
-    opened(tab, path, "rope")
+    opened(tab, tmp_path / "page.html", "rope")
     ops = ReferenceOps("float64")
     for query, key in ((0, 0), (12, 7), (256, 130)):
-        at_query, at_key = (rotation(np.array([p]), model.config, "float64") for p in (query, key))
+        at_query, at_key = (rotation(np.array([p]), config, "float64") for p in (query, key))
         turned_q = ops.rotate(q_1HK, at_query.query_cos, at_query.query_sin)[0, 0]
         turned_k = ops.rotate(k_1GK, at_key.key_cos, at_key.key_sin)[0, 0]
         score = tab.evaluate("([i, j]) => ropeScore(i, j)", [query, key])
-        assert score == pytest.approx(turned_q @ turned_k / np.sqrt(model.config.head_dim), abs=1e-5)
+        assert score == pytest.approx(turned_q @ turned_k / np.sqrt(config.head_dim), rel=1e-4)
+    for view in VIEWS:
+        opened(tab, tmp_path / "page.html", f"{view}/layers.1.gate/1/3/8")
 
 
 def test_hostile_text_is_shown_and_never_run(tab: Any, model: mistral_ref.Model, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_every_step_is_there_with_its_values(model: mistral_ref.Model) -> None:
     prompt = "Once upon a time there was a little girl"
     about, trace = data_of(report.page(model, prompt, with_cost=False)), model.trace(prompt)
     assert [step["name"] for step in about["steps"]] == list(step_names(model.config)) == list(trace)
+    n_pairs = len(trace.tokens) * (len(trace.tokens) + 1) // 2  # of a query and a key that it sees
     for entry in about["steps"]:
         step = trace.steps[entry["name"]]
         assert entry["shape"] == list(step.value.shape)
@@ -77,8 +78,14 @@ def test_every_step_is_there_with_its_values(model: mistral_ref.Model) -> None:
         assert f'"{entry["kind"]}"' in entry["code"]
         assert tuple(about["kinds"][entry["kind"]]["axes"]) == step.axes
         assert about["kinds"][entry["kind"]]["formula"] == step.formula
-        assert tuple(entry["statistics"].values()) == tuple(step.statistics)
-        assert sum(entry["histogram"]) == np.isfinite(step.value).sum()
+        if step.key_positions is None:
+            assert tuple(entry["statistics"].values()) == tuple(step.statistics)
+        elif entry["kind"] == "attention_weights":
+            assert entry["statistics"]["mean"] == pytest.approx(
+                len(trace.tokens) / n_pairs, rel=1e-5
+            )  # rows add up to 1
+        in_sight = step.value.size if step.key_positions is None else model.config.n_heads * n_pairs
+        assert sum(entry["histogram"]) == in_sight
         largest = np.abs(step.value[np.isfinite(step.value)]).max()
         np.testing.assert_allclose(
             unpacked(entry["whole"], entry["shape"]), step.value, rtol=2**-11, atol=largest / 2**30

@@ -39,8 +39,8 @@ async function attentionPicture(state, go) {
   if (!step.whole) return [el("p", null, "These weights were not kept. To have them: ", el("code", null, '--keep "*.attention_weights"'))];
   const first = step.firstKey, isSeen = (row, column) => attends(start + row, first + column, window);
   const matrices = await Promise.all(range(config.heads).map((head) => matrixOf(step, head)));
-  const matrix = matrices[state.head], query = state.token;
-  markTokens(matrix, query, first);
+  const matrix = matrices[state.head], query = state.token, { n_nan: nan } = step.statistics;
+  if (state.view === "attention") markTokens(matrix, query, first); // another view may have been chosen meanwhile
   const describe = (row, column, value) => [
     placeNodes(start + row), " looks at ", placeNodes(first + column), ": ",
     el("b", null, isSeen(row, column) || value !== 0 ? `weight ${digits(value)}` : column + first > row + start ? "later, so not seen" : "before the window, so not seen"),
@@ -56,13 +56,13 @@ async function attentionPicture(state, go) {
           rowLabel: (row) => placeText(start + row), columnLabel: (column) => placeText(first + column),
           edges: sightEdges(step, window), chosenRow: query, onpick: (token) => go({ token }),
         }),
-        legend({ statistics: { low: 0, high: 1 } }, el("span", null, swatch(colour("unseen")), "out of sight"),
-          el("span", null, "━ causal edge: nothing later is seen"),
-          el("span", null, window === null ? "no window: all that came before is seen" : `┅ the window's edge: ${grouped(window)} keys, itself included${start + tokens.length > window ? "" : " (this text is shorter)"}`))),
+        legend({ statistics: { low: 0, high: 1, n_nan: nan, n_infinite: 0 } }, el("span", null, swatch(colour("unseen")), "out of sight"),
+          el("span", null, lineSwatch(colour("ink")), "causal edge: nothing later is seen"),
+          el("span", null, window !== null && lineSwatch(colour("accent"), "6 3"), window === null ? "no window: all that came before is seen" : `the window's edge: ${grouped(window)} keys, itself included${start + tokens.length > window ? "" : " (this text is shorter)"}`))),
       el("div", { class: "card stack" },
         el("h3", null, "What ", placeNodes(start + query), " looks at"),
         strongest(matrix, query, first),
-        el("p", { class: "muted small" }, "The weights of a row add up to 1. Choose another token above, or a row in the picture."))),
+        el("p", { class: "muted small" }, nan ? "Some weights are NaN." : "The weights of a row add up to 1.", " Choose another token above, or a row in the picture."))),
   ];
 }
 
@@ -72,7 +72,7 @@ const attentionView = {
   lead: "Each head gives every query a share of each key that it can see: softmax of the scores. Point at a cell for its weight.",
   draw: (state, go) => {
     const picture = el("div", { class: "stack" });
-    attentionPicture(state, go).then((parts) => picture.replaceChildren(...parts));
+    fill(picture, attentionPicture(state, go));
     return [headChooser(config.layers, state.layer, "layer", (layer) => go({ layer, name: nameOf("attention_weights", layer) })), picture];
   },
 };

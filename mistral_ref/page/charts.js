@@ -32,6 +32,7 @@ function pixels(matrix, scale, isSeen) {
   return canvas;
 }
 
+const cursors = new Map(); // where the reader stands in each heat map, by its label
 const LABEL_WIDTH = 104, LABEL_HEIGHT = 84, LEAST_LABEL = 10.5; // pixels
 
 // A heat map as a figure. Options:
@@ -46,7 +47,7 @@ const LABEL_WIDTH = 104, LABEL_HEIGHT = 84, LEAST_LABEL = 10.5; // pixels
 function heat(matrix, options) {
   const { label, scale, describe, rowLabel, columnLabel, isSquare = false, isSeen = () => true, edges = [], onpick } = options;
   const readout = el("output", { "aria-live": "polite" }, "Point at a cell, or use the arrow keys in the picture.");
-  const canvas = el("canvas", { tabindex: 0, role: "img", "aria-label": `${label}. Arrow keys read cells.`, "data-key": `heat ${label}` });
+  const canvas = el("canvas", { tabindex: 0, role: "application", "aria-roledescription": "heat map", "aria-label": `${label}. Arrow keys read cells.`, "data-key": `heat ${label}` });
   let place = null, cursor = null, picture = null, shownColumns = 0;
 
   function layout() {
@@ -125,6 +126,7 @@ function heat(matrix, options) {
 
   function read(row, column) {
     cursor = [clamp(row, 0, matrix.rows - 1), clamp(column, 0, matrix.columns - 1)];
+    cursors.set(label, cursor);
     readout.replaceChildren(...describe(...cursor, matrix.data[cursor[0] * matrix.columns + cursor[1]]).flat(Infinity));
     draw();
   }
@@ -153,13 +155,14 @@ function heat(matrix, options) {
   });
   canvas.addEventListener("focus", () => { if (!cursor && canvas.matches(":focus-visible")) read(options.chosenRow ?? 0, 0); });
   const figure = el("figure", null, canvas, readout);
-  new ResizeObserver(() => draw()).observe(figure);
+  if (cursors.has(label)) cursor = cursors.get(label);
+  new ResizeObserver(() => cursor ? read(...cursor) : draw()).observe(figure);
   return figure;
 }
 
 // What the colours of a heat map stand for.
 function legend(step, ...more) {
-  const { low, high, n_nan: nan } = step.statistics, scale = scaleOf(step);
+  const { low, high } = step.statistics, scale = scaleOf(step), isBroken = step.statistics.n_nan + step.statistics.n_infinite > 0;
   const least = low < 0 ? -1 : 0, most = high > 0 ? 1 : 0, columns = 120;
   const data = Float32Array.from({ length: columns }, (_, index) => {
     const at = least + ((most - least) * index) / (columns - 1);
@@ -167,10 +170,11 @@ function legend(step, ...more) {
   });
   return el("div", { class: "legend" },
     least ? `−${digits(scale)}` : "0", pixels({ rows: 1, columns, data }, 1, () => true), most ? digits(scale) : "0",
-    el("span", null, "square-root scale"), nan > 0 && el("span", null, swatch("#c80078"), "NaN"), more);
+    el("span", null, "square-root scale"), isBroken && el("span", null, swatch(`rgb(${shade(NaN).join(" ")})`), "NaN or infinite"), more);
 }
 
-const swatch = (fill) => svg("svg", { width: 12, height: 12, class: "swatch", "aria-hidden": "true" }, svg("rect", { width: 12, height: 12, fill }));
+const swatch = (fill) => svg("svg", { viewBox: "0 0 12 12", class: "swatch", "aria-hidden": "true" }, svg("rect", { width: 12, height: 12, fill }));
+const lineSwatch = (stroke, dash) => svg("svg", { viewBox: "0 0 24 12", class: "line swatch", "aria-hidden": "true" }, svg("line", { x2: 24, y1: 6, y2: 6, stroke, "stroke-width": 2.5, "stroke-dasharray": dash }));
 
 // How many values lie where, between the smallest and the largest.
 function histogram(step) {
@@ -206,16 +210,16 @@ function rowBars(values, scale, label) {
 // The root mean square of one kind of step in every layer, each a way there.
 function overLayers(kind, layer, ongo) {
   const steps = range(config.layers).map((index) => stepByName.get(nameOf(kind, index)));
-  const sizes = steps.map((step) => step.statistics.rms ?? 0), most = Math.max(...sizes) || 1;
+  const sizes = steps.map((step) => step.statistics.rms ?? NaN), most = Math.max(...sizes.filter(Number.isFinite)) || 1;
   const width = 480, height = 84, bar = width / steps.length, space = Math.min(6, bar * 0.2);
   return svg("svg", { viewBox: `0 0 ${width} ${height + 20}`, class: "bars", role: "group", "aria-label": "Root mean square in each layer" },
     sizes.map((size, index) => {
-      const tall = Math.max(2, ((height - 18) * size) / most);
+      const tall = Math.max(2, ((height - 18) * (size || 0)) / most);
       return svg("g", { onclick: () => ongo(index), cursor: "pointer" },
         svg("title", null, `layer ${index}: rms ${digits(size)}`),
         svg("rect", { x: index * bar, y: 0, width: bar, height: height + 20, opacity: 0 }),
         svg("rect", { class: index === layer ? "now" : "", x: index * bar + space, y: height - tall, width: bar - 2 * space, height: tall }),
-        bar > 40 && svg("text", { class: "muted", x: (index + 0.5) * bar, y: height - tall - 5, "text-anchor": "middle", "font-size": 11 }, digits(Number(size.toPrecision(3)))),
+        bar > 40 && svg("text", { class: "muted", x: (index + 0.5) * bar, y: height - tall - 5, "text-anchor": "middle", "font-size": 11 }, digits(Number(size.toPrecision(3)))), // NaN stays NaN
         bar > 12 && svg("text", { class: "muted", x: (index + 0.5) * bar, y: height + 15, "text-anchor": "middle", "font-size": 11 }, String(index)));
     }));
 }

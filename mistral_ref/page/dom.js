@@ -35,11 +35,18 @@ const svgButton = (key, label, onclick, attributes, ...children) =>
 const facts = (rows) =>
   el("dl", { class: "facts" }, rows.filter(Boolean).map(([name, ...value]) => [el("dt", null, name), el("dd", null, value)]));
 
+// Puts what a promise brings into a node, unless that has been drawn anew by then.
+function fill(node, promise) {
+  promise.catch(() => [el("p", null, "This browser cannot unpack the values of the page: it is older than DecompressionStream.")])
+    .then((parts) => { if (node.isConnected) { node.replaceChildren(...parts.filter(Boolean)); refocus(); } });
+  return node;
+}
+
 // A slider with its name and value; `say` turns the value into words.
 function slider(name, [least, most], value, say, oninput) {
   const shown = el("b", null, say(value));
   const input = el("input", {
-    type: "range", min: least, max: most, value, "aria-label": name,
+    type: "range", min: least, max: most, value, "aria-label": name, "data-key": name,
     oninput: () => { set(Number(input.value)); oninput(Number(input.value)); },
   });
   const set = (next) => { input.value = next; shown.textContent = say(next); input.setAttribute("aria-valuetext", say(next)); };
@@ -47,15 +54,17 @@ function slider(name, [least, most], value, say, oninput) {
   return { node: el("label", null, el("span", null, name, " ", shown), input), set };
 }
 
-// Starts and stops what moves by itself; it ends when the view is left. `advance` returns whether there is more.
-function player(label, milliseconds, advance) {
+// Starts and stops what moves by itself; it ends when the view is left. `advance` returns whether there is more. What is
+// told of it in words, in `live`, is read aloud only when it stands.
+function player(label, milliseconds, live, advance) {
   let timer = null;
-  const stop = () => { clearInterval(timer); timer = null; button.textContent = `▶ ${label}`; };
+  const stop = () => { clearInterval(timer); timer = null; button.textContent = `▶ ${label}`; live.setAttribute("aria-live", "polite"); };
   const tick = () => { if (!button.isConnected || !advance()) stop(); };
   const button = el("button", {
-    type: "button",
+    type: "button", "data-key": label,
     onclick: () => {
       if (timer !== null) return stop();
+      live.setAttribute("aria-live", "off");
       button.textContent = "❚❚ Pause";
       timer = setInterval(tick, milliseconds);
     },
@@ -74,6 +83,7 @@ function digits(number) {
   return text.replace("-", "−");
 }
 
+const counted = (number, name) => `${number.toLocaleString("en")} ${name}${number === 1 ? "" : "s"}`;
 const grouped = (number) => Math.round(number).toLocaleString("en");
 
 function units(number, unit, names = ["", "k", "M", "G", "T"]) {

@@ -34,24 +34,25 @@ const fieldView = {
       Object.assign(fieldState, patch);
       const { window, token, layers } = fieldState, first = reach(token, layers, window);
       drawing.replaceChildren(fieldDrawing(fieldState));
-      words.replaceChildren(`Through ${layers} ${layers === 1 ? "layer" : "layers"} with a window of ${window} the token at position ${token} is influenced by ${token - first + 1} tokens, from position ${first} on: back by ${layers} · (${window} − 1) = ${layers * (window - 1)} at most.`);
+      words.replaceChildren(`Through ${counted(layers, "layer")} with a window of ${window} the token at position ${token} is influenced by ${counted(token - first + 1, "token")}, from position ${first} on: back by ${layers} · (${window} − 1) = ${layers * (window - 1)} at most.`);
     }
     drawing.addEventListener("click", (event) => { const at = event.target.dataset?.position; if (at !== undefined) { tokenSlider.set(at); set({ token: Number(at) }); } });
     const windowSlider = slider("window W", [1, 16], fieldState.window, String, (window) => set({ window }));
     const tokenSlider = slider("token at position", [0, N_COLUMNS - 1], fieldState.token, String, (token) => set({ token }));
     const layerSlider = slider("layers looked through", [0, config.layers], fieldState.layers, String, (layers) => set({ layers }));
-    const play = player("Grow", 700, () => {
+    const play = player("Grow", 700, words, () => {
       const layers = fieldState.layers < config.layers ? fieldState.layers + 1 : 0;
       layerSlider.set(layers);
       set({ layers });
       return layers < config.layers;
     });
     set({});
+    setTimeout(() => { drawing.scrollLeft = drawing.scrollWidth * fieldState.token / N_COLUMNS - drawing.clientWidth / 2; });
     const windows = config.windows.filter((window) => window !== null);
     return el("div", { class: "stack" },
       el("div", { class: "card controls" }, play.button, windowSlider.node, tokenSlider.node, layerSlider.node),
       drawing, el("div", { class: "card stack" }, words,
         el("p", { class: "muted small" }, windows.length < config.windows.length ? `This model has ${config.windows.length - windows.length} layers without a window: through any of them every earlier token is reached.`
-          : `This model: ${config.layers} layers, and a reach of ${grouped(sum(windows.map((window) => window - 1)))} tokens back. How much comes from so far is another question: it has to pass through every layer on the way.`)));
+          : `This model: ${counted(config.layers, "layer")}, and a reach of ${grouped(sum(windows.map((window) => window - 1)))} tokens back. How much comes from so far is another question: it has to pass through every layer on the way.`)));
   },
 };

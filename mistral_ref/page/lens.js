@@ -5,8 +5,9 @@ const lensPiece = (row, token, place = 0) => page.lens.pieces[page.lens.ids[row]
 
 // The colour of a probability, and black or white, whichever is read more easily on it.
 function probabilityColours(p) {
-  const rgb = shade((0.8 * p) ** 2).map(Math.round), [red, green, blue] = rgb.map((byte) => (byte / 255) ** 2.2);
-  return [`rgb(${rgb.join(" ")})`, 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.2 ? "#14161b" : "#ffffff"];
+  const rgb = shade((0.8 * p) ** 2).map(Math.round);
+  const [red, green, blue] = rgb.map((byte) => byte > 10 ? ((byte / 255 + 0.055) / 1.055) ** 2.4 : byte / 255 / 12.92);
+  return [`rgb(${rgb.join(" ")})`, 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000000" : "#ffffff"];
 }
 
 function lensTable(state, cell, go) {
@@ -17,11 +18,11 @@ function lensTable(state, cell, go) {
     el("tbody", null, range(names.length).reverse().map((row) => el("tr", null,
       el("th", { scope: "row" }, lensLabel(names[row])),
       range(columns).map((token) => {
-        const isChosen = row === cell[0] && token === cell[1], p = probabilities[row][token][0] ?? 0;
-        const isAgreed = ids[row][token][0] === ids.at(-1)[token][0];
+        const isChosen = row === cell[0] && token === cell[1], p = probabilities[row][token][0], isBroken = p === null;
+        const isAgreed = !isBroken && ids[row][token][0] === ids.at(-1)[token][0];
         const button = el("button", {
           type: "button", tabindex: isChosen ? 0 : -1, "aria-pressed": String(isChosen), "data-key": isChosen ? "lens cell" : undefined,
-          "aria-label": `${lensLabel(names[row])}, after ${pieceAt(start + token)}: ${lensPiece(row, token)}, ${Math.round(100 * p)} %`,
+          "aria-label": `${lensLabel(names[row])}, after ${pieceAt(start + token)}: ${isBroken ? "NaN" : `${lensPiece(row, token)}, ${Math.round(100 * p)} %`}`,
           onclick: () => go([row, token]),
           onkeydown: (event) => {
             const by = move[event.key];
@@ -30,8 +31,8 @@ function lensTable(state, cell, go) {
             event.stopPropagation();
             go([clamp(row + by[0], 0, names.length - 1), clamp(token + by[1], 0, columns - 1)], true);
           },
-        }, pieceText(lensPiece(row, token)));
-        [button.style.background, button.style.color] = probabilityColours(p);
+        }, isBroken ? "NaN" : pieceText(lensPiece(row, token)));
+        [button.style.background, button.style.color] = probabilityColours(p ?? 0);
         if (isAgreed) button.style.fontWeight = "700";
         return el("td", null, button);
       })))));
@@ -59,7 +60,7 @@ const lensView = {
       table,
       el("div", { class: "card stack" },
         el("h3", null, `${lensLabel(page.lens.names[row])}: what would come after `, placeNodes(start + token)),
-        el("div", { class: "strong" }, ids[row][token].map((_, place) => {
+        probabilities[row][token][0] === null ? el("p", null, "NaN: nothing can be said.") : el("div", { class: "strong" }, ids[row][token].map((_, place) => {
           const p = probabilities[row][token][place] ?? 0, bar = el("i");
           bar.style.width = `${100 * p}%`;
           return [pieceText(lensPiece(row, token, place)), bar, el("b", null, `${digits(Number((100 * p).toPrecision(3)))} %`)];

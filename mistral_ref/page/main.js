@@ -2,31 +2,34 @@
 
 const VIEWS = { block: blockView, attention: attentionView, ring: ringView, field: fieldView, rope: ropeView, heads: headsView, lens: lensView, cost: costView };
 const KEYS = [
-  ["1 … 8", "the views"], ["← →", "one step back or on, in the order of the pass"], ["↑ ↓", "one layer up or down"],
+  ["1 … 8", "the views"], ["← →", "one step back or on, in the order of the pass"], ["↑ ↓", "the layer before or after"],
   ["h", "the next head"], [", .", "one token back or on"], ["t", "light or dark"], ["?", "this list"],
 ];
 
-// name: of the step; kind and layer follow from it. layer, head and token stay when another view is chosen.
+// name: of the step; kind and layer follow from it. head and token stay when another view or layer is chosen.
 const state = { view: "block", name: "embedding", kind: "embedding", layer: 0, head: 0, token: tokens.length - 1 };
 
 function accepted(patch) {
   const next = { ...state, ...patch };
   if (patch.name !== undefined) {
     next.kind = patch.name.split(".").at(-1);
-    if (!isEnd(next.kind) && patch.layer === undefined) next.layer = Number(patch.name.split(".")[1]);
+    if (!isEnd(next.kind)) next.layer = Number(patch.name.split(".")[1]);
+    else if (patch.layer === undefined) next.layer = next.kind === "embedding" ? 0 : config.layers - 1;
   }
   return next;
 }
 
 function go(patch) {
+  const isOtherView = patch.view !== undefined && patch.view !== state.view;
   Object.assign(state, accepted(patch));
-  history.replaceState(null, "", `#${state.view}/${state.name}/${state.layer}/${state.head}/${state.token}`);
+  const address = `#${state.view}/${state.name}/${state.layer}/${state.head}/${state.token}`;
+  history[isOtherView ? "pushState" : "replaceState"](null, "", address); // the browser's Back leads to the view before
   draw();
 }
 
 // What the address says; anything that does not exist there is left aside.
 function readAddress() {
-  const [view, name, layer, head, token] = decodeURIComponent(location.hash.slice(1)).split("/");
+  const [view, name, layer, head, token] = location.hash.slice(1).split("/");
   const whole = (text, size) => /^\d+$/.test(text ?? "") && Number(text) < size ? Number(text) : undefined;
   const found = { view: Object.hasOwn(VIEWS, view) ? view : undefined, name: stepByName.has(name) ? name : undefined, layer: whole(layer, config.layers), head: whole(head, config.heads), token: whole(token, tokens.length) };
   Object.assign(state, accepted(Object.fromEntries(Object.entries(found).filter(([, value]) => value !== undefined))));
@@ -34,7 +37,7 @@ function readAddress() {
 
 const tokenStrip = el("div", { class: "tokens", role: "toolbar", "aria-label": "Tokens" });
 const tabs = el("nav", { role: "tablist", "aria-label": "Views" });
-const main = el("main", { id: "view", role: "tabpanel", tabindex: -1 });
+const panel = el("div", { id: "view", role: "tabpanel", tabindex: -1 });
 const help = el("dialog", { "aria-label": "Keys" },
   el("h2", null, "Keys"), facts(KEYS.map(([keys, what]) => [el("span", null, keys.split(" ").map((key) => [el("kbd", null, key), " "])), what])),
   el("p", { class: "small muted" }, "In a heat map the arrow keys read cells, and Enter chooses a row."), el("button", { type: "button", onclick: () => help.close() }, "Close"));
@@ -44,8 +47,12 @@ function drawTokens() {
     type: "button", "aria-pressed": String(index === state.token), tabindex: index === state.token ? 0 : -1, "data-key": `token ${index}`,
     title: `token id ${id}`, onclick: () => go({ token: index }),
   }, pieceText(piece), el("small", null, start + index))));
-  const chosen = tokenStrip.children[state.token];
-  tokenStrip.scrollLeft = chosen.offsetLeft - tokenStrip.clientWidth / 2;
+  centre(tokenStrip, tokenStrip.children[state.token]);
+}
+
+// Scrolls a row sideways, and nothing else.
+function centre(row, child) {
+  row.scrollLeft = child.offsetLeft - row.clientWidth / 2;
 }
 
 function drawTabs() {
@@ -53,16 +60,24 @@ function drawTabs() {
     type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "view", "aria-selected": String(name === state.view), tabindex: name === state.view ? 0 : -1,
     "data-key": `tab ${name}`, onclick: () => go({ view: name }),
   }, view.title)));
-  tabs.querySelector('[aria-selected="true"]').scrollIntoView({ block: "nearest", inline: "nearest" });
+  centre(tabs, tabs.querySelector('[aria-selected="true"]'));
 }
 
 function draw() {
-  const key = document.activeElement?.dataset?.key, view = VIEWS[state.view];
+  const view = VIEWS[state.view];
+  focusKey = document.activeElement?.dataset?.key ?? null;
   drawTokens();
   drawTabs();
-  main.setAttribute("aria-labelledby", `tab-${state.view}`);
-  main.replaceChildren(el("h2", null, view.heading), el("p", { class: "lead" }, view.lead), el("div", { class: "stack" }, view.draw(state, go)));
-  if (key) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+  panel.setAttribute("aria-labelledby", `tab-${state.view}`);
+  panel.replaceChildren(el("h2", null, view.heading), el("p", { class: "lead" }, view.lead), el("div", { class: "stack" }, view.draw(state, go)));
+  refocus();
+}
+
+// What has the focus is drawn anew with the rest, some of it later than the rest; its key finds it again.
+let focusKey = null;
+function refocus() {
+  if (focusKey === null || document.activeElement !== document.body) return;
+  document.querySelector(`[data-key="${CSS.escape(focusKey)}"]`)?.focus({ preventScroll: true });
 }
 
 function setTheme(name) {
@@ -84,8 +99,8 @@ function layerBy(by) {
 const ACTIONS = {
   ArrowRight: () => state.view === "block" && go({ name: neighbour(state.name, 1) }),
   ArrowLeft: () => state.view === "block" && go({ name: neighbour(state.name, -1) }),
-  ArrowUp: () => ["block", "attention"].includes(state.view) && go(layerBy(1)),
-  ArrowDown: () => ["block", "attention"].includes(state.view) && go(layerBy(-1)),
+  ArrowUp: () => ["block", "attention"].includes(state.view) && go(layerBy(-1)),
+  ArrowDown: () => ["block", "attention"].includes(state.view) && go(layerBy(1)),
   h: () => go({ head: (state.head + 1) % config.heads }),
   ",": () => go({ token: Math.max(state.token - 1, 0) }),
   ".": () => go({ token: Math.min(state.token + 1, tokens.length - 1) }),
@@ -107,20 +122,21 @@ function moveWithin(event, row, pick) {
 tokenStrip.addEventListener("keydown", (event) => moveWithin(event, tokenStrip, (token) => go({ token })));
 tabs.addEventListener("keydown", (event) => moveWithin(event, tabs, (index) => go({ view: Object.keys(VIEWS)[index] })));
 document.addEventListener("keydown", (event) => {
-  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || help.open || event.target.matches("input, select")) return;
+  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || help.open) return;
+  if (event.target.matches('[type="number"]') || (event.key.startsWith("Arrow") && event.target.matches("input, .formula"))) return;
   if (!Object.hasOwn(ACTIONS, event.key)) return;
   if (ACTIONS[event.key]() !== false) event.preventDefault();
 });
-window.addEventListener("hashchange", () => { readAddress(); draw(); });
+for (const change of ["hashchange", "popstate"]) window.addEventListener(change, () => { readAddress(); draw(); });
 
 document.title = `${page.title}: one pass`;
 document.body.append(
   el("header", { class: "top" }, el("div", { class: "bar" },
     el("div", { class: "row" },
-      el("div", null, el("h1", null, el("bdi", null, page.title)), el("p", null, `${grouped(config.parameters)} parameters · ${config.layers} layers · ${tokens.length} tokens${start ? ` from position ${start}` : ""}`)),
+      el("div", null, el("h1", null, el("bdi", null, page.title)), el("p", null, `${grouped(config.parameters)} parameters · ${counted(config.layers, "layer")} · ${counted(tokens.length, "token")}${start ? ` from position ${start}; @ marks those before it` : ""}`)),
       el("div", { class: "icons" }, themeButton, el("button", { type: "button", "aria-label": "Keys", onclick: () => help.showModal() }, "?"))),
     tokenStrip, tabs)),
-  main, el("footer", null, `${page.madeBy}. In the console: await values("layers.0.q").`), help);
+  el("main", null, panel), el("footer", null, `▁ is the space before a word. Made by ${page.madeBy}. In the console: await values("layers.0.q").`), help);
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 readAddress();
 draw();

@@ -9,7 +9,7 @@ const blockKinds = Object.keys(page.kinds).filter((kind) => !isEnd(kind));
 
 // What stands at a position: the token's piece and where it is, or the position alone where the pass began later.
 const pieceAt = (position) => tokens[position - start]?.piece ?? "";
-const placeText = (position) => `${pieceAt(position) || "@"} ${position}`;
+const placeText = (position) => `\u2068${pieceAt(position) || "@"}\u2069 ${position}`; // isolated: pieces may run from right to left
 const placeNodes = (position) => pieceAt(position) ? [pieceText(pieceAt(position)), ` ${position}`] : [`@ ${position}`];
 
 // Whether the token at position `query` sees the one at `key`: 0 <= query - key < window, as in cache.py.
