@@ -98,6 +98,7 @@ const ringView = {
       ring.replaceChildren(ringDrawing(ringState));
       words.replaceChildren(...ringWords(ringState));
       sight.replaceChildren(sightDrawing(ringState));
+      sight.scrollLeft = sight.scrollWidth; // where the query stands
       note.textContent = ringState.window > 24 ? `The oldest keys of this window, from ${Math.max(0, ringState.position - ringState.window + 1)} on, have no room here.` : "";
       if (document.activeElement !== jump) jump.value = ringState.position;
     }
