@@ -47,8 +47,9 @@ from mistral_kernels.tile import tile
 
 BLOCK = 64
 PANEL = 2 * LANES
-QUERIES = 24  # of a prompt that go through the keys together
+TOGETHER = 36  # rows of a prompt that go through the keys together: few enough for the first cache
 SPLIT = 512  # keys that one piece of work goes through, for few queries
+AHEAD = 8192  # bytes; how far ahead keys and values are asked for: one token uses them as fast as memory gives them
 
 # Rows of a tile: the query heads of one token, or those of several, as many as the registers hold.
 FEW_ROWS, MANY_ROWS = 4, {16: 12, 8: 6, 4: 4}[LANES]
@@ -185,25 +186,30 @@ def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any
 
     m[row] becomes the largest score so far, and what total and acc hold for the row is scaled down if it has grown.
     """
-    scores = S[row * BLOCK : (row + 1) * BLOCK]
+    at = row * BLOCK
     first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES  # whole vectors around them
+    is_whole = high - low == BLOCK  # as nearly all are
     maximum = splat(-np.inf)
     for j in range(first, last, LANES):
-        maximum = larger(maximum, within(load(scores, j), low - j, high - j, -np.inf))
+        score = load(S, at + j)
+        maximum = larger(maximum, score if is_whole else within(score, low - j, high - j, -np.inf))
     before, now = m[row], max(m[row], largest_of(maximum))
     summed = zeros()
     for j in range(first, last, LANES):
-        share = within(exp(subtract(load(scores, j), splat(now))), low - j, high - j, 0.0)
-        store(scores, j, share)
+        share = exp(subtract(load(S, at + j), splat(now)))
+        share = share if is_whole else within(share, low - j, high - j, 0.0)
+        store(S, at + j, share)
         summed = add(summed, share)
-    scores[:first] = 0
-    scores[last:] = 0
+    if not is_whole:
+        S[at : at + first] = 0
+        S[at + last : at + BLOCK] = 0
     if now != before:
-        shrink = numba.float32(math.exp(before - now))
-        total[row] *= shrink
-        for i in range(row * width, (row + 1) * width, LANES):
-            store(acc, i, multiply(load(acc, i), splat(shrink)))
         m[row] = now
+        if before != -np.inf:  # else there is nothing yet
+            shrink = numba.float32(math.exp(before - now))
+            total[row] *= shrink
+            for i in range(row * width, (row + 1) * width, LANES):
+                store(acc, i, multiply(load(acc, i), splat(shrink)))
     total[row] += sum_of(summed)
 
 
@@ -217,6 +223,12 @@ def _scaled_queries(q: Any, n_kv_heads: int, g: int, first: int, last: int) -> A
         for i in range(head_dim):
             scaled[row * head_dim + i] = q[first + row // group, g * group + row % group, i] * scale
     return scaled
+
+
+@part()
+def _queries_together(group: int) -> int:
+    """Return how many tokens go through the keys together, of which each is `group` rows."""
+    return max(1, TOGETHER // group)
 
 
 @part()
@@ -242,7 +254,7 @@ def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, head
 
 def _attend(kind: str, n_rows: int) -> Any:
     """Return the part of a kernel that takes some queries through some keys of one key/value head."""
-    multiply_tile = tile(n_rows, 2, kind)
+    multiply_tile = tile(n_rows, 2, kind, AHEAD)
     has_steps = kind == "int8"
 
     @part(kind, n_rows)
@@ -320,24 +332,29 @@ def attention(kind: str, n_rows: int) -> Any:
         q: Any, panels: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         heads: Any, n_splits: int, split: int, m: Any, total: Any, acc: Any, thread: int, n_threads: int,
     ) -> None:  # fmt: skip
-        """Do every n_threads-th piece of the work."""
+        """Do every n_threads-th piece of the work, or all pieces of every n_threads-th head, and put those together."""
         n_tokens, n_heads, head_dim = q.shape
         group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
-        n_tiles = (n_tokens + QUERIES - 1) // QUERIES
-        for piece in range(thread, n_kv_heads * n_tiles * n_splits, n_threads):
-            kept = piece if n_splits > 1 else thread
-            g, start = piece // n_splits % n_kv_heads, segments[0, 2] + piece % n_splits * split
-            first = (n_tiles - 1 - piece // n_splits // n_kv_heads) * QUERIES  # those with most keys come first
-            last = min(first + QUERIES, n_tokens)
-            attend(
-                q, panels, n_kv_heads, n_blocks, segments, first_query, window, g, first, last,
-                start, min(start + split, first_query + n_tokens), m[kept], total[kept], acc[kept],
-            )  # fmt: skip
-            if n_splits == 1:
-                for row in range((last - first) * group):
-                    for i in range(head_dim):
-                        t, h = first + row // group, g * group + row % group
-                        heads[t, h, i] = acc[kept, row * width + i] / total[kept, row]
+        n_queries = _queries_together(group)
+        n_tiles = (n_tokens + n_queries - 1) // n_queries
+        n_together = n_splits if n_kv_heads % n_threads == 0 else 1
+        for turn in range(thread, n_kv_heads * n_tiles * n_splits // n_together, n_threads):
+            for piece in range(turn * n_together, (turn + 1) * n_together):
+                kept = piece if n_splits > 1 else thread
+                g, start = piece // (n_tiles * n_splits), segments[0, 2] + piece % n_splits * split
+                first = (n_tiles - 1 - piece // n_splits % n_tiles) * n_queries  # those with most keys come first
+                last = min(first + n_queries, n_tokens)
+                attend(
+                    q, panels, n_kv_heads, n_blocks, segments, first_query, window, g, first, last,
+                    start, min(start + split, first_query + n_tokens), m[kept], total[kept], acc[kept],
+                )  # fmt: skip
+                if n_splits == 1:
+                    for row in range((last - first) * group):
+                        t, h, summed = first + row // group, g * group + row % group, total[kept, row]
+                        for i in range(head_dim):
+                            heads[t, h, i] = acc[kept, row * width + i] / summed
+            if n_together > 1:
+                _merge(m, total, acc, width, turn, n_splits, heads, n_kv_heads)
 
     @kernel(
         types.void(
@@ -363,14 +380,16 @@ def attention(kind: str, n_rows: int) -> Any:
     ) -> None:  # fmt: skip
         n_tokens, n_heads, head_dim = q.shape
         group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
-        n_tiles = (n_tokens + QUERIES - 1) // QUERIES
+        n_queries = _queries_together(group)
+        n_tiles = (n_tokens + n_queries - 1) // n_queries
         oldest, newest = segments[0, 2], first_query + n_tokens
         # Few queries: their keys are split, and each piece keeps what it found. Many: all keys are one piece.
         n_splits = (newest - oldest + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
         split = SPLIT if n_splits > 1 else newest - oldest
         panels = k, v, k_steps, v_steps
-        n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, QUERIES) * group
-        m, total = np.empty((n_kept, most_rows), np.float32), np.empty((n_kept, most_rows), np.float32)
+        n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, n_queries) * group
+        apart = most_rows + 64  # no two threads write to one cache line, nor to the one that is fetched with it
+        m, total = np.empty((n_kept, apart), np.float32), np.empty((n_kept, apart), np.float32)
         acc = np.empty((n_kept, most_rows * width), np.float32)
         if n_threads == 1:
             take_turns(
@@ -383,7 +402,7 @@ def attention(kind: str, n_rows: int) -> Any:
                     q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total,
                     acc, numba.intp(index), n_threads,
                 )  # fmt: skip
-        if n_splits > 1:
+        if n_splits > 1 and n_kv_heads % n_threads:
             for g in range(n_kv_heads):
                 _merge(m, total, acc, width, g, n_splits, heads, n_kv_heads)
 

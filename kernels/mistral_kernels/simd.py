@@ -16,7 +16,7 @@ from numba.extending import intrinsic, models, register_model
 
 from mistral_kernels.instructions import (
     F32,
-    I64,
+    I32,
     LANES,
     VECTOR,
     combined,
@@ -156,10 +156,10 @@ def larger(builder: Any, a: Any, b: Any) -> Any:
 
 @operation(vector, vector, types.intp, types.intp, types.float32)
 def within(builder: Any, a: Any, low: Any, high: Any, other: Any) -> Any:
-    """The lanes low, ..., high - 1 of a, and the number `other` in all lanes before and after them."""
-    lanes = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
-    from_low = builder.icmp_signed(">=", lanes, splat_of(builder, low, LANES))
-    below_high = builder.icmp_signed("<", lanes, splat_of(builder, high, LANES))
+    """The lanes low, ..., high - 1 of a, and the number `other` in all others; bounds are of 32 bits."""
+    lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    low, high = (splat_of(builder, builder.trunc(bound, I32), LANES) for bound in (low, high))
+    from_low, below_high = builder.icmp_signed(">=", lanes, low), builder.icmp_signed("<", lanes, high)
     return builder.select(builder.and_(from_low, below_high), a, splat_of(builder, other, LANES))
 
 

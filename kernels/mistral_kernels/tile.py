@@ -91,7 +91,7 @@ def summed_in_loop(
     return new
 
 
-def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
+def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
     """Return the operation multiply_tile(A, a, B, b, n_k, C, c, rows, continues), with a panel of numbers of a kind.
 
     A, C            float32 arrays; a = (offset, row length) and c = (offset, row length) say where in them
@@ -99,6 +99,8 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
     n_k             at least 1
     rows            how many rows exist; of those beyond nothing is stored
     continues       whether to add to what C holds
+
+    Cache lines of the panel are asked for when the tile is `ahead` bytes before them; 0: when they are read.
     """
     element, size, width = STORED[kind], KINDS[kind], n_vectors * LANES
 
@@ -111,6 +113,8 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32") -> Any:
         vectors = []
         for number in range(n_vectors):
             address = builder.gep(B_row, [whole(number * LANES * size)])
+            if ahead and number * LANES * size % 64 == 0:
+                prefetch_line(builder, address, ahead)
             vectors.append(widened(builder, load_vector(builder, address, element, LANES), kind))
         new = []
         for row, address in enumerate(A_rows):
