@@ -3,9 +3,9 @@
     heads[t, h] = sum over s of softmax(q[t, h] . k[s, g] / sqrt(K)) v[s, g]        g = h // (H/G)
 
 over the keys s that t sees. The H/G query heads that share a key/value head are rows of one small matrix, so that each
-key is read once for all of them. Keys come in blocks of BLOCK slots. For each row the largest score so far is kept, and
-what has been summed up is scaled down when a larger one turns up (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et
-al. 2022, arXiv:2205.14135), so that no score outlives its block.
+key is read once for all of them. SPAN keys go through a softmax together. For each row the largest score so far is kept,
+and what has been summed up is scaled down when a larger one turns up (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao
+et al. 2022, arXiv:2205.14135), so that no score outlives its span.
 
 Keys and values lie in panels, as `tile` reads them, one key/value head after the other:
 
@@ -47,6 +47,7 @@ from mistral_kernels.tile import tile
 
 BLOCK = 64
 PANEL = 2 * LANES
+SPAN = 4 * BLOCK  # keys that go through a softmax together
 TOGETHER = 36  # rows of a prompt that go through the keys together: few enough for the first cache
 SPLIT = 512  # keys that one piece of work goes through, for few queries
 AHEAD = 8192  # bytes; how far ahead keys and values are asked for: one token uses them as fast as memory gives them
@@ -174,10 +175,9 @@ def write_steps() -> Any:
 
 @part()
 def _scale(S: Any, row: int, low: int, high: int, steps: Any, g: int, slot: int) -> None:
-    """Multiply what a row of S holds for the keys low, ..., high - 1 of the block at a slot by their steps."""
-    scores = S[row * BLOCK : (row + 1) * BLOCK]
+    """Multiply what a row of S holds for the keys low, ..., high - 1, counted from a slot, by their steps."""
     for j in range(low // LANES * LANES, high, LANES):
-        store(scores, j, multiply(load(scores, j), load(steps, g * steps.shape[1] + slot + j)))
+        store(S, row * SPAN + j, multiply(load(S, row * SPAN + j), load(steps, g * steps.shape[1] + slot + j)))
 
 
 @part()
@@ -186,9 +186,9 @@ def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any
 
     m[row] becomes the largest score so far, and what total and acc hold for the row is scaled down if it has grown.
     """
-    at = row * BLOCK
+    at = row * SPAN
     first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES  # whole vectors around them
-    is_whole = high - low == BLOCK  # as nearly all are
+    is_whole = high - low == SPAN  # as nearly all are
     maximum = splat(-np.inf)
     for j in range(first, last, LANES):
         score = load(S, at + j)
@@ -202,7 +202,7 @@ def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any
         summed = add(summed, share)
     if not is_whole:
         S[at : at + first] = 0
-        S[at + last : at + BLOCK] = 0
+        S[at + last : at + SPAN] = 0
     if now != before:
         m[row] = now
         if before != -np.inf:  # else there is nothing yet
@@ -272,23 +272,23 @@ def _attend(kind: str, n_rows: int) -> Any:
         group, n_panels = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL
         width, rows = n_panels * PANEL, (last - first) * group
         scaled = _scaled_queries(q, n_kv_heads, g, first, last)
-        S = np.empty(rows * BLOCK, np.float32)
+        S = np.empty(rows * SPAN, np.float32)
         m[:rows] = -np.inf
         total[:rows] = 0
         acc[: rows * width] = 0
         for segment in range(len(segments)):
             shift = segments[segment, 2] - segments[segment, 0]  # from slot to position
             start, stop = max(segments[segment, 0], oldest - shift), min(segments[segment, 1], newest - shift)
-            for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
-                base = block * BLOCK + shift  # position of the block's first slot
+            for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, SPAN // BLOCK):
+                base = block * BLOCK + shift  # position of the first slot; all that follows counts from there
                 low = max(start + shift, first_query + first - window + 1, base) - base
-                high = min(stop + shift, first_query + last, base + BLOCK) - base
+                high = min(stop + shift, first_query + last, base + SPAN) - base
                 if low >= high:
                     continue
                 for panel in range(low // PANEL, (high + PANEL - 1) // PANEL):
                     keys = ((g * n_blocks + block) * (BLOCK // PANEL) + panel) * head_dim * PANEL
                     for row in range(0, rows, n_rows):
-                        from_q, to_S = (row * head_dim, head_dim), (row * BLOCK + panel * PANEL, BLOCK)
+                        from_q, to_S = (row * head_dim, head_dim), (row * SPAN + panel * PANEL, SPAN)
                         multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, min(n_rows, rows - row), False)
                 for row in range(rows):
                     query = first_query + first + row // group - base
@@ -300,12 +300,16 @@ def _attend(kind: str, n_rows: int) -> Any:
                         if has_steps:
                             _scale(S, row, row_low, row_high, v_steps, g, block * BLOCK)
                     else:
-                        S[row * BLOCK : (row + 1) * BLOCK] = 0
-                for panel in range(n_panels):
-                    values = (((g * n_blocks + block) * n_panels + panel) * BLOCK + low) * PANEL
-                    for row in range(0, rows, n_rows):
-                        from_S, to_acc = (row * BLOCK + low, BLOCK), (row * width + panel * PANEL, width)
-                        multiply_tile(S, from_S, v, values, high - low, acc, to_acc, min(n_rows, rows - row), True)
+                        S[row * SPAN : (row + 1) * SPAN] = 0
+                for part in range(low // BLOCK, (high + BLOCK - 1) // BLOCK):
+                    begin, end = max(low, part * BLOCK), min(high, (part + 1) * BLOCK)
+                    for panel in range(n_panels):
+                        values = ((g * n_blocks + block + part) * n_panels + panel) * BLOCK + begin - part * BLOCK
+                        for row in range(0, rows, n_rows):
+                            from_S, to_acc = (row * SPAN + begin, SPAN), (row * width + panel * PANEL, width)
+                            multiply_tile(
+                                S, from_S, v, values * PANEL, end - begin, acc, to_acc, min(n_rows, rows - row), True
+                            )
 
     return attend
 
