@@ -3,9 +3,9 @@
     heads[t, h] = sum over s of softmax(q[t, h] . k[s, g] / sqrt(K)) v[s, g]        g = h // (H/G)
 
 over the keys s that t sees. The H/G query heads that share a key/value head are rows of one small matrix, so that each
-key is read once for all of them. SPAN keys go through a softmax together. For each row the largest score so far is kept,
-and what has been summed up is scaled down when a larger one turns up (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao
-et al. 2022, arXiv:2205.14135), so that no score outlives its span.
+key is read once for all of them. SPAN keys go through a softmax together. For each row the largest score so far is
+kept, and what has been summed up is scaled down when a larger one turns up (Milakov and Gimelshein 2018,
+arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), so that no score outlives its span.
 
 Keys and values lie in panels, as `tile` reads them, one key/value head after the other:
 
@@ -258,6 +258,27 @@ def _attend(kind: str, n_rows: int) -> Any:
     has_steps = kind == "int8"
 
     @part(kind, n_rows)
+    def into_shares(
+        S: Any, rows: int, group: int, query: int, window: int, low: int, high: int, k_steps: Any, v_steps: Any,
+        g: int, slot: int, m: Any, total: Any, acc: Any, width: int,
+    ) -> None:  # fmt: skip
+        """Turn each row's scores of the keys low, ..., high - 1, counted from a slot, into shares, those unseen into 0.
+
+        query       of row 0, counted from the slot too
+        """
+        for row in range(rows):
+            newest = query + row // group
+            row_low, row_high = max(low, newest - window + 1), min(high, newest + 1)
+            if row_low < row_high:
+                if has_steps:
+                    _scale(S, row, row_low, row_high, k_steps, g, slot)
+                _softmax(S, row, row_low, row_high, m, total, acc, width)
+                if has_steps:
+                    _scale(S, row, row_low, row_high, v_steps, g, slot)
+            else:
+                S[row * SPAN : (row + 1) * SPAN] = 0
+
+    @part(kind, n_rows)
     def attend(
         q: Any, panels: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         g: int, first: int, last: int, oldest: int, newest: int, m: Any, total: Any, acc: Any,
@@ -290,21 +311,14 @@ def _attend(kind: str, n_rows: int) -> Any:
                     for row in range(0, rows, n_rows):
                         from_q, to_S = (row * head_dim, head_dim), (row * SPAN + panel * PANEL, SPAN)
                         multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, min(n_rows, rows - row), False)
-                for row in range(rows):
-                    query = first_query + first + row // group - base
-                    row_low, row_high = max(low, query - window + 1), min(high, query + 1)
-                    if row_low < row_high:
-                        if has_steps:
-                            _scale(S, row, row_low, row_high, k_steps, g, block * BLOCK)
-                        _softmax(S, row, row_low, row_high, m, total, acc, width)
-                        if has_steps:
-                            _scale(S, row, row_low, row_high, v_steps, g, block * BLOCK)
-                    else:
-                        S[row * SPAN : (row + 1) * SPAN] = 0
-                for part in range(low // BLOCK, (high + BLOCK - 1) // BLOCK):
-                    begin, end = max(low, part * BLOCK), min(high, (part + 1) * BLOCK)
+                into_shares(
+                    S, rows, group, first_query + first - base, window, low, high, k_steps, v_steps, g, block * BLOCK,
+                    m, total, acc, width,
+                )  # fmt: skip
+                for nth in range(low // BLOCK, (high + BLOCK - 1) // BLOCK):
+                    begin, end = max(low, nth * BLOCK), min(high, (nth + 1) * BLOCK)
                     for panel in range(n_panels):
-                        values = ((g * n_blocks + block + part) * n_panels + panel) * BLOCK + begin - part * BLOCK
+                        values = ((g * n_blocks + block + nth) * n_panels + panel) * BLOCK + begin - nth * BLOCK
                         for row in range(0, rows, n_rows):
                             from_S, to_acc = (row * SPAN + begin, SPAN), (row * width + panel * PANEL, width)
                             multiply_tile(
