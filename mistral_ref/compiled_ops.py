@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numba
 import numpy as np
 
-from mistral_kernels import attention, elementwise, threads
+from mistral_kernels import attention, elementwise, panels, threads
 from mistral_kernels.matmul import matmul
 from mistral_kernels.matvec import matvec, matvec_tiled
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized
@@ -139,20 +139,20 @@ class CompiledOps(ReferenceOps):
         elementwise.rotate()(x_THK, cos, sin, turned, self._threads_for(x_THK.size, _FEW_NUMBERS))
         return turned
 
-    def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> attention.PanelStore:
-        return attention.new_store(capacity, n_kv_heads, head_dim, np.dtype(dtype))
+    def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> panels.PanelStore:
+        return panels.new_store(capacity, n_kv_heads, head_dim, np.dtype(dtype))
 
-    def write(self, store: attention.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
+    def write(self, store: panels.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
         slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else np.ascontiguousarray(slots)
         if store.k.dtype == np.int8:
-            attention.write_steps()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
+            panels.write_steps()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
             return
         raw = "float32" if store.k.dtype == np.float32 else "uint16"
         k_TGK, v_TGK = (np.ascontiguousarray(part, store.k.dtype).view(raw) for part in (k_TGK, v_TGK))
-        attention.write(raw)(store.k.view(raw), store.v.view(raw), slots_T, k_TGK, v_TGK)
+        panels.write(raw)(store.k.view(raw), store.v.view(raw), slots_T, k_TGK, v_TGK)
 
-    def read(self, store: attention.PanelStore, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
-        return attention.read(store, slots)
+    def read(self, store: panels.PanelStore, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+        return panels.read(store, slots)
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         if observed is not None:

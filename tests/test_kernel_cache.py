@@ -22,15 +22,15 @@ KERNELS = Path(mistral_kernels.__file__).parent
 RUN = """
 import warnings
 import numpy as np
-from mistral_kernels import attention
+from mistral_kernels import panels
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    store = attention.new_store(3, 1, 2, np.dtype(np.float32))
-    attention.write("float32")(store.k, store.v, np.array([1]), *np.full((2, 1, 1, 2), 7, np.float32))
+    store = panels.new_store(3, 1, 2, np.dtype(np.float32))
+    panels.write("float32")(store.k, store.v, np.array([1]), *np.full((2, 1, 1, 2), 7, np.float32))
 for warning in caught:
     print(f"{warning.category.__name__}: {warning.message}")
-print((attention.read(store, slice(0, 3))[0][:, 0, 0] == [0, 7, 0]).all())
+print((panels.read(store, slice(0, 3))[0][:, 0, 0] == [0, 7, 0]).all())
 """
 COMPILING = "KernelWarning: compiling kernels for this machine: once, up to half a minute"
 
@@ -242,7 +242,7 @@ def test_processes_that_compile_different_kernels_at_once_write_different_files(
     names: list[set[str]] = []
     for number, kind in enumerate(("float32", "uint16")):
         cache = package.cache / str(number)
-        package.run(f"from mistral_kernels import attention\nattention.write({kind!r})", NUMBA_CACHE_DIR=str(cache))
+        package.run(f"from mistral_kernels import panels\npanels.write({kind!r})", NUMBA_CACHE_DIR=str(cache))
         names.append({path.name for path in cache.rglob("*.nb?")})
     assert names[0]
     assert not names[0] & names[1]

@@ -27,7 +27,7 @@ from checkpoints import to_bfloat16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_kernels import attention, elementwise, threads
+from mistral_kernels import attention, elementwise, panels, threads
 from mistral_kernels.matmul import DEPTH, matmul
 from mistral_kernels.matvec import PART, matvec, matvec_tiled
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized
@@ -481,24 +481,24 @@ def pasts(draw: st.DrawFn, most_tokens: int = 40, most_before: int = 150) -> Pas
     return Past(
         normal(seed, n_tokens, n_kv_heads * group, head_dim) * np.float32(sharpness),
         *normal(seed ^ 1, 2, n_keys, n_kv_heads, head_dim),
-        draw(st.none() | sizes(100, attention.BLOCK, attention.PANEL)),
+        draw(st.none() | sizes(100, panels.BLOCK, panels.PANEL)),
     )
 
 
-def filled(past: Past, spare: int, dtype: str) -> tuple[attention.PanelStore, np.ndarray]:
+def filled(past: Past, spare: int, dtype: str) -> tuple[panels.PanelStore, np.ndarray]:
     """Return a ring, with `spare` slots more than it needs, after all keys and values have gone through it, and the
     slots of those that the queries see.
     """
     n_seen = len(past.k) - past.first_visible
     capacity = spare + (n_seen if past.window is None else past.window + len(past.q) - 1)
-    store = attention.new_store(capacity, *past.k.shape[1:], np.dtype(dtype))
+    store = panels.new_store(capacity, *past.k.shape[1:], np.dtype(dtype))
     raw = "float32" if dtype == "float32" else "uint16"
     slots = np.arange(len(past.k)) % capacity
     if dtype == "int8":
-        attention.write_steps()(*store, slots, past.k, past.v)
+        panels.write_steps()(*store, slots, past.k, past.v)
         return store, slots[past.first_visible :]
     k, v = (part.astype(dtype).view(raw) for part in (past.k, past.v))
-    attention.write(raw)(store.k.view(raw), store.v.view(raw), slots, k, v)
+    panels.write(raw)(store.k.view(raw), store.v.view(raw), slots, k, v)
     return store, slots[past.first_visible :]
 
 
@@ -511,7 +511,7 @@ def segments_of(slots: np.ndarray, first_position: int) -> np.ndarray:
 
 def attended(
     past: Past,
-    store: attention.PanelStore,
+    store: panels.PanelStore,
     slots: np.ndarray,
     n_rows: int = attention.MANY_ROWS,
     n_threads: int = 1,
@@ -577,7 +577,7 @@ def test_attention_over_keys_of_int8(n_rows: int, past: Past, spare: int, n_thre
     """The store holds what NumPy's rounding gives, to the bit, and attention is that over what it holds."""
     store, slots = filled(past, spare, "int8")
     held = [(q * steps[..., np.newaxis]).astype(np.float32) for q, steps in map(in_steps, (past.k, past.v))]
-    for part, expected_part in zip(attention.read(store, slots), held, strict=True):
+    for part, expected_part in zip(panels.read(store, slots), held, strict=True):
         np.testing.assert_array_equal(part, expected_part[past.first_visible :])
     expected, error = attended_exactly(past._replace(k=held[0], v=held[1]), "float32")
     assert_within(attended(past, store, slots, n_rows, n_threads), expected, 2 * error)
@@ -612,8 +612,8 @@ def test_one_query_hears_nothing_of_what_it_does_not_see(dtype: str, past: Past,
     expected = attended(past, *filled(past, spare, dtype))
     past.k[: past.first_visible] = past.v[: past.first_visible] = np.nan
     store, slots = filled(past, spare, dtype)
-    unseen = np.setdiff1d(np.arange(store.v.shape[1] * attention.BLOCK), slots)
-    attention.write(store.k.dtype.name if dtype == "float32" else "uint16")(
+    unseen = np.setdiff1d(np.arange(store.v.shape[1] * panels.BLOCK), slots)
+    panels.write(store.k.dtype.name if dtype == "float32" else "uint16")(
         *(part if dtype == "float32" else part.view(np.uint16) for part in store[:2]),
         unseen,
         *np.full((2, len(unseen), *past.k.shape[1:]), np.nan, dtype).view("f4" if dtype == "float32" else "u2"),
@@ -653,18 +653,18 @@ def test_a_store_gives_back_what_was_written_last(
     dtype: str, capacity: int, n_kv_heads: int, half: int, seed: int
 ) -> None:
     head_dim, random = half, np.random.RandomState(seed)
-    store = attention.new_store(capacity, n_kv_heads, head_dim, np.dtype(dtype))
+    store = panels.new_store(capacity, n_kv_heads, head_dim, np.dtype(dtype))
     expected = np.zeros((2, capacity, n_kv_heads, head_dim), dtype)
     raw = "float32" if dtype == "float32" else "uint16"
     for _ in range(3):
         slots = random.randint(0, capacity, random.randint(1, 9))
         new = random.normal(size=(2, len(slots), n_kv_heads, head_dim)).astype(dtype)
-        attention.write(raw)(store.k.view(raw), store.v.view(raw), slots, *new.view(raw))
+        panels.write(raw)(store.k.view(raw), store.v.view(raw), slots, *new.view(raw))
         for n, slot in enumerate(slots):
             expected[:, slot] = new[:, n]
-    np.testing.assert_array_equal(attention.read(store, slice(0, capacity)), expected)
+    np.testing.assert_array_equal(panels.read(store, slice(0, capacity)), expected)
     some_slots = random.randint(0, capacity, 5)
-    np.testing.assert_array_equal(attention.read(store, some_slots), expected[:, some_slots])
+    np.testing.assert_array_equal(panels.read(store, some_slots), expected[:, some_slots])
 
 
 # --------------------------------------------------------------------------------------------------- small operations
@@ -856,7 +856,7 @@ def run_to_the_ends() -> None:
                 drawn_q, drawn_kv = normal(1, n_tokens, 6, head_dim), normal(2, 2, 700 + n_tokens, 2, head_dim)
                 past = Past(at_the_end(drawn_q), *drawn_kv, window)
                 store, slots = filled(past, 3, dtype)
-                at_end = attention.PanelStore(*map(at_the_end, store))
+                at_end = panels.PanelStore(*map(at_the_end, store))
                 found = attended(past, at_end, slots, n_rows, into=at_the_end(np.empty_like(drawn_q)))
                 np.testing.assert_array_equal(found, attended(past, store, slots, n_rows))
     for n in (1, LANES - 1, LANES, 2 * LANES + 3):

@@ -7,13 +7,8 @@ key is read once for all of them. SPAN keys go through a softmax together. For e
 kept, and what has been summed up is scaled down when a larger one turns up (Milakov and Gimelshein 2018,
 arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), so that no score outlives its span.
 
-Keys and values lie in panels, as `tile` reads them, one key/value head after the other:
-
-    k[g, slot // PANEL, i, slot % PANEL]                        i < K
-    v[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL]    i < K, rounded up to whole panels
-
-Of int8 each key and each value is one number times 127 steps: a score is multiplied by the step of its key, a share by
-that of its value, before it meets the value.
+Keys and values lie as panels.py says. Of int8, a score is multiplied by the step of its key, a share by that of its
+value, before it meets the value.
 
 Work is cut by key/value head, queries and keys, never by the number of threads, so the result does not depend on it.
 """
@@ -21,7 +16,7 @@ Work is cut by key/value head, queries and keys, never by the number of threads,
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -29,6 +24,7 @@ from numba import types
 
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.instructions import LANES
+from mistral_kernels.panels import BLOCK, HEADS_IN, PANEL
 from mistral_kernels.simd import (
     add,
     exp,
@@ -45,8 +41,6 @@ from mistral_kernels.simd import (
 )
 from mistral_kernels.tile import tile
 
-BLOCK = 64
-PANEL = 2 * LANES
 SPAN = 4 * BLOCK  # keys that go through a softmax together
 TOGETHER = 36  # rows of a prompt that go through the keys together: few enough for the first cache
 SPLIT = 512  # keys that one piece of work goes through, for few queries
@@ -55,122 +49,10 @@ AHEAD = 8192  # bytes; how far ahead keys and values are asked for: one token us
 # Rows of a tile: the query heads of one token, or those of several, as many as the registers hold.
 FEW_ROWS, MANY_ROWS = 4, {16: 12, 8: 6, 4: 4}[LANES]
 
-HEADS_IN = types.Array(types.float32, 3, "C", readonly=True)
 HEADS_OUT = types.Array(types.float32, 3, "C")
 PANELS = types.Array(types.uint8, 1, "C")
 SEGMENTS = types.Array(types.int64, 2, "C", readonly=True)
 STEPS = types.Array(types.float32, 2, "C", readonly=True)
-STEPS_OUT = types.Array(types.float32, 2, "C")
-SLOTS = types.Array(types.int64, 1, "C", readonly=True)
-
-
-class PanelStore(NamedTuple):
-    """Keys and values of one layer in panels.
-
-    k       (G, ceil(capacity / BLOCK) * BLOCK / PANEL, K, PANEL)
-    v       (G, ceil(capacity / BLOCK), ceil(K / PANEL), BLOCK, PANEL)
-    k_steps, v_steps    what the int8 of each slot are multiplied by, float32 (G, ceil(capacity / BLOCK) * BLOCK)
-    """
-
-    k: np.ndarray
-    v: np.ndarray
-    k_steps: np.ndarray
-    v_steps: np.ndarray
-
-
-def new_store(capacity: int, n_kv_heads: int, head_dim: int, dtype: np.dtype[Any]) -> PanelStore:
-    """Return room for `capacity` slots, all zeros."""
-    n_blocks, n_panels = -(-capacity // BLOCK), -(-head_dim // PANEL)
-    n_steps = n_blocks * BLOCK if dtype == np.int8 else 0
-    return PanelStore(
-        np.zeros((n_kv_heads, n_blocks * (BLOCK // PANEL), head_dim, PANEL), dtype),
-        np.zeros((n_kv_heads, n_blocks, n_panels, BLOCK, PANEL), dtype),
-        np.zeros((n_kv_heads, n_steps), np.float32),
-        np.zeros((n_kv_heads, n_steps), np.float32),
-    )
-
-
-def read(store: PanelStore, slots: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-    """Return the keys and values (S, G, K) in these slots, float32 if they are int8."""
-    n_kv_heads, n_panels, head_dim, _ = store.k.shape
-    slots = np.arange(n_panels * PANEL)[slots]
-    v = store.v[:, slots // BLOCK, :, slots % BLOCK].reshape(len(slots), n_kv_heads, store.v.shape[2] * PANEL)
-    k, v = store.k[:, slots // PANEL, :, slots % PANEL], v[..., :head_dim]
-    if store.k.dtype != np.int8:
-        return k, v
-    return k * store.k_steps[:, slots].T[..., np.newaxis], v * store.v_steps[:, slots].T[..., np.newaxis]
-
-
-@made_once
-def write(dtype: str) -> Any:
-    """Return a kernel: write(k_store, v_store, slots, k, v) puts k and v (T, G, K) in their slots.
-
-    dtype is "float32", or "uint16" for any numbers of 16 bits.
-    """
-    element = types.float32 if dtype == "float32" else types.uint16
-    heads = types.Array(element, 3, "C", readonly=True)
-
-    @kernel(
-        types.void(types.Array(element, 4, "C"), types.Array(element, 5, "C"), SLOTS, heads, heads),
-        dtype,
-        parallel=False,
-    )
-    def write(k_store: Any, v_store: Any, slots: Any, k: Any, v: Any) -> None:
-        n_tokens, n_kv_heads, head_dim = k.shape
-        for t in range(n_tokens):
-            slot = slots[t]
-            for g in range(n_kv_heads):
-                for i in range(head_dim):
-                    k_store[g, slot // PANEL, i, slot % PANEL] = k[t, g, i]
-                    v_store[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL] = v[t, g, i]
-
-    return write
-
-
-@made_once
-def write_steps() -> Any:
-    """Return a kernel: write_steps(k_store, v_store, k_steps, v_steps, slots, k, v) rounds k and v (T, G, K) to int8.
-
-    A key or value is rounded to the nearest of 127 steps either way. A step is max |x| / 127, its last 8 bits of
-    mantissa rounded up, so that what has been rounded is not changed by being rounded again.
-    """
-
-    @part()
-    def step_of(x: Any, steps: Any, bits: Any, g: int, slot: int) -> float:
-        largest = numba.float32(0)
-        for i in range(len(x)):
-            size = abs(x[i])
-            if not size <= largest:  # or NaN
-                largest = size
-        steps[g, slot] = largest / numba.float32(127)
-        bits[g, slot] = (bits[g, slot] + numba.uint32(0xFF)) & numba.uint32(0xFFFFFF00)
-        return steps[g, slot]
-
-    @part()
-    def steps_away(x: float, step: float) -> int:
-        q = np.rint(x / step)
-        return numba.int8(q) if -127 <= q <= 127 else numba.int8(0)  # 0 / 0, or what is no number
-
-    @kernel(
-        types.void(
-            types.Array(types.int8, 4, "C"), types.Array(types.int8, 5, "C"), STEPS_OUT, STEPS_OUT, SLOTS, HEADS_IN,
-            HEADS_IN,
-        ),
-        parallel=False,
-    )  # fmt: skip
-    def write_steps(k_store: Any, v_store: Any, k_steps: Any, v_steps: Any, slots: Any, k: Any, v: Any) -> None:
-        n_tokens, n_kv_heads, head_dim = k.shape
-        k_bits, v_bits = k_steps.view(np.uint32), v_steps.view(np.uint32)
-        for t in range(n_tokens):
-            slot = slots[t]
-            for g in range(n_kv_heads):
-                k_step = step_of(k[t, g], k_steps, k_bits, g, slot)
-                v_step = step_of(v[t, g], v_steps, v_bits, g, slot)
-                for i in range(head_dim):
-                    k_store[g, slot // PANEL, i, slot % PANEL] = steps_away(k[t, g, i], k_step)
-                    v_store[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL] = steps_away(v[t, g, i], v_step)
-
-    return write_steps
 
 
 @part()
