@@ -181,13 +181,13 @@ def _attend(kind: str, n_rows: int) -> Any:
         acc[: rows * width] = 0
         for segment in range(len(segments)):
             shift = segments[segment, 2] - segments[segment, 0]  # from slot to position
-            start, stop = max(segments[segment, 0], oldest - shift), min(segments[segment, 1], newest - shift)
+            start = max(segments[segment, 0], max(oldest, first_query + first - window + 1) - shift)
+            stop = min(segments[segment, 1], min(newest, first_query + last) - shift)
+            if start >= stop:
+                continue
             for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, SPAN // BLOCK):
                 base = block * BLOCK + shift  # position of the first slot; all that follows counts from there
-                low = max(start + shift, first_query + first - window + 1, base) - base
-                high = min(stop + shift, first_query + last, base + SPAN) - base
-                if low >= high:
-                    continue
+                low, high = max(start - block * BLOCK, 0), min(stop - block * BLOCK, SPAN)
                 for panel in range(low // PANEL, (high + PANEL - 1) // PANEL):
                     keys = ((g * n_blocks + block) * (BLOCK // PANEL) + panel) * head_dim * PANEL
                     for row in range(0, rows, n_rows):
