@@ -42,7 +42,8 @@ from mistral_ref.walk import Edit, matching_steps
 
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = (
-    "dom", "values", "charts", "block", "attention", "ring", "field", "rope", "heads", "lens", "cost", "main",
+    "dom", "values", "heat", "charts", "diagram", "block", "attention", "ring", "ring_drawing", "field", "rope",
+    "heads", "lens", "cost", "main",
 )  # fmt: skip
 _MOST_BY_DEFAULT = 2**22  # values kept whole, about 10 MB of page
 _MOST_EVER = 2**26  # about 160 MB: browsers end at strings of 512

@@ -8,12 +8,19 @@ function thumbnail(matrix, scale, isSeen) {
 
 function strongest(matrix, row, firstKey) {
   const weights = matrix.data.subarray(row * matrix.columns, (row + 1) * matrix.columns);
-  const order = range(matrix.columns).sort((a, b) => weights[b] - weights[a]).slice(0, 8).filter((key) => weights[key] > 0);
-  return el("div", { class: "strong" }, order.map((key) => {
-    const bar = el("i");
-    bar.style.width = `${100 * Math.min(weights[key], 1)}%`;
-    return [el("span", null, placeNodes(firstKey + key)), bar, el("b", null, digits(weights[key]))];
-  }));
+  const order = range(matrix.columns)
+    .sort((a, b) => weights[b] - weights[a])
+    .slice(0, 8)
+    .filter((key) => weights[key] > 0);
+  return el(
+    "div",
+    { class: "strong" },
+    order.map((key) => {
+      const bar = el("i");
+      bar.style.width = `${100 * Math.min(weights[key], 1)}%`;
+      return [el("span", null, placeNodes(firstKey + key)), bar, el("b", null, digits(weights[key]))];
+    }),
+  );
 }
 
 // Where the lines of a head's picture stand: the causal edge on the right of the query, the window's to the left of its oldest key.
@@ -22,7 +29,11 @@ function sightEdges(step, window) {
   const hasEdge = window !== null && start + step.shape[1] > window;
   return [
     { stroke: () => colour("ink"), dash: [], at: (row) => key(start + row + 1) },
-    hasEdge && { stroke: () => colour("accent"), dash: [6, 3], at: (row) => start + row - window + 1 > 0 ? key(start + row - window + 1) : null },
+    hasEdge && {
+      stroke: () => colour("accent"),
+      dash: [6, 3],
+      at: (row) => (start + row - window + 1 > 0 ? key(start + row - window + 1) : null),
+    },
   ].filter(Boolean);
 }
 
@@ -30,39 +41,96 @@ function sightEdges(step, window) {
 function markTokens(matrix, query, firstKey) {
   [...tokenStrip.children].forEach((chip, token) => {
     const weight = matrix.data[query * matrix.columns + start + token - firstKey] ?? 0;
-    chip.style.boxShadow = weight > 0.005 ? `inset 0 -${Math.ceil(1 + 11 * Math.sqrt(weight))}px ${colour("accent-soft")}, inset 0 -2px ${colour("accent")}` : "";
+    chip.style.boxShadow =
+      weight > 0.005
+        ? `inset 0 -${Math.ceil(1 + 11 * Math.sqrt(weight))}px ${colour("accent-soft")}, inset 0 -2px ${colour("accent")}`
+        : "";
   });
 }
 
 async function attentionPicture(state, go) {
-  const step = stepByName.get(nameOf("attention_weights", state.layer)), window = config.windows[state.layer];
-  if (!step.whole) return [el("p", null, "These weights were not kept. To have them: ", el("code", null, '--keep "*.attention_weights"'))];
-  const first = step.firstKey, isSeen = (row, column) => attends(start + row, first + column, window);
+  const step = stepByName.get(nameOf("attention_weights", state.layer)),
+    window = config.windows[state.layer];
+  if (!step.whole)
+    return [
+      el("p", null, "These weights were not kept. To have them: ", el("code", null, '--keep "*.attention_weights"')),
+    ];
+  const first = step.firstKey,
+    isSeen = (row, column) => attends(start + row, first + column, window);
   const matrices = await Promise.all(range(config.heads).map((head) => matrixOf(step, head)));
-  const matrix = matrices[state.head], query = state.token, { n_nan: nan } = step.statistics;
+  const matrix = matrices[state.head],
+    query = state.token,
+    { n_nan: nan } = step.statistics;
   if (state.view === "attention") markTokens(matrix, query, first); // another view may have been chosen meanwhile
   const describe = (row, column, value) => [
-    placeNodes(start + row), " looks at ", placeNodes(first + column), ": ",
-    el("b", null, isSeen(row, column) || value !== 0 ? `weight ${digits(value)}` : column + first > row + start ? "later, so not seen" : "before the window, so not seen"),
+    placeNodes(start + row),
+    " looks at ",
+    placeNodes(first + column),
+    ": ",
+    el(
+      "b",
+      null,
+      isSeen(row, column) || value !== 0
+        ? `weight ${digits(value)}`
+        : column + first > row + start
+          ? "later, so not seen"
+          : "before the window, so not seen",
+    ),
   ];
   return [
-    el("div", { class: "thumbs", role: "group", "aria-label": "Head" }, matrices.map((one, head) =>
-      choice(`head ${head}`, head === state.head, () => go({ head }), thumbnail(one, 1, isSeen), `head ${head}`))),
-    el("div", { class: "split wide" },
-      el("div", { class: "card stack" },
+    el(
+      "div",
+      { class: "thumbs", role: "group", "aria-label": "Head" },
+      matrices.map((one, head) =>
+        choice(`head ${head}`, head === state.head, () => go({ head }), thumbnail(one, 1, isSeen), `head ${head}`),
+      ),
+    ),
+    el(
+      "div",
+      { class: "split wide" },
+      el(
+        "div",
+        { class: "card stack" },
         el("h3", null, `Layer ${state.layer}, head ${state.head}: a row for each query, a column for each key`),
         heat(matrix, {
-          label: `Attention weights of layer ${state.layer}, head ${state.head}`, scale: 1, describe, isSquare: matrix.columns < 3 * matrix.rows, isSeen,
-          rowLabel: (row) => placeText(start + row), columnLabel: (column) => placeText(first + column),
-          edges: sightEdges(step, window), chosenRow: query, onpick: (token) => go({ token }),
+          label: `Attention weights of layer ${state.layer}, head ${state.head}`,
+          scale: 1,
+          describe,
+          isSquare: matrix.columns < 3 * matrix.rows,
+          isSeen,
+          rowLabel: (row) => placeText(start + row),
+          columnLabel: (column) => placeText(first + column),
+          edges: sightEdges(step, window),
+          chosenRow: query,
+          onpick: (token) => go({ token }),
         }),
-        legend({ statistics: { low: 0, high: 1, n_nan: nan, n_infinite: 0 } }, el("span", null, swatch(colour("unseen")), "out of sight"),
+        legend(
+          { statistics: { low: 0, high: 1, n_nan: nan, n_infinite: 0 } },
+          el("span", null, swatch(colour("unseen")), "out of sight"),
           el("span", null, lineSwatch(colour("ink")), "causal edge: nothing later is seen"),
-          el("span", null, window !== null && lineSwatch(colour("accent"), "6 3"), window === null ? "no window: all that came before is seen" : `the window's edge: ${grouped(window)} keys, itself included${start + tokens.length > window ? "" : " (this text is shorter)"}`))),
-      el("div", { class: "card stack" },
+          el(
+            "span",
+            null,
+            window !== null && lineSwatch(colour("accent"), "6 3"),
+            window === null
+              ? "no window: all that came before is seen"
+              : `the window's edge: ${grouped(window)} keys, itself included${start + tokens.length > window ? "" : " (this text is shorter)"}`,
+          ),
+        ),
+      ),
+      el(
+        "div",
+        { class: "card stack" },
         el("h3", null, "What ", placeNodes(start + query), " looks at"),
         strongest(matrix, query, first),
-        el("p", { class: "muted small" }, nan ? "Some weights are NaN." : "The weights of a row add up to 1.", " Choose another token above, or a row in the picture."))),
+        el(
+          "p",
+          { class: "muted small" },
+          nan ? "Some weights are NaN." : "The weights of a row add up to 1.",
+          " Choose another token above, or a row in the picture.",
+        ),
+      ),
+    ),
   ];
 }
 
@@ -73,6 +141,11 @@ const attentionView = {
   draw: (state, go) => {
     const picture = el("div", { class: "stack" });
     fill(picture, attentionPicture(state, go));
-    return [headChooser(config.layers, state.layer, "layer", (layer) => go({ layer, name: nameOf("attention_weights", layer) })), picture];
+    return [
+      headChooser(config.layers, state.layer, "layer", (layer) =>
+        go({ layer, name: nameOf("attention_weights", layer) }),
+      ),
+      picture,
+    ];
   },
 };

@@ -23,22 +23,43 @@ const choice = (key, isChosen, onclick, ...children) =>
 
 // What acts like a button in a drawing.
 const svgButton = (key, label, onclick, attributes, ...children) =>
-  svg("g", {
-    role: "button", tabindex: 0, "aria-label": label, "data-key": key, onclick, ...attributes,
-    onkeydown: (event) => {
-      if (event.key !== "Enter" && event.key !== " ") return;
-      event.preventDefault();
-      onclick();
+  svg(
+    "g",
+    {
+      role: "button",
+      tabindex: 0,
+      "aria-label": label,
+      "data-key": key,
+      onclick,
+      ...attributes,
+      onkeydown: (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault();
+        onclick();
+      },
     },
-  }, ...children);
+    ...children,
+  );
 
 const facts = (rows) =>
-  el("dl", { class: "facts" }, rows.filter(Boolean).map(([name, ...value]) => [el("dt", null, name), el("dd", null, value)]));
+  el(
+    "dl",
+    { class: "facts" },
+    rows.filter(Boolean).map(([name, ...value]) => [el("dt", null, name), el("dd", null, value)]),
+  );
 
 // Puts what a promise brings into a node, unless that has been drawn anew by then.
 function fill(node, promise) {
-  promise.catch(() => [el("p", null, "This browser cannot unpack the values of the page: it is older than DecompressionStream.")])
-    .then((parts) => { if (node.isConnected) { node.replaceChildren(...parts.filter(Boolean)); refocus(); } });
+  promise
+    .catch(() => [
+      el("p", null, "This browser cannot unpack the values of the page: it is older than DecompressionStream."),
+    ])
+    .then((parts) => {
+      if (node.isConnected) {
+        node.replaceChildren(...parts.filter(Boolean));
+        refocus();
+      }
+    });
   return node;
 }
 
@@ -46,10 +67,22 @@ function fill(node, promise) {
 function slider(name, [least, most], value, say, oninput) {
   const shown = el("b", null, say(value));
   const input = el("input", {
-    type: "range", min: least, max: most, value, "aria-label": name, "data-key": name,
-    oninput: () => { set(Number(input.value)); oninput(Number(input.value)); },
+    type: "range",
+    min: least,
+    max: most,
+    value,
+    "aria-label": name,
+    "data-key": name,
+    oninput: () => {
+      set(Number(input.value));
+      oninput(Number(input.value));
+    },
   });
-  const set = (next) => { input.value = next; shown.textContent = say(next); input.setAttribute("aria-valuetext", say(next)); };
+  const set = (next) => {
+    input.value = next;
+    shown.textContent = say(next);
+    input.setAttribute("aria-valuetext", say(next));
+  };
   set(value);
   return { node: el("label", null, el("span", null, name, " ", shown), input), set };
 }
@@ -58,17 +91,29 @@ function slider(name, [least, most], value, say, oninput) {
 // told of it in words, in `live`, is read aloud only when it stands.
 function player(label, milliseconds, live, advance) {
   let timer = null;
-  const stop = () => { clearInterval(timer); timer = null; button.textContent = `▶ ${label}`; live.setAttribute("aria-live", "polite"); };
-  const tick = () => { if (!button.isConnected || !advance()) stop(); };
-  const button = el("button", {
-    type: "button", "data-key": label,
-    onclick: () => {
-      if (timer !== null) return stop();
-      live.setAttribute("aria-live", "off");
-      button.textContent = "❚❚ Pause";
-      timer = setInterval(tick, milliseconds);
+  const stop = () => {
+    clearInterval(timer);
+    timer = null;
+    button.textContent = `▶ ${label}`;
+    live.setAttribute("aria-live", "polite");
+  };
+  const tick = () => {
+    if (!button.isConnected || !advance()) stop();
+  };
+  const button = el(
+    "button",
+    {
+      type: "button",
+      "data-key": label,
+      onclick: () => {
+        if (timer !== null) return stop();
+        live.setAttribute("aria-live", "off");
+        button.textContent = "❚❚ Pause";
+        timer = setInterval(tick, milliseconds);
+      },
     },
-  }, `▶ ${label}`);
+    `▶ ${label}`,
+  );
   return { button, stop };
 }
 
@@ -79,7 +124,8 @@ function digits(number) {
   if (number === null || Number.isNaN(number)) return "NaN";
   if (!Number.isFinite(number)) return number > 0 ? "∞" : "−∞";
   const size = Math.abs(number);
-  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? number.toExponential(3) : String(Number(number.toPrecision(4)));
+  const text =
+    size !== 0 && (size < 1e-3 || size >= 1e5) ? number.toExponential(3) : String(Number(number.toPrecision(4)));
   return text.replace("-", "−");
 }
 
@@ -88,12 +134,19 @@ const grouped = (number) => Math.round(number).toLocaleString("en");
 
 function units(number, unit, names = ["", "k", "M", "G", "T"]) {
   let power = 0;
-  while (Math.abs(number) >= 1000 && power < names.length - 1) { number /= 1000; power += 1; }
+  while (Math.abs(number) >= 1000 && power < names.length - 1) {
+    number /= 1000;
+    power += 1;
+  }
   return `${Number(number.toPrecision(3))} ${names[power]}${unit}`;
 }
 
-const duration = (seconds) => seconds < 1e-3 ? `${digits(Number((1e6 * seconds).toPrecision(3)))} µs`
-  : seconds < 1 ? `${digits(Number((1e3 * seconds).toPrecision(3)))} ms` : `${digits(Number(seconds.toPrecision(3)))} s`;
+const duration = (seconds) =>
+  seconds < 1e-3
+    ? `${digits(Number((1e6 * seconds).toPrecision(3)))} µs`
+    : seconds < 1
+      ? `${digits(Number((1e3 * seconds).toPrecision(3)))} ms`
+      : `${digits(Number(seconds.toPrecision(3)))} s`;
 
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 const range = (n, start = 0) => Array.from({ length: n }, (_, index) => start + index);

@@ -1,41 +1,78 @@
 // The logit lens: what the model would say after each layer, had it ended there.
 
-const lensLabel = (name) => name === "embedding" ? "embedding" : `layer ${name.split(".")[1]}`;
+const lensLabel = (name) => (name === "embedding" ? "embedding" : `layer ${name.split(".")[1]}`);
 const lensPiece = (row, token, place = 0) => page.lens.pieces[page.lens.ids[row][token][place]];
 
 // The colour of a probability, and black or white, whichever is read more easily on it.
 function probabilityColours(p) {
   const rgb = shade((0.8 * p) ** 2).map(Math.round);
-  const [red, green, blue] = rgb.map((byte) => byte > 10 ? ((byte / 255 + 0.055) / 1.055) ** 2.4 : byte / 255 / 12.92);
+  const [red, green, blue] = rgb.map((byte) =>
+    byte > 10 ? ((byte / 255 + 0.055) / 1.055) ** 2.4 : byte / 255 / 12.92,
+  );
   return [`rgb(${rgb.join(" ")})`, 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000000" : "#ffffff"];
 }
 
 function lensTable(state, cell, go) {
-  const { names, ids, probabilities } = page.lens, columns = tokens.length;
+  const { names, ids, probabilities } = page.lens,
+    columns = tokens.length;
   const move = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-  return el("table", { class: "lens", "aria-label": "The likeliest next piece after each layer, for each token" },
-    el("thead", null, el("tr", null, el("th", null, ""), tokens.map(({ piece }, token) => el("th", { scope: "col" }, pieceText(piece), " ", el("small", null, start + token))))),
-    el("tbody", null, range(names.length).reverse().map((row) => el("tr", null,
-      el("th", { scope: "row" }, lensLabel(names[row])),
-      range(columns).map((token) => {
-        const isChosen = row === cell[0] && token === cell[1], p = probabilities[row][token][0], isBroken = p === null;
-        const isAgreed = !isBroken && ids[row][token][0] === ids.at(-1)[token][0];
-        const button = el("button", {
-          type: "button", tabindex: isChosen ? 0 : -1, "aria-pressed": String(isChosen), "data-key": isChosen ? "lens cell" : undefined,
-          "aria-label": `${lensLabel(names[row])}, after ${pieceAt(start + token)}: ${isBroken ? "NaN" : `${lensPiece(row, token)}, ${Math.round(100 * p)} %`}`,
-          onclick: () => go([row, token]),
-          onkeydown: (event) => {
-            const by = move[event.key];
-            if (!by) return;
-            event.preventDefault();
-            event.stopPropagation();
-            go([clamp(row + by[0], 0, names.length - 1), clamp(token + by[1], 0, columns - 1)], true);
-          },
-        }, isBroken ? "NaN" : pieceText(lensPiece(row, token)));
-        [button.style.background, button.style.color] = probabilityColours(p ?? 0);
-        if (isAgreed) button.style.fontWeight = "700";
-        return el("td", null, button);
-      })))));
+  return el(
+    "table",
+    { class: "lens", "aria-label": "The likeliest next piece after each layer, for each token" },
+    el(
+      "thead",
+      null,
+      el(
+        "tr",
+        null,
+        el("th", null, ""),
+        tokens.map(({ piece }, token) =>
+          el("th", { scope: "col" }, pieceText(piece), " ", el("small", null, start + token)),
+        ),
+      ),
+    ),
+    el(
+      "tbody",
+      null,
+      range(names.length)
+        .reverse()
+        .map((row) =>
+          el(
+            "tr",
+            null,
+            el("th", { scope: "row" }, lensLabel(names[row])),
+            range(columns).map((token) => {
+              const isChosen = row === cell[0] && token === cell[1],
+                p = probabilities[row][token][0],
+                isBroken = p === null;
+              const isAgreed = !isBroken && ids[row][token][0] === ids.at(-1)[token][0];
+              const button = el(
+                "button",
+                {
+                  type: "button",
+                  tabindex: isChosen ? 0 : -1,
+                  "aria-pressed": String(isChosen),
+                  "data-key": isChosen ? "lens cell" : undefined,
+                  "aria-label": `${lensLabel(names[row])}, after ${pieceAt(start + token)}: ${isBroken ? "NaN" : `${lensPiece(row, token)}, ${Math.round(100 * p)} %`}`,
+                  onclick: () => go([row, token]),
+                  onkeydown: (event) => {
+                    const by = move[event.key];
+                    if (!by) return;
+                    event.preventDefault();
+                    event.stopPropagation();
+                    go([clamp(row + by[0], 0, names.length - 1), clamp(token + by[1], 0, columns - 1)], true);
+                  },
+                },
+                isBroken ? "NaN" : pieceText(lensPiece(row, token)),
+              );
+              [button.style.background, button.style.color] = probabilityColours(p ?? 0);
+              if (isAgreed) button.style.fontWeight = "700";
+              return el("td", null, button);
+            }),
+          ),
+        ),
+    ),
+  );
 }
 
 const lensState = { row: page.lens.names.length - 1 };
@@ -45,7 +82,9 @@ const lensView = {
   heading: "What each layer would say",
   lead: "The residual stream after every layer, taken straight to the last norm and the output matrix. The bottom row is the embedding alone, the top row the model's own prediction; bold: already what the model will say.",
   draw: (state, go) => {
-    const row = lensState.row, token = state.token, { probabilities, ids } = page.lens;
+    const row = lensState.row,
+      token = state.token,
+      { probabilities, ids } = page.lens;
     const pick = ([nextRow, nextToken], isByKey) => {
       lensState.row = nextRow;
       go({ token: nextToken });
@@ -54,16 +93,34 @@ const lensView = {
     const table = el("div", { class: "card scroll" }, lensTable(state, [row, token], pick));
     requestAnimationFrame(() => {
       const cell = table.querySelector('[aria-pressed="true"]');
-      table.scrollLeft += cell.getBoundingClientRect().left - table.getBoundingClientRect().left - table.clientWidth / 2;
+      table.scrollLeft +=
+        cell.getBoundingClientRect().left - table.getBoundingClientRect().left - table.clientWidth / 2;
     });
-    return el("div", { class: "stack" },
+    return el(
+      "div",
+      { class: "stack" },
       table,
-      el("div", { class: "card stack" },
+      el(
+        "div",
+        { class: "card stack" },
         el("h3", null, `${lensLabel(page.lens.names[row])}: what would come after `, placeNodes(start + token)),
-        probabilities[row][token][0] === null ? el("p", null, "NaN: nothing can be said.") : el("div", { class: "strong" }, ids[row][token].map((_, place) => {
-          const p = probabilities[row][token][place] ?? 0, bar = el("i");
-          bar.style.width = `${100 * p}%`;
-          return [pieceText(lensPiece(row, token, place)), bar, el("b", null, `${digits(Number((100 * p).toPrecision(3)))} %`)];
-        }))));
+        probabilities[row][token][0] === null
+          ? el("p", null, "NaN: nothing can be said.")
+          : el(
+              "div",
+              { class: "strong" },
+              ids[row][token].map((_, place) => {
+                const p = probabilities[row][token][place] ?? 0,
+                  bar = el("i");
+                bar.style.width = `${100 * p}%`;
+                return [
+                  pieceText(lensPiece(row, token, place)),
+                  bar,
+                  el("b", null, `${digits(Number((100 * p).toPrecision(3)))} %`),
+                ];
+              }),
+            ),
+      ),
+    );
   },
 };

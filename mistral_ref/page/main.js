@@ -1,9 +1,23 @@
 // The page: its views, what is chosen, and the keys.
 
-const VIEWS = { block: blockView, attention: attentionView, ring: ringView, field: fieldView, rope: ropeView, heads: headsView, lens: lensView, cost: costView };
+const VIEWS = {
+  block: blockView,
+  attention: attentionView,
+  ring: ringView,
+  field: fieldView,
+  rope: ropeView,
+  heads: headsView,
+  lens: lensView,
+  cost: costView,
+};
 const KEYS = [
-  ["1 … 8", "the views"], ["← →", "one step back or on, in the order of the pass"], ["↑ ↓", "the layer before or after"],
-  ["h", "the next head"], [", .", "one token back or on"], ["t", "light or dark"], ["?", "this list"],
+  ["1 … 8", "the views"],
+  ["← →", "one step back or on, in the order of the pass"],
+  ["↑ ↓", "the layer before or after"],
+  ["h", "the next head"],
+  [", .", "one token back or on"],
+  ["t", "light or dark"],
+  ["?", "this list"],
 ];
 
 // name: of the step; kind and layer follow from it. head and token stay when another view or layer is chosen.
@@ -30,23 +44,56 @@ function go(patch) {
 // What the address says; anything that does not exist there is left aside.
 function readAddress() {
   const [view, name, layer, head, token] = location.hash.slice(1).split("/");
-  const whole = (text, size) => /^\d+$/.test(text ?? "") && Number(text) < size ? Number(text) : undefined;
-  const found = { view: Object.hasOwn(VIEWS, view) ? view : undefined, name: stepByName.has(name) ? name : undefined, layer: whole(layer, config.layers), head: whole(head, config.heads), token: whole(token, tokens.length) };
+  const whole = (text, size) => (/^\d+$/.test(text ?? "") && Number(text) < size ? Number(text) : undefined);
+  const found = {
+    view: Object.hasOwn(VIEWS, view) ? view : undefined,
+    name: stepByName.has(name) ? name : undefined,
+    layer: whole(layer, config.layers),
+    head: whole(head, config.heads),
+    token: whole(token, tokens.length),
+  };
   Object.assign(state, accepted(Object.fromEntries(Object.entries(found).filter(([, value]) => value !== undefined))));
 }
 
 const tokenStrip = el("div", { class: "tokens", role: "toolbar", "aria-label": "Tokens" });
 const tabs = el("nav", { role: "tablist", "aria-label": "Views" });
 const panel = el("div", { id: "view", role: "tabpanel", tabindex: -1 });
-const help = el("dialog", { "aria-label": "Keys" },
-  el("h2", null, "Keys"), facts(KEYS.map(([keys, what]) => [el("span", null, keys.split(" ").map((key) => [el("kbd", null, key), " "])), what])),
-  el("p", { class: "small muted" }, "In a heat map the arrow keys read cells, and Enter chooses a row."), el("button", { type: "button", onclick: () => help.close() }, "Close"));
+const help = el(
+  "dialog",
+  { "aria-label": "Keys" },
+  el("h2", null, "Keys"),
+  facts(
+    KEYS.map(([keys, what]) => [
+      el(
+        "span",
+        null,
+        keys.split(" ").map((key) => [el("kbd", null, key), " "]),
+      ),
+      what,
+    ]),
+  ),
+  el("p", { class: "small muted" }, "In a heat map the arrow keys read cells, and Enter chooses a row."),
+  el("button", { type: "button", onclick: () => help.close() }, "Close"),
+);
 
 function drawTokens() {
-  tokenStrip.replaceChildren(...tokens.map(({ piece, id }, index) => el("button", {
-    type: "button", "aria-pressed": String(index === state.token), tabindex: index === state.token ? 0 : -1, "data-key": `token ${index}`,
-    title: `token id ${id}`, onclick: () => go({ token: index }),
-  }, pieceText(piece), el("small", null, start + index))));
+  tokenStrip.replaceChildren(
+    ...tokens.map(({ piece, id }, index) =>
+      el(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": String(index === state.token),
+          tabindex: index === state.token ? 0 : -1,
+          "data-key": `token ${index}`,
+          title: `token id ${id}`,
+          onclick: () => go({ token: index }),
+        },
+        pieceText(piece),
+        el("small", null, start + index),
+      ),
+    ),
+  );
   centre(tokenStrip, tokenStrip.children[state.token]);
 }
 
@@ -56,10 +103,24 @@ function centre(row, child) {
 }
 
 function drawTabs() {
-  tabs.replaceChildren(...Object.entries(VIEWS).map(([name, view]) => el("button", {
-    type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "view", "aria-selected": String(name === state.view), tabindex: name === state.view ? 0 : -1,
-    "data-key": `tab ${name}`, onclick: () => go({ view: name }),
-  }, view.title)));
+  tabs.replaceChildren(
+    ...Object.entries(VIEWS).map(([name, view]) =>
+      el(
+        "button",
+        {
+          type: "button",
+          role: "tab",
+          id: `tab-${name}`,
+          "aria-controls": "view",
+          "aria-selected": String(name === state.view),
+          tabindex: name === state.view ? 0 : -1,
+          "data-key": `tab ${name}`,
+          onclick: () => go({ view: name }),
+        },
+        view.title,
+      ),
+    ),
+  );
   centre(tabs, tabs.querySelector('[aria-selected="true"]'));
 }
 
@@ -69,7 +130,11 @@ function draw() {
   drawTokens();
   drawTabs();
   panel.setAttribute("aria-labelledby", `tab-${state.view}`);
-  panel.replaceChildren(el("h2", null, view.heading), el("p", { class: "lead" }, view.lead), el("div", { class: "stack" }, view.draw(state, go)));
+  panel.replaceChildren(
+    el("h2", null, view.heading),
+    el("p", { class: "lead" }, view.lead),
+    el("div", { class: "stack" }, view.draw(state, go)),
+  );
   refocus();
 }
 
@@ -84,7 +149,14 @@ function setTheme(name) {
   document.documentElement.dataset.theme = name;
   themeButton.textContent = name === "dark" ? "☀ Light" : "☾ Dark";
 }
-const themeButton = el("button", { type: "button", "aria-keyshortcuts": "t", onclick: () => { setTheme(theme() === "dark" ? "light" : "dark"); draw(); } });
+const themeButton = el("button", {
+  type: "button",
+  "aria-keyshortcuts": "t",
+  onclick: () => {
+    setTheme(theme() === "dark" ? "light" : "dark");
+    draw();
+  },
+});
 
 function neighbour(name, by) {
   const names = page.steps.map((step) => step.name);
@@ -120,23 +192,65 @@ function moveWithin(event, row, pick) {
   pick(index);
 }
 tokenStrip.addEventListener("keydown", (event) => moveWithin(event, tokenStrip, (token) => go({ token })));
-tabs.addEventListener("keydown", (event) => moveWithin(event, tabs, (index) => go({ view: Object.keys(VIEWS)[index] })));
+tabs.addEventListener("keydown", (event) =>
+  moveWithin(event, tabs, (index) => go({ view: Object.keys(VIEWS)[index] })),
+);
 document.addEventListener("keydown", (event) => {
   if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || help.open) return;
-  if (event.target.matches('[type="number"]') || (event.key.startsWith("Arrow") && event.target.matches("input, .formula"))) return;
+  if (
+    event.target.matches('[type="number"]') ||
+    (event.key.startsWith("Arrow") && event.target.matches("input, .formula"))
+  )
+    return;
   if (!Object.hasOwn(ACTIONS, event.key)) return;
   if (ACTIONS[event.key]() !== false) event.preventDefault();
 });
-for (const change of ["hashchange", "popstate"]) window.addEventListener(change, () => { readAddress(); draw(); });
+for (const change of ["hashchange", "popstate"])
+  window.addEventListener(change, () => {
+    readAddress();
+    draw();
+  });
 
 document.title = `${page.title}: one pass`;
 document.body.append(
-  el("header", { class: "top" }, el("div", { class: "bar" },
-    el("div", { class: "row" },
-      el("div", null, el("h1", null, el("bdi", null, page.title)), el("p", null, `${grouped(config.parameters)} parameters · ${counted(config.layers, "layer")} · ${counted(tokens.length, "token")}${start ? ` from position ${start}; @ marks those before it` : ""}`)),
-      el("div", { class: "icons" }, themeButton, el("button", { type: "button", "aria-label": "Keys", onclick: () => help.showModal() }, "?"))),
-    tokenStrip, tabs)),
-  el("main", null, panel), el("footer", null, `▁ is the space before a word. Made by ${page.madeBy}. In the console: await values("layers.0.q").`), help);
+  el(
+    "header",
+    { class: "top" },
+    el(
+      "div",
+      { class: "bar" },
+      el(
+        "div",
+        { class: "row" },
+        el(
+          "div",
+          null,
+          el("h1", null, el("bdi", null, page.title)),
+          el(
+            "p",
+            null,
+            `${grouped(config.parameters)} parameters · ${counted(config.layers, "layer")} · ${counted(tokens.length, "token")}${start ? ` from position ${start}; @ marks those before it` : ""}`,
+          ),
+        ),
+        el(
+          "div",
+          { class: "icons" },
+          themeButton,
+          el("button", { type: "button", "aria-label": "Keys", onclick: () => help.showModal() }, "?"),
+        ),
+      ),
+      tokenStrip,
+      tabs,
+    ),
+  ),
+  el("main", null, panel),
+  el(
+    "footer",
+    null,
+    `▁ is the space before a word. Made by ${page.madeBy}. In the console: await values("layers.0.q").`,
+  ),
+  help,
+);
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 readAddress();
 draw();

@@ -3,7 +3,9 @@
 // What each slot holds when the query at `position` looks, in passes of `chunk` tokens: the key of which position
 // (-1: none yet), the one that this pass has overwritten there (-1: none), and what that key is to the query.
 function ringAt(position, window, chunk) {
-  const capacity = window + chunk - 1, begin = Math.floor(position / chunk) * chunk, last = begin + chunk - 1;
+  const capacity = window + chunk - 1,
+    begin = Math.floor(position / chunk) * chunk,
+    last = begin + chunk - 1;
   const slots = range(capacity).map((slot) => {
     const held = slot <= last ? last - ((last - slot) % capacity) : -1;
     const was = held >= begin && held >= capacity ? held - capacity : -1;
@@ -13,71 +15,51 @@ function ringAt(position, window, chunk) {
   return { capacity, slot: position % capacity, begin, slots };
 }
 
-const RING_WORDS = { seen: "seen by this query", old: "too old, not seen", later: "written, not seen yet", empty: "empty" };
-const MOST_SLOTS = 64, MOST_POSITION = 9999;
-const ringState = { window: Math.min(config.windows.find((window) => window !== null) ?? 8, 8), chunk: 1, position: 11, token: null };
-
-function sector(index, n, inner, outer) {
-  const angle = (turn) => 2 * Math.PI * turn / n - Math.PI / 2;
-  const [a, b] = [angle(index), angle(index + 1)], isWide = n === 1 ? 1 : Number(n < 2);
-  const at = (radius, turn) => `${(radius * Math.cos(turn)).toFixed(2)} ${(radius * Math.sin(turn)).toFixed(2)}`;
-  if (n === 1) return `M${at(outer, 0)} A${outer} ${outer} 0 1 1 ${at(outer, Math.PI)} A${outer} ${outer} 0 1 1 ${at(outer, 0)} M${at(inner, 0)} A${inner} ${inner} 0 1 0 ${at(inner, Math.PI)} A${inner} ${inner} 0 1 0 ${at(inner, 0)}`;
-  return `M${at(inner, a)} L${at(outer, a)} A${outer} ${outer} 0 ${isWide} 1 ${at(outer, b)} L${at(inner, b)} A${inner} ${inner} 0 ${isWide} 0 ${at(inner, a)} z`;
-}
-
-function ringDrawing({ position, window, chunk }) {
-  const { capacity, slot, begin, slots } = ringAt(position, window, chunk);
-  const inner = 108, outer = 176, middle = (inner + outer) / 2, size = clamp(300 / capacity, 7, 17);
-  const spot = (index, radius) => { const turn = 2 * Math.PI * (index + 0.5) / capacity - Math.PI / 2; return [radius * Math.cos(turn), radius * Math.sin(turn)]; };
-  const text = (index, radius, lift, attributes, content) => { const [x, y] = spot(index, radius); return svg("text", { x, y: y + lift, "text-anchor": "middle", "dominant-baseline": "central", ...attributes }, content); };
-  const hasPieces = capacity <= 20;
-  return svg("svg", { viewBox: "-212 -208 424 416", role: "img", "aria-label": `A ring of ${capacity} slots. Token ${position} lies in slot ${slot}.` },
-    slots.map(({ held, was, kind, isNew }, index) => svg("path", { class: `ring-slot ${kind}${isNew && kind !== "later" ? " written" : ""}`, d: sector(index, capacity, inner, outer) },
-      svg("title", null, `slot ${index}: ${held < 0 ? "empty" : `the key of ${held}${was < 0 ? "" : `, over that of ${was}`}; ${RING_WORDS[kind]}`}`))),
-    slots.map(({ held, was }, index) => [
-      held >= 0 && text(index, middle, hasPieces ? -6 : 0, { class: "over", "font-size": size, "font-weight": held === position ? 700 : 400, transform: capacity > 32 ? `rotate(${outward(index, capacity)} ${spot(index, middle).join(" ")})` : undefined }, held),
-      held >= 0 && hasPieces && text(index, middle, 10, { class: "mono over", "font-size": 9.5 }, clipped(pieceAt(held), 7)),
-      was >= 0 && capacity <= 32 && text(index, inner - 13, 0, { class: "muted", "font-size": 9 }, `−${was}`),
-      (capacity <= 32 || index % 4 === 0) && text(index, outer + 14, 0, { class: "muted", "font-size": 10.5 }, index),
-    ]),
-    svg("text", { y: -32, "text-anchor": "middle", class: "muted", "font-size": 12 }, "position"),
-    svg("text", { y: -2, "text-anchor": "middle", "font-size": 32, "font-weight": 700 }, position),
-    svg("text", { y: 24, "text-anchor": "middle", class: "mono", "font-size": 13 }, `${position} % ${capacity} = ${slot}`),
-    svg("text", { y: 46, "text-anchor": "middle", class: "muted", "font-size": 12 }, chunk > 1 ? `pass of ${begin} to ${begin + chunk - 1}` : slots[slot].was >= 0 ? `over the key of ${slots[slot].was}` : "into an empty slot"));
-}
-
-// The angle in degrees at which a text in a slot runs along the radius, never upside down.
-function outward(index, capacity) {
-  const angle = 360 * (index + 0.5) / capacity - 90;
-  return (angle > 90 ? angle - 180 : angle).toFixed(1);
-}
-
-const clipped = (text, most) => Array.from(text).length > most ? `${Array.from(text).slice(0, most - 1).join("")}…` : text;
-
-// A row for each of the last queries, a column for each key that any of them sees, or that still lies in the ring.
-function sightDrawing({ position, window, chunk }) {
-  const { slots, begin } = ringAt(position, window, chunk), shownWindow = Math.min(window, 24), cell = position < 1000 ? 22 : 30;
-  const queries = range(Math.min(position + 1, 9), Math.max(0, position - 8)), firstKey = Math.max(0, queries[0] - shownWindow + 1);
-  const keys = range(position - firstKey + 1, firstKey), held = new Set(slots.map((slot) => slot.held)), left = 74, top = 24;
-  const [width, height] = [left + cell * keys.length + 4, top + cell * queries.length + 4];
-  return svg("svg", { class: "fixed", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Query ${position} sees the keys ${Math.max(0, position - window + 1)} to ${position}` },
-    svg("text", { class: "muted", x: left - 8, y: 14, "text-anchor": "end", "font-size": 10.5 }, "query ╲ key"),
-    keys.map((key, column) => svg("text", { x: left + (column + 0.5) * cell, y: 14, "text-anchor": "middle", "font-size": 9.5, class: held.has(key) ? "" : "muted", "text-decoration": held.has(key) ? undefined : "line-through" }, key)),
-    queries.map((query, row) => [
-      svg("text", { x: left - 8, y: top + (row + 0.68) * cell, "text-anchor": "end", "font-size": 11, "font-weight": query === position ? 700 : 400, class: query === position ? "" : "muted" }, query),
-      keys.map((key, column) => svg("rect", { x: left + column * cell + 1, y: top + row * cell + 1, width: cell - 2, height: cell - 2, rx: 3, class: `ring-slot ${attends(query, key, window) ? query === position ? "now" : "seen" : "empty"}` })),
-      query === begin && chunk > 1 && svg("line", { class: "roof", x1: left, x2: left + keys.length * cell, y1: top + row * cell, y2: top + row * cell }),
-    ]));
-}
+const RING_WORDS = {
+  seen: "seen by this query",
+  old: "too old, not seen",
+  later: "written, not seen yet",
+  empty: "empty",
+};
+const MOST_SLOTS = 64,
+  MOST_POSITION = 9999;
+const ringState = {
+  window: Math.min(config.windows.find((window) => window !== null) ?? 8, 8),
+  chunk: 1,
+  position: 11,
+  token: null,
+};
 
 function ringWords({ position, window, chunk }) {
-  const { capacity, slot, slots, begin } = ringAt(position, window, chunk), oldest = Math.max(0, position - window + 1);
-  const overwritten = slots.map(({ was }) => was).filter((was) => was >= 0).sort((a, b) => a - b);
+  const { capacity, slot, slots, begin } = ringAt(position, window, chunk),
+    oldest = Math.max(0, position - window + 1);
+  const overwritten = slots
+    .map(({ was }) => was)
+    .filter((was) => was >= 0)
+    .sort((a, b) => a - b);
   return [
-    el("p", null, "The key of ", placeNodes(position), " lies in slot ", el("b", null, `${position} % ${capacity} = ${slot}`), ". ",
-      overwritten.length ? `${chunk > 1 ? `The pass of ${begin} to ${begin + chunk - 1}` : "It"} has overwritten ${overwritten.length > 1 ? `the keys of ${overwritten[0]} to ${overwritten.at(-1)}` : `the key of ${overwritten[0]}`}. ` : "Nothing has been overwritten for it. ",
-      `It sees ${oldest === position ? "itself alone" : `the keys of ${oldest} to ${position}`}, and all of them are in the ring.`),
-    el("p", { class: "muted small" }, chunk > 1 ? "A pass writes all its keys before its first query looks. That query still needs the oldest key of its window: hence chunk − 1 more slots." : slots[slot].was >= 0 ? "A token writes its key first and looks then: the slot it takes held the key that has just gone out of its window." : "A token writes its key first and looks then."),
+    el(
+      "p",
+      null,
+      "The key of ",
+      placeNodes(position),
+      " lies in slot ",
+      el("b", null, `${position} % ${capacity} = ${slot}`),
+      ". ",
+      overwritten.length
+        ? `${chunk > 1 ? `The pass of ${begin} to ${begin + chunk - 1}` : "It"} has overwritten ${overwritten.length > 1 ? `the keys of ${overwritten[0]} to ${overwritten.at(-1)}` : `the key of ${overwritten[0]}`}. `
+        : "Nothing has been overwritten for it. ",
+      `It sees ${oldest === position ? "itself alone" : `the keys of ${oldest} to ${position}`}, and all of them are in the ring.`,
+    ),
+    el(
+      "p",
+      { class: "muted small" },
+      chunk > 1
+        ? "A pass writes all its keys before its first query looks. That query still needs the oldest key of its window: hence chunk − 1 more slots."
+        : slots[slot].was >= 0
+          ? "A token writes its key first and looks then: the slot it takes held the key that has just gone out of its window."
+          : "A token writes its key first and looks then.",
+    ),
   ];
 }
 
@@ -86,11 +68,22 @@ const ringView = {
   heading: "The ring of the cache",
   lead: "Who sees a window of W keys needs W places for them, whatever the length of the text, and chunk − 1 more to read several tokens at once: the key of position p goes into slot p % capacity. Play it, and watch what is overwritten.",
   draw: (state) => {
-    const ring = el("div", { class: "card" }), words = el("div", { class: "stack", "aria-live": "polite" }), sight = el("div", { class: "scroll" }), note = el("p", { class: "muted small" });
-    const own = config.windows[state.layer], jump = el("input", {
-      type: "number", min: 0, max: MOST_POSITION, "aria-label": "position", "data-key": "position",
-      oninput: () => set({ position: clamp(Math.trunc(Number(jump.value)) || 0, 0, MOST_POSITION) }), onchange: () => { jump.value = ringState.position; },
-    });
+    const ring = el("div", { class: "card" }),
+      words = el("div", { class: "stack", "aria-live": "polite" }),
+      sight = el("div", { class: "scroll" }),
+      note = el("p", { class: "muted small" });
+    const own = config.windows[state.layer],
+      jump = el("input", {
+        type: "number",
+        min: 0,
+        max: MOST_POSITION,
+        "aria-label": "position",
+        "data-key": "position",
+        oninput: () => set({ position: clamp(Math.trunc(Number(jump.value)) || 0, 0, MOST_POSITION) }),
+        onchange: () => {
+          jump.value = ringState.position;
+        },
+      });
     if (ringState.token !== null && ringState.token !== state.token) ringState.position = start + state.token; // chosen above
     ringState.token = state.token;
     function set(patch) {
@@ -99,29 +92,93 @@ const ringView = {
       words.replaceChildren(...ringWords(ringState));
       sight.replaceChildren(sightDrawing(ringState));
       sight.scrollLeft = sight.scrollWidth; // where the query stands
-      note.textContent = ringState.window > 24 ? `The oldest keys of this window, from ${Math.max(0, ringState.position - ringState.window + 1)} on, have no room here.` : "";
+      note.textContent =
+        ringState.window > 24
+          ? `The oldest keys of this window, from ${Math.max(0, ringState.position - ringState.window + 1)} on, have no room here.`
+          : "";
       if (document.activeElement !== jump) jump.value = ringState.position;
     }
     const windowSlider = slider("window W", [1, MOST_SLOTS], ringState.window, String, (window) => set({ window }));
     const chunkSlider = slider("chunk", [1, 16], ringState.chunk, String, (chunk) => set({ chunk }));
-    const play = player("Play", 650, words, () => { set({ position: Math.min(ringState.position + 1, MOST_POSITION) }); return ringState.position < MOST_POSITION; });
-    const move = (by) => { play.stop(); set({ position: clamp(ringState.position + by, 0, MOST_POSITION) }); };
+    const play = player("Play", 650, words, () => {
+      set({ position: Math.min(ringState.position + 1, MOST_POSITION) });
+      return ringState.position < MOST_POSITION;
+    });
+    const move = (by) => {
+      play.stop();
+      set({ position: clamp(ringState.position + by, 0, MOST_POSITION) });
+    };
     const own64 = own !== null && own <= MOST_SLOTS && own !== ringState.window;
     set({});
-    return el("div", { class: "split" },
+    return el(
+      "div",
+      { class: "split" },
       ring,
-      el("div", { class: "stack" },
-        el("div", { class: "card stack" },
-          el("div", { class: "choices" },
-            el("button", { type: "button", onclick: () => move(-1), "aria-label": "one token back" }, "◀"), play.button,
+      el(
+        "div",
+        { class: "stack" },
+        el(
+          "div",
+          { class: "card stack" },
+          el(
+            "div",
+            { class: "choices" },
+            el("button", { type: "button", onclick: () => move(-1), "aria-label": "one token back" }, "◀"),
+            play.button,
             el("button", { type: "button", onclick: () => move(1), "aria-label": "one token on" }, "▶|"),
             el("label", { class: "small muted" }, "position ", jump),
-            own64 && el("button", { type: "button", onclick: () => { windowSlider.set(own); set({ window: own }); } }, `this model's window, ${own}`)),
-          el("div", { class: "controls" }, windowSlider.node, chunkSlider.node)),
-        el("div", { class: "card stack" }, words,
-          el("div", { class: "legend" }, Object.entries({ ...RING_WORDS, written: "written by this pass; −n: over the key of n" }).map(([kind, what]) =>
-            el("span", null, svg("svg", { viewBox: "0 0 14 14", class: "swatch", "aria-hidden": "true" }, svg("rect", { class: `ring-slot ${kind}`, width: 14, height: 14 })), what)))),
-        el("div", { class: "card stack" }, el("h3", null, "Who sees whom; keys that are gone are struck out"), sight, note),
-        el("p", { class: "muted small" }, own === null ? `Layer ${state.layer} of this model has no window: its cache keeps every key, and grows.` : `This model's layer ${state.layer} has a window of ${grouped(own)}: a cache for passes of up to c tokens has ${grouped(own)} + c − 1 slots there.`)));
+            own64 &&
+              el(
+                "button",
+                {
+                  type: "button",
+                  onclick: () => {
+                    windowSlider.set(own);
+                    set({ window: own });
+                  },
+                },
+                `this model's window, ${own}`,
+              ),
+          ),
+          el("div", { class: "controls" }, windowSlider.node, chunkSlider.node),
+        ),
+        el(
+          "div",
+          { class: "card stack" },
+          words,
+          el(
+            "div",
+            { class: "legend" },
+            Object.entries({ ...RING_WORDS, written: "written by this pass; −n: over the key of n" }).map(
+              ([kind, what]) =>
+                el(
+                  "span",
+                  null,
+                  svg(
+                    "svg",
+                    { viewBox: "0 0 14 14", class: "swatch", "aria-hidden": "true" },
+                    svg("rect", { class: `ring-slot ${kind}`, width: 14, height: 14 }),
+                  ),
+                  what,
+                ),
+            ),
+          ),
+        ),
+        el(
+          "div",
+          { class: "card stack" },
+          el("h3", null, "Who sees whom; keys that are gone are struck out"),
+          sight,
+          note,
+        ),
+        el(
+          "p",
+          { class: "muted small" },
+          own === null
+            ? `Layer ${state.layer} of this model has no window: its cache keeps every key, and grows.`
+            : `This model's layer ${state.layer} has a window of ${grouped(own)}: a cache for passes of up to c tokens has ${grouped(own)} + c − 1 slots there.`,
+        ),
+      ),
+    );
   },
 };

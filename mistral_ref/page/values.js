@@ -4,13 +4,14 @@ const page = JSON.parse(document.getElementById("data").textContent);
 const { config, tokens, start } = page;
 const stepByName = new Map(page.steps.map((step) => [step.name, step]));
 const isEnd = (kind) => kind === "embedding" || kind === "norm" || kind === "logits";
-const nameOf = (kind, layer) => isEnd(kind) ? kind : `layers.${layer}.${kind}`;
+const nameOf = (kind, layer) => (isEnd(kind) ? kind : `layers.${layer}.${kind}`);
 const blockKinds = Object.keys(page.kinds).filter((kind) => !isEnd(kind));
 
 // What stands at a position: the token's piece and where it is, or the position alone where the pass began later.
 const pieceAt = (position) => tokens[position - start]?.piece ?? "";
 const placeText = (position) => `\u2068${pieceAt(position) || "@"}\u2069 ${position}`; // isolated: pieces may run from right to left
-const placeNodes = (position) => pieceAt(position) ? [pieceText(pieceAt(position)), ` ${position}`] : [`@ ${position}`];
+const placeNodes = (position) =>
+  pieceAt(position) ? [pieceText(pieceAt(position)), ` ${position}`] : [`@ ${position}`];
 
 // Whether the token at position `query` sees the one at `key`: 0 <= query - key < window, as in cache.py.
 const attends = (query, key, window) => query >= key && (window === null || query - key < window);
@@ -23,21 +24,27 @@ async function inflated(base64) {
 
 // The number that 16 bits stand for (IEEE 754 binary16).
 function half(bits) {
-  const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  const sign = bits & 0x8000 ? -1 : 1,
+    exponent = (bits >> 10) & 31,
+    fraction = bits & 1023;
   if (exponent === 31) return fraction ? NaN : sign * Infinity;
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction);
 }
 const HALVES = Float32Array.from({ length: 65536 }, (_, bits) => half(bits));
 
 async function unpackedWhole({ exponent, data }) {
-  const bytes = await inflated(data), size = bytes.length / 2, scale = 2 ** exponent;
+  const bytes = await inflated(data),
+    size = bytes.length / 2,
+    scale = 2 ** exponent;
   return Float32Array.from({ length: size }, (_, index) => scale * HALVES[bytes[index] | (bytes[size + index] << 8)]);
 }
 
 const LEVELS = 126; // of a picture's cells either way; beyond them: out of sight, and NaN or infinite
 async function unpackedPicture({ scale, data }) {
   const levels = new Int8Array((await inflated(data)).buffer);
-  return Float32Array.from(levels, (level) => level < -LEVELS ? -Infinity : level > LEVELS ? NaN : (level / LEVELS) * scale);
+  return Float32Array.from(levels, (level) =>
+    level < -LEVELS ? -Infinity : level > LEVELS ? NaN : (level / LEVELS) * scale,
+  );
 }
 
 const unpacked = new Map();
@@ -51,7 +58,8 @@ function valuesOf(step) {
 }
 
 // Which of `size` numbers share each of at most `most` cells, as display.cell_ranges has it: the edges between them.
-const cellEdges = (size, most) => range(Math.min(size, most) + 1).map((cell) => Math.floor((cell * size) / Math.min(size, most)));
+const cellEdges = (size, most) =>
+  range(Math.min(size, most) + 1).map((cell) => Math.floor((cell * size) / Math.min(size, most)));
 
 const headAxis = (step) => page.kinds[step.kind].axes.find((axis) => axis === "head" || axis === "kv_head");
 const headCount = (step) => step.shape[page.kinds[step.kind].axes.indexOf(headAxis(step))];
@@ -60,12 +68,18 @@ const headCount = (step) => step.shape[page.kinds[step.kind].axes.indexOf(headAx
 async function matrixOf(step, head) {
   const values = await valuesOf(step);
   if (values === null) return null;
-  const { axes } = page.kinds[step.kind], shape = step.shape;
+  const { axes } = page.kinds[step.kind],
+    shape = step.shape;
   if (!step.whole) {
-    const [rows, columns] = step.picture.shape, width = shape.slice(1).reduce((a, b) => a * b, 1);
+    const [rows, columns] = step.picture.shape,
+      width = shape.slice(1).reduce((a, b) => a * b, 1);
     return {
-      rows, columns, data: values, axes: [axes[0], axes.slice(1).join(" × ")],
-      rowEdges: cellEdges(shape[0], rows), columnEdges: cellEdges(width, columns),
+      rows,
+      columns,
+      data: values,
+      axes: [axes[0], axes.slice(1).join(" × ")],
+      rowEdges: cellEdges(shape[0], rows),
+      columnEdges: cellEdges(width, columns),
     };
   }
   if (shape.length === 2) return wholeMatrix(values, shape, axes);
@@ -73,23 +87,34 @@ async function matrixOf(step, head) {
     const size = shape[1] * shape[2];
     return wholeMatrix(values.subarray(head * size, (head + 1) * size), shape.slice(1), axes.slice(1));
   }
-  const [rows, heads, width] = shape, data = new Float32Array(rows * width);
-  for (const row of range(rows)) data.set(values.subarray((row * heads + head) * width, (row * heads + head + 1) * width), row * width);
+  const [rows, heads, width] = shape,
+    data = new Float32Array(rows * width);
+  for (const row of range(rows))
+    data.set(values.subarray((row * heads + head) * width, (row * heads + head + 1) * width), row * width);
   return wholeMatrix(data, [rows, width], [axes[0], axes[2]]);
 }
 
-const wholeMatrix = (data, [rows, columns], axes) =>
-  ({ rows, columns, data, axes, rowEdges: range(rows + 1), columnEdges: range(columns + 1) });
+const wholeMatrix = (data, [rows, columns], axes) => ({
+  rows,
+  columns,
+  data,
+  axes,
+  rowEdges: range(rows + 1),
+  columnEdges: range(columns + 1),
+});
 
 // The same with at most so many columns: of those that share a cell, the number that is largest without its sign.
 function narrowed(matrix, most) {
   if (matrix.columns <= most) return matrix;
-  const edges = cellEdges(matrix.columns, most), data = new Float32Array(matrix.rows * most).fill(-Infinity);
+  const edges = cellEdges(matrix.columns, most),
+    data = new Float32Array(matrix.rows * most).fill(-Infinity);
   for (const row of range(matrix.rows)) {
     for (const cell of range(most)) {
       for (let column = edges[cell]; column < edges[cell + 1]; column++) {
-        const value = matrix.data[row * matrix.columns + column], held = data[row * most + cell];
-        if (held === -Infinity || Math.abs(value) > Math.abs(held) || Number.isNaN(value)) data[row * most + cell] = value;
+        const value = matrix.data[row * matrix.columns + column],
+          held = data[row * most + cell];
+        if (held === -Infinity || Math.abs(value) > Math.abs(held) || Number.isNaN(value))
+          data[row * most + cell] = value;
       }
     }
   }
