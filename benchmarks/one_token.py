@@ -21,7 +21,7 @@ from unittest import mock
 from common import finish, notice, parser_for, write_files
 
 import mistral_ref
-from mistral_kernels import attention, elementwise
+from mistral_kernels import attention, elementwise, panels
 from mistral_ref import compiled_ops
 from mistral_ref.benchmark import spread
 from mistral_ref.display import markdown_table
@@ -40,7 +40,7 @@ examples:
 OPERATIONS = ("embed", "rotation", "rms_norm", "linear", "split_heads", "rotate", "write", "_heads", "swiglu")
 # Where the operations find what makes their kernels.
 FACTORIES = [(compiled_ops, name) for name in ("matvec", "matvec_tiled", "matmul")]
-FACTORIES += [(attention, name) for name in ("write", "attention")]
+FACTORIES += [(panels, "write"), (attention, "attention")]
 FACTORIES += [(elementwise, name) for name in ("rms_norm", "rotate", "swiglu", "mix_experts")]
 
 

@@ -654,7 +654,7 @@ def test_compare_over_a_cache_finds_bugs_that_need_one(capsys: pytest.CaptureFix
         (("compare", "demo", "demo", "--continue", "0", TEXT), "--continue is 0"),
         (("step", "--last", "99", TEXT), "--last is 99; expected a whole number from 1 to 5"),
         (("step", ""), ""),
-        (("trace", TEXT, "-o", "x.html"), "expected a name that ends in .safetensors"),
+        (("trace", TEXT, "-o", "x.txt"), "expected a name that ends in .html or .safetensors"),
         (("trace", TEXT, "-o", "nowhere/x.safetensors"), "nowhere/x.safetensors: cannot be written"),
         (("trace", TEXT, "--keep", "nothing"), "no step is called 'nothing'"),
     ],
