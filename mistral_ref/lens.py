@@ -16,10 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mistral_ref.cache import attends
+from mistral_ref.config import ModelConfig
 from mistral_ref.display import HeatMap, heat_image, heat_map, heat_text, html_table, legend, markdown_table
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.model import Model
 from mistral_ref.sampling import log_softmax
+from mistral_ref.steps import Step
 from mistral_ref.trace import Trace
 from mistral_ref.weights import Matrix
 
@@ -75,6 +78,15 @@ def attention(trace: Trace, layer: int, head: int) -> AttentionMap:
         [trace.label(position) for position in range(trace.start, end)],
         [trace.label(position) for position in positions],
     )
+
+
+def in_sight(step: Step, config: ModelConfig) -> np.ndarray:
+    """Return which keys each query sees, (T, S), where scores or attention weights were computed in a pass."""
+    assert step.key_positions is not None
+    window = config.sliding_window[int(step.name.split(".")[1])]
+    queries_T = step.key_positions.stop + np.arange(-step.value.shape[1], 0)
+    sees_TS: np.ndarray = attends(queries_T[:, np.newaxis], np.array(step.key_positions), window)
+    return sees_TS
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ class Model:
         ids = self.token_ids(tokens, cache)
         edits = {} if edits is None else edits
         touched = check_edits(edits, self.config)
-        kept = matching_steps([keep] if isinstance(keep, str) else keep, self.config)
+        kept = matching_steps(keep, self.config)
         start = 0 if cache is None else cache.length
         walk = self._walk(ids, cache, False, inside_attention([*kept, *touched]), edits)
         steps = [step for step in walk if step.name in kept]

@@ -27,7 +27,7 @@ import numpy as np
 
 import mistral_ref
 from mistral_ref import lens
-from mistral_ref.cache import KVCache, attends
+from mistral_ref.cache import KVCache
 from mistral_ref.config import ModelConfig
 from mistral_ref.cost_table import CostTable, cost_table
 from mistral_ref.display import heat_map, statistics
@@ -35,7 +35,7 @@ from mistral_ref.errors import InputError
 from mistral_ref.generation import Progress
 from mistral_ref.model import Model, Prompt
 from mistral_ref.rope import inverse_frequencies
-from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step, step_names
+from mistral_ref.steps import CATALOGUE, Step, catalogue_of, step_names
 from mistral_ref.tensor_file import all_or_nothing
 from mistral_ref.trace import Trace
 from mistral_ref.walk import Edit, matching_steps
@@ -89,9 +89,9 @@ def page(
     """
     config = model.config
     ids, edits = model.token_ids(prompt, cache), {} if edits is None else edits
-    kept = _kept(config, len(ids), 0 if cache is None else cache.length, keep)
-    costs = cost_table(model, ids, cache, progress=progress) if with_cost else None
     start = 0 if cache is None else cache.length
+    kept = _kept(config, len(ids), start, keep)
+    costs = cost_table(model, ids, cache, progress=progress) if with_cost else None
     names, entries, residuals = list(step_names(config)), [], []
     to_turn: dict[str, np.ndarray] = {}
     for done, step in enumerate(model.steps(ids, cache, edits=edits)):
@@ -121,7 +121,7 @@ def page(
 def _kept(config: ModelConfig, n_tokens: int, start: int, keep: str | Iterable[str] | None) -> set[str]:
     """Return the names of the steps whose values go into the page whole."""
     if keep is not None:
-        chosen = matching_steps([keep] if isinstance(keep, str) else keep, config)
+        chosen = matching_steps(keep, config)
         n_values = _n_values(config, n_tokens, start, chosen)
         if n_values > _MOST_EVER:
             raise InputError(
@@ -144,7 +144,7 @@ def _n_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[st
         "pair": n_tokens * per_token, "dim": config.dim, "head": config.n_heads, "kv_head": config.n_kv_heads,
         "head_dim": config.head_dim, "ffn": config.hidden_dim, "expert": n_experts, "vocabulary": config.vocab_size,
     }  # fmt: skip
-    catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
+    catalogue = catalogue_of(config)
     return sum(math.prod(sizes[axis] for axis in catalogue[name.rpartition(".")[2]].axes) for name in names)
 
 
@@ -172,11 +172,7 @@ def _in_sight(step: Step, config: ModelConfig) -> np.ndarray:
     """Return the values that say something: of scores and weights none of a query and a key that it does not see."""
     if step.key_positions is None:
         return step.value
-    layer = int(step.name.split(".")[1])
-    keys_S = np.array(step.key_positions)
-    queries_T = np.arange(step.key_positions.stop - step.value.shape[1], step.key_positions.stop)
-    sees_TS = attends(queries_T[:, np.newaxis], keys_S, config.sliding_window[layer])
-    return step.value[sees_TS | ~np.isin(step.value, (0.0, -np.inf))]  # a wrong window shows
+    return step.value[lens.in_sight(step, config) | ~np.isin(step.value, (0.0, -np.inf))]  # a wrong window shows
 
 
 def _line(source: str) -> str:
@@ -233,7 +229,7 @@ def _config_entry(config: ModelConfig) -> dict[str, Any]:
 
 def _kind_entries(config: ModelConfig) -> dict[str, Any]:
     """Return of each kind of step what the catalogue says, in the order of the pass."""
-    catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
+    catalogue = catalogue_of(config)
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in step_names(config))
     return {kind: catalogue[kind]._asdict() for kind in kinds}
 

@@ -84,6 +84,11 @@ _ROUTING = ("router_logits", "expert_weights")
 _FEED_FORWARD = ("gate", "up", "ffn_hidden", "ffn_out", "residual_after_ffn")
 
 
+def catalogue_of(config: ModelConfig) -> dict[str, StepKind]:
+    """Return what is said of each kind of step of a model."""
+    return EXPERT_CATALOGUE if config.moe else CATALOGUE
+
+
 def step_names(config: ModelConfig) -> Iterator[str]:
     """Yield the full name of every step of an observed pass, in order: "embedding", "layers.0.attention_norm", ..."""
     block = (*_BLOCK, *(_ROUTING if config.moe else ()), *_FEED_FORWARD)
@@ -193,7 +198,7 @@ class StepFactory(Protocol):
 
 def step_factory(config: ModelConfig, layer: int | None = None) -> StepFactory:
     """Return the function that makes the steps of one layer, or of embedding, norm and logits if `layer` is None."""
-    catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
+    catalogue = catalogue_of(config)
     prefix = "" if layer is None else f"layers.{layer}."
 
     def step(name: str, value: np.ndarray, key_positions: range | None = None) -> Step:

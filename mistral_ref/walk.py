@@ -98,15 +98,15 @@ def _relative(file: str) -> str:
     return os.path.relpath(file, _PACKAGE_PARENT)
 
 
-def matching_steps(patterns: Iterable[str], config: ModelConfig) -> list[str]:
-    """Return the names of the steps that match one of the patterns, in the order of the pass.
+def matching_steps(patterns: str | Iterable[str], config: ModelConfig) -> list[str]:
+    """Return the names of the steps that match the pattern, or one of the patterns, in the order of the pass.
 
     Patterns are names or globs such as "layers.*.ffn_out". Raises InputError for one that matches none.
     """
     if not isinstance(patterns, Iterable):
         raise InputError(f"{shown(patterns)} names no steps; expected names or globs such as 'layers.*.ffn_out'")
     names, chosen = list(step_names(config)), set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [name for name in names if fnmatchcase(name, str(pattern))]
         if not matches:
             raise InputError(f"no step is called {shown(pattern)}; names are like 'layers.0.q_rotated', or 'logits'")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistral_ref.cache import attends
+from mistral_ref import lens
 from mistral_ref.cli.selection import Index, as_index, in_words, parsed_index, parsed_selection
 from mistral_ref.stepper import Stepper
 
@@ -100,8 +100,4 @@ class Sight:
     def in_sight(self) -> np.ndarray:
         """Return which keys each query of the present scores or weights sees, in the value's shape."""
         step = self.stepper.step
-        assert step.key_positions is not None
-        window = self.model.config.sliding_window[int(step.name.split(".")[1])]
-        queries_T = self.start + np.arange(len(self.pieces))
-        sees_TS: np.ndarray = attends(queries_T[:, np.newaxis], np.array(step.key_positions), window)
-        return np.broadcast_to(sees_TS, step.value.shape)
+        return np.broadcast_to(lens.in_sight(step, self.model.config), step.value.shape)

@@ -27,9 +27,7 @@ function headChooser(count, head, name, go) {
   );
 }
 
-// The key/value head that a query head reads: h // (H / G).
-const group = config.heads / config.kvHeads;
-const axisHead = (step, head) => (headAxis(step) === "kv_head" ? Math.floor(head / group) : head);
+const axisHead = (step, head) => (headAxis(step) === "kv_head" ? readBy(head) : head);
 
 const spanWords = (edges, index) =>
   edges[index + 1] - edges[index] > 1 ? `${edges[index]} to ${edges[index + 1] - 1}` : String(edges[index]);

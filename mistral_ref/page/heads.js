@@ -4,12 +4,11 @@ function headMap(state, go) {
   const { heads, kvHeads } = config,
     width = Math.max(720, 26 * heads),
     gap = width / heads,
-    group = heads / kvHeads,
     radius = Math.min(gap * 0.38, 22);
   const y = { query: 46, kv: 190 },
     queryX = (head) => (head + 0.5) * gap,
     kvX = (kv) => (kv + 0.5) * group * gap;
-  const chosen = Math.floor(state.head / group),
+  const chosen = readBy(state.head),
     isWide = width > 920;
   return svg(
     "svg",
@@ -29,13 +28,13 @@ function headMap(state, go) {
     range(heads).map((head) =>
       svg("path", {
         class: `pair-link${head === state.head ? " now" : ""}`,
-        d: `M${queryX(head)} ${y.query + radius} C ${queryX(head)} 130, ${kvX(Math.floor(head / group))} 110, ${kvX(Math.floor(head / group))} ${y.kv - 24}`,
+        d: `M${queryX(head)} ${y.query + radius} C ${queryX(head)} 130, ${kvX(readBy(head))} 110, ${kvX(readBy(head))} ${y.kv - 24}`,
       }),
     ),
     range(heads).map((head) =>
       svgButton(
         `map ${head}`,
-        `query head ${head} reads key/value head ${Math.floor(head / group)}`,
+        `query head ${head} reads key/value head ${readBy(head)}`,
         () => go({ head }),
         { class: "box", "aria-pressed": String(head === state.head) },
         svg("rect", { x: queryX(head) - radius, y: y.query - radius, width: 2 * radius, height: 2 * radius }),
@@ -72,7 +71,7 @@ const headsView = {
   lead: "Keys and values are what the cache has to hold and to read again for every token. So several query heads may share one head of keys and values.",
   draw: (state, go) => {
     const { heads, kvHeads, headDim, layers } = config,
-      kv = Math.floor(state.head / (heads / kvHeads));
+      kv = readBy(state.head);
     const perToken = (n) => 2 * layers * n * headDim,
       inBytes = (n) => units(2 * perToken(n), "B"),
       isShared = heads > kvHeads;
@@ -92,7 +91,7 @@ const headsView = {
           [
             "read by",
             isShared
-              ? `query heads ${kv * (heads / kvHeads)} to ${(kv + 1) * (heads / kvHeads) - 1}`
+              ? `query heads ${kv * group} to ${(kv + 1) * group - 1}`
               : `query head ${kv} alone: this model does not share`,
           ],
           [

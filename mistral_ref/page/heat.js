@@ -80,7 +80,7 @@ function heat(matrix, options) {
     "data-key": `heat ${label}`,
   });
   let place = null,
-    cursor = null,
+    cursor = cursors.get(label) ?? null,
     picture = null,
     shownColumns = 0;
 
@@ -204,7 +204,6 @@ function heat(matrix, options) {
     if (!cursor && canvas.matches(":focus-visible")) read(options.chosenRow ?? 0, 0);
   });
   const figure = el("figure", null, canvas, readout);
-  if (cursors.has(label)) cursor = cursors.get(label);
   new ResizeObserver(() => (cursor ? read(...cursor) : draw())).observe(figure);
   return figure;
 }

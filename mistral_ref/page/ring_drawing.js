@@ -2,12 +2,11 @@
 
 function sector(index, n, inner, outer) {
   const angle = (turn) => (2 * Math.PI * turn) / n - Math.PI / 2;
-  const [a, b] = [angle(index), angle(index + 1)],
-    isWide = n === 1 ? 1 : Number(n < 2);
+  const [a, b] = [angle(index), angle(index + 1)];
   const at = (radius, turn) => `${(radius * Math.cos(turn)).toFixed(2)} ${(radius * Math.sin(turn)).toFixed(2)}`;
   if (n === 1)
     return `M${at(outer, 0)} A${outer} ${outer} 0 1 1 ${at(outer, Math.PI)} A${outer} ${outer} 0 1 1 ${at(outer, 0)} M${at(inner, 0)} A${inner} ${inner} 0 1 0 ${at(inner, Math.PI)} A${inner} ${inner} 0 1 0 ${at(inner, 0)}`;
-  return `M${at(inner, a)} L${at(outer, a)} A${outer} ${outer} 0 ${isWide} 1 ${at(outer, b)} L${at(inner, b)} A${inner} ${inner} 0 ${isWide} 0 ${at(inner, a)} z`;
+  return `M${at(inner, a)} L${at(outer, a)} A${outer} ${outer} 0 0 1 ${at(outer, b)} L${at(inner, b)} A${inner} ${inner} 0 0 0 ${at(inner, a)} z`;
 }
 
 function ringDrawing({ position, window, chunk }) {

@@ -16,6 +16,10 @@ const placeNodes = (position) =>
 // Whether the token at position `query` sees the one at `key`: 0 <= query - key < window, as in cache.py.
 const attends = (query, key, window) => query >= key && (window === null || query - key < window);
 
+// How many query heads share a key/value head, and which one a query head reads: h // (H / G).
+const group = config.heads / config.kvHeads;
+const readBy = (head) => Math.floor(head / group);
+
 async function inflated(base64) {
   const packed = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
