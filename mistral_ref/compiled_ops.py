@@ -23,7 +23,7 @@ from mistral_ref.quantized_matrix import Activations, QuantizedMatrix
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.steps import Step, StepFactory, Steps
-from mistral_ref.weights import Matrix, TiledMatrix
+from mistral_ref.weights import Matrix, TiledMatrix, bf16_bits, bf16_values
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 
@@ -32,6 +32,7 @@ THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 _FEW_BYTES = 2**20
 _FEW_NUMBERS = 2**15
 _TOKENS_AT_ONCE = 512  # what a product writes should stay in the caches
+_PAIRED_INPUTS = 4  # rows of bf16 are taken as pairs if their length is a multiple of it
 
 _EVERYTHING = 2**62  # a window that no position is outside of
 _NO_SCALE = np.ones((1, 1), np.float32)
@@ -66,7 +67,8 @@ class CompiledOps(ReferenceOps):
 
     threads     how many; None: MISTRAL_REF_THREADS, or as many as there are performance cores
     angles      as in ReferenceOps
-    activations what the inputs of quantized matrices are rounded to: "int16", or "int8", which is faster
+    activations what the inputs of quantized matrices are rounded to: "int16", or "int8", which is faster; "bfloat16":
+                those of bf16 matrices to bf16, which is twice as fast where a processor multiplies pairs of them
     """
 
     name = "numba"
@@ -82,7 +84,9 @@ class CompiledOps(ReferenceOps):
             raise InputError("backend is 'numba', but NUMBA_DISABLE_JIT is set; expected backend='numpy' then")
         super().__init__("float32", angles=angles, activations=activations)
         if self.activations == "float":
-            raise InputError("activations is 'float'; expected 'int16' or 'int8' with backend='numba', or 'numpy'")
+            raise InputError(
+                "activations is 'float', which backend='numpy' alone has; expected 'int16', 'int8' or 'bfloat16'"
+            )
         self.threads = chosen_threads(threads)
         _start_threads()
 
@@ -111,7 +115,13 @@ class CompiledOps(ReferenceOps):
             return y_TO
         scale = _NO_SCALE if weight_OI.scale is None else weight_OI.scale
         n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
-        kind, is_tiled, stored = weight_OI.kind, isinstance(weight_OI, TiledMatrix), weight_OI.as_bytes
+        kind: str = weight_OI.kind
+        if self.rounds_to_bf16(weight_OI):
+            if n_in % _PAIRED_INPUTS:
+                x_TI = bf16_values(bf16_bits(x_TI))
+            else:
+                kind = "pairs"
+        is_tiled, stored = isinstance(weight_OI, TiledMatrix), weight_OI.as_bytes
         if n_tokens > 1:
             for start in range(0, n_tokens, _TOKENS_AT_ONCE):
                 rows = slice(start, start + _TOKENS_AT_ONCE)
@@ -123,7 +133,7 @@ class CompiledOps(ReferenceOps):
         return y_TO
 
     def _quantized_linear(self, x_TI: np.ndarray, weight_OI: QuantizedMatrix, y_TO: np.ndarray) -> None:
-        how = weight_OI.bits, self.activations, weight_OI.group_size
+        how = weight_OI.bits, self.quantized_activations, weight_OI.group_size
         stored, scales, unit = weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit
         n_threads = self._threads_for(weight_OI.nbytes * len(x_TI), _FEW_BYTES)
         if len(x_TI) == 1:

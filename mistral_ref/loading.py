@@ -45,7 +45,9 @@ def load(
                   percent faster; memory grows by the size of these matrices, and loading takes seconds a GB
     quantize      8 or 4: round the weights to so many bits, in memory, as `mistral_ref.quantize` does for good
     activations   what the inputs of quantized matrices are rounded to: "int16", "int8", which is faster and less exact,
-                  or "float", not at all, with NumPy alone; None: "int16", and "float" with dtype="float64"
+                  or "float", not at all, with NumPy alone; None: "int16", and "float" with dtype="float64". "bfloat16"
+                  rounds the inputs of bf16 matrices instead, to 8 bits, as other runtimes do: prompts are twice as
+                  fast on processors with AVX512_BF16
     progress      called with (done, in all) while repacking (matrices) or rounding (weights)
 
     Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was

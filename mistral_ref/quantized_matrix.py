@@ -38,7 +38,7 @@ from mistral_ref.json_file import parse_json
 from mistral_ref.tensor_file import Part
 from mistral_ref.weights import Matrix, Rows
 
-Activations = Literal["int16", "int8", "float"]
+Activations = Literal["int16", "int8", "bfloat16", "float"]
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)

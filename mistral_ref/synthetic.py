@@ -24,7 +24,7 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.quantized_matrix import GROUP_SIZE, quantized_metadata, quantized_parts, scale_values
 from mistral_ref.tensor_file import DTYPES, Part, pieces_of_tensor_file
-from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, e4m3_values
+from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, bf16_bits, e4m3_values
 
 Progress = Callable[[int, int], None]
 
@@ -40,12 +40,9 @@ def encoded(values: np.ndarray, kind: Kind) -> np.ndarray:
 
     >>> encoded(np.float32([1.0, -448.0]), "fp8").tolist()
     [56, 254]
-    >>> [hex(bits) for bits in encoded(np.float32([1.0, -2.0]), "bf16")]
-    ['0x3f80', '0xc000']
     """
     if kind == "bf16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        return bf16_bits(values)
     if kind == "fp8":
         magnitudes = e4m3_values()[:127]
         codes = np.searchsorted((magnitudes[1:] + magnitudes[:-1]) / 2, np.abs(values)).astype(np.uint8)

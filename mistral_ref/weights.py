@@ -39,6 +39,22 @@ def e4m3_values() -> np.ndarray:
     return np.where(code < 128, value, -value).astype(np.float32)
 
 
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    """Return float32 numbers rounded to the nearest bf16, ties to even, as uint16; NaN stays NaN.
+
+    >>> [hex(bits) for bits in bf16_bits(np.float32([1.0, -2.0, 1.0 + 2**-8]))]
+    ['0x3f80', '0xc000', '0x3f80']
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    nearest = bits + (0x7FFF + (bits >> 16 & 1))
+    return (np.where(np.isnan(values), bits | 0x400000, nearest) >> 16).astype(np.uint16)
+
+
+def bf16_values(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 numbers whose upper halves are `bits`, uint16."""
+    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """A matrix (O, I) of O outputs and I inputs, as stored.
@@ -84,7 +100,7 @@ class Matrix:
         """
         stored = self.data[index]
         if self.kind == "bf16":
-            stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
+            stored = bf16_values(stored)
         elif self.kind == "fp8":
             return e4m3_values().astype(dtype)[stored] * self._scale_of(index).astype(dtype)
         return np.require(stored, dtype, "A")

@@ -81,7 +81,7 @@ def test_activations_are_chosen(small: Path) -> None:
             ("quantize", "demo", "x", "--head", 4),
             "embedding is 8 and head is 4, but this model has one matrix for both",
         ),
-        (("generate", "--activations", "float", "A"), "activations is 'float'; expected 'int16' or 'int8' with"),
+        (("generate", "--activations", "float", "A"), "activations is 'float', which backend='numpy' alone has"),
         (("generate", "--quantize", 3, "A"), "invalid choice"),
     ],
 )

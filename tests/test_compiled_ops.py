@@ -39,7 +39,7 @@ from mistral_ref.quantization import Scheme, quantized_weights
 from mistral_ref.quantized_matrix import quantized
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.steps import step_names
-from mistral_ref.weights import Matrix
+from mistral_ref.weights import Matrix, bf16_bits, repacked, with_matrices
 
 # Fused attention is one step, with the rounding of its scores in it: they are shown beside it, and the oracle, which
 # does not go on from what is only shown, has exact ones. Twice what was measured over 12 random models a family.
@@ -416,6 +416,72 @@ def test_two_threads_that_use_models_at_once_get_what_one_gets(layer: str) -> No
         assert "tbb" in warned[0]
     else:
         assert warned == []
+
+
+# ------------------------------------------------------------------------------------------ inputs rounded to bfloat16
+
+CLOSE_BF16 = 0.05  # as with int8 below: an ulp before may make an input the next number, 2^-8 of it away
+
+
+def rounding_model(config: ModelConfig, backend: str = "numba", seed: int = 0, *, repack: bool = False) -> Model:
+    """Return a random model with matrices of bf16 and inputs rounded to it; "oracle" is NumPy in float64."""
+
+    def to_bf16(matrix: Matrix) -> Matrix:
+        return Matrix(matrix.name, "bf16", bf16_bits(matrix.rows(slice(None), np.float32)))
+
+    weights = with_matrices(model_of(config, seed).weights, to_bf16)
+    weights = repacked(weights) if repack else weights
+    if backend == "numba":
+        return Model(config, weights, CompiledOps(threads=1, activations="bfloat16"))
+    return Model(config, weights, ReferenceOps("float64" if backend == "oracle" else "float32", activations="bfloat16"))
+
+
+@pytest.mark.parametrize("repack", [False, True])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_step_with_inputs_in_bf16_stays_close_to_the_oracle(family: object, repack: bool) -> None:
+    model = rounding_model(family.config, "numba", family.seed, repack=repack)
+    oracle = rounding_model(family.config, "oracle", family.seed)
+    tokens = tokens_for(family.config, 24, family.seed)
+    assert_each_step_is_close(model, oracle, tokens)
+    plain = rounding_model(family.config, "numpy", family.seed)
+    assert distance(model.forward(tokens), plain.forward(tokens)) < CLOSE_BF16
+
+
+@settings(max_examples=30)
+@given(wide_configs(), st.integers(1, 40), st.booleans())
+def test_every_step_of_any_configuration_with_inputs_in_bf16(config: ModelConfig, n_tokens: int, repack: bool) -> None:
+    """Rows of an odd length among them, which are not taken as pairs."""
+    model, oracle = (rounding_model(config, backend, repack=repack) for backend in ("numba", "oracle"))
+    assert_each_step_is_close(model, oracle, tokens_for(config, n_tokens), slack=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_in_bf16_matter_as_much_as_they_should(backend: str) -> None:
+    """The weights are the same, so what is left is the inputs' rounding: 2^-9 of each at most, in every product."""
+    model, tokens = rounding_model(LARGE, backend), tokens_for(LARGE, 20)
+    unrounded = Model(LARGE, model.weights, ops_of(backend))
+    assert 1e-3 < distance(model.forward(tokens), unrounded.forward(tokens)) < 0.1
+    plain = model_of(LARGE)  # float32 matrices: nothing is rounded
+    rounding = Model(LARGE, plain.weights, model.ops)
+    np.testing.assert_array_equal(
+        rounding.forward(tokens), Model(LARGE, plain.weights, ops_of(backend)).forward(tokens)
+    )
+
+
+def test_threads_steps_and_cache_do_not_change_inputs_in_bf16() -> None:
+    model, tokens = rounding_model(LARGE), tokens_for(LARGE, 30)
+    expected = model.forward(tokens)
+    walk = model.steps(tokens)
+    for _ in walk:
+        pass
+    np.testing.assert_array_equal(walk.logits, expected)
+    ops = CompiledOps(threads=5, activations="bfloat16")
+    ops._threads_for = lambda work, few: 5
+    np.testing.assert_array_equal(Model(LARGE, model.weights, ops).forward(tokens), expected)
+    cache = model.new_cache(chunk=7)
+    parts = [model.forward(tokens[start : start + 7], cache) for start in range(0, 28, 7)]
+    parts += [model.forward([token], cache) for token in tokens[28:]]
+    assert distance(np.concatenate(parts), expected) < CLOSE_BF16
 
 
 # --------------------------------------------------------------------------------------------------- quantized weights

@@ -29,14 +29,14 @@ from hypothesis import strategies as st
 
 from mistral_kernels import attention, elementwise, panels, threads
 from mistral_kernels.matmul import DEPTH, matmul
-from mistral_kernels.matvec import PART, matvec, matvec_tiled
+from mistral_kernels.matvec import PART, in_pairs, matvec, matvec_tiled
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized
-from mistral_kernels.simd import LANES
+from mistral_kernels.simd import LANES, load, multiply_add_pairs, store
 from mistral_kernels.tile import WIDTH
 from mistral_ref.ops import KeyView
 from mistral_ref.quantized_matrix import QuantizedMatrix, quantized_parts, rounded, scale_values
 from mistral_ref.reference_ops import ReferenceOps, in_steps
-from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, e4m3_values, tiled
+from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, bf16_bits, bf16_values, e4m3_values, tiled
 
 UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number
 REPOSITORY = Path(__file__).parents[1]
@@ -82,12 +82,17 @@ def assert_within(found: np.ndarray, exact: np.ndarray, error: np.ndarray) -> No
 
 KINDS = ("f32", "f16", "bf16", "fp8", "fp8 blocks")
 TILED = ("f16 tiled", "bf16 tiled")
-each_kind = pytest.mark.parametrize("stored", [*KINDS, *TILED])
+PAIRS = ("bf16 pairs", "bf16 tiled pairs")  # whose inputs are rounded to bf16
+ALL_STORED = (*KINDS, *TILED, *PAIRS)
+each_kind = pytest.mark.parametrize("stored", ALL_STORED)
 each_product = pytest.mark.parametrize("one_by_one", [True, False], ids=["matvec", "matmul"])
 
 
 def as_stored(stored: str, values: np.ndarray, seed: int = 0) -> Matrix:
-    """Return a matrix of a kind that holds about these values, the fp8 ones times scales of its own."""
+    """Return a matrix of a kind that holds about these values, the fp8 ones times scales of its own.
+
+    Its name says how it is stored, and whether products take pairs of it.
+    """
     kind, _, variant = stored.partition(" ")
     scale = None
     if kind == "f32":
@@ -103,8 +108,8 @@ def as_stored(stored: str, values: np.ndarray, seed: int = 0) -> Matrix:
         data = np.where(values < 0, codes + 128, codes).astype(np.uint8)
         grid = tuple(-(-size // FP8_BLOCK) for size in values.shape) if variant else (1, 1)
         scale = np.random.RandomState(seed).uniform(0.5, 2, grid).astype(np.float32)
-    matrix = Matrix("w", kind, data, scale)
-    return tiled(matrix) if variant == "tiled" else matrix
+    matrix = Matrix(stored, kind, data, scale)
+    return tiled(matrix) if variant.startswith("tiled") else matrix
 
 
 def random_matrix(stored: str, n_out: int, n_in: int, seed: int) -> Matrix:
@@ -119,21 +124,22 @@ def product(
     """Return x · Wᵀ by matvec, token by token, or by matmul."""
     y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
     scale = np.ones((1, 1), np.float32) if matrix.scale is None else matrix.scale
-    is_tiled = isinstance(matrix, TiledMatrix)
+    is_tiled, kind = isinstance(matrix, TiledMatrix), "pairs" if matrix.name in PAIRS else matrix.kind
     if not one_by_one:
-        matmul(matrix.kind, is_tiled)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
+        matmul(kind, is_tiled)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
         return y_TO
     for x_I, y_O in zip(x_TI, y_TO, strict=True):
         if is_tiled:
-            matvec_tiled(matrix.kind)(matrix.as_bytes, x_I, y_O, n_threads)
+            matvec_tiled(kind)(matrix.as_bytes, x_I, y_O, n_threads)
         else:
-            matvec(matrix.kind)(matrix.as_bytes, scale, x_I, y_O, n_threads)
+            matvec(kind)(matrix.as_bytes, scale, x_I, y_O, n_threads)
     return y_TO
 
 
-def even_if_tiled(stored: str, n_in: int) -> int:
-    """Return a number of inputs that a matrix of this kind can have: rows of an odd length are never put in tiles."""
-    return n_in + n_in % 2 if stored in TILED else n_in
+def possible_inputs(stored: str, n_in: int) -> int:
+    """Return a number of inputs, n_in or the next, that rows stored so can have: whole vectors of tiles, and pairs."""
+    multiple = {"f16 tiled": 2, "bf16 tiled": 2, "bf16 pairs": 2, "bf16 tiled pairs": 4}.get(stored, 1)
+    return -(-n_in // multiple) * multiple
 
 
 @each_product
@@ -149,10 +155,12 @@ def test_products(
     are random themselves all together by about n. Many short sums in lanes lose less than one long one. Twice what was
     measured.
     """
-    n_tokens, n_in = min(n_tokens, 3) if one_by_one else n_tokens, even_if_tiled(stored, n_in)
+    n_tokens, n_in = min(n_tokens, 3) if one_by_one else n_tokens, possible_inputs(stored, n_in)
     matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
-    assert isinstance(matrix, TiledMatrix) == (stored in TILED)
+    assert isinstance(matrix, TiledMatrix) == ("tiled" in stored)
     w_OI, x = matrix.rows(slice(None), np.float64), x_TI.astype(np.float64)
+    if stored in PAIRS:
+        x = bf16_values(to_bfloat16(x_TI)).astype(np.float64)
     found = product(matrix, x_TI, n_threads, one_by_one=one_by_one)
     assert_within(found, x @ w_OI.T, (6 if one_by_one else 12) * UNIT * (np.abs(x) @ np.abs(w_OI).T))
 
@@ -164,7 +172,7 @@ def test_products(
 def test_threads_do_not_change_a_bit_of_a_product(
     stored: str, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int
 ) -> None:
-    n_tokens, n_in = min(n_tokens, 2) if one_by_one else n_tokens, even_if_tiled(stored, n_in)
+    n_tokens, n_in = min(n_tokens, 2) if one_by_one else n_tokens, possible_inputs(stored, n_in)
     matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
     alone = product(matrix, x_TI, 1, one_by_one=one_by_one)
     for n_threads in (2, 3, 7):
@@ -179,7 +187,7 @@ def test_what_is_no_number_stays_in_its_row(
     stored: str, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int, data: st.DataObject
 ) -> None:
     """A NaN or infinity in row o of the matrix reaches output o alone, and one in a token's x that token alone."""
-    n_in = even_if_tiled(stored, n_in)
+    n_in = possible_inputs(stored, n_in)
     rows, x_TI = normal(seed, n_out, n_in), normal(seed ^ 2, n_tokens, n_in)
     o, i, t = (data.draw(st.integers(0, n - 1)) for n in (n_out, n_in, n_tokens))
     bad = np.float32(data.draw(st.sampled_from([np.nan] if "fp8" in stored else [np.nan, np.inf, -np.inf])))
@@ -202,7 +210,7 @@ def test_what_is_no_number_stays_in_its_row(
 @pytest.mark.parametrize("n_in", [1, 6, 8, 2 * LANES, 2 * LANES + 6])
 def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, one_by_one: bool) -> None:
     """Row c holds code c and zeros, and is multiplied with ones, so that nothing is rounded; -0 becomes 0."""
-    n_in = even_if_tiled(stored, n_in)
+    n_in = possible_inputs(stored, n_in)
     codes = np.arange(256 if stored == "fp8" else 65536)
     rows = np.zeros((len(codes), n_in), np.uint8 if stored == "fp8" else np.uint16)
     rows[codes, codes // 3 % n_in] = codes  # a third of the neighbours in the same column, so that all lanes are met
@@ -218,6 +226,37 @@ def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, one_by_one: bo
         np.testing.assert_array_equal(y_O[~is_nan].view(np.uint32), expected[~is_nan].view(np.uint32))
 
 
+@numba.njit
+def rounded_in_pairs(x: np.ndarray) -> np.ndarray:
+    return in_pairs(x)
+
+
+def test_every_kind_of_float_is_rounded_to_bf16_to_the_bit() -> None:
+    """Every number of 16 bits, the ties between neighbours, and what lies beside them; those beyond become infinite."""
+    upper = np.repeat(np.arange(65536, dtype=np.uint32) << 16, 6)
+    x = (upper | np.tile(np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32), 65536)).view(np.float32)
+    found, is_nan = rounded_in_pairs(x).view(np.uint16), np.isnan(x)
+    np.testing.assert_array_equal(found[~is_nan], to_bfloat16(x[~is_nan]))
+    assert np.isnan(bf16_values(found)[is_nan]).all()
+    np.testing.assert_array_equal(found, bf16_bits(x))
+
+
+@numba.njit
+def one_step_of_pairs(a: np.ndarray, b: np.ndarray, sums: np.ndarray) -> None:
+    for i in range(0, len(sums), LANES):
+        store(sums, i, multiply_add_pairs(load(a, i), load(b, i), load(sums, i)))
+
+
+def test_pairs_are_added_up_in_their_order_with_one_rounding_each() -> None:
+    """The second of a pair comes first, on whatever processor. The sizes are such that float64 holds a sum exactly."""
+    a, b = (to_bfloat16(normal(seed, 1000 * LANES, 2).ravel()) for seed in (1, 2))
+    sums = normal(3, 1000 * LANES)
+    exact = bf16_values(a).reshape(-1, 2).astype(np.float64) * bf16_values(b).reshape(-1, 2)
+    expected = ((sums + exact[:, 1]).astype(np.float32) + exact[:, 0]).astype(np.float32)
+    one_step_of_pairs(a.view(np.float32), b.view(np.float32), sums)
+    np.testing.assert_array_equal(sums, expected)
+
+
 @each_product
 @each_kind
 @given(st.integers(1, 20), st.integers(1, 60), seeds, st.integers(1, 7))
@@ -226,7 +265,7 @@ def test_a_matrix_may_lie_at_any_address(
     stored: str, one_by_one: bool, n_out: int, n_in: int, seed: int, offset: int
 ) -> None:
     """Tensors of a mapped file begin wherever its header ends."""
-    matrix = random_matrix(stored, n_out, even_if_tiled(stored, n_in), seed)
+    matrix = random_matrix(stored, n_out, possible_inputs(stored, n_in), seed)
     x_TI = normal(seed ^ 2, 2, matrix.shape[1])
     expected = product(matrix, x_TI, one_by_one=one_by_one)
     buffer = np.zeros(matrix.data.nbytes + offset, np.uint8)
@@ -787,7 +826,7 @@ def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
     def outputs(n_threads: int) -> list[np.ndarray]:
         products = [
             product(random_matrix(stored, 300, 700, 9), x_TI[:n_tokens], n_threads, one_by_one=one_by_one)
-            for stored in (*KINDS, *TILED)
+            for stored in ALL_STORED
             for n_tokens, one_by_one in ((1, True), (30, False))
         ]
         products += [
@@ -828,10 +867,10 @@ def at_the_end(array: np.ndarray) -> np.ndarray:
 
 def run_to_the_ends() -> None:
     """Run every kernel on arrays at whose ends the process would be killed for one step further."""
-    for stored in (*KINDS, *TILED):
+    for stored in ALL_STORED:
         for n_out in (1, 7, 8, 9, 33, WIDTH, WIDTH + 1, FP8_BLOCK + 5):
             for n_in in (1, 3, 8, LANES - 1, 2 * LANES + 1, FP8_BLOCK + 2, DEPTH + 1):
-                drawn = random_matrix(stored, n_out, even_if_tiled(stored, n_in), n_in)
+                drawn = random_matrix(stored, n_out, possible_inputs(stored, n_in), n_in)
                 scale = None if drawn.scale is None else at_the_end(drawn.scale)
                 matrix = dataclasses.replace(drawn, data=at_the_end(drawn.data), scale=scale)
                 x_TI = at_the_end(normal(n_in, 5, drawn.shape[1]))

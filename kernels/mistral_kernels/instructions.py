@@ -5,7 +5,8 @@ machine has. Nothing else in this package depends on the processor than LANES an
 
     LANES       floats of a vector: 16 with AVX-512, 8 with AVX2, else 4; MISTRAL_KERNELS_LANES=4, 8 or 16 overrides
     KINDS       how numbers may be stored, and their bytes: f32, f16, bf16 (the upper half of a float32), fp8 (e4m3),
-                int8 (for whoever knows what to multiply it by)
+                int8 (for whoever knows what to multiply it by), pairs (two bf16 that are neighbours, multiplied and
+                added up at once; in registers they have a float32's place)
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, config
 
-KINDS = {"f32": 4, "f16": 2, "bf16": 2, "fp8": 1, "int8": 1}
+KINDS = {"f32": 4, "f16": 2, "bf16": 2, "fp8": 1, "int8": 1, "pairs": 4}
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-STORED = {"f32": F32, "f16": I16, "bf16": I16, "fp8": I8, "int8": I8}
+STORED = {"f32": F32, "f16": I16, "bf16": I16, "fp8": I8, "int8": I8, "pairs": F32}
 
 
 def target_features() -> frozenset[str]:
@@ -65,6 +66,27 @@ _PAIRS_OF_BYTES = {
     )
     if feature in FEATURES
 }
+
+
+# By float32 lanes: whether pairs of bf16 are multiplied and added up at once.
+_HAS_BF16_PAIRS = {
+    16: "avx512bf16" in FEATURES,
+    8: {"avx512bf16", "avx512vl"} <= FEATURES,
+    4: {"avx512bf16", "avx512vl"} <= FEATURES,
+}
+
+
+class _BFloatType(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for; only the processor's own instruction takes it."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(_BFloatType)
 
 
 VECTOR = ir.VectorType(F32, LANES)
@@ -134,7 +156,7 @@ def splat_of(builder: Any, scalar: Any, n: int) -> Any:
 
 def widened(builder: Any, stored: Any, kind: str) -> Any:
     """Return stored numbers of a kind as float32."""
-    if kind == "f32":
+    if kind in ("f32", "pairs"):
         return stored
     n = stored.type.count
     wide, floats = ir.VectorType(I32, n), ir.VectorType(F32, n)
@@ -173,6 +195,46 @@ def widened(builder: Any, stored: Any, kind: str) -> Any:
         is_special = builder.icmp_unsigned(">=", magnitude, constant(wide, special << mantissa_bits))
     value = builder.select(is_special, builder.or_(moved, constant(wide, 0x7F800000)), value)
     return builder.bitcast(builder.or_(value, sign), floats)
+
+
+def rounded_to_bf16(builder: Any, floats: Any) -> Any:
+    """Return float32 rounded to the nearest bf16, ties to even, as int16; NaN stays NaN."""
+    n = floats.type.count
+    bits = builder.bitcast(floats, ir.VectorType(I32, n))
+
+    def of(value: int) -> ir.Constant:
+        return constant(bits.type, value)
+
+    is_odd = builder.and_(builder.lshr(bits, of(16)), of(1))
+    nearest = builder.add(bits, builder.add(is_odd, of(0x7FFF)))
+    nearest = builder.select(builder.fcmp_unordered("uno", floats, floats), builder.or_(bits, of(0x400000)), nearest)
+    return builder.trunc(builder.lshr(nearest, of(16)), ir.VectorType(I16, n))
+
+
+def pair_products(builder: Any, a: Any, b: Any, sums: Any) -> Any:
+    """Return (sums + a[2j+1] b[2j+1]) + a[2j] b[2j] for n float32 and 2n bf16, which lie in the bits of n float32.
+
+    A product is exact and each sum is rounded once, in that order, by one instruction of processors that have it
+    (AVX512_BF16), whose subnormal numbers are 0, and by two multiply-adds of others.
+    """
+    n = sums.type.count
+    if _HAS_BF16_PAIRS.get(n):
+        halves = ir.VectorType(_BFloatType(), 2 * n)
+        function_type = ir.FunctionType(sums.type, [sums.type, halves, halves])
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * n}"
+        function = cgutils.get_or_insert_function(builder.module, function_type, name)
+        return builder.call(function, [sums, builder.bitcast(a, halves), builder.bitcast(b, halves)])
+    wide = ir.VectorType(I32, n)
+    a, b = builder.bitcast(a, wide), builder.bitcast(b, wide)
+    odd, even = constant(wide, 0xFFFF0000), constant(wide, 16)
+    a_odd, b_odd = (builder.bitcast(builder.and_(pairs, odd), sums.type) for pairs in (a, b))
+    a_even, b_even = (builder.bitcast(builder.shl(pairs, even), sums.type) for pairs in (a, b))
+    return fused(builder, a_even, b_even, fused(builder, a_odd, b_odd, sums))
+
+
+def products(builder: Any, a: Any, b: Any, sums: Any, kind: str) -> Any:
+    """Return sums + a b for float32, or for the pairs in them."""
+    return (pair_products if kind == "pairs" else fused)(builder, a, b, sums)
 
 
 def pair_dots(builder: Any, sums: Any, a: Any, b: Any) -> Any:
@@ -233,6 +295,17 @@ def exp_of(builder: Any, x: Any) -> Any:
     power = builder.fadd(fused(builder, polynomial, builder.fmul(r, r), r), of(1.0))
     exponent = builder.shl(builder.add(builder.bitcast(shifted, wide), constant(wide, 127)), constant(wide, 23))
     return builder.fmul(power, builder.bitcast(exponent, x.type))
+
+
+def widened_tile(builder: Any, stored: Any, kind: str) -> Any:
+    """As widened, for numbers in tile order: a pair's two do not lie side by side there, but eight rows apart."""
+    if kind != "pairs":
+        return widened(builder, stored, kind)
+    n = stored.type.count
+    order = [start + row + input for start in range(0, 2 * n, 16) for row in range(8) for input in (0, 8)]
+    halves = builder.bitcast(stored, ir.VectorType(I16, 2 * n))
+    side_by_side = builder.shuffle_vector(halves, halves, ir.Constant(ir.VectorType(I32, 2 * n), order))
+    return builder.bitcast(side_by_side, stored.type)
 
 
 def combined(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:

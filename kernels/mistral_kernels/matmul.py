@@ -15,7 +15,7 @@ from numba import types
 
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.layout import TILE
-from mistral_kernels.matvec import BYTES, SCALES, scale_of
+from mistral_kernels.matvec import BYTES, SCALES, round_to_pairs, scale_of
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
@@ -32,6 +32,17 @@ def _cut(x: Any, slabs: Any, first: int, last: int) -> None:
         start, stop = slab * DEPTH, min((slab + 1) * DEPTH, x.shape[1])
         for t in range(len(x)):
             slabs[slab, t, : stop - start] = x[t, start:stop]
+
+
+@part()
+def _cut_in_pairs(x: Any, slabs: Any, first: int, last: int) -> None:
+    """As _cut, with x rounded to bf16, and DEPTH pairs in a slab."""
+    n_tokens, n_in = x.shape
+    for slab in range(first, last):
+        start = slab * 2 * DEPTH
+        for t in range(n_tokens):
+            row = (slab * n_tokens + t) * DEPTH
+            round_to_pairs(x, t * n_in + start, min(2 * DEPTH, n_in - start), slabs, row)
 
 
 def _panel_filler(kind: str, is_tiled: bool) -> Any:
@@ -98,10 +109,13 @@ def over_blocks(multiply_block: Any, new_panel: Any, *variant: object) -> Any:
 def matmul(kind: str, is_tiled: bool = False) -> Any:
     """Return a kernel: matmul(W, scales, x, y, n_threads), for matrices of a kind, as stored or in tile order.
 
-    W, scales   as in matvec; fp8 is never in tile order
+    W, scales   as in matvec and matvec_tiled; fp8 is never in tile order
     x, y        (T, I) and (T, O) float32, T at least 1
+
+    Of "pairs" everything but x counts pairs of inputs: panels, slabs, and I itself.
     """
-    multiply_tile = tile(ROWS, VECTORS)
+    multiply_tile = tile(ROWS, VECTORS, "pairs" if kind == "pairs" else "f32")
+    cut, at_once = (_cut_in_pairs, 2) if kind == "pairs" else (_cut, 1)
     fill_panel = _panel_filler(kind, is_tiled)
 
     @part(kind, is_tiled)
@@ -124,16 +138,16 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
 
     @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind, is_tiled)
     def matmul(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
-        (n_tokens, n_in), n_out = x.shape, y.shape[1]
+        n_tokens, n_in, n_out = len(x), x.shape[1] // at_once, y.shape[1]
         # Rows of x whose starts are a power of two apart would push each other out of the cache.
         n_slabs, n_blocks = (n_in + DEPTH - 1) // DEPTH, (n_out + WIDTH - 1) // WIDTH
         slabs = np.empty((n_slabs, n_tokens, DEPTH), np.float32)
         if n_threads == 1:
-            _cut(x, slabs, 0, n_slabs)
+            cut(x, slabs, 0, n_slabs)
             multiply_blocks((W, scales), slabs, n_in, y, 0, n_blocks)
         else:
             for slab in numba.prange(n_slabs):
-                _cut(x, slabs, slab, slab + 1)
+                cut(x, slabs, slab, slab + 1)
             for thread in numba.prange(n_threads):
                 first, last = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
                 multiply_blocks((W, scales), slabs, n_in, y, first, last)

@@ -4,6 +4,9 @@ The memory's speed is the limit, so all that counts is to read W once, in long s
 before the next arrives. Each thread reads its rows in eight streams, an eighth of them each, one row after the other:
 eight sums that do not wait for each other, each vector of x loaded once for all of them, and streams that hardly ever
 end, since one that has just begun is slow; what comes next in each is asked for ahead of time.
+
+A matrix of bf16 may be taken as pairs of its numbers, and x rounded to bf16: half the work for processors that multiply
+and add up pairs (instructions.pair_products).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.instructions import LANES
 from mistral_kernels.layout import TILE
 from mistral_kernels.rows import TILE_INPUTS, row_sums, tile_sums
-from mistral_kernels.simd import load, load_part
+from mistral_kernels.simd import load, load_part, store_rounded
 
 ROWS = 8
 FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
@@ -35,14 +38,36 @@ def scale_of(scales: Any, o: int, i: int) -> float:
     return scales[min(o // FP8_BLOCK, len(scales) - 1), min(i // FP8_BLOCK, scales.shape[1] - 1)]
 
 
+@part()
+def round_to_pairs(x: Any, start: int, n: int, pairs: Any, at: int) -> None:
+    """Put n numbers of x from a flat offset on, rounded to bf16, into pairs[at:], which ends at a whole vector."""
+    for i in range(0, n, LANES):
+        store_rounded(pairs, 2 * at + i, load_part(x, start + i, min(n - i, LANES)))
+
+
+@part()
+def in_pairs(x: Any) -> Any:
+    """Return x, of an even length, rounded to bf16, as len(x) // 2 pairs."""
+    pairs = np.empty((len(x) + LANES - 1) // LANES * LANES // 2, np.float32)
+    round_to_pairs(x, 0, len(x), pairs, 0)
+    return pairs[: len(x) // 2]
+
+
+@part()
+def as_it_is(x: Any) -> Any:
+    """Return x."""
+    return x
+
+
 @made_once
 def matvec(kind: str) -> Any:
     """Return a kernel: matvec(W, scales, x, y, n_threads), for matrices of a kind.
 
-    W           O * I numbers of the kind, row after row, as bytes (uint8)
+    W           O * I numbers of the kind, row after row, as bytes (uint8); "pairs" are bf16, and I is even
     scales      what fp8 weights are multiplied by, float32 (1, 1) or (ceil(O/128), ceil(I/128)); else not read
     x, y        (I,) and (O,) float32
     """
+    inputs = in_pairs if kind == "pairs" else as_it_is
     no_sums, add_products, add_products_part, totals = row_sums(kind, ROWS)
     is_scaled = kind == "fp8"
 
@@ -74,11 +99,12 @@ def matvec(kind: str) -> Any:
 
     @kernel(types.void(BYTES, SCALES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
     def matvec(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
+        q = inputs(x)
         if n_threads == 1:
-            multiply_rows(W, scales, x, y, 0, len(y))
+            multiply_rows(W, scales, q, y, 0, len(y))
         else:
             for t in numba.prange(n_threads):
-                multiply_rows(W, scales, x, y, len(y) * t // n_threads, len(y) * (t + 1) // n_threads)
+                multiply_rows(W, scales, q, y, len(y) * t // n_threads, len(y) * (t + 1) // n_threads)
 
     return matvec
 
@@ -91,8 +117,9 @@ PART = 512  # inputs that are summed up by themselves, so that long sums lose le
 def matvec_tiled(kind: str) -> Any:
     """Return a kernel: matvec_tiled(W, x, y, n_threads), as matvec, for matrices in tile order (layout.py).
 
-    The length of x is even.
+    The length of x is even; for "pairs", which are bf16 in tile order, a multiple of four.
     """
+    inputs = in_pairs if kind == "pairs" else as_it_is
     no_tile_sums, add_tile_products, store_tile_sums = tile_sums(kind, TILES)
 
     @part(kind)
@@ -116,11 +143,11 @@ def matvec_tiled(kind: str) -> Any:
 
     @kernel(types.void(BYTES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
     def matvec_tiled(W: Any, x: Any, y: Any, n_threads: int) -> None:
-        n_tiles = (len(y) + TILE - 1) // TILE
+        q, n_tiles = inputs(x), (len(y) + TILE - 1) // TILE
         if n_threads == 1:
-            multiply_tiles(W, x, y, 0, n_tiles)
+            multiply_tiles(W, q, y, 0, n_tiles)
         else:
             for t in numba.prange(n_threads):
-                multiply_tiles(W, x, y, n_tiles * t // n_threads, n_tiles * (t + 1) // n_threads)
+                multiply_tiles(W, q, y, n_tiles * t // n_threads, n_tiles * (t + 1) // n_threads)
 
     return matvec_tiled

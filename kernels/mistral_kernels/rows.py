@@ -23,13 +23,14 @@ from mistral_kernels.instructions import (
     VECTOR,
     combined,
     constant,
-    fused,
     load_first,
     load_vector,
     prefetch_line,
+    products,
     row_addresses,
     store_vector,
     widened,
+    widened_tile,
 )
 from mistral_kernels.simd import ARRAY, FloatVectorType, operation, vector
 
@@ -56,7 +57,8 @@ def row_sums(kind: str, n_rows: int) -> tuple[Any, Any, Any, Any]:
     def accumulate(builder: Any, sums: Any, W: Any, rows: Any, i: Any, x: Any, read: Callable[[Any], Any]) -> Any:
         new = []
         for row, address in enumerate(row_addresses(builder, W, rows, i, size, range(n_rows))):
-            new.append(fused(builder, widened(builder, read(address), kind), x, builder.extract_value(sums, row)))
+            weights = widened(builder, read(address), kind)
+            new.append(products(builder, weights, x, builder.extract_value(sums, row), kind))
         return new
 
     @operation(sums_type)
@@ -110,8 +112,8 @@ def tile_sums(kind: str, n_tiles: int) -> tuple[Any, Any, Any]:
         new = []
         for number, address in enumerate(row_addresses(builder, W, tiles, column, size, range(n_tiles))):
             prefetch_line(builder, address, AHEAD)
-            weights = widened(builder, load_vector(builder, address, element, TILE_LANES), kind)
-            new.append(fused(builder, weights, inputs, builder.extract_value(sums, number)))
+            weights = widened_tile(builder, load_vector(builder, address, element, TILE_LANES), kind)
+            new.append(products(builder, weights, inputs, builder.extract_value(sums, number), kind))
         return new
 
     @operation(types.void, sums_type, ARRAY, types.intp)

@@ -16,6 +16,7 @@ from numba.extending import intrinsic, models, register_model
 
 from mistral_kernels.instructions import (
     F32,
+    I16,
     I32,
     LANES,
     VECTOR,
@@ -25,6 +26,8 @@ from mistral_kernels.instructions import (
     fused,
     load_first,
     load_vector,
+    pair_products,
+    rounded_to_bf16,
     splat_of,
     store_vector,
 )
@@ -108,6 +111,13 @@ def store(builder: Any, array: Any, offset: Any, value: Any) -> None:
     store_vector(builder, builder.gep(array, [offset]), value)
 
 
+@operation(types.void, ARRAY, types.intp, vector)
+def store_rounded(builder: Any, array: Any, offset: Any, value: Any) -> None:
+    """Put a vector, rounded to bf16, into an array of pairs, `offset` bf16 from its start."""
+    address = builder.gep(builder.bitcast(array, I16.as_pointer()), [offset])
+    store_vector(builder, address, rounded_to_bf16(builder, value))
+
+
 @operation(vector, vector, vector)
 def add(builder: Any, a: Any, b: Any) -> Any:
     """a + b"""
@@ -136,6 +146,12 @@ def divide(builder: Any, a: Any, b: Any) -> Any:
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c"""
     return fused(builder, a, b, c)
+
+
+@operation(vector, vector, vector, vector)
+def multiply_add_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c for the two bf16 in each lane of a and b; see instructions.pair_products."""
+    return pair_products(builder, a, b, c)
 
 
 @operation(vector, vector)

@@ -26,14 +26,15 @@ from mistral_kernels.instructions import (
     STORED,
     VECTOR,
     constant,
-    fused,
     load_first,
     load_vector,
     prefetch_line,
+    products,
     row_addresses,
     splat_of,
     store_vector,
     widened,
+    widened_tile,
 )
 from mistral_kernels.rows import ROWS_TYPE
 from mistral_kernels.simd import ARRAY, operation
@@ -94,7 +95,8 @@ def summed_in_loop(
 def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
     """Return the operation multiply_tile(A, a, B, b, n_k, C, c, rows, continues), with a panel of numbers of a kind.
 
-    A, C            float32 arrays; a = (offset, row length) and c = (offset, row length) say where in them
+    A, C            float32 arrays; a = (offset, row length) and c = (offset, row length) say where in them. If the kind
+                    is "pairs", A holds pairs as well, and a number of A or of the panel is one pair
     B               array of bytes or float32; the panel starts at its number b
     n_k             at least 1
     rows            how many rows exist; of those beyond nothing is stored
@@ -107,7 +109,7 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
     def whole(value: int) -> ir.Constant:
         return ir.Constant(I64, value)
 
-    def products(builder: Any, A_rows: list[Any], panel: Any, k: Any, sums: list[Any]) -> list[Any]:
+    def added(builder: Any, A_rows: list[Any], panel: Any, k: Any, sums: list[Any]) -> list[Any]:
         """Return the sums after step k."""
         B_row = builder.gep(panel, [builder.mul(k, whole(width * size))])
         vectors = []
@@ -120,7 +122,7 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
         for row, address in enumerate(A_rows):
             number_of_A = splat_of(builder, builder.load(builder.gep(address, [k]), align=4), LANES)
             for number, value in enumerate(vectors):
-                new.append(fused(builder, number_of_A, value, sums[row * n_vectors + number]))
+                new.append(products(builder, number_of_A, value, sums[row * n_vectors + number], kind))
         return new
 
     @operation(types.void, ARRAY, PLACE, ARRAY, types.intp, types.intp, ARRAY, PLACE, types.intp, types.boolean)
@@ -131,7 +133,7 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
         panel = builder.gep(builder.bitcast(B, I8.as_pointer()), [builder.mul(b, whole(size))])
 
         def step(k: Any, sums: list[Any]) -> list[Any]:
-            return products(builder, A_rows, panel, k, sums)
+            return added(builder, A_rows, panel, k, sums)
 
         sums = summed_in_loop(builder, n_k, n_rows * n_vectors, constant(VECTOR, 0.0), step)
         add_to_rows(builder, C_rows, sums, rows, continues)
@@ -195,13 +197,13 @@ def transpose(kind: str, ahead: int) -> tuple[Any, Any]:
 
 
 def widen(kind: str) -> Any:
-    """Return an operation: widen(W, offset, panel, place) turns 8 numbers of a kind, given as bytes, into float32."""
+    """Return an operation: widen(W, offset, panel, place) turns 8 numbers of a kind, in tile order, into float32."""
     element, size = STORED[kind], KINDS[kind]
 
     @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
     def widen(builder: Any, W: Any, offset: Any, panel: Any, place: Any) -> None:
         address = builder.gep(W, [builder.mul(offset, ir.Constant(I64, size))])
-        floats = widened(builder, load_vector(builder, address, element, 8), kind)
+        floats = widened_tile(builder, load_vector(builder, address, element, 8), kind)
         store_vector(builder, builder.gep(panel, [place]), floats)
 
     return widen
