@@ -8,7 +8,8 @@ apart is reported: proof that they compute the same. Then every test runs once t
   tg32            32 tokens one by one after nothing
   tg32 @ d4096    the same after 4096 others; without a window, so that all do equal work
 
-mistral_ref with a sliding window, and with --repack, have rows of their own. With --quantize the same weights are
+mistral_ref with a sliding window, with --repack, and with activations rounded to bf16 as llama.cpp rounds them where
+weights are bf16 and the processor can multiply so, have rows of their own. With --quantize the same weights are
 rounded to 8 or 4 bits by each runtime's own rules, ours with activations of int16 and of int8, llama.cpp's as Q8_0, or
 Q4_0 and Q4_K_M; logits are then held against those of the float weights. Tokens are random; there is no tokenizer
 and no sampling. Each runtime keeps its own defaults: llama.cpp flash attention "auto" and a float16 cache, n_batch and
@@ -135,6 +136,8 @@ def float_runners(arguments: argparse.Namespace, directory: Path, work: Path) ->
     runners = [Runner(OURS, OURS, directory, (), *size)]
     if arguments.repack:
         runners.append(Runner(f"{OURS} repacked", OURS, directory, ["--repack"], *size))
+    if any(matrix.kind == "bf16" for matrix in matrices(open_model(directory)[1])):
+        runners.append(Runner(f"{OURS} bfloat16", OURS, directory, ["--activations=bfloat16"], *size))
     if arguments.window:
         options = [f"--window={arguments.window}"]
         runners.append(Runner(f"{OURS} window {arguments.window}", OURS, directory, options, *size))

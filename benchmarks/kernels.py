@@ -4,9 +4,9 @@ Groups of measurements, each printed as a Markdown table when it is done:
 
   decode      products with one vector, as in decoding, against plain reads; weights of every kind, rotated so that no
               cache holds them; "tiled" are copied into the order that load(repack=True) makes; int8 and int4 are
-              in groups of 32, with what inputs are rounded to after them
+              in groups of 32, with what inputs are rounded to after them; "bf16 bfloat16" rounds them to bf16
   prompt      products with T tokens at once, against the multiply-add peak, and NumPy's float32 product beside them,
-              with as many BLAS threads
+              with as many BLAS threads; products in bfloat16 against their own peak
   attention   one token over 4096 keys, against plain reads; prompts of 512 and 2048 tokens, against the peak
   depth       one token's attention at growing depths with a sliding window: flat once the window is full
 
@@ -44,7 +44,7 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.machine import available_memory, machine, machine_lines
-from mistral_ref.quantized_matrix import GROUP_SIZE, QuantizedMatrix, quantized_parts
+from mistral_ref.quantized_matrix import GROUP_SIZE, Activations, QuantizedMatrix, quantized_parts
 from mistral_ref.shapes import SHAPES, shape
 from mistral_ref.synthetic import fp8_scale, random_weights
 from mistral_ref.weights import Kind, Matrix, tiled
@@ -58,6 +58,7 @@ examples:
 
 KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8")
 ROUNDED: tuple[Kind, ...] = ("int8", "int4")
+ROUNDINGS: tuple[Activations, ...] = ("bfloat16", "int16", "int8")
 SHARES = 48  # of memory: more than the candidates of a group, each of which holds as many bytes as are rotated through
 TOKENS = (2, 4, 8, 15, 16, 32, 128, 512, 2048)
 BLAS_REST = 0.3  # seconds; OpenBLAS's threads go on spinning after a product
@@ -73,9 +74,10 @@ class Bench:
     quick: bool
 
     @cached_property
-    def rounding_ops(self) -> list[CompiledOps]:
-        """Operations for each way to round the inputs of quantized matrices."""
-        return [CompiledOps(threads=self.ops.threads, activations=name) for name in ("int16", "int8")]
+    def rounding_ops(self) -> dict[Kind, list[CompiledOps]]:
+        """Operations for each way to round the inputs of matrices of a kind."""
+        ops = {name: CompiledOps(threads=self.ops.threads, activations=name) for name in ROUNDINGS}
+        return {"bf16": [ops["bfloat16"]], "int8": [ops["int16"], ops["int8"]], "int4": [ops["int16"], ops["int8"]]}
 
     @cached_property
     def read(self) -> Limit:
@@ -84,6 +86,10 @@ class Bench:
     @cached_property
     def peak(self) -> Limit:
         return benchmark.multiply_add_limit(self.ops.threads)
+
+    @cached_property
+    def peak_of_pairs(self) -> Limit:
+        return benchmark.multiply_add_limit(self.ops.threads, "pairs")
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -131,11 +137,11 @@ def decode_group(bench: Bench) -> list[Candidate]:
         if name == "w1" and kind in ("f16", "bf16"):
             copies = [tiled(matrix) for matrix in matrices]
             candidates.append(_product(bench, bench.ops, f"{name} {n_out} x {n_in}, {kind} tiled", x_TI, copies))
-    for name, kind in ((name, kind) for name in names for kind in ROUNDED):
+    for name, kind in ((name, kind) for name in names for kind in bench.rounding_ops):
         n_out, n_in = bench.matrices[name]
         matrices = rotated(kind, n_out, n_in, bench.n_bytes)
         x_TI = rng.standard_normal((1, n_in), np.float32)
-        for ops in bench.rounding_ops:
+        for ops in bench.rounding_ops[kind]:
             label = f"{name} {n_out} x {n_in}, {kind} {ops.activations}"
             candidates.append(_product(bench, ops, label, x_TI, matrices))
     return candidates
@@ -156,18 +162,23 @@ def prompt_group(bench: Bench) -> list[Candidate]:
         x_TI = rng.standard_normal((n_tokens, n_in), np.float32)
         work = 2e-9 * n_tokens * n_out * n_in
         for kind in ("f32", "bf16") if bench.quick else KINDS:
-            candidates.append(_prompt_product(bench, bench.ops, f"T = {n_tokens}, {kind}", x_TI, weights[kind], work))
-        for kind, ops in ((kind, ops) for kind in ROUNDED for ops in bench.rounding_ops):
-            name = f"T = {n_tokens}, {kind} {ops.activations}"
-            candidates.append(_prompt_product(bench, ops, name, x_TI, weights[kind], work))
+            candidates.append(
+                _prompt_product(bench.ops, f"T = {n_tokens}, {kind}", x_TI, weights[kind], work, bench.peak)
+            )
+        for kind, ops in ((kind, ops) for kind, ways in bench.rounding_ops.items() for ops in ways):
+            name, limit = (
+                f"T = {n_tokens}, {kind} {ops.activations}",
+                bench.peak_of_pairs if kind == "bf16" else bench.peak,
+            )
+            candidates.append(_prompt_product(ops, name, x_TI, weights[kind], work, limit))
         candidates.append(_numpy_product(bench, f"T = {n_tokens}, NumPy f32", x_TI, weights["f32"], work))
     return candidates
 
 
 def _prompt_product(
-    bench: Bench, ops: CompiledOps, name: str, x_TI: np.ndarray, weight: Matrix, work: float
+    ops: CompiledOps, name: str, x_TI: np.ndarray, weight: Matrix, work: float, limit: Limit
 ) -> Candidate:
-    return Candidate(name, lambda: ops.linear(x_TI, weight), work, bench.peak)
+    return Candidate(name, lambda: ops.linear(x_TI, weight), work, limit)
 
 
 def _numpy_product(bench: Bench, name: str, x_TI: np.ndarray, weight: Matrix, work: float) -> Candidate:

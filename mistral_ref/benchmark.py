@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -89,9 +89,12 @@ def read_limits(counts: Sequence[int], n_bytes: int) -> list[Limit]:
     return [Limit("GB/s", partial(measure, n_threads)) for n_threads in counts]
 
 
-def multiply_add_limit(n_threads: int) -> Limit:
-    """Return the limit "GFLOP/s": vector multiply-adds on registers, each counted as two operations a lane."""
-    kernel = limits.multiply_add_peak()
+def multiply_add_limit(n_threads: int, kind: Literal["f32", "pairs"] = "f32") -> Limit:
+    """Return the limit "GFLOP/s": vector multiply-adds on registers, each counted as two operations.
+
+    A lane does one of float32, or of "pairs" of bf16 two.
+    """
+    kernel = limits.multiply_add_peak(kind)
     rounds = 10**5
 
     def measure_rounds(n: int) -> float:
@@ -102,7 +105,8 @@ def multiply_add_limit(n_threads: int) -> Limit:
 
     measure_rounds(rounds)  # wakes the threads
     rounds = math.ceil(rounds * _PEAK_SECONDS / measure_rounds(rounds))
-    billions = 2 * limits.N_CHAINS * LANES * n_threads * rounds / 1e9
+    in_a_lane = 2 if kind == "pairs" else 1
+    billions = 2 * in_a_lane * limits.N_CHAINS * LANES * n_threads * rounds / 1e9
     return Limit("GFLOP/s", lambda: billions / measure_rounds(rounds))
 
 

@@ -575,7 +575,7 @@ def test_what_inputs_are_rounded_to_is_checked(backend: str, bad: object, source
 
 def test_compiled_kernels_round_inputs_always(source: Path) -> None:
     with pytest.raises(
-        InputError, match=r"^activations is 'float'; which backend='numpy' alone has; expected 'int16', "
+        InputError, match=r"^activations is 'float', which backend='numpy' alone has; expected 'int16',"
     ) as caught:
         load(source, "numba", activations="float")
     one_line(caught.value)

@@ -9,7 +9,7 @@ from numba import types
 
 from mistral_kernels.compiling import kernel, made_once
 from mistral_kernels.instructions import LANES
-from mistral_kernels.simd import add, load, multiply_add, splat, sum_of, zeros
+from mistral_kernels.simd import add, load, multiply_add, multiply_add_pairs, splat, sum_of, zeros
 
 N_CHAINS = 12  # sums that do not wait for each other: a multiply-add takes 4 cycles or so, and two may start in each
 
@@ -37,10 +37,14 @@ def plain_read() -> Any:
 
 
 @made_once
-def multiply_add_peak() -> Any:
-    """Return a kernel: multiply_add_peak(n, n_threads) does n rounds of N_CHAINS vectors on each thread."""
+def multiply_add_peak(kind: str = "f32") -> Any:
+    """Return a kernel: multiply_add_peak(n, n_threads) does n rounds of N_CHAINS vectors on each thread.
 
-    @kernel(types.float32(types.intp, types.intp))
+    A vector is LANES multiply-adds of float32, or of "pairs" of bf16 twice as many.
+    """
+    added = multiply_add_pairs if kind == "pairs" else multiply_add
+
+    @kernel(types.float32(types.intp, types.intp), kind)
     def multiply_add_peak(n: int, n_threads: int) -> float:
         sums = [numba.float32(0.0)] * n_threads
         for t in numba.prange(n_threads):
@@ -48,10 +52,10 @@ def multiply_add_peak() -> Any:
             a0, a1, a2, a3, a4, a5 = y, y, y, y, y, y
             b0, b1, b2, b3, b4, b5 = x, x, x, x, x, x
             for _ in range(n):
-                a0, a1, a2 = multiply_add(a0, x, y), multiply_add(a1, x, y), multiply_add(a2, x, y)
-                a3, a4, a5 = multiply_add(a3, x, y), multiply_add(a4, x, y), multiply_add(a5, x, y)
-                b0, b1, b2 = multiply_add(b0, x, y), multiply_add(b1, x, y), multiply_add(b2, x, y)
-                b3, b4, b5 = multiply_add(b3, x, y), multiply_add(b4, x, y), multiply_add(b5, x, y)
+                a0, a1, a2 = added(x, y, a0), added(x, y, a1), added(x, y, a2)
+                a3, a4, a5 = added(x, y, a3), added(x, y, a4), added(x, y, a5)
+                b0, b1, b2 = added(x, y, b0), added(x, y, b1), added(x, y, b2)
+                b3, b4, b5 = added(x, y, b3), added(x, y, b4), added(x, y, b5)
             a0, a1, a2 = add(a0, a1), add(a2, a3), add(a4, a5)
             b0, b1, b2 = add(b0, b1), add(b2, b3), add(b4, b5)
             sums[t] = sum_of(add(add(add(a0, a1), add(a2, b0)), add(b1, b2)))
