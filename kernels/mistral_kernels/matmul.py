@@ -19,7 +19,7 @@ from mistral_kernels.matvec import BYTES, SCALES, round_to_pairs, scale_of
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
-KEPT = 2**21  # numbers of x that all blocks go through before the next ones, so that they stay in the last cache
+KEPT = 2**20  # numbers of x that all blocks go through before the next ones: what stays in a last cache that others use
 
 MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
 MATRIX_OUT = types.Array(types.float32, 2, "C")
