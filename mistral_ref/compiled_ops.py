@@ -14,9 +14,10 @@ import numba
 import numpy as np
 
 from mistral_kernels import attention, elementwise, panels, threads
-from mistral_kernels.matmul import matmul
+from mistral_kernels.matmul import matmul, slab_numbers
 from mistral_kernels.matvec import matvec, matvec_tiled
-from mistral_kernels.quantized import matmul_quantized, matvec_quantized
+from mistral_kernels.pool import ArrayPool
+from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.quantized_matrix import Activations, QuantizedMatrix
@@ -88,6 +89,7 @@ class CompiledOps(ReferenceOps):
                 "activations is 'float', which backend='numpy' alone has; expected 'int16', 'int8' or 'bfloat16'"
             )
         self.threads = chosen_threads(threads)
+        self._pool = ArrayPool()
         _start_threads()
 
     @contextmanager
@@ -100,7 +102,7 @@ class CompiledOps(ReferenceOps):
 
     def rms_norm(self, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
         x_TD = _floats(x_TD)
-        y_TD = np.empty_like(x_TD)
+        y_TD = self._pool.empty(x_TD.shape)
         elementwise.rms_norm()(x_TD, weight_D, eps, y_TD, self._threads_for(x_TD.size, _FEW_NUMBERS))
         return y_TD
 
@@ -109,7 +111,7 @@ class CompiledOps(ReferenceOps):
         if x_TI.ndim != 2 or x_TI.shape[1] != n_in:
             raise InputError(f"{weight_OI.name} takes {n_in} inputs a token; found an array {x_TI.shape}")
         x_TI, n_tokens = _floats(x_TI), len(x_TI)
-        y_TO = np.empty((n_tokens, n_out), np.float32)
+        y_TO = self._pool.empty((n_tokens, n_out))
         if isinstance(weight_OI, QuantizedMatrix):
             self._quantized_linear(x_TI, weight_OI, y_TO)
             return y_TO
@@ -125,7 +127,8 @@ class CompiledOps(ReferenceOps):
         if n_tokens > 1:
             for start in range(0, n_tokens, _TOKENS_AT_ONCE):
                 rows = slice(start, start + _TOKENS_AT_ONCE)
-                matmul(kind, is_tiled)(stored, scale, x_TI[rows], y_TO[rows], n_threads)
+                slabs = self._pool.empty((slab_numbers(kind, len(x_TI[rows]), n_in),))
+                matmul(kind, is_tiled)(stored, scale, x_TI[rows], slabs, y_TO[rows], n_threads)
         elif n_tokens == 1 and is_tiled:
             matvec_tiled(kind)(stored, x_TI[0], y_TO[0], n_threads)
         elif n_tokens == 1:
@@ -141,11 +144,13 @@ class CompiledOps(ReferenceOps):
             return
         for start in range(0, len(x_TI), _TOKENS_AT_ONCE):
             rows = slice(start, start + _TOKENS_AT_ONCE)
-            matmul_quantized(*how)(stored, scales, unit, x_TI[rows], y_TO[rows], n_threads)
+            q_shape, scales_shape = slab_shapes(weight_OI.group_size, *x_TI[rows].shape)
+            q, scales_x = self._pool.empty(q_shape, self.quantized_activations), self._pool.empty(scales_shape)
+            matmul_quantized(*how)(stored, scales, unit, x_TI[rows], q, scales_x, y_TO[rows], n_threads)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         x_THK = _floats(x_THK)
-        turned = np.empty_like(x_THK)
+        turned = self._pool.empty(x_THK.shape)
         elementwise.rotate()(x_THK, cos, sin, turned, self._threads_for(x_THK.size, _FEW_NUMBERS))
         return turned
 
@@ -177,7 +182,7 @@ class CompiledOps(ReferenceOps):
 
     def _heads(self, q_THK: np.ndarray, view: KeyView) -> np.ndarray:
         q_THK = _floats(q_THK)
-        (k, v, k_steps, v_steps), heads_THK = view.store, np.empty_like(q_THK)
+        (k, v, k_steps, v_steps), heads_THK = view.store, self._pool.empty(q_THK.shape)
         n_tokens, n_heads, _ = q_THK.shape
         n_kv_heads, n_blocks = v.shape[:2]
         is_few = n_tokens * n_heads <= n_kv_heads * attention.FEW_ROWS
@@ -201,7 +206,7 @@ class CompiledOps(ReferenceOps):
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         gate, up = _floats(gate), _floats(up)
-        hidden = np.empty_like(gate)
+        hidden = self._pool.empty(gate.shape)
         n_threads = self._threads_for(gate.size, _FEW_NUMBERS)
         elementwise.swiglu()(gate.reshape(-1), up.reshape(-1), hidden.reshape(-1), n_threads)
         return hidden
@@ -209,7 +214,7 @@ class CompiledOps(ReferenceOps):
     def mix_experts(
         self, y_ND: np.ndarray, tokens_N: np.ndarray, experts_N: np.ndarray, weights_TE: np.ndarray
     ) -> np.ndarray:
-        z_TD = np.empty((len(weights_TE), y_ND.shape[1]), np.float32)
+        z_TD = self._pool.empty((len(weights_TE), y_ND.shape[1]))
         tokens_N, experts_N = (np.ascontiguousarray(indices, np.int64) for indices in (tokens_N, experts_N))
         elementwise.mix_experts()(_floats(y_ND), tokens_N, experts_N, _floats(weights_TE), z_TD)
         return z_TD

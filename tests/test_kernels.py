@@ -28,9 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_kernels import attention, elementwise, panels, threads
-from mistral_kernels.matmul import DEPTH, matmul
+from mistral_kernels.matmul import DEPTH, matmul, slab_numbers
 from mistral_kernels.matvec import PART, in_pairs, matvec, matvec_tiled
-from mistral_kernels.quantized import matmul_quantized, matvec_quantized
+from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.simd import LANES, load, multiply_add_pairs, store
 from mistral_kernels.tile import WIDTH
 from mistral_ref.ops import KeyView
@@ -126,7 +126,8 @@ def product(
     scale = np.ones((1, 1), np.float32) if matrix.scale is None else matrix.scale
     is_tiled, kind = isinstance(matrix, TiledMatrix), "pairs" if matrix.name in PAIRS else matrix.kind
     if not one_by_one:
-        matmul(kind, is_tiled)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
+        slabs = np.full(slab_numbers(kind, *x_TI.shape), np.nan, np.float32)
+        matmul(kind, is_tiled)(matrix.as_bytes, scale, x_TI, slabs, y_TO, n_threads)
         return y_TO
     for x_I, y_O in zip(x_TI, y_TO, strict=True):
         if is_tiled:
@@ -327,7 +328,9 @@ def quantized_product(
     """Return x · Wᵀ by matvec_quantized, token by token, or by matmul_quantized."""
     y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
     if not one_by_one:
-        matmul_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_TI, y_TO, n_threads)
+        q_shape, scales_shape = slab_shapes(how.group, *x_TI.shape)
+        q, scales_x = np.full(q_shape, 99, how.activations), np.full(scales_shape, np.nan, np.float32)
+        matmul_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_TI, q, scales_x, y_TO, n_threads)
         return y_TO
     for x_I, y_O in zip(x_TI, y_TO, strict=True):
         matvec_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_I, y_O, n_threads)

@@ -23,6 +23,13 @@ KEPT = 2**20  # numbers of x that all blocks go through before the next ones: wh
 
 MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
 MATRIX_OUT = types.Array(types.float32, 2, "C")
+FLOATS = types.Array(types.float32, 1, "C")
+
+
+def slab_numbers(kind: str, n_tokens: int, n_in: int) -> int:
+    """Return how many numbers a product's workspace has: x, or pairs of it, cut into slabs of DEPTH."""
+    n_counted = n_in // 2 if kind == "pairs" else n_in
+    return -(-n_counted // DEPTH) * DEPTH * n_tokens
 
 
 @part()
@@ -107,10 +114,11 @@ def over_blocks(multiply_block: Any, new_panel: Any, *variant: object) -> Any:
 
 @made_once
 def matmul(kind: str, is_tiled: bool = False) -> Any:
-    """Return a kernel: matmul(W, scales, x, y, n_threads), for matrices of a kind, as stored or in tile order.
+    """Return a kernel: matmul(W, scales, x, slabs, y, n_threads), for matrices of a kind, as stored or in tile order.
 
     W, scales   as in matvec and matvec_tiled; fp8 is never in tile order
     x, y        (T, I) and (T, O) float32, T at least 1
+    slabs       float32, slab_numbers(kind, T, I) of any content
 
     Of "pairs" everything but x counts pairs of inputs: panels, slabs, and I itself.
     """
@@ -136,12 +144,12 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
 
     multiply_blocks = over_blocks(multiply_block, new_panel, kind, is_tiled)
 
-    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind, is_tiled)
-    def matmul(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
+    @kernel(types.void(BYTES, SCALES, MATRIX_IN, FLOATS, MATRIX_OUT, types.intp), kind, is_tiled)
+    def matmul(W: Any, scales: Any, x: Any, slabs: Any, y: Any, n_threads: int) -> None:
         n_tokens, n_in, n_out = len(x), x.shape[1] // at_once, y.shape[1]
         # Rows of x whose starts are a power of two apart would push each other out of the cache.
         n_slabs, n_blocks = (n_in + DEPTH - 1) // DEPTH, (n_out + WIDTH - 1) // WIDTH
-        slabs = np.empty((n_slabs, n_tokens, DEPTH), np.float32)
+        slabs = slabs.reshape((n_slabs, n_tokens, DEPTH))
         if n_threads == 1:
             cut(x, slabs, 0, n_slabs)
             multiply_blocks((W, scales), slabs, n_in, y, 0, n_blocks)

@@ -87,17 +87,25 @@ def matvec_quantized(bits: int, activations: str, group: int) -> Any:
     return matvec_quantized
 
 
+def slab_shapes(group: int, n_tokens: int, n_in: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return the shapes of a product's workspace: x rounded, in slabs of DEPTH, and its scales and sums."""
+    n_slabs = -(-n_in // DEPTH)
+    return (n_slabs, n_tokens, DEPTH), (n_slabs, n_tokens, DEPTH // group * 2)
+
+
 @made_once
 def matmul_quantized(bits: int, activations: str, group: int) -> Any:
-    """Return a kernel: matmul_quantized(W, S, unit, x, y, n_threads), for codes of 8 or 4 bits.
+    """Return a kernel: matmul_quantized(W, S, unit, x, q, scales_x, y, n_threads), for codes of 8 or 4 bits.
 
     W, S, unit  as in matvec_quantized
     x, y        (T, I) and (T, O) float32, T at least 1
+    q, scales_x of the shapes slab_shapes(group, T, I) and any content: int16 or int8, and float32
     """
     multiply_groups = group_tile(bits, activations, group)
     unpack_codes, unpack_scales = unpack(bits)
     rounded = _rounded(activations, group)
-    integer = {"int16": np.int16, "int8": np.int8}[activations]
+    integers = types.Array({"int16": types.int16, "int8": types.int8}[activations], 3, "C")
+    floats = types.Array(types.float32, 3, "C")
     of_group = 2 * WIDTH  # numbers in a panel's scales
     n_kept = DEPTH // group * 2  # numbers for each token and slab
 
@@ -148,12 +156,15 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
             row = slab * len(x) + t
             rounded(x[t], start, stop, kept, unit, q, row * DEPTH, scales_x, row * n_kept)
 
-    @kernel(types.void(BYTES, BYTES, types.float32, MATRIX_IN, MATRIX_OUT, types.intp), bits, activations, group)
-    def matmul_quantized(W: Any, S: Any, unit: float, x: Any, y: Any, n_threads: int) -> None:
-        n_tokens, n_in = len(x), (x.shape[1] + group - 1) // group * group
-        n_slabs, n_blocks = (n_in + DEPTH - 1) // DEPTH, (y.shape[1] + WIDTH - 1) // WIDTH
-        q = np.empty(n_slabs * n_tokens * DEPTH, integer)
-        scales_x = np.empty(n_slabs * n_tokens * n_kept, np.float32)
+    @kernel(
+        types.void(BYTES, BYTES, types.float32, MATRIX_IN, integers, floats, MATRIX_OUT, types.intp),
+        bits,
+        activations,
+        group,
+    )
+    def matmul_quantized(W: Any, S: Any, unit: float, x: Any, q: Any, scales_x: Any, y: Any, n_threads: int) -> None:
+        n_in, n_blocks = (x.shape[1] + group - 1) // group * group, (y.shape[1] + WIDTH - 1) // WIDTH
+        n_slabs, q, scales_x = len(q), q.reshape(-1), scales_x.reshape(-1)
         if n_threads == 1:
             for slab in range(n_slabs):
                 cut(x, unit, q, scales_x, slab)

@@ -1,0 +1,67 @@
+"""Large arrays whose memory is used again.
+
+Memory that comes from the system is mapped when it is first touched, 4 KiB at a time, and a prompt's arrays are
+megabytes that live for a step or two: with fresh ones, prompts of a small model take twice as long.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+LEAST = 2**16  # bytes; smaller arrays are left to NumPy
+MOST = 2**28  # bytes that are kept while nobody holds them
+LINE = 64  # bytes of a cache line, where arrays begin
+
+
+class _Lease:
+    """Memory that an array, and whatever is made of it, has until the last of them is gone."""
+
+    def __init__(self, memory: np.ndarray, give_back: Callable[[np.ndarray], None]) -> None:
+        self._memory, self._give_back = memory, give_back
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self._give_back(self._memory)
+
+
+class ArrayPool:
+    """A source of arrays, for any number of threads."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []  # what came back last is at the end
+        self._taking = threading.Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+        """Return an array of any content, like np.empty.
+
+        >>> pool = ArrayPool()
+        >>> first = pool.empty((1000, 100))
+        >>> place = first.ctypes.data
+        >>> del first
+        >>> pool.empty((900, 100)).ctypes.data == place
+        True
+        """
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if n_bytes < LEAST:
+            return np.empty(shape, dtype)
+        array = np.asarray(_Lease(self._take(n_bytes), self._free.append))
+        return array[:n_bytes].view(dtype).reshape(shape)
+
+    def _take(self, n_bytes: int) -> np.ndarray:
+        """Return at least so many bytes: the smallest memory that is free and not twice as large, or new memory."""
+        step = 1 << n_bytes.bit_length() - 3
+        size = -(-n_bytes // step) * step  # one of four between powers of two, so that what grows finds memory, too
+        with self._taking:  # memory may come back meanwhile, at the end
+            places = [i for i in reversed(range(len(self._free))) if size <= len(self._free[i]) < 2 * size]
+            if places:
+                return self._free.pop(min(places, key=lambda i: len(self._free[i])))
+            while sum(map(len, self._free)) > MOST:
+                self._free.pop(0)
+        memory = np.empty(size + LINE, np.uint8)
+        start = -memory.ctypes.data % LINE
+        return memory[start : start + size]
