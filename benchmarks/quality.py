@@ -7,7 +7,8 @@ weights as they are, token by token:
   perplexity  of the text
   same        how often the likeliest next token is the same
 
-Ours: "int4 g32 int16" has 4 bits in groups of 32 and rounds the inputs of products to int16. llama.cpp's formats are
+Ours: "int4 g32 int16" has 4 bits in groups of 32 and rounds the inputs of products to int16; "bf16 bfloat16" leaves the
+weights as they are and rounds the inputs of those in bf16 to bf16. llama.cpp's formats are
 those of its own library (Q4_K) or of the package gguf (the others), widened again and computed with in float32: what
 the weights lose, without what its products lose. Embedding and output have 8 bits everywhere: ours beside ours, Q8_0
 beside theirs. Rows that their blocks do not divide are filled up with zeros. Peers need: pip install gguf
@@ -52,13 +53,13 @@ examples:
   python benchmarks/quality.py --model DIR --ids IDS.json         token ids, for a model without a tokenizer
 """
 
-OURS: dict[str, tuple[int, int, Activations]] = {
-    f"int{bits} g{group_size} {activations}": (bits, group_size, activations)
+OURS: dict[str, tuple[Scheme | None, Activations]] = {
+    f"int{bits} g{group_size} {activations}": (Scheme(bits, group_size), activations)
     for bits, group_size, activations in (
         (8, 32, "int16"), (8, 32, "int8"), (8, 64, "int16"),
         (4, 32, "float"), (4, 32, "int16"), (4, 32, "int8"), (4, 64, "int16"), (4, 128, "int16"),
     )
-}  # fmt: skip
+} | {"bf16 bfloat16": (None, "bfloat16")}  # fmt: skip
 THEIRS = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
 AROUND = ("tok_embeddings", "output")
 QUICK_TOKENS = 2048
@@ -93,8 +94,8 @@ class Quality:
 def ours(model: Model, names: Sequence[str]) -> Iterator[Variant]:
     """Yield our ways of these names."""
     for name in (name for name in names if name in OURS):
-        bits, group_size, activations = OURS[name]
-        weights = quantized_weights(model.weights, Scheme(bits, group_size))
+        scheme, activations = OURS[name]
+        weights = model.weights if scheme is None else quantized_weights(model.weights, scheme)
         backend = "numpy" if activations == "float" else "numba"
         ops = mistral_ref.load(backend=backend, activations=activations).ops
         yield Variant(name, bits_a_weight(weights), Model(model.config, weights, ops))
