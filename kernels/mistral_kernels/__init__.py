@@ -1,8 +1,8 @@
 """Compiled kernels of mistral_ref: one operation a file. They know nothing of mistral_ref.
 
-simd.py has vectors as Numba values, made of instructions.py; rows.py and tile.py the inner loops of products;
-compiling.py how kernels are compiled and kept, threads.py what runs them, limits.py what the machine can do.
-Kernels check nothing; whoever calls them does.
+simd.py has vectors as Numba values, made of instructions.py and pairs.py; rows.py and tile.py the inner loops of
+products; compiling.py how kernels are compiled and kept, threads.py what runs them, pool.py memory that is used again,
+limits.py what the machine can do. Kernels check nothing; whoever calls them does.
 """
 
 

@@ -34,14 +34,13 @@ from mistral_kernels.instructions import (
     fenced,
     fused,
     load_vector,
-    pair_dots,
     prefetch_line,
-    quad_dots,
     row_addresses,
     splat_of,
     store_vector,
     widened,
 )
+from mistral_kernels.pairs import pair_dots, quad_dots
 from mistral_kernels.rows import AHEAD, ROWS_TYPE, TILE_LANES
 from mistral_kernels.simd import ARRAY, FloatVectorType, operation
 from mistral_kernels.tile import PLACE, ROWS, VECTORS, WIDTH, add_to_rows, stored_rows, summed_in_loop

@@ -6,7 +6,7 @@ eight sums that do not wait for each other, each vector of x loaded once for all
 end, since one that has just begun is slow; what comes next in each is asked for ahead of time.
 
 A matrix of bf16 may be taken as pairs of its numbers, and x rounded to bf16: half the work for processors that multiply
-and add up pairs (instructions.pair_products).
+and add up pairs (pairs.pair_products).
 """
 
 from __future__ import annotations

@@ -26,12 +26,11 @@ from mistral_kernels.instructions import (
     load_first,
     load_vector,
     prefetch_line,
-    products,
     row_addresses,
     store_vector,
     widened,
-    widened_tile,
 )
+from mistral_kernels.pairs import products, widened_tile
 from mistral_kernels.simd import ARRAY, FloatVectorType, operation, vector
 
 ROWS_TYPE = types.UniTuple(types.intp, 3)  # of instructions.row_addresses

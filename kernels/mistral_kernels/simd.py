@@ -26,11 +26,10 @@ from mistral_kernels.instructions import (
     fused,
     load_first,
     load_vector,
-    pair_products,
-    rounded_to_bf16,
     splat_of,
     store_vector,
 )
+from mistral_kernels.pairs import pair_products, rounded_to_bf16
 
 
 class FloatVectorType(types.Type):
@@ -150,7 +149,7 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 @operation(vector, vector, vector, vector)
 def multiply_add_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c for the two bf16 in each lane of a and b; see instructions.pair_products."""
+    """a * b + c for the two bf16 in each lane of a and b; see pairs.pair_products."""
     return pair_products(builder, a, b, c)
 
 

@@ -29,13 +29,12 @@ from mistral_kernels.instructions import (
     load_first,
     load_vector,
     prefetch_line,
-    products,
     row_addresses,
     splat_of,
     store_vector,
     widened,
-    widened_tile,
 )
+from mistral_kernels.pairs import products, widened_tile
 from mistral_kernels.rows import ROWS_TYPE
 from mistral_kernels.simd import ARRAY, operation
 
