@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
+from itertools import chain, cycle
 
 import numpy as np
 from common import (
@@ -56,9 +56,9 @@ examples:
   python benchmarks/kernels.py --quick --figure out.svg       fewer sizes, a minute or so
 """
 
-KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8")
-ROUNDED: tuple[Kind, ...] = ("int8", "int4")
-ROUNDINGS: tuple[Activations, ...] = ("bfloat16", "int16", "int8")
+KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8", "int8", "int4")
+QUANTIZED: tuple[Kind, ...] = ("int8", "int4")
+ROUNDINGS: dict[Kind, tuple[Activations, ...]] = {"bf16": ("bfloat16",)} | dict.fromkeys(QUANTIZED, ("int16", "int8"))
 SHARES = 48  # of memory: more than the candidates of a group, each of which holds as many bytes as are rotated through
 TOKENS = (2, 4, 8, 15, 16, 32, 128, 512, 2048)
 BLAS_REST = 0.3  # seconds; OpenBLAS's threads go on spinning after a product
@@ -74,10 +74,16 @@ class Bench:
     quick: bool
 
     @cached_property
-    def rounding_ops(self) -> dict[Kind, list[CompiledOps]]:
-        """Operations for each way to round the inputs of matrices of a kind."""
-        ops = {name: CompiledOps(threads=self.ops.threads, activations=name) for name in ROUNDINGS}
-        return {"bf16": [ops["bfloat16"]], "int8": [ops["int16"], ops["int8"]], "int4": [ops["int16"], ops["int8"]]}
+    def rounding_ops(self) -> dict[str, CompiledOps]:
+        """Operations for each way to round inputs."""
+        names = dict.fromkeys(chain(*ROUNDINGS.values()))
+        return {name: CompiledOps(threads=self.ops.threads, activations=name) for name in names}
+
+    def ways(self, kind: Kind) -> list[tuple[str, CompiledOps, Limit]]:
+        """What a product with matrices of a kind is called, what computes it, and its limit with many tokens."""
+        plain = [] if kind in QUANTIZED else [(kind, self.ops, self.peak)]
+        peak = self.peak_of_pairs if kind == "bf16" else self.peak
+        return plain + [(f"{kind} {name}", self.rounding_ops[name], peak) for name in ROUNDINGS.get(kind, ())]
 
     @cached_property
     def read(self) -> Limit:
@@ -111,7 +117,7 @@ def rotated(kind: Kind, n_out: int, n_in: int, n_bytes: int) -> list[Matrix]:
     scale = fp8_scale(std).reshape(1, 1) if kind == "fp8" else None
     matrices: list[Matrix] = []
     bits = 4 if kind == "int4" else 8
-    while kind in ROUNDED and sum(matrix.nbytes for matrix in matrices) < n_bytes:
+    while kind in QUANTIZED and sum(matrix.nbytes for matrix in matrices) < n_bytes:
         parts = quantized_parts(n_out, n_in, bits, GROUP_SIZE)
         data, zeros = (
             rng.integers(0, 256, parts["weight"].shape, np.uint8),
@@ -133,17 +139,11 @@ def decode_group(bench: Bench) -> list[Candidate]:
         n_out, n_in = bench.matrices[name]
         matrices = rotated(kind, n_out, n_in, bench.n_bytes)
         x_TI = rng.standard_normal((1, n_in), np.float32)
-        candidates.append(_product(bench, bench.ops, f"{name} {n_out} x {n_in}, {kind}", x_TI, matrices))
+        for way, ops, _ in bench.ways(kind):
+            candidates.append(_product(bench, ops, f"{name} {n_out} x {n_in}, {way}", x_TI, matrices))
         if name == "w1" and kind in ("f16", "bf16"):
             copies = [tiled(matrix) for matrix in matrices]
             candidates.append(_product(bench, bench.ops, f"{name} {n_out} x {n_in}, {kind} tiled", x_TI, copies))
-    for name, kind in ((name, kind) for name in names for kind in bench.rounding_ops):
-        n_out, n_in = bench.matrices[name]
-        matrices = rotated(kind, n_out, n_in, bench.n_bytes)
-        x_TI = rng.standard_normal((1, n_in), np.float32)
-        for ops in bench.rounding_ops[kind]:
-            label = f"{name} {n_out} x {n_in}, {kind} {ops.activations}"
-            candidates.append(_product(bench, ops, label, x_TI, matrices))
     return candidates
 
 
@@ -156,21 +156,14 @@ def prompt_group(bench: Bench) -> list[Candidate]:
     """Products with T tokens, and NumPy's beside them."""
     rng = np.random.default_rng(2)
     n_out, n_in = bench.matrices["w1"]
-    weights = {kind: rotated(kind, n_out, n_in, 1)[0] for kind in (*KINDS, *ROUNDED)}
+    weights = {kind: rotated(kind, n_out, n_in, 1)[0] for kind in KINDS}
     candidates = []
     for n_tokens in (2, 16, 512) if bench.quick else TOKENS:
         x_TI = rng.standard_normal((n_tokens, n_in), np.float32)
         work = 2e-9 * n_tokens * n_out * n_in
-        for kind in ("f32", "bf16") if bench.quick else KINDS:
-            candidates.append(
-                _prompt_product(bench.ops, f"T = {n_tokens}, {kind}", x_TI, weights[kind], work, bench.peak)
-            )
-        for kind, ops in ((kind, ops) for kind, ways in bench.rounding_ops.items() for ops in ways):
-            name, limit = (
-                f"T = {n_tokens}, {kind} {ops.activations}",
-                bench.peak_of_pairs if kind == "bf16" else bench.peak,
-            )
-            candidates.append(_prompt_product(ops, name, x_TI, weights[kind], work, limit))
+        for kind in ("f32", "bf16", *QUANTIZED) if bench.quick else KINDS:
+            for way, ops, limit in bench.ways(kind):
+                candidates.append(_prompt_product(ops, f"T = {n_tokens}, {way}", x_TI, weights[kind], work, limit))
         candidates.append(_numpy_product(bench, f"T = {n_tokens}, NumPy f32", x_TI, weights["f32"], work))
     return candidates
 

@@ -8,9 +8,9 @@ weights as they are, token by token:
   same        how often the likeliest next token is the same
 
 Ours: "int4 g32 int16" has 4 bits in groups of 32 and rounds the inputs of products to int16; "bf16 bfloat16" leaves the
-weights as they are and rounds the inputs of those in bf16 to bf16. llama.cpp's formats are
-those of its own library (Q4_K) or of the package gguf (the others), widened again and computed with in float32: what
-the weights lose, without what its products lose. Embedding and output have 8 bits everywhere: ours beside ours, Q8_0
+weights as they are and rounds the inputs of those in bf16 to bf16. llama.cpp's formats are those of its own library
+(Q4_K) or of the package gguf (the others), widened again and computed with in float32: what the weights lose, without
+what its products lose. Embedding and output have 8 bits everywhere: ours beside ours, Q8_0
 beside theirs. Rows that their blocks do not divide are filled up with zeros. Peers need: pip install gguf
 llama-cpp-python; what is not installed is left out.
 """
