@@ -189,6 +189,7 @@ def test_kernels_that_separate_processes_compiled_do_not_mix_in_a_third(package:
 
 EVERY_KERNEL = [
     *(f"from mistral_kernels.matvec import *; matvec({kind!r})" for kind in ("f32", "f16", "bf16", "fp8", "pairs")),
+    *(f"from mistral_kernels.matvec import *; matvecs({kind!r})" for kind in ("f32", "f16", "bf16", "fp8", "pairs")),
     *(f"from mistral_kernels.matvec import *; matvec_tiled({kind!r})" for kind in ("f16", "bf16", "pairs")),
     *(f"from mistral_kernels.matmul import *; matmul({kind!r})" for kind in ("f32", "f16", "bf16", "fp8", "pairs")),
     *(f"from mistral_kernels.matmul import *; matmul({kind!r}, True)" for kind in ("f16", "bf16", "pairs")),

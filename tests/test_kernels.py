@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from mistral_kernels import attention, elementwise, panels, threads
 from mistral_kernels.matmul import DEPTH, matmul, slab_numbers
-from mistral_kernels.matvec import PART, in_pairs, matvec, matvec_tiled
+from mistral_kernels.matvec import PART, in_pairs, matvec, matvec_tiled, matvecs
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.simd import LANES, load, multiply_add_pairs, store
 from mistral_kernels.tile import WIDTH
@@ -84,8 +84,17 @@ KINDS = ("f32", "f16", "bf16", "fp8", "fp8 blocks")
 TILED = ("f16 tiled", "bf16 tiled")
 PAIRS = ("bf16 pairs", "bf16 tiled pairs")  # whose inputs are rounded to bf16
 ALL_STORED = (*KINDS, *TILED, *PAIRS)
-each_kind = pytest.mark.parametrize("stored", ALL_STORED)
-each_product = pytest.mark.parametrize("one_by_one", [True, False], ids=["matvec", "matmul"])
+
+
+def ways(stored: str) -> tuple[str, ...]:
+    """Return the ways to multiply with a matrix that is stored so: token by token, a few at once, or many."""
+    return ("matvec", "matmul") if "tiled" in stored else ("matvec", "matvecs", "matmul")
+
+
+each_product = pytest.mark.parametrize(
+    ("stored", "way"), [(stored, way) for stored in ALL_STORED for way in ways(stored)]
+)
+each_quantized_product = pytest.mark.parametrize("one_by_one", [True, False], ids=["matvec", "matmul"])
 
 
 def as_stored(stored: str, values: np.ndarray, seed: int = 0) -> Matrix:
@@ -119,13 +128,16 @@ def random_matrix(stored: str, n_out: int, n_in: int, seed: int) -> Matrix:
 
 
 def product(
-    matrix: Matrix, x_TI: np.ndarray, n_threads: int = 1, *, one_by_one: bool, into: np.ndarray | None = None
+    matrix: Matrix, x_TI: np.ndarray, n_threads: int = 1, *, way: str, into: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return x · Wᵀ by matvec, token by token, or by matmul."""
+    """Return x · Wᵀ by one of the ways."""
     y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
     scale = np.ones((1, 1), np.float32) if matrix.scale is None else matrix.scale
     is_tiled, kind = isinstance(matrix, TiledMatrix), "pairs" if matrix.name in PAIRS else matrix.kind
-    if not one_by_one:
+    if way == "matvecs":
+        matvecs(kind)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
+        return y_TO
+    if way == "matmul":
         slabs = np.full(slab_numbers(kind, *x_TI.shape), np.nan, np.float32)
         matmul(kind, is_tiled)(matrix.as_bytes, scale, x_TI, slabs, y_TO, n_threads)
         return y_TO
@@ -144,72 +156,68 @@ def possible_inputs(stored: str, n_in: int) -> int:
 
 
 @each_product
-@each_kind
 @given(token_counts, output_counts, input_counts, seeds, thread_counts)
 @some
-def test_products(
-    stored: str, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int, n_threads: int
-) -> None:
+def test_products(stored: str, way: str, n_tokens: int, n_out: int, n_in: int, seed: int, n_threads: int) -> None:
     """The error is a part of the sum of |w x|: that sum grows like the number of inputs n, and so does the error.
 
     A sum of n random numbers is about sqrt(n), so each of its n roundings moves it by about sqrt(n) units, and as they
     are random themselves all together by about n. Many short sums in lanes lose less than one long one. Twice what was
     measured.
     """
-    n_tokens, n_in = min(n_tokens, 3) if one_by_one else n_tokens, possible_inputs(stored, n_in)
+    n_tokens, n_in = min(n_tokens, 3) if way == "matvec" else n_tokens, possible_inputs(stored, n_in)
     matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
     assert isinstance(matrix, TiledMatrix) == ("tiled" in stored)
     w_OI, x = matrix.rows(slice(None), np.float64), x_TI.astype(np.float64)
     if stored in PAIRS:
         x = bf16_values(to_bfloat16(x_TI)).astype(np.float64)
-    found = product(matrix, x_TI, n_threads, one_by_one=one_by_one)
-    assert_within(found, x @ w_OI.T, (6 if one_by_one else 12) * UNIT * (np.abs(x) @ np.abs(w_OI).T))
+    found = product(matrix, x_TI, n_threads, way=way)
+    assert_within(found, x @ w_OI.T, (12 if way == "matmul" else 6) * UNIT * (np.abs(x) @ np.abs(w_OI).T))
 
 
 @each_product
-@each_kind
 @given(st.integers(1, 9), output_counts, input_counts, seeds)
 @some
 def test_threads_do_not_change_a_bit_of_a_product(
-    stored: str, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int
+    stored: str, way: str, n_tokens: int, n_out: int, n_in: int, seed: int
 ) -> None:
-    n_tokens, n_in = min(n_tokens, 2) if one_by_one else n_tokens, possible_inputs(stored, n_in)
+    n_tokens, n_in = min(n_tokens, 2) if way == "matvec" else n_tokens, possible_inputs(stored, n_in)
     matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
-    alone = product(matrix, x_TI, 1, one_by_one=one_by_one)
+    alone = product(matrix, x_TI, 1, way=way)
     for n_threads in (2, 3, 7):
-        np.testing.assert_array_equal(product(matrix, x_TI, n_threads, one_by_one=one_by_one), alone)
+        np.testing.assert_array_equal(product(matrix, x_TI, n_threads, way=way), alone)
 
 
 @each_product
-@each_kind
 @given(st.integers(1, 6), output_counts, input_counts, seeds, st.data())
 @some
 def test_what_is_no_number_stays_in_its_row(
-    stored: str, one_by_one: bool, n_tokens: int, n_out: int, n_in: int, seed: int, data: st.DataObject
+    stored: str, way: str, n_tokens: int, n_out: int, n_in: int, seed: int, data: st.DataObject
 ) -> None:
     """A NaN or infinity in row o of the matrix reaches output o alone, and one in a token's x that token alone."""
     n_in = possible_inputs(stored, n_in)
     rows, x_TI = normal(seed, n_out, n_in), normal(seed ^ 2, n_tokens, n_in)
     o, i, t = (data.draw(st.integers(0, n - 1)) for n in (n_out, n_in, n_tokens))
     bad = np.float32(data.draw(st.sampled_from([np.nan] if "fp8" in stored else [np.nan, np.inf, -np.inf])))
-    plain = product(as_stored(stored, rows, seed), x_TI, one_by_one=one_by_one)
+    plain = product(as_stored(stored, rows, seed), x_TI, way=way)
 
     broken_rows = rows.copy()
     broken_rows[o, i] = bad
-    found = product(as_stored(stored, broken_rows, seed), x_TI, one_by_one=one_by_one)
+    found = product(as_stored(stored, broken_rows, seed), x_TI, way=way)
     np.testing.assert_array_equal(np.delete(found, o, 1), np.delete(plain, o, 1))
     np.testing.assert_array_equal(found[:, o], bad * np.sign(x_TI[:, i]))
 
     x_TI[t, i] = bad
-    found = product(as_stored(stored, rows, seed), x_TI, one_by_one=one_by_one)
+    found = product(as_stored(stored, rows, seed), x_TI, way=way)
     np.testing.assert_array_equal(np.delete(found, t, 0), np.delete(plain, t, 0))
     assert not np.isfinite(found[t]).any()
 
 
-@each_product
-@pytest.mark.parametrize("stored", ["f16", "bf16", "fp8", *TILED])
+@pytest.mark.parametrize(
+    ("stored", "way"), [(stored, way) for stored in ("f16", "bf16", "fp8", *TILED) for way in ways(stored)]
+)
 @pytest.mark.parametrize("n_in", [1, 6, 8, 2 * LANES, 2 * LANES + 6])
-def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, one_by_one: bool) -> None:
+def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, way: str) -> None:
     """Row c holds code c and zeros, and is multiplied with ones, so that nothing is rounded; -0 becomes 0."""
     n_in = possible_inputs(stored, n_in)
     codes = np.arange(256 if stored == "fp8" else 65536)
@@ -221,7 +229,7 @@ def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, one_by_one: bo
     expected = matrix.rows(slice(None), np.float32)[codes, codes // 3 % n_in]
     expected[expected == 0] = 0
     matrix = tiled(matrix) if stored in TILED else matrix
-    for y_O in product(matrix, np.ones((2, n_in), np.float32), one_by_one=one_by_one):
+    for y_O in product(matrix, np.ones((2, n_in), np.float32), way=way):
         is_nan = np.isnan(expected)
         np.testing.assert_array_equal(np.isnan(y_O), is_nan)
         np.testing.assert_array_equal(y_O[~is_nan].view(np.uint32), expected[~is_nan].view(np.uint32))
@@ -259,21 +267,18 @@ def test_pairs_are_added_up_in_their_order_with_one_rounding_each() -> None:
 
 
 @each_product
-@each_kind
 @given(st.integers(1, 20), st.integers(1, 60), seeds, st.integers(1, 7))
 @some
-def test_a_matrix_may_lie_at_any_address(
-    stored: str, one_by_one: bool, n_out: int, n_in: int, seed: int, offset: int
-) -> None:
+def test_a_matrix_may_lie_at_any_address(stored: str, way: str, n_out: int, n_in: int, seed: int, offset: int) -> None:
     """Tensors of a mapped file begin wherever its header ends."""
     matrix = random_matrix(stored, n_out, possible_inputs(stored, n_in), seed)
     x_TI = normal(seed ^ 2, 2, matrix.shape[1])
-    expected = product(matrix, x_TI, one_by_one=one_by_one)
+    expected = product(matrix, x_TI, way=way)
     buffer = np.zeros(matrix.data.nbytes + offset, np.uint8)
     buffer[offset:] = matrix.as_bytes
     moved = dataclasses.replace(matrix, data=buffer[offset:].view(matrix.data.dtype).reshape(matrix.data.shape))
     assert np.shares_memory(moved.as_bytes, buffer)
-    np.testing.assert_array_equal(product(moved, x_TI, one_by_one=one_by_one), expected)
+    np.testing.assert_array_equal(product(moved, x_TI, way=way), expected)
 
 
 # ------------------------------------------------------------------------------------- products with quantized weights
@@ -361,7 +366,7 @@ def quantized_product_exactly(how: How, matrix: QuantizedMatrix, x_TI: np.ndarra
     return x_TI @ w_OI.T, error
 
 
-@each_product
+@each_quantized_product
 @each_way
 @given(token_counts, output_counts, quantized_input_counts, seeds, thread_counts)
 @some
@@ -389,7 +394,7 @@ def test_quantized_prompts_and_single_tokens_agree(how: How, n_tokens: int, n_ou
         assert_within(one_by_one, together.astype(np.float64), 2 * error)
 
 
-@each_product
+@each_quantized_product
 @each_of_some_ways
 @given(st.integers(1, 9), output_counts, quantized_input_counts, seeds)
 @some
@@ -404,7 +409,7 @@ def test_threads_do_not_change_a_bit_of_a_quantized_product(
         np.testing.assert_array_equal(found, alone)
 
 
-@each_product
+@each_quantized_product
 @each_of_some_ways
 @given(st.integers(1, 6), output_counts, quantized_input_counts, seeds, st.data())
 @some
@@ -422,7 +427,7 @@ def test_what_is_no_number_stays_in_its_token_of_a_quantized_product(
     assert not np.isfinite(found[t]).any()
 
 
-@each_product
+@each_quantized_product
 @each_of_some_ways
 @given(st.integers(1, 20), st.integers(1, 150), seeds, st.integers(1, 63), st.integers(1, 63))
 @some
@@ -442,7 +447,7 @@ def test_codes_and_scales_may_lie_at_any_address(
     np.testing.assert_array_equal(quantized_product(how, elsewhere, x_TI, one_by_one=one_by_one), expected)
 
 
-@each_product
+@each_quantized_product
 @each_of_some_ways
 def test_inputs_of_next_to_nothing_are_nothing(how: How, one_by_one: bool) -> None:
     """Where largest / max |x| is beyond float32, as in `rounded`: such a group is as good as zeros."""
@@ -460,7 +465,7 @@ def test_inputs_of_next_to_nothing_are_nothing(how: How, one_by_one: bool) -> No
     assert not quantized_product(how, matrix, x_TI, one_by_one=one_by_one).any()
 
 
-@each_product
+@each_quantized_product
 @each_of_some_ways
 def test_the_largest_sums_of_integers_do_not_overflow(how: How, one_by_one: bool) -> None:
     """All codes as large as can be, and all inputs: 255 * 32767 * 128 is half of what int32 holds, and twice 15 * 127,
@@ -828,9 +833,9 @@ def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
 
     def outputs(n_threads: int) -> list[np.ndarray]:
         products = [
-            product(random_matrix(stored, 300, 700, 9), x_TI[:n_tokens], n_threads, one_by_one=one_by_one)
+            product(random_matrix(stored, 300, 700, 9), x_TI[: 1 if way == "matvec" else 30], n_threads, way=way)
             for stored in ALL_STORED
-            for n_tokens, one_by_one in ((1, True), (30, False))
+            for way in ways(stored)
         ]
         products += [
             quantized_product(how, any_quantized(how, 300, 700, 9), x_TI[:n_tokens], n_threads, one_by_one=one_by_one)
@@ -877,10 +882,10 @@ def run_to_the_ends() -> None:
                 scale = None if drawn.scale is None else at_the_end(drawn.scale)
                 matrix = dataclasses.replace(drawn, data=at_the_end(drawn.data), scale=scale)
                 x_TI = at_the_end(normal(n_in, 5, drawn.shape[1]))
-                for one_by_one in (True, False):
+                for way in ways(stored):
                     into = at_the_end(np.empty((5, n_out), np.float32))
-                    found = product(matrix, x_TI, one_by_one=one_by_one, into=into)
-                    np.testing.assert_array_equal(found, product(drawn, x_TI.copy(), one_by_one=one_by_one))
+                    found = product(matrix, x_TI, way=way, into=into)
+                    np.testing.assert_array_equal(found, product(drawn, x_TI.copy(), way=way))
     for how in SOME_WAYS:
         for n_out in (1, 7, 8, 9, 33, WIDTH, WIDTH + 1):
             for n_in in (1, 3, 31, 33, how.group, how.group + 1, DEPTH, DEPTH + 1):

@@ -15,14 +15,12 @@ from numba import types
 
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.layout import TILE
-from mistral_kernels.matvec import BYTES, SCALES, round_to_pairs, scale_of
+from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, SCALES, round_to_pairs, scale_of
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
 KEPT = 2**20  # numbers of x that all blocks go through before the next ones: what stays in a last cache that others use
 
-MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
-MATRIX_OUT = types.Array(types.float32, 2, "C")
 FLOATS = types.Array(types.float32, 1, "C")
 
 

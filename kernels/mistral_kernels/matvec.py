@@ -1,9 +1,13 @@
-"""Matrix times vector, for decoding: y[o] = sum over i of W[o, i] x[i], with W as it lies in the file.
+"""Matrix times one vector, or a few, for decoding: y[o] = sum over i of W[o, i] x[i], with W as it lies in the file.
 
 The memory's speed is the limit, so all that counts is to read W once, in long streams, and to be done with each number
 before the next arrives. Each thread reads its rows in eight streams, an eighth of them each, one row after the other:
 eight sums that do not wait for each other, each vector of x loaded once for all of them, and streams that hardly ever
 end, since one that has just begun is slow; what comes next in each is asked for ahead of time.
+
+A few tokens are taken along: four rows meet four tokens, so that a number of W is widened once for four products, and
+the tokens after the first four find the rows in the cache. W is still read once, so up to four tokens cost what one
+does.
 
 A matrix of bf16 may be taken as pairs of its numbers, and x rounded to bf16: half the work for processors that multiply
 and add up pairs (pairs.pair_products).
@@ -21,15 +25,26 @@ from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.instructions import LANES
 from mistral_kernels.layout import TILE
 from mistral_kernels.rows import TILE_INPUTS, row_sums, tile_sums
-from mistral_kernels.simd import load, load_part, store_rounded
+from mistral_kernels.simd import load_part, store_rounded
 
 ROWS = 8
+TOGETHER = 4, 4  # rows and tokens that meet in registers where tokens are a few
 FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
 
 BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 VECTOR_IN = types.Array(types.float32, 1, "C", readonly=True)
 VECTOR_OUT = types.Array(types.float32, 1, "C")
+MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
+MATRIX_OUT = types.Array(types.float32, 2, "C")
 SCALES = types.Array(types.float32, 2, "C", readonly=True)
+
+
+def are_few(kind: str, n_tokens: int) -> bool:
+    """Return whether so many tokens are faster taken along, by matvecs, than with W transposed, by matmul.
+
+    Widening fp8 takes as long as several products, so that it should be done once for all tokens.
+    """
+    return n_tokens <= (4 if kind == "fp8" else 24)
 
 
 @part()
@@ -59,6 +74,46 @@ def as_it_is(x: Any) -> Any:
     return x
 
 
+def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
+    """Return the part of a kernel that takes all tokens through some rows of a matrix of a kind.
+
+    So many rows and tokens meet at once, in a sum for each of their pairs.
+    """
+    no_sums, add_products, add_products_part, totals = row_sums(kind, n_rows, n_tokens)
+    is_scaled = kind == "fp8"
+
+    @part(kind, n_rows, n_tokens)
+    def multiply_rows(W: Any, scales: Any, x: Any, y: Any, n_x: int, first: int, last: int) -> None:
+        """Compute the rows first, ..., last - 1 of n_x tokens; x and y are flat."""
+        n_in, n_out, apart = len(x) // n_x, len(y) // n_x, (last - first + n_rows - 1) // n_rows
+        block = FP8_BLOCK if is_scaled else n_in  # inputs that share a scale
+        for o in range(first, first + apart):
+            rows = (o * n_in, apart * n_in, (last - 1) * n_in)
+            for start in range(0, n_in, block):
+                stop = min(start + block, n_in)
+                for t in range(0, n_x, n_tokens):
+                    tokens = (t * n_in, n_in, (n_x - 1) * n_in)
+                    sums = no_sums()
+                    for i in range(start, stop - 2 * LANES + 1, 2 * LANES):
+                        sums = add_products(sums, W, rows, x, tokens, i)
+                        sums = add_products(sums, W, rows, x, tokens, i + LANES)
+                    for i in range(start + (stop - start) // (2 * LANES) * (2 * LANES), stop, LANES):
+                        sums = add_products_part(sums, W, rows, x, tokens, i, min(stop - i, LANES))
+                    y_rows = totals(sums)
+                    for number in range(n_rows * n_tokens):
+                        row, token = o + number // n_tokens * apart, t + number % n_tokens
+                        if row >= last or token >= n_x:
+                            continue
+                        place = token * n_out + row
+                        if is_scaled:
+                            before = y[place] if start else numba.float32(0.0)
+                            y[place] = y_rows[number] * scale_of(scales, row, start) + before
+                        else:
+                            y[place] = y_rows[number]
+
+    return multiply_rows
+
+
 @made_once
 def matvec(kind: str) -> Any:
     """Return a kernel: matvec(W, scales, x, y, n_threads), for matrices of a kind.
@@ -68,45 +123,36 @@ def matvec(kind: str) -> Any:
     x, y        (I,) and (O,) float32
     """
     inputs = in_pairs if kind == "pairs" else as_it_is
-    no_sums, add_products, add_products_part, totals = row_sums(kind, ROWS)
-    is_scaled = kind == "fp8"
-
-    @part(kind)
-    def multiply_rows(W: Any, scales: Any, x: Any, y: Any, first: int, last: int) -> None:
-        n_in, apart = len(x), (last - first + ROWS - 1) // ROWS
-        block = FP8_BLOCK if is_scaled else n_in  # inputs that share a scale
-        for o in range(first, first + apart):
-            rows = (o * n_in, apart * n_in, (last - 1) * n_in)
-            for start in range(0, n_in, block):
-                stop = min(start + block, n_in)
-                sums = no_sums()
-                for i in range(start, stop - 2 * LANES + 1, 2 * LANES):
-                    sums = add_products(sums, W, rows, i, load(x, i))
-                    sums = add_products(sums, W, rows, i + LANES, load(x, i + LANES))
-                for i in range(start + (stop - start) // (2 * LANES) * (2 * LANES), stop, LANES):
-                    n = min(stop - i, LANES)
-                    sums = add_products_part(sums, W, rows, i, load_part(x, i, n), n)
-                y_rows = totals(sums)
-                for number in range(ROWS):
-                    row = o + number * apart
-                    if row >= last:
-                        continue
-                    if is_scaled:
-                        before = y[row] if start else numba.float32(0.0)
-                        y[row] = y_rows[number] * scale_of(scales, row, start) + before
-                    else:
-                        y[row] = y_rows[number]
+    multiply_rows = _over_rows(kind, ROWS, 1)
 
     @kernel(types.void(BYTES, SCALES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
     def matvec(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
-        q = inputs(x)
+        q, n_out = inputs(x), len(y)
         if n_threads == 1:
-            multiply_rows(W, scales, q, y, 0, len(y))
+            multiply_rows(W, scales, q, y, 1, 0, n_out)
         else:
             for t in numba.prange(n_threads):
-                multiply_rows(W, scales, q, y, len(y) * t // n_threads, len(y) * (t + 1) // n_threads)
+                multiply_rows(W, scales, q, y, 1, n_out * t // n_threads, n_out * (t + 1) // n_threads)
 
     return matvec
+
+
+@made_once
+def matvecs(kind: str) -> Any:
+    """Return a kernel: matvecs(W, scales, x, y, n_threads), as matvec, but x is (T, I) and y (T, O), T at least 1."""
+    inputs = in_pairs if kind == "pairs" else as_it_is
+    multiply_rows = _over_rows(kind, *TOGETHER)
+
+    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind)
+    def matvecs(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
+        (n_tokens, n_out), q, flat = y.shape, inputs(x.reshape(-1)), y.reshape(-1)
+        if n_threads == 1:
+            multiply_rows(W, scales, q, flat, n_tokens, 0, n_out)
+        else:
+            for t in numba.prange(n_threads):
+                multiply_rows(W, scales, q, flat, n_tokens, n_out * t // n_threads, n_out * (t + 1) // n_threads)
+
+    return matvecs
 
 
 TILES = 4  # read at once

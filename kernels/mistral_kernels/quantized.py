@@ -16,8 +16,8 @@ from numba import types
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
 from mistral_kernels.layout import TILE
-from mistral_kernels.matmul import DEPTH, MATRIX_IN, MATRIX_OUT, over_blocks
-from mistral_kernels.matvec import BYTES, TILES, VECTOR_IN, VECTOR_OUT
+from mistral_kernels.matmul import DEPTH, over_blocks
+from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, TILES, VECTOR_IN, VECTOR_OUT
 from mistral_kernels.tile import WIDTH
 
 GROUPS = (32, 64, 128)  # inputs that share a scale

@@ -1,4 +1,4 @@
-"""The inner loops of a matrix times a vector: several rows at once, as they are stored or in tile order.
+"""The inner loops of a matrix times a vector, or a few: several rows at once, as they are stored or in tile order.
 
 Rows as stored: a vector holds neighbours of one row, and is summed up at the end. Tile order (layout.py): a vector
 holds one number of each of eight rows, and nothing has to be summed up. Vectors of 16 lanes take two inputs of a tile
@@ -15,6 +15,7 @@ from numba import types
 
 from mistral_kernels.instructions import (
     F32,
+    I8,
     I32,
     I64,
     KINDS,
@@ -40,48 +41,57 @@ TILE_INPUTS = TILE_LANES // 8
 TILE_VECTOR = ir.VectorType(F32, TILE_LANES)
 
 
-def row_sums(kind: str, n_rows: int) -> tuple[Any, Any, Any, Any]:
-    """Return the operations on the sums of n rows of a matrix of a kind, given as bytes.
+def row_sums(kind: str, n_rows: int, n_tokens: int) -> tuple[Any, Any, Any, Any]:
+    """Return the operations on the sums of n rows of a matrix of a kind, given as bytes, with the inputs of n tokens.
 
-    no_sums()                               a tuple of n zero vectors
-    add_products(sums, W, rows, i, x)       each sum plus W[row, i : i + LANES] * x
-    add_products_part(..., count)           of the first `count` columns alone
-    totals(sums)                            a tuple of n float32
+    no_sums()                                   a tuple of zero vectors, one for each row and token, row after row
+    add_products(sums, W, rows, x, tokens, i)   each sum plus W[row, i : i + LANES] * x[token, i : i + LANES]
+    add_products_part(..., count)               of the first `count` columns alone
+    totals(sums)                                a tuple of float32
 
-    `rows` is as in `row_addresses`.
+    x           float32, or pairs in their place
+    rows, tokens    as in `row_addresses`
     """
     element, size = STORED[kind], KINDS[kind]
-    sums_type = types.UniTuple(vector, n_rows)
+    sums_type = types.UniTuple(vector, n_rows * n_tokens)
+    parameters = (sums_type, ARRAY, ROWS_TYPE, ARRAY, ROWS_TYPE, types.intp)
 
-    def accumulate(builder: Any, sums: Any, W: Any, rows: Any, i: Any, x: Any, read: Callable[[Any], Any]) -> Any:
+    def accumulate(
+        builder: Any, sums: Any, W: Any, rows: Any, x: Any, tokens: Any, i: Any, read: Callable[[Any, Any], Any]
+    ) -> Any:
+        x = builder.bitcast(x, I8.as_pointer())
+        inputs = [read(address, F32) for address in row_addresses(builder, x, tokens, i, 4, range(n_tokens))]
         new = []
         for row, address in enumerate(row_addresses(builder, W, rows, i, size, range(n_rows))):
-            weights = widened(builder, read(address), kind)
-            new.append(products(builder, weights, x, builder.extract_value(sums, row), kind))
+            weights = widened(builder, read(address, element), kind)
+            for token, value in enumerate(inputs):
+                before = builder.extract_value(sums, row * n_tokens + token)
+                new.append(products(builder, weights, value, before, kind))
         return new
 
     @operation(sums_type)
     def no_sums(builder: Any) -> Any:
-        return [constant(VECTOR, 0.0)] * n_rows
+        return [constant(VECTOR, 0.0)] * (n_rows * n_tokens)
 
-    @operation(sums_type, sums_type, ARRAY, ROWS_TYPE, types.intp, vector)
-    def add_products(builder: Any, sums: Any, W: Any, rows: Any, i: Any, x: Any) -> Any:
-        def read(address: Any) -> Any:
-            prefetch_line(builder, address, AHEAD)
+    @operation(sums_type, *parameters)
+    def add_products(builder: Any, sums: Any, W: Any, rows: Any, x: Any, tokens: Any, i: Any) -> Any:
+        def read(address: Any, element: Any) -> Any:
             return load_vector(builder, address, element, LANES)
 
-        return accumulate(builder, sums, W, rows, i, x, read)
+        for address in row_addresses(builder, W, rows, i, size, range(n_rows)):
+            prefetch_line(builder, address, AHEAD)
+        return accumulate(builder, sums, W, rows, x, tokens, i, read)
 
-    @operation(sums_type, sums_type, ARRAY, ROWS_TYPE, types.intp, vector, types.intp)
-    def add_products_part(builder: Any, sums: Any, W: Any, rows: Any, i: Any, x: Any, count: Any) -> Any:
-        def read(address: Any) -> Any:
+    @operation(sums_type, *parameters, types.intp)
+    def add_products_part(builder: Any, sums: Any, W: Any, rows: Any, x: Any, tokens: Any, i: Any, count: Any) -> Any:
+        def read(address: Any, element: Any) -> Any:
             return load_first(builder, address, element, LANES, count)
 
-        return accumulate(builder, sums, W, rows, i, x, read)
+        return accumulate(builder, sums, W, rows, x, tokens, i, read)
 
-    @operation(types.UniTuple(types.float32, n_rows), sums_type)
+    @operation(types.UniTuple(types.float32, n_rows * n_tokens), sums_type)
     def totals(builder: Any, sums: Any) -> Any:
-        return [combined(builder, builder.extract_value(sums, row), builder.fadd) for row in range(n_rows)]
+        return [combined(builder, builder.extract_value(sums, n), builder.fadd) for n in range(n_rows * n_tokens)]
 
     return no_sums, add_products, add_products_part, totals
 
