@@ -42,7 +42,7 @@ def load(
                   as many as its products use already
     rope_angles   "float32" rounds RoPE's angles as the published implementations do
     repack        copy matrices of 16 bits into the order in which the kernels read them fastest. Decoding gets a few
-                  percent faster, a prompt of 2 to 24 tokens up to three times as slow; memory grows by the size of these
+                  percent faster, a prompt of 2 to 24 tokens up to three times slower; memory grows by the size of these
                   matrices, and loading takes seconds a GB
     quantize      8 or 4: round the weights to so many bits, in memory, as `mistral_ref.quantize` does for good
     activations   what the inputs of quantized matrices are rounded to: "int16", "int8", which is faster and less exact,

@@ -745,7 +745,7 @@ def test_one_backend_says_which_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "dense_windowed"])
 def test_repacked_weights_give_the_same_logits(name: str, tmp_path: Path) -> None:
-    """Long prompts even to the bit, on both backends. Matrices of 16 bits with rows of even length are copied, no others."""
+    """Long prompts to the bit, on both backends. Matrices of 16 bits with rows of even length are copied, no others."""
     family = FAMILIES[name]
     write_consolidated(tmp_path, family)
     tokens, reports = tokens_for(family.config, 40), []
