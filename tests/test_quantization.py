@@ -530,7 +530,8 @@ def test_a_quantized_model_is_not_repacked(backend: str, bits: int, tmp_path: Pa
     plain, repacked = load(target, backend), load(target, backend, repack=True)
     assert type(repacked.weights.layers[0].wq) is QuantizedMatrix
     assert type(repacked.weights.output).__name__ == "TiledMatrix"
-    np.testing.assert_array_equal(repacked.forward(TOKENS), plain.forward(TOKENS))
+    prompt = np.tile(TOKENS, 4)  # few tokens are multiplied in another order with rows than with tiles
+    np.testing.assert_array_equal(repacked.forward(prompt), plain.forward(prompt))
     both = load(source, backend, quantize=bits, repack=True)
     assert {matrix.kind for matrix in matrices(both.weights)} == {"int8", f"int{bits}"}
     np.testing.assert_array_equal(both.forward(TOKENS), load(source, backend, quantize=bits).forward(TOKENS))
