@@ -15,7 +15,7 @@ import numpy as np
 
 from mistral_kernels import attention, elementwise, panels, threads
 from mistral_kernels.matmul import matmul, slab_numbers
-from mistral_kernels.matvec import are_few, matvec, matvec_tiled, matvecs
+from mistral_kernels.matvec import FEW, ONE, are_few, matvec, matvec_tiled
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_ref.errors import InputError, checked_whole, shown
@@ -124,17 +124,15 @@ class CompiledOps(ReferenceOps):
             else:
                 kind = "pairs"
         is_tiled, stored = isinstance(weight_OI, TiledMatrix), weight_OI.as_bytes
-        if n_tokens > 1 and not is_tiled and are_few(kind, n_tokens):
-            matvecs(kind)(stored, scale, x_TI, y_TO, n_threads)
-        elif n_tokens > 1:
+        if n_tokens == 1 and is_tiled:
+            matvec_tiled(kind)(stored, x_TI[0], y_TO[0], n_threads)
+        elif n_tokens and not is_tiled and are_few(kind, n_tokens):
+            matvec(kind, ONE if n_tokens == 1 else FEW)(stored, scale, x_TI, y_TO, n_threads)
+        else:
             for start in range(0, n_tokens, _TOKENS_AT_ONCE):
                 rows = slice(start, start + _TOKENS_AT_ONCE)
                 slabs = self._pool.empty((slab_numbers(kind, len(x_TI[rows]), n_in),))
                 matmul(kind, is_tiled)(stored, scale, x_TI[rows], slabs, y_TO[rows], n_threads)
-        elif n_tokens == 1 and is_tiled:
-            matvec_tiled(kind)(stored, x_TI[0], y_TO[0], n_threads)
-        elif n_tokens == 1:
-            matvec(kind)(stored, scale, x_TI[0], y_TO[0], n_threads)
         return y_TO
 
     def _quantized_linear(self, x_TI: np.ndarray, weight_OI: QuantizedMatrix, y_TO: np.ndarray) -> None:

@@ -169,14 +169,14 @@ compiling.FunctionCache.save_overload = vanishing
 
 CHECK = """
 import numpy as np
-from mistral_kernels.matvec import matvec
+from mistral_kernels.matvec import ONE, matvec
 
 def check(kind):
     W = np.array([[1, 2, 3]] * 9, np.float32)
     W = W.astype(np.float16) if kind == "f16" else (W.view(np.uint32) >> 16).astype(np.uint16)
-    y = np.zeros(9, np.float32)
-    matvec(kind)(W.view(np.uint8).ravel(), np.ones((1, 1), np.float32), np.ones(3, np.float32), y, 1)
-    print(kind, y[0])
+    y = np.zeros((1, 9), np.float32)
+    matvec(kind, ONE)(W.view(np.uint8).ravel(), np.ones((1, 1), np.float32), np.ones((1, 3), np.float32), y, 1)
+    print(kind, y[0, 0])
 """
 
 
@@ -188,8 +188,11 @@ def test_kernels_that_separate_processes_compiled_do_not_mix_in_a_third(package:
 
 
 EVERY_KERNEL = [
-    *(f"from mistral_kernels.matvec import *; matvec({kind!r})" for kind in ("f32", "f16", "bf16", "fp8", "pairs")),
-    *(f"from mistral_kernels.matvec import *; matvecs({kind!r})" for kind in ("f32", "f16", "bf16", "fp8", "pairs")),
+    *(
+        f"from mistral_kernels.matvec import *; matvec({kind!r}, {meeting})"
+        for kind in ("f32", "f16", "bf16", "fp8", "pairs")
+        for meeting in ("ONE", "FEW")
+    ),
     *(f"from mistral_kernels.matvec import *; matvec_tiled({kind!r})" for kind in ("f16", "bf16", "pairs")),
     *(f"from mistral_kernels.matmul import *; matmul({kind!r})" for kind in ("f32", "f16", "bf16", "fp8", "pairs")),
     *(f"from mistral_kernels.matmul import *; matmul({kind!r}, True)" for kind in ("f16", "bf16", "pairs")),

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from mistral_kernels import attention, elementwise, panels, threads
 from mistral_kernels.matmul import DEPTH, matmul, slab_numbers
-from mistral_kernels.matvec import PART, in_pairs, matvec, matvec_tiled, matvecs
+from mistral_kernels.matvec import FEW, ONE, PART, in_pairs, matvec, matvec_tiled
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.simd import LANES, load, multiply_add_pairs, store
 from mistral_kernels.tile import WIDTH
@@ -88,13 +88,13 @@ ALL_STORED = (*KINDS, *TILED, *PAIRS)
 
 def ways(stored: str) -> tuple[str, ...]:
     """Return the ways to multiply with a matrix that is stored so: token by token, a few at once, or many."""
-    return ("matvec", "matmul") if "tiled" in stored else ("matvec", "matvecs", "matmul")
+    return ("one", "many") if "tiled" in stored else ("one", "few", "many")
 
 
 each_product = pytest.mark.parametrize(
     ("stored", "way"), [(stored, way) for stored in ALL_STORED for way in ways(stored)]
 )
-each_quantized_product = pytest.mark.parametrize("one_by_one", [True, False], ids=["matvec", "matmul"])
+each_quantized_product = pytest.mark.parametrize("one_by_one", [True, False], ids=["one", "many"])
 
 
 def as_stored(stored: str, values: np.ndarray, seed: int = 0) -> Matrix:
@@ -134,18 +134,18 @@ def product(
     y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
     scale = np.ones((1, 1), np.float32) if matrix.scale is None else matrix.scale
     is_tiled, kind = isinstance(matrix, TiledMatrix), "pairs" if matrix.name in PAIRS else matrix.kind
-    if way == "matvecs":
-        matvecs(kind)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
+    if way == "few":
+        matvec(kind, FEW)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
         return y_TO
-    if way == "matmul":
+    if way == "many":
         slabs = np.full(slab_numbers(kind, *x_TI.shape), np.nan, np.float32)
         matmul(kind, is_tiled)(matrix.as_bytes, scale, x_TI, slabs, y_TO, n_threads)
         return y_TO
-    for x_I, y_O in zip(x_TI, y_TO, strict=True):
+    for t in range(len(x_TI)):
         if is_tiled:
-            matvec_tiled(kind)(matrix.as_bytes, x_I, y_O, n_threads)
+            matvec_tiled(kind)(matrix.as_bytes, x_TI[t], y_TO[t], n_threads)
         else:
-            matvec(kind)(matrix.as_bytes, scale, x_I, y_O, n_threads)
+            matvec(kind, ONE)(matrix.as_bytes, scale, x_TI[t : t + 1], y_TO[t : t + 1], n_threads)
     return y_TO
 
 
@@ -165,14 +165,14 @@ def test_products(stored: str, way: str, n_tokens: int, n_out: int, n_in: int, s
     are random themselves all together by about n. Many short sums in lanes lose less than one long one. Twice what was
     measured.
     """
-    n_tokens, n_in = min(n_tokens, 3) if way == "matvec" else n_tokens, possible_inputs(stored, n_in)
+    n_tokens, n_in = min(n_tokens, 3) if way == "one" else n_tokens, possible_inputs(stored, n_in)
     matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
     assert isinstance(matrix, TiledMatrix) == ("tiled" in stored)
     w_OI, x = matrix.rows(slice(None), np.float64), x_TI.astype(np.float64)
     if stored in PAIRS:
         x = bf16_values(to_bfloat16(x_TI)).astype(np.float64)
     found = product(matrix, x_TI, n_threads, way=way)
-    assert_within(found, x @ w_OI.T, (12 if way == "matmul" else 6) * UNIT * (np.abs(x) @ np.abs(w_OI).T))
+    assert_within(found, x @ w_OI.T, (12 if way == "many" else 6) * UNIT * (np.abs(x) @ np.abs(w_OI).T))
 
 
 @each_product
@@ -181,7 +181,7 @@ def test_products(stored: str, way: str, n_tokens: int, n_out: int, n_in: int, s
 def test_threads_do_not_change_a_bit_of_a_product(
     stored: str, way: str, n_tokens: int, n_out: int, n_in: int, seed: int
 ) -> None:
-    n_tokens, n_in = min(n_tokens, 2) if way == "matvec" else n_tokens, possible_inputs(stored, n_in)
+    n_tokens, n_in = min(n_tokens, 2) if way == "one" else n_tokens, possible_inputs(stored, n_in)
     matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
     alone = product(matrix, x_TI, 1, way=way)
     for n_threads in (2, 3, 7):
@@ -833,7 +833,7 @@ def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
 
     def outputs(n_threads: int) -> list[np.ndarray]:
         products = [
-            product(random_matrix(stored, 300, 700, 9), x_TI[: 1 if way == "matvec" else 30], n_threads, way=way)
+            product(random_matrix(stored, 300, 700, 9), x_TI[: 1 if way == "one" else 30], n_threads, way=way)
             for stored in ALL_STORED
             for way in ways(stored)
         ]

@@ -27,8 +27,7 @@ from mistral_kernels.layout import TILE
 from mistral_kernels.rows import TILE_INPUTS, row_sums, tile_sums
 from mistral_kernels.simd import load_part, store_rounded
 
-ROWS = 8
-TOGETHER = 4, 4  # rows and tokens that meet in registers where tokens are a few
+ONE, FEW = (8, 1), (4, 4)  # rows and tokens that meet in registers, for one token and for a few
 FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
 
 BYTES = types.Array(types.uint8, 1, "C", readonly=True)
@@ -40,7 +39,7 @@ SCALES = types.Array(types.float32, 2, "C", readonly=True)
 
 
 def are_few(kind: str, n_tokens: int) -> bool:
-    """Return whether so many tokens are faster taken along, by matvecs, than with W transposed, by matmul.
+    """Return whether so many tokens are faster taken along, by matvec, than with W transposed, by matmul.
 
     Widening fp8 takes as long as several products, so that it should be done once for all tokens.
     """
@@ -115,36 +114,18 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
 
 
 @made_once
-def matvec(kind: str) -> Any:
-    """Return a kernel: matvec(W, scales, x, y, n_threads), for matrices of a kind.
+def matvec(kind: str, meeting: tuple[int, int]) -> Any:
+    """Return a kernel: matvec(W, scales, x, y, n_threads), for matrices of a kind; rows and tokens meet as in ONE or FEW.
 
     W           O * I numbers of the kind, row after row, as bytes (uint8); "pairs" are bf16, and I is even
     scales      what fp8 weights are multiplied by, float32 (1, 1) or (ceil(O/128), ceil(I/128)); else not read
-    x, y        (I,) and (O,) float32
+    x, y        (T, I) and (T, O) float32, T at least 1
     """
     inputs = in_pairs if kind == "pairs" else as_it_is
-    multiply_rows = _over_rows(kind, ROWS, 1)
+    multiply_rows = _over_rows(kind, *meeting)
 
-    @kernel(types.void(BYTES, SCALES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
+    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind, *meeting)
     def matvec(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
-        q, n_out = inputs(x), len(y)
-        if n_threads == 1:
-            multiply_rows(W, scales, q, y, 1, 0, n_out)
-        else:
-            for t in numba.prange(n_threads):
-                multiply_rows(W, scales, q, y, 1, n_out * t // n_threads, n_out * (t + 1) // n_threads)
-
-    return matvec
-
-
-@made_once
-def matvecs(kind: str) -> Any:
-    """Return a kernel: matvecs(W, scales, x, y, n_threads), as matvec, but x is (T, I) and y (T, O), T at least 1."""
-    inputs = in_pairs if kind == "pairs" else as_it_is
-    multiply_rows = _over_rows(kind, *TOGETHER)
-
-    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind)
-    def matvecs(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
         (n_tokens, n_out), q, flat = y.shape, inputs(x.reshape(-1)), y.reshape(-1)
         if n_threads == 1:
             multiply_rows(W, scales, q, flat, n_tokens, 0, n_out)
@@ -152,7 +133,7 @@ def matvecs(kind: str) -> Any:
             for t in numba.prange(n_threads):
                 multiply_rows(W, scales, q, flat, n_tokens, n_out * t // n_threads, n_out * (t + 1) // n_threads)
 
-    return matvecs
+    return matvec
 
 
 TILES = 4  # read at once
