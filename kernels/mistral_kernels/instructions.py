@@ -35,6 +35,11 @@ def target_features() -> frozenset[str]:
     return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
 
 
+def target_cpu() -> str:
+    """Return LLVM's name of the processor that Numba compiles for: "znver4", "sapphirerapids", ..."""
+    return config.CPU_NAME or llvm.get_host_cpu_name()
+
+
 def _lanes(features: frozenset[str]) -> int:
     asked = os.environ.get("MISTRAL_KERNELS_LANES")
     if asked:
@@ -85,14 +90,14 @@ def store_vector(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=1)
 
 
-def prefetch_line(builder: Any, address: Any, ahead: int) -> None:
-    """Ask for the cache line `ahead` bytes after an address, which need not exist, for the second-level cache."""
+def prefetch_line(builder: Any, address: Any, ahead: int, level: int = 2) -> None:
+    """Ask for the cache line `ahead` bytes after an address, which need not exist, for the cache of a level."""
     byte_pointer = I8.as_pointer()
     function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
     place = builder.gep(builder.bitcast(address, byte_pointer), [ir.Constant(I64, ahead)])
-    read, second_level, data = (ir.Constant(I32, value) for value in (0, 2, 1))
-    builder.call(function, [place, read, second_level, data])
+    read, locality, data = (ir.Constant(I32, value) for value in (0, 4 - level, 1))
+    builder.call(function, [place, read, locality, data])
 
 
 def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:

@@ -16,6 +16,8 @@ from numba import types
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.layout import TILE
 from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, SCALES, round_to_pairs, scale_of
+from mistral_kernels.pairs import PAIRS_ARE_FASTER
+from mistral_kernels.simd import LANES, load_part, rounded, store
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
@@ -24,9 +26,13 @@ KEPT = 2**20  # numbers of x that all blocks go through before the next ones: wh
 FLOATS = types.Array(types.float32, 1, "C")
 
 
+def _takes_pairs(kind: str) -> bool:
+    return kind == "pairs" and PAIRS_ARE_FASTER
+
+
 def slab_numbers(kind: str, n_tokens: int, n_in: int) -> int:
     """Return how many numbers a product's workspace has: x, or pairs of it, cut into slabs of DEPTH."""
-    n_counted = n_in // 2 if kind == "pairs" else n_in
+    n_counted = n_in // 2 if _takes_pairs(kind) else n_in
     return -(-n_counted // DEPTH) * DEPTH * n_tokens
 
 
@@ -37,6 +43,19 @@ def _cut(x: Any, slabs: Any, first: int, last: int) -> None:
         start, stop = slab * DEPTH, min((slab + 1) * DEPTH, x.shape[1])
         for t in range(len(x)):
             slabs[slab, t, : stop - start] = x[t, start:stop]
+
+
+@part()
+def _cut_rounded(x: Any, slabs: Any, first: int, last: int) -> None:
+    """As _cut, with x rounded to bf16."""
+    (n_tokens, n_in), x, slabs = x.shape, x.reshape(-1), slabs.reshape(-1)
+    for slab in range(first, last):
+        start = slab * DEPTH
+        n = min(DEPTH, n_in - start)
+        for t in range(n_tokens):
+            for i in range(0, n, LANES):
+                value = load_part(x, t * n_in + start + i, min(n - i, LANES))
+                store(slabs, (slab * n_tokens + t) * DEPTH + i, rounded(value))
 
 
 @part()
@@ -118,11 +137,17 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
     x, y        (T, I) and (T, O) float32, T at least 1
     slabs       float32, slab_numbers(kind, T, I) of any content
 
-    Of "pairs" everything but x counts pairs of inputs: panels, slabs, and I itself.
+    Of "pairs" x is rounded to bf16. Where the processor is faster with them, everything but x counts pairs of inputs:
+    panels, slabs, and I itself; else both are widened to float32.
     """
-    multiply_tile = tile(ROWS, VECTORS, "pairs" if kind == "pairs" else "f32")
-    cut, at_once = (_cut_in_pairs, 2) if kind == "pairs" else (_cut, 1)
-    fill_panel = _panel_filler(kind, is_tiled)
+    if _takes_pairs(kind):
+        cut, at_once, in_panels, widened_from = _cut_in_pairs, 2, "pairs", "pairs"
+    elif kind == "pairs":
+        cut, at_once, in_panels, widened_from = _cut_rounded, 1, "f32", "bf16"
+    else:
+        cut, at_once, in_panels, widened_from = _cut, 1, "f32", kind
+    multiply_tile = tile(ROWS, VECTORS, in_panels, asks_for_next_rows=True)
+    fill_panel = _panel_filler(widened_from, is_tiled)
 
     @part(kind, is_tiled)
     def new_panel() -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from mistral_kernels.instructions import FEATURES, I16, I32, constant, fused, widened
+from mistral_kernels.instructions import FEATURES, I16, I32, LANES, constant, fused, target_cpu, widened
 
 
 def _by_lanes(feature: str) -> dict[int, bool]:
@@ -35,6 +35,8 @@ class _BFloatType(ir.Type):
 
 # Whether pairs of bf16, or four bytes, are multiplied and added up at once, and what multiplies bytes into pairs.
 _HAS_BF16_PAIRS, _HAS_QUADS = _by_lanes("avx512bf16"), _by_lanes("avx512vnni")
+# Zen does as many pairs of bf16 in a cycle as multiply-adds of float32, Intel's processors half as many and fewer.
+PAIRS_ARE_FASTER = _HAS_BF16_PAIRS.get(LANES, False) and target_cpu().startswith("znver")
 _PAIRS_OF_BYTES = {
     n: name
     for n, feature, name in (

@@ -28,6 +28,7 @@ from mistral_kernels.instructions import (
     load_vector,
     splat_of,
     store_vector,
+    widened,
 )
 from mistral_kernels.pairs import pair_products, rounded_to_bf16
 
@@ -115,6 +116,12 @@ def store_rounded(builder: Any, array: Any, offset: Any, value: Any) -> None:
     """Put a vector, rounded to bf16, into an array of pairs, `offset` bf16 from its start."""
     address = builder.gep(builder.bitcast(array, I16.as_pointer()), [offset])
     store_vector(builder, address, rounded_to_bf16(builder, value))
+
+
+@operation(vector, vector)
+def rounded(builder: Any, value: Any) -> Any:
+    """A vector rounded to bf16."""
+    return widened(builder, rounded_to_bf16(builder, value), "bf16")
 
 
 @operation(vector, vector, vector)

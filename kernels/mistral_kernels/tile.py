@@ -91,7 +91,7 @@ def summed_in_loop(
     return new
 
 
-def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
+def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, asks_for_next_rows: bool = False) -> Any:
     """Return the operation multiply_tile(A, a, B, b, n_k, C, c, rows, continues), with a panel of numbers of a kind.
 
     A, C            float32 arrays; a = (offset, row length) and c = (offset, row length) say where in them. If the kind
@@ -101,14 +101,15 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
     rows            how many rows exist; of those beyond nothing is stored
     continues       whether to add to what C holds
 
-    Cache lines of the panel are asked for when the tile is `ahead` bytes before them; 0: when they are read.
+    Cache lines of the panel are asked for when the tile is `ahead` bytes before them; 0: when they are read. Those of
+    A's next n_rows rows, where the next tile will be, may be asked for meanwhile.
     """
     element, size, width = STORED[kind], KINDS[kind], n_vectors * LANES
 
     def whole(value: int) -> ir.Constant:
         return ir.Constant(I64, value)
 
-    def added(builder: Any, A_rows: list[Any], panel: Any, k: Any, sums: list[Any]) -> list[Any]:
+    def added(builder: Any, A_rows: list[Any], next_rows: Any, panel: Any, k: Any, sums: list[Any]) -> list[Any]:
         """Return the sums after step k."""
         B_row = builder.gep(panel, [builder.mul(k, whole(width * size))])
         vectors = []
@@ -117,6 +118,8 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
             if ahead and number * LANES * size % 64 == 0:
                 prefetch_line(builder, address, ahead)
             vectors.append(widened(builder, load_vector(builder, address, element, LANES), kind))
+        if asks_for_next_rows:
+            prefetch_line(builder, builder.gep(next_rows, [builder.mul(k, whole(n_rows))]), 0, level=1)
         new = []
         for row, address in enumerate(A_rows):
             number_of_A = splat_of(builder, builder.load(builder.gep(address, [k]), align=4), LANES)
@@ -130,9 +133,10 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0) -> Any:
     ) -> None:
         A_rows, C_rows = stored_rows(builder, A, a, rows, n_rows), stored_rows(builder, C, c, rows, n_rows)
         panel = builder.gep(builder.bitcast(B, I8.as_pointer()), [builder.mul(b, whole(size))])
+        next_rows = builder.gep(A_rows[0], [builder.mul(builder.extract_value(a, 1), whole(n_rows))])
 
         def step(k: Any, sums: list[Any]) -> list[Any]:
-            return added(builder, A_rows, panel, k, sums)
+            return added(builder, A_rows, next_rows, panel, k, sums)
 
         sums = summed_in_loop(builder, n_k, n_rows * n_vectors, constant(VECTOR, 0.0), step)
         add_to_rows(builder, C_rows, sums, rows, continues)
