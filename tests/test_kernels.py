@@ -932,6 +932,7 @@ _AVX512 = f"{_AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"
 for _name, _cpu, _features in (
     ("8 lanes, pairs of bytes", "haswell", _AVX2),
     ("16 lanes, pairs of bytes", "skylake-avx512", _AVX512),
+    ("16 lanes, pairs of bf16 in prompts", "znver4", f"{_AVX512},+avx512bf16,+avx512vnni"),
 ):
     if {name[1:] for name in _features.split(",")} <= HOST_FEATURES:  # else its instructions would be illegal here
         VARIANTS[_name] = {"NUMBA_CPU_NAME": _cpu, "NUMBA_CPU_FEATURES": _features}

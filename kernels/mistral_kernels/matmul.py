@@ -14,10 +14,11 @@ import numpy as np
 from numba import types
 
 from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.instructions import LANES
 from mistral_kernels.layout import TILE
 from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, SCALES, round_to_pairs, scale_of
 from mistral_kernels.pairs import PAIRS_ARE_FASTER
-from mistral_kernels.simd import LANES, load_part, rounded, store
+from mistral_kernels.simd import load_part, rounded, store
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most

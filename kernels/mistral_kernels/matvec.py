@@ -115,7 +115,7 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
 
 @made_once
 def matvec(kind: str, meeting: tuple[int, int]) -> Any:
-    """Return a kernel: matvec(W, scales, x, y, n_threads), for matrices of a kind; rows and tokens meet as in ONE or FEW.
+    """Return a kernel: matvec(W, scales, x, y, n_threads), for a kind; so many rows and tokens meet as ONE or FEW says.
 
     W           O * I numbers of the kind, row after row, as bytes (uint8); "pairs" are bf16, and I is even
     scales      what fp8 weights are multiplied by, float32 (1, 1) or (ceil(O/128), ceil(I/128)); else not read
