@@ -69,7 +69,7 @@ class CompiledOps(ReferenceOps):
     threads     how many; None: MISTRAL_REF_THREADS, or as many as there are performance cores
     angles      as in ReferenceOps
     activations what the inputs of quantized matrices are rounded to: "int16", or "int8", which is faster; "bfloat16":
-                those of bf16 matrices to bf16, which is twice as fast where a processor multiplies pairs of them
+                those of bf16 matrices to bf16, which is twice as fast where a processor gains by pairs of them
     """
 
     name = "numba"

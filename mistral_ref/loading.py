@@ -48,7 +48,7 @@ def load(
     activations   what the inputs of quantized matrices are rounded to: "int16", "int8", which is faster and less exact,
                   or "float", not at all, with NumPy alone; None: "int16", and "float" with dtype="float64". "bfloat16"
                   rounds the inputs of bf16 matrices instead, to 8 bits, as other runtimes do: prompts are twice as
-                  fast on processors with AVX512_BF16
+                  fast on AMD's processors with AVX512_BF16, and decoding a little faster
     progress      called with (done, in all) while repacking (matrices) or rounding (weights)
 
     Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was

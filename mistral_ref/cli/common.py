@@ -54,8 +54,8 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
         "--activations",
         choices=get_args(Activations),
         help="what inputs of quantized weights are rounded to (default: int16; int8 is faster and less exact; float: "
-        "not at all, with numpy); bfloat16: those of bf16 weights, whose prompts are then twice as fast on processors "
-        "with AVX512_BF16, and less exact",
+        "not at all, with numpy); bfloat16: those of bf16 weights, whose prompts are then twice as fast on AMD's "
+        "processors with AVX512_BF16, and less exact",
     )
 
 
