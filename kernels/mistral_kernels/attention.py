@@ -42,7 +42,7 @@ from mistral_kernels.simd import (
 from mistral_kernels.tile import tile
 
 SPAN = 4 * BLOCK  # keys that go through a softmax together
-TOGETHER = 36  # rows of a prompt that go through the keys together: few enough for the first cache
+TOGETHER = 24  # rows of a prompt that go through the keys together: few enough for the first cache
 SPLIT = 512  # keys that one piece of work goes through, for few queries
 AHEAD = 8192  # bytes; how far ahead keys and values are asked for: one token uses them as fast as memory gives them
 
@@ -63,8 +63,17 @@ def _scale(S: Any, row: int, low: int, high: int, steps: Any, g: int, slot: int)
 
 
 @part()
-def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
-    """Turn the scores low, ..., high - 1 of a row of S into exp(score - m), and its others into 0.
+def _nothing(S: Any, row: int, low: int, high: int) -> None:
+    """Turn the vectors of a row of S from `low` on, where one begins, up to `high` into 0."""
+    for j in range(low, high, LANES):
+        store(S, row * SPAN + j, zeros())
+
+
+@part()
+def _softmax(
+    S: Any, row: int, low: int, high: int, all_low: int, all_high: int, m: Any, total: Any, acc: Any, width: int
+) -> None:
+    """Turn the scores low, ..., high - 1 of a row of S into exp(score - m), the others from all_low to all_high into 0.
 
     m[row] becomes the largest score so far, and what total and acc hold for the row is scaled down if it has grown.
     """
@@ -82,9 +91,8 @@ def _softmax(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any
         share = share if is_whole else within(share, low - j, high - j, 0.0)
         store(S, at + j, share)
         summed = add(summed, share)
-    if not is_whole:
-        S[at : at + first] = 0
-        S[at + last : at + SPAN] = 0
+    _nothing(S, row, all_low // LANES * LANES, first)
+    _nothing(S, row, last, all_high)
     if now != before:
         m[row] = now
         if before != -np.inf:  # else there is nothing yet
@@ -154,11 +162,11 @@ def _attend(kind: str, n_rows: int) -> Any:
             if row_low < row_high:
                 if has_steps:
                     _scale(S, row, row_low, row_high, k_steps, g, slot)
-                _softmax(S, row, row_low, row_high, m, total, acc, width)
+                _softmax(S, row, row_low, row_high, low, high, m, total, acc, width)
                 if has_steps:
                     _scale(S, row, row_low, row_high, v_steps, g, slot)
             else:
-                S[row * SPAN : (row + 1) * SPAN] = 0
+                _nothing(S, row, low // LANES * LANES, high)
 
     @part(kind, n_rows)
     def attend(
