@@ -70,6 +70,15 @@ def _cut_in_pairs(x: Any, slabs: Any, first: int, last: int) -> None:
             round_to_pairs(x, t * n_in + start, min(2 * DEPTH, n_in - start), slabs, row)
 
 
+def _way(kind: str) -> tuple[Any, int, str, str]:
+    """Return what cuts x, how many inputs are counted as one, and what numbers of a panel and of W are taken for."""
+    if _takes_pairs(kind):
+        return _cut_in_pairs, 2, "pairs", "pairs"
+    if kind == "pairs":
+        return _cut_rounded, 1, "f32", "bf16"
+    return _cut, 1, "f32", kind
+
+
 def _panel_filler(kind: str, is_tiled: bool) -> Any:
     """Return the part of a kernel that widens a block of W into a panel."""
     transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
@@ -141,14 +150,9 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
     Of "pairs" x is rounded to bf16. Where the processor is faster with them, everything but x counts pairs of inputs:
     panels, slabs, and I itself; else both are widened to float32.
     """
-    if _takes_pairs(kind):
-        cut, at_once, in_panels, widened_from = _cut_in_pairs, 2, "pairs", "pairs"
-    elif kind == "pairs":
-        cut, at_once, in_panels, widened_from = _cut_rounded, 1, "f32", "bf16"
-    else:
-        cut, at_once, in_panels, widened_from = _cut, 1, "f32", kind
-    multiply_tile = tile(ROWS, VECTORS, in_panels, asks_for_next_rows=True)
-    fill_panel = _panel_filler(widened_from, is_tiled)
+    cut, at_once, kind_of_panel, kind_of_W = _way(kind)
+    multiply_tile = tile(ROWS, VECTORS, kind_of_panel, asks_for_next_rows=True)
+    fill_panel = _panel_filler(kind_of_W, is_tiled)
 
     @part(kind, is_tiled)
     def new_panel() -> Any:
