@@ -38,45 +38,26 @@ def slab_numbers(kind: str, n_tokens: int, n_in: int) -> int:
 
 
 @part()
-def _cut(x: Any, slabs: Any, first: int, last: int) -> None:
-    """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1."""
-    for slab in range(first, last):
-        start, stop = slab * DEPTH, min((slab + 1) * DEPTH, x.shape[1])
-        for t in range(len(x)):
-            slabs[slab, t, : stop - start] = x[t, start:stop]
+def _copy(x: Any, start: int, n: int, slabs: Any, at: int) -> None:
+    """Put n numbers of x from a flat offset on into slabs[at:], which ends at a whole vector."""
+    for i in range(0, n, LANES):
+        store(slabs, at + i, load_part(x, start + i, min(n - i, LANES)))
 
 
 @part()
-def _cut_rounded(x: Any, slabs: Any, first: int, last: int) -> None:
-    """As _cut, with x rounded to bf16."""
-    (n_tokens, n_in), x, slabs = x.shape, x.reshape(-1), slabs.reshape(-1)
-    for slab in range(first, last):
-        start = slab * DEPTH
-        n = min(DEPTH, n_in - start)
-        for t in range(n_tokens):
-            for i in range(0, n, LANES):
-                value = load_part(x, t * n_in + start + i, min(n - i, LANES))
-                store(slabs, (slab * n_tokens + t) * DEPTH + i, rounded(value))
-
-
-@part()
-def _cut_in_pairs(x: Any, slabs: Any, first: int, last: int) -> None:
-    """As _cut, with x rounded to bf16, and DEPTH pairs in a slab."""
-    n_tokens, n_in = x.shape
-    for slab in range(first, last):
-        start = slab * 2 * DEPTH
-        for t in range(n_tokens):
-            row = (slab * n_tokens + t) * DEPTH
-            round_to_pairs(x, t * n_in + start, min(2 * DEPTH, n_in - start), slabs, row)
+def _copy_rounded(x: Any, start: int, n: int, slabs: Any, at: int) -> None:
+    """As _copy, with x rounded to bf16."""
+    for i in range(0, n, LANES):
+        store(slabs, at + i, rounded(load_part(x, start + i, min(n - i, LANES))))
 
 
 def _way(kind: str) -> tuple[Any, int, str, str]:
-    """Return what cuts x, how many inputs are counted as one, and what numbers of a panel and of W are taken for."""
+    """Return what copies x, how many inputs are counted as one, and what numbers of a panel and of W are taken for."""
     if _takes_pairs(kind):
-        return _cut_in_pairs, 2, "pairs", "pairs"
+        return round_to_pairs, 2, "pairs", "pairs"
     if kind == "pairs":
-        return _cut_rounded, 1, "f32", "bf16"
-    return _cut, 1, "f32", kind
+        return _copy_rounded, 1, "f32", "bf16"
+    return _copy, 1, "f32", kind
 
 
 def _panel_filler(kind: str, is_tiled: bool) -> Any:
@@ -150,9 +131,18 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
     Of "pairs" x is rounded to bf16. Where the processor is faster with them, everything but x counts pairs of inputs:
     panels, slabs, and I itself; else both are widened to float32.
     """
-    cut, at_once, kind_of_panel, kind_of_W = _way(kind)
+    copy, at_once, kind_of_panel, kind_of_W = _way(kind)
     multiply_tile = tile(ROWS, VECTORS, kind_of_panel, asks_for_next_rows=True)
     fill_panel = _panel_filler(kind_of_W, is_tiled)
+
+    @part(kind, is_tiled)
+    def cut(x: Any, slabs: Any, first: int, last: int) -> None:
+        """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1."""
+        n_tokens, n_in = x.shape
+        for slab in range(first, last):
+            start = slab * at_once * DEPTH
+            for t in range(n_tokens):
+                copy(x, t * n_in + start, min(at_once * DEPTH, n_in - start), slabs, (slab * n_tokens + t) * DEPTH)
 
     @part(kind, is_tiled)
     def new_panel() -> Any:

@@ -35,8 +35,6 @@ class _BFloatType(ir.Type):
 
 # Whether pairs of bf16, or four bytes, are multiplied and added up at once, and what multiplies bytes into pairs.
 _HAS_BF16_PAIRS, _HAS_QUADS = _by_lanes("avx512bf16"), _by_lanes("avx512vnni")
-# Zen starts as many pairs of bf16 in a cycle as multiply-adds of float32, Intel's Emerald Rapids a quarter as many.
-PAIRS_ARE_FASTER = _HAS_BF16_PAIRS.get(LANES, False) and target_cpu().startswith("znver")
 _PAIRS_OF_BYTES = {
     n: name
     for n, feature, name in (
@@ -46,6 +44,8 @@ _PAIRS_OF_BYTES = {
     )
     if feature in FEATURES
 }
+# Zen starts as many pairs of bf16 in a cycle as multiply-adds of float32, Intel's Emerald Rapids a quarter as many.
+PAIRS_ARE_FASTER = _HAS_BF16_PAIRS[LANES] and target_cpu().startswith("znver")
 
 
 def rounded_to_bf16(builder: Any, floats: Any) -> Any:
