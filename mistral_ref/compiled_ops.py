@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from mistral_kernels import attention, elementwise, panels, threads
-from mistral_kernels.matmul import matmul, slab_numbers
+from mistral_kernels.matmul import matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, are_few, matvec, matvec_tiled
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
@@ -131,7 +131,7 @@ class CompiledOps(ReferenceOps):
         else:
             for start in range(0, n_tokens, _TOKENS_AT_ONCE):
                 rows = slice(start, start + _TOKENS_AT_ONCE)
-                slabs = self._pool.empty((slab_numbers(kind, len(x_TI[rows]), n_in),))
+                slabs = self._pool.empty(slab_shape(kind, len(x_TI[rows]), n_in))
                 matmul(kind, is_tiled)(stored, scale, x_TI[rows], slabs, y_TO[rows], n_threads)
         return y_TO
 

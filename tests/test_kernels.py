@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_kernels import attention, elementwise, panels, threads
-from mistral_kernels.matmul import DEPTH, matmul, slab_numbers
+from mistral_kernels.matmul import DEPTH, matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, PART, in_pairs, matvec, matvec_tiled
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.simd import LANES, load, multiply_add_pairs, store
@@ -138,7 +138,7 @@ def product(
         matvec(kind, FEW)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
         return y_TO
     if way == "many":
-        slabs = np.full(slab_numbers(kind, *x_TI.shape), np.nan, np.float32)
+        slabs = np.full(slab_shape(kind, *x_TI.shape), np.nan, np.float32)
         matmul(kind, is_tiled)(matrix.as_bytes, scale, x_TI, slabs, y_TO, n_threads)
         return y_TO
     for t in range(len(x_TI)):

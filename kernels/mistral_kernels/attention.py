@@ -28,6 +28,7 @@ from mistral_kernels.panels import BLOCK, HEADS_IN, PANEL
 from mistral_kernels.simd import (
     add,
     exp,
+    floats,
     larger,
     largest_of,
     load,
@@ -104,11 +105,15 @@ def _softmax(
 
 
 @part()
-def _scaled_queries(q: Any, n_kv_heads: int, g: int, first: int, last: int) -> Any:
-    """Return q / sqrt(K) of the heads that share key/value head g: a row (K,) for each token, then for each head."""
+def _scaled_queries(q: Any, n_kv_heads: int, g: int, first: int, last: int, n_rows: int) -> Any:
+    """Return q / sqrt(K) of the heads that share key/value head g: a row (K,) for each token, then for each head.
+
+    There are n rows; those beyond the last are 0.
+    """
     n_heads, head_dim = q.shape[1:]
     group, scale = n_heads // n_kv_heads, numba.float32(1 / math.sqrt(head_dim))
-    scaled = np.empty((last - first) * group * head_dim, np.float32)
+    scaled = floats(n_rows * head_dim)
+    scaled[(last - first) * group * head_dim :] = 0
     for row in range((last - first) * group):
         for i in range(head_dim):
             scaled[row * head_dim + i] = q[first + row // group, g * group + row % group, i] * scale
@@ -182,11 +187,12 @@ def _attend(kind: str, n_rows: int) -> Any:
         n_heads, head_dim = q.shape[1:]
         group, n_panels = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL
         width, rows = n_panels * PANEL, (last - first) * group
-        scaled = _scaled_queries(q, n_kv_heads, g, first, last)
-        S = np.empty(rows * SPAN, np.float32)
+        in_tiles = (rows + n_rows - 1) // n_rows * n_rows
+        scaled = _scaled_queries(q, n_kv_heads, g, first, last, in_tiles)
+        S = floats(in_tiles * SPAN)
         m[:rows] = -np.inf
         total[:rows] = 0
-        acc[: rows * width] = 0
+        acc[: in_tiles * width] = 0
         for segment in range(len(segments)):
             shift = segments[segment, 2] - segments[segment, 0]  # from slot to position
             start = max(segments[segment, 0], max(oldest, first_query + first - window + 1) - shift)
@@ -200,7 +206,7 @@ def _attend(kind: str, n_rows: int) -> Any:
                     keys = ((g * n_blocks + block) * (BLOCK // PANEL) + panel) * head_dim * PANEL
                     for row in range(0, rows, n_rows):
                         from_q, to_S = (row * head_dim, head_dim), (row * SPAN + panel * PANEL, SPAN)
-                        multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, min(n_rows, rows - row), False)
+                        multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, False)
                 into_shares(
                     S, rows, group, first_query + first - base, window, low, high, k_steps, v_steps, g, block * BLOCK,
                     m, total, acc, width,
@@ -211,9 +217,7 @@ def _attend(kind: str, n_rows: int) -> Any:
                         values = ((g * n_blocks + block + nth) * n_panels + panel) * BLOCK + begin - nth * BLOCK
                         for row in range(0, rows, n_rows):
                             from_S, to_acc = (row * SPAN + begin, SPAN), (row * width + panel * PANEL, width)
-                            multiply_tile(
-                                S, from_S, v, values * PANEL, end - begin, acc, to_acc, min(n_rows, rows - row), True
-                            )
+                            multiply_tile(S, from_S, v, values * PANEL, end - begin, acc, to_acc, True)
 
     return attend
 
@@ -298,7 +302,8 @@ def attention(kind: str, n_rows: int) -> Any:
         n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, n_queries) * group
         apart = most_rows + 64  # no two threads write to one cache line, nor to the one that is fetched with it
         m, total = np.empty((n_kept, apart), np.float32), np.empty((n_kept, apart), np.float32)
-        acc = np.empty((n_kept, most_rows * width), np.float32)
+        in_tiles = (most_rows + n_rows - 1) // n_rows * n_rows
+        acc = floats(n_kept * in_tiles * width).reshape((n_kept, in_tiles * width))
         if n_threads == 1:
             take_turns(
                 q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total, acc,

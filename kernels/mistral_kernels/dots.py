@@ -238,7 +238,7 @@ def unpack(bits: int) -> tuple[Any, Any]:
 
 
 def group_tile(bits: int, activations: str, group: int) -> Any:
-    """Return the operation multiply_groups(q, a, panel, S, scales_x, n, n_groups, C, c, rows, continues).
+    """Return the operation multiply_groups(q, a, panel, S, scales_x, n, n_groups, C, c, continues).
 
         C[r, lane] += sum over groups of
             scale[lane] scale_x[r] (sum over the group of code[k, lane] q[r, k] - zero[lane] sum_x[r])
@@ -250,7 +250,6 @@ def group_tile(bits: int, activations: str, group: int) -> Any:
     S           float32: scales and zeros of WIDTH lanes, group by group
     scales_x    float32: scale_x and sum_x, group by group; n = (offset, row length)
     C           float32; c = (offset, row length)
-    rows        how many rows exist; of those beyond nothing is stored
     continues   whether to add to what C holds
     """
     n_sums, size = GROUP_ROWS * VECTORS, ACTIVATIONS[activations]
@@ -276,16 +275,13 @@ def group_tile(bits: int, activations: str, group: int) -> Any:
                 new.append(products(builder, sums[r * VECTORS + number], value, x, bits))
         return new
 
-    @operation(
-        types.void, ARRAY, PLACE, ARRAY, ARRAY, ARRAY, PLACE, types.intp, ARRAY, PLACE, types.intp, types.boolean
-    )
+    @operation(types.void, ARRAY, PLACE, ARRAY, ARRAY, ARRAY, PLACE, types.intp, ARRAY, PLACE, types.boolean)
     def multiply_groups(
         builder: Any, q: Any, a: Any, panel: Any, S: Any, scales_x: Any, n: Any, n_groups: Any, C: Any, c: Any,
-        rows: Any, continues: Any,
+        continues: Any,
     ) -> None:  # fmt: skip
-        q_rows = stored_rows(builder, q, a, rows, GROUP_ROWS)
-        x_rows = stored_rows(builder, scales_x, n, rows, GROUP_ROWS)
-        C_rows = stored_rows(builder, C, c, rows, GROUP_ROWS)
+        q_rows, x_rows = stored_rows(builder, q, a, GROUP_ROWS), stored_rows(builder, scales_x, n, GROUP_ROWS)
+        C_rows = stored_rows(builder, C, c, GROUP_ROWS)
 
         def add_group(number_of_group: Any, sums: list[Any]) -> list[Any]:
             start = builder.mul(number_of_group, _whole(group))
@@ -313,6 +309,6 @@ def group_tile(bits: int, activations: str, group: int) -> Any:
             return new
 
         sums = summed_in_loop(builder, n_groups, n_sums, constant(VECTOR, 0.0), add_group)
-        add_to_rows(builder, C_rows, sums, rows, continues)
+        add_to_rows(builder, C_rows, sums, continues)
 
     return multiply_groups

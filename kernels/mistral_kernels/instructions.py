@@ -25,6 +25,7 @@ KINDS = {"f32": 4, "f16": 2, "bf16": 2, "fp8": 1, "int8": 1, "pairs": 4}
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+LINE = 64  # bytes of a cache line
 STORED = {"f32": F32, "f16": I16, "bf16": I16, "fp8": I8, "int8": I8, "pairs": F32}
 
 

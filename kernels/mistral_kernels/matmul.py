@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numba
-import numpy as np
 from numba import types
 
 from mistral_kernels.compiling import kernel, made_once, part
@@ -18,23 +17,26 @@ from mistral_kernels.instructions import LANES
 from mistral_kernels.layout import TILE
 from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, SCALES, round_to_pairs, scale_of
 from mistral_kernels.pairs import PAIRS_ARE_FASTER
-from mistral_kernels.simd import load_part, rounded, store
+from mistral_kernels.simd import floats, load_part, rounded, store
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
-KEPT = 2**20  # numbers of x that all blocks go through before the next ones: what stays in a last cache that others use
 
-FLOATS = types.Array(types.float32, 1, "C")
+SLABS = types.Array(types.float32, 3, "C")
 
 
 def _takes_pairs(kind: str) -> bool:
     return kind == "pairs" and PAIRS_ARE_FASTER
 
 
-def slab_numbers(kind: str, n_tokens: int, n_in: int) -> int:
-    """Return how many numbers a product's workspace has: x, or pairs of it, cut into slabs of DEPTH."""
-    n_counted = n_in // 2 if _takes_pairs(kind) else n_in
-    return -(-n_counted // DEPTH) * DEPTH * n_tokens
+def whole_slabs(n_tokens: int, n_in: int) -> tuple[int, int, int]:
+    """Return the shape of x cut into slabs of DEPTH inputs, with the rows of whole tiles."""
+    return -(-n_in // DEPTH), -(-n_tokens // ROWS) * ROWS, DEPTH
+
+
+def slab_shape(kind: str, n_tokens: int, n_in: int) -> tuple[int, int, int]:
+    """Return the shape of a product's workspace: x, or pairs of it, in whole slabs."""
+    return whole_slabs(n_tokens, n_in // 2 if _takes_pairs(kind) else n_in)
 
 
 @part()
@@ -91,31 +93,26 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
     return fill_from_tiles if is_tiled else fill_from_rows
 
 
-def over_blocks(multiply_block: Any, new_panel: Any, *variant: object) -> Any:
+def over_blocks(multiply_slab: Any, new_panel: Any, *variant: object) -> Any:
     """Return the part of a kernel that takes all inputs through some blocks of WIDTH outputs.
 
-    multiply_block(W, x, n_in, start, stop, y, o, n_out, column, panel) adds what the inputs start, ..., stop - 1 give
-    to WIDTH outputs from o on, to y from `column` on. What W and x are is its business; new_panel() is its workspace.
+    multiply_slab(W, x, n_in, start, stop, o, n_out, panel, sums, n_rows) adds what the inputs start, ..., stop - 1
+    give to the sums (n_rows, WIDTH) of the outputs from o on. What W and x are is its business; new_panel() is its
+    workspace.
     """
 
     @part(*variant)
-    def multiply_blocks(W: Any, x: Any, n_in: int, y: Any, first: int, last: int) -> None:
+    def multiply_blocks(W: Any, x: Any, n_rows: int, n_in: int, y: Any, first: int, last: int) -> None:
         """Compute the blocks first, ..., last - 1."""
         n_tokens, n_out = y.shape
-        panel = new_panel()
-        # Tiles are whole: the last block, if it is not, goes into an array of its own.
-        is_cut = last * WIDTH > n_out
-        edge = np.empty((n_tokens if is_cut else 0, WIDTH), np.float32)
-        chunk = max(KEPT // n_tokens // DEPTH, 1) * DEPTH
-        for start in range(0, n_in, chunk):
-            for block in range(first, last):
-                o, stop = block * WIDTH, min(start + chunk, n_in)
-                is_edge = is_cut and block == last - 1
-                target, column = (edge, 0) if is_edge else (y, o)
-                multiply_block(W, x, n_in, start, stop, target, o, n_out, column, panel)
-        if is_cut:
-            o = (last - 1) * WIDTH
-            y[:, o:] = edge[:, : n_out - o]
+        # Rows of y, often a multiple of 4 KiB apart, would push each other out of the caches.
+        panel, sums = new_panel(), floats(n_rows * WIDTH)
+        for o in range(first * WIDTH, min(last * WIDTH, n_out), WIDTH):
+            for start in range(0, n_in, DEPTH):
+                multiply_slab(W, x, n_in, start, min(start + DEPTH, n_in), o, n_out, panel, sums, n_rows)
+            for t in range(n_tokens):
+                for lane in range(min(WIDTH, n_out - o)):
+                    y[t, o + lane] = sums[t * WIDTH + lane]
 
     return multiply_blocks
 
@@ -126,7 +123,7 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
 
     W, scales   as in matvec and matvec_tiled; fp8 is never in tile order
     x, y        (T, I) and (T, O) float32, T at least 1
-    slabs       float32, slab_numbers(kind, T, I) of any content
+    slabs       float32 of any content, of the shape slab_shape(kind, T, I)
 
     Of "pairs" x is rounded to bf16. Where the processor is faster with them, everything but x counts pairs of inputs:
     panels, slabs, and I itself; else both are widened to float32.
@@ -137,45 +134,44 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
 
     @part(kind, is_tiled)
     def cut(x: Any, slabs: Any, first: int, last: int) -> None:
-        """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1."""
+        """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1; 0 for t past the last token."""
         n_tokens, n_in = x.shape
         for slab in range(first, last):
             start = slab * at_once * DEPTH
             for t in range(n_tokens):
-                copy(x, t * n_in + start, min(at_once * DEPTH, n_in - start), slabs, (slab * n_tokens + t) * DEPTH)
+                copy(
+                    x, t * n_in + start, min(at_once * DEPTH, n_in - start), slabs, (slab * slabs.shape[1] + t) * DEPTH
+                )
+            slabs[slab, n_tokens:] = 0
 
     @part(kind, is_tiled)
     def new_panel() -> Any:
-        return np.empty(DEPTH * WIDTH, np.float32)
+        return floats(DEPTH * WIDTH)
 
     @part(kind, is_tiled)
-    def multiply_block(
-        W: Any, slabs: Any, n_in: int, start: int, stop: int, y: Any, o: int, n_out: int, column: int, panel: Any
+    def multiply_slab(
+        W: Any, slabs: Any, n_in: int, start: int, stop: int, o: int, n_out: int, panel: Any, sums: Any, n_rows: int
     ) -> None:
-        n_tokens = len(y)
-        for first in range(start, stop, DEPTH):
-            last = min(first + DEPTH, stop)
-            fill_panel(W[0], W[1], panel, o, n_out, first, last, n_in)
-            for t in range(0, n_tokens, ROWS):
-                from_x, to_y = (first * n_tokens + t * DEPTH, DEPTH), (t * y.shape[1] + column, y.shape[1])
-                multiply_tile(slabs, from_x, panel, 0, last - first, y, to_y, min(ROWS, n_tokens - t), first > 0)
+        fill_panel(W[0], W[1], panel, o, n_out, start, stop, n_in)
+        for t in range(0, n_rows, ROWS):
+            from_x, to_sums = (start * n_rows + t * DEPTH, DEPTH), (t * WIDTH, WIDTH)
+            multiply_tile(slabs, from_x, panel, 0, stop - start, sums, to_sums, start > 0)
 
-    multiply_blocks = over_blocks(multiply_block, new_panel, kind, is_tiled)
+    multiply_blocks = over_blocks(multiply_slab, new_panel, kind, is_tiled)
 
-    @kernel(types.void(BYTES, SCALES, MATRIX_IN, FLOATS, MATRIX_OUT, types.intp), kind, is_tiled)
+    @kernel(types.void(BYTES, SCALES, MATRIX_IN, SLABS, MATRIX_OUT, types.intp), kind, is_tiled)
     def matmul(W: Any, scales: Any, x: Any, slabs: Any, y: Any, n_threads: int) -> None:
-        n_tokens, n_in, n_out = len(x), x.shape[1] // at_once, y.shape[1]
         # Rows of x whose starts are a power of two apart would push each other out of the cache.
-        n_slabs, n_blocks = (n_in + DEPTH - 1) // DEPTH, (n_out + WIDTH - 1) // WIDTH
-        slabs = slabs.reshape((n_slabs, n_tokens, DEPTH))
+        n_slabs, n_rows = slabs.shape[:2]
+        n_in, n_blocks = x.shape[1] // at_once, (y.shape[1] + WIDTH - 1) // WIDTH
         if n_threads == 1:
             cut(x, slabs, 0, n_slabs)
-            multiply_blocks((W, scales), slabs, n_in, y, 0, n_blocks)
+            multiply_blocks((W, scales), slabs, n_rows, n_in, y, 0, n_blocks)
         else:
             for slab in numba.prange(n_slabs):
                 cut(x, slabs, slab, slab + 1)
             for thread in numba.prange(n_threads):
                 first, last = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
-                multiply_blocks((W, scales), slabs, n_in, y, first, last)
+                multiply_blocks((W, scales), slabs, n_rows, n_in, y, first, last)
 
     return matmul

@@ -8,6 +8,7 @@ Of int8 each key and each value is one number, its step, times whole numbers of 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numba
@@ -16,6 +17,7 @@ from numba import types
 
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.instructions import LANES
+from mistral_kernels.pool import aligned
 
 BLOCK = 64
 PANEL = 2 * LANES
@@ -43,9 +45,13 @@ def new_store(capacity: int, n_kv_heads: int, head_dim: int, dtype: np.dtype[Any
     """Return room for `capacity` slots, all zeros."""
     n_blocks, n_panels = -(-capacity // BLOCK), -(-head_dim // PANEL)
     n_steps = n_blocks * BLOCK if dtype == np.int8 else 0
+
+    def zeros(*shape: int) -> np.ndarray:
+        return aligned(math.prod(shape) * dtype.itemsize, np.zeros).view(dtype).reshape(shape)
+
     return PanelStore(
-        np.zeros((n_kv_heads, n_blocks * (BLOCK // PANEL), head_dim, PANEL), dtype),
-        np.zeros((n_kv_heads, n_blocks, n_panels, BLOCK, PANEL), dtype),
+        zeros(n_kv_heads, n_blocks * (BLOCK // PANEL), head_dim, PANEL),
+        zeros(n_kv_heads, n_blocks, n_panels, BLOCK, PANEL),
         np.zeros((n_kv_heads, n_steps), np.float32),
         np.zeros((n_kv_heads, n_steps), np.float32),
     )

@@ -13,9 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from mistral_kernels.instructions import LINE
+
 LEAST = 2**16  # bytes; smaller arrays are left to NumPy
 MOST = 2**28  # bytes that are kept while nobody holds them
-LINE = 64  # bytes of a cache line, where arrays begin
+
+
+def aligned(n_bytes: int, make: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
+    """Return an array of n bytes, made by np.empty or np.zeros, that begins where a cache line does.
+
+    >>> aligned(100).ctypes.data % 64, aligned(100, np.zeros).sum().item()
+    (0, 0)
+    """
+    memory = make(n_bytes + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    return memory[start : start + n_bytes]
 
 
 class _Lease:
@@ -62,6 +74,4 @@ class ArrayPool:
                 return self._free.pop(min(places, key=lambda i: len(self._free[i])))
             while sum(map(len, self._free)) > MOST:
                 self._free.pop(0)
-        memory = np.empty(size + LINE, np.uint8)
-        start = -memory.ctypes.data % LINE
-        return memory[start : start + size]
+        return aligned(size)

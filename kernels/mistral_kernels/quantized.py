@@ -16,8 +16,9 @@ from numba import types
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
 from mistral_kernels.layout import TILE
-from mistral_kernels.matmul import DEPTH, over_blocks
+from mistral_kernels.matmul import DEPTH, SLABS, over_blocks, whole_slabs
 from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, TILES, VECTOR_IN, VECTOR_OUT
+from mistral_kernels.simd import floats
 from mistral_kernels.tile import WIDTH
 
 GROUPS = (32, 64, 128)  # inputs that share a scale
@@ -89,8 +90,8 @@ def matvec_quantized(bits: int, activations: str, group: int) -> Any:
 
 def slab_shapes(group: int, n_tokens: int, n_in: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Return the shapes of a product's workspace: x rounded, in slabs of DEPTH, and its scales and sums."""
-    n_slabs = -(-n_in // DEPTH)
-    return (n_slabs, n_tokens, DEPTH), (n_slabs, n_tokens, DEPTH // group * 2)
+    slabs = whole_slabs(n_tokens, n_in)
+    return slabs, (*slabs[:2], DEPTH // group * 2)
 
 
 @made_once
@@ -105,13 +106,12 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
     unpack_codes, unpack_scales = unpack(bits)
     rounded = _rounded(activations, group)
     integers = types.Array({"int16": types.int16, "int8": types.int8}[activations], 3, "C")
-    floats = types.Array(types.float32, 3, "C")
     of_group = 2 * WIDTH  # numbers in a panel's scales
     n_kept = DEPTH // group * 2  # numbers for each token and slab
 
     @part(bits, activations, group)
     def new_panel() -> Any:
-        return np.empty(DEPTH * WIDTH, np.uint8), np.empty(DEPTH // group * of_group, np.float32)
+        return floats(DEPTH * WIDTH // 4).view(np.uint8), floats(DEPTH // group * of_group)
 
     @part(bits, activations, group)
     def fill_panel(
@@ -127,53 +127,50 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
                 unpack_scales(S, offset, scales, (i - first) // group * of_group + r)
 
     @part(bits, activations, group)
-    def multiply_block(
-        W: Any, x: Any, n_in: int, start: int, stop: int, y: Any, o: int, n_out: int, column: int, panel: Any
+    def multiply_slab(
+        W: Any, x: Any, n_in: int, start: int, stop: int, o: int, n_out: int, panel: Any, sums: Any, n_rows: int
     ) -> None:
-        n_tokens = len(y)
         q, scales_x = x
         codes, scales = panel
-        for first in range(start, stop, DEPTH):
-            last = min(first + DEPTH, stop)
-            fill_panel(W[0], W[1], codes, scales, o, n_out, first, last, n_in)
-            n_groups = (last - first) // group
-            for t in range(0, n_tokens, GROUP_ROWS):
-                from_q, from_x = (
-                    (first * n_tokens + t * DEPTH, DEPTH),
-                    ((first // DEPTH * n_tokens + t) * n_kept, n_kept),
-                )
-                to_y, rows = (t * y.shape[1] + column, y.shape[1]), min(GROUP_ROWS, n_tokens - t)
-                multiply_groups(q, from_q, codes, scales, scales_x, from_x, n_groups, y, to_y, rows, first > 0)
+        fill_panel(W[0], W[1], codes, scales, o, n_out, start, stop, n_in)
+        n_groups, slab = (stop - start) // group, start // DEPTH
+        for t in range(0, n_rows, GROUP_ROWS):
+            row, to_sums = slab * n_rows + t, (t * WIDTH, WIDTH)
+            from_q, from_x = (row * DEPTH, DEPTH), (row * n_kept, n_kept)
+            multiply_groups(q, from_q, codes, scales, scales_x, from_x, n_groups, sums, to_sums, start > 0)
 
-    multiply_blocks = over_blocks(multiply_block, new_panel, bits, activations, group)
+    multiply_blocks = over_blocks(multiply_slab, new_panel, bits, activations, group)
 
     @part(bits, activations, group)
-    def cut(x: Any, unit: float, q: Any, scales_x: Any, slab: int) -> None:
-        """Round the inputs of a slab of all tokens."""
+    def cut(x: Any, unit: float, q: Any, scales_x: Any, slab: int, n_rows: int) -> None:
+        """Round the inputs of a slab of all tokens; rows past the last token are 0."""
         start, stop = slab * DEPTH, min((slab + 1) * DEPTH, x.shape[1])
         kept = np.empty((stop - start + group - 1) // group * group, np.float32)
         for t in range(len(x)):
-            row = slab * len(x) + t
+            row = slab * n_rows + t
             rounded(x[t], start, stop, kept, unit, q, row * DEPTH, scales_x, row * n_kept)
+        beyond, end = slab * n_rows + len(x), (slab + 1) * n_rows
+        q[beyond * DEPTH : end * DEPTH] = 0
+        scales_x[beyond * n_kept : end * n_kept] = 0
 
     @kernel(
-        types.void(BYTES, BYTES, types.float32, MATRIX_IN, integers, floats, MATRIX_OUT, types.intp),
+        types.void(BYTES, BYTES, types.float32, MATRIX_IN, integers, SLABS, MATRIX_OUT, types.intp),
         bits,
         activations,
         group,
     )
     def matmul_quantized(W: Any, S: Any, unit: float, x: Any, q: Any, scales_x: Any, y: Any, n_threads: int) -> None:
         n_in, n_blocks = (x.shape[1] + group - 1) // group * group, (y.shape[1] + WIDTH - 1) // WIDTH
-        n_slabs, q, scales_x = len(q), q.reshape(-1), scales_x.reshape(-1)
+        (n_slabs, n_rows), q, scales_x = q.shape[:2], q.reshape(-1), scales_x.reshape(-1)
         if n_threads == 1:
             for slab in range(n_slabs):
-                cut(x, unit, q, scales_x, slab)
-            multiply_blocks((W, S), (q, scales_x), n_in, y, 0, n_blocks)
+                cut(x, unit, q, scales_x, slab, n_rows)
+            multiply_blocks((W, S), (q, scales_x), n_rows, n_in, y, 0, n_blocks)
         else:
             for index in numba.prange(n_slabs):
-                cut(x, unit, q, scales_x, numba.intp(index))
+                cut(x, unit, q, scales_x, numba.intp(index), n_rows)
             for thread in numba.prange(n_threads):
                 first, last = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
-                multiply_blocks((W, S), (q, scales_x), n_in, y, first, last)
+                multiply_blocks((W, S), (q, scales_x), n_rows, n_in, y, first, last)
 
     return matmul_quantized

@@ -10,15 +10,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
+from mistral_kernels.compiling import part
 from mistral_kernels.instructions import (
     F32,
     I16,
     I32,
     LANES,
+    LINE,
     VECTOR,
     combined,
     constant,
@@ -79,6 +83,14 @@ def operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], A
         return intrinsic(typed)
 
     return make
+
+
+@part()
+def floats(n: int) -> Any:
+    """Return an array of n float32 of any content that begins where a cache line does: no vector then lies in two."""
+    memory = np.empty(n + LINE // 4, np.float32)
+    start = numba.intp(-(memory.ctypes.data // 4) % (LINE // 4))
+    return memory[start : start + n]
 
 
 @operation(vector)

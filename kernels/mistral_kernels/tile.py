@@ -23,6 +23,7 @@ from mistral_kernels.instructions import (
     IS_ARM,
     KINDS,
     LANES,
+    LINE,
     STORED,
     VECTOR,
     constant,
@@ -45,27 +46,22 @@ WIDTH = VECTORS * LANES
 PLACE = types.UniTuple(types.intp, 2)  # where in an array a matrix is: offset, and row length
 
 
-def stored_rows(builder: Any, array: Any, place: Any, rows: Any, n_rows: int) -> list[Any]:
-    """Return the address of each of n rows of a matrix that has `rows` of them; those beyond the last fall on it."""
+def stored_rows(builder: Any, array: Any, place: Any, n_rows: int) -> list[Any]:
+    """Return the address of each of n rows of a matrix."""
     start, length = (builder.extract_value(place, index) for index in range(2))
-    last = builder.sub(rows, ir.Constant(I64, 1))
-    numbers = (ir.Constant(I64, row) for row in range(n_rows))
-    kept = (builder.select(builder.icmp_signed("<", row, last), row, last) for row in numbers)
-    return [builder.gep(array, [builder.add(start, builder.mul(row, length))]) for row in kept]
+    starts = (builder.add(start, builder.mul(ir.Constant(I64, row), length)) for row in range(n_rows))
+    return [builder.gep(array, [offset]) for offset in starts]
 
 
-def add_to_rows(builder: Any, rows: list[Any], sums: list[Any], n_existing: Any, continues: Any) -> None:
+def add_to_rows(builder: Any, rows: list[Any], sums: list[Any], continues: Any) -> None:
     """Add sums, some vectors for each row, to what rows of floats hold, or put them there."""
     n_vectors = len(sums) // len(rows)
     for index, value in enumerate(sums):
         row, number = divmod(index, n_vectors)
         address = builder.gep(rows[row], [ir.Constant(I64, number * LANES)])
         found = load_vector(builder, address, F32, LANES)
-        # A row beyond the last one falls on it, after it: then what stands there stays.
-        exists = builder.icmp_signed("<", ir.Constant(I64, row), n_existing)
-        old = builder.select(builder.and_(continues, exists), found, constant(VECTOR, 0.0))
-        new = builder.fadd(old, value)
-        store_vector(builder, address, builder.select(exists, new, found) if row else new)
+        old = builder.select(continues, found, constant(VECTOR, 0.0))
+        store_vector(builder, address, builder.fadd(old, value))
 
 
 def summed_in_loop(
@@ -92,13 +88,13 @@ def summed_in_loop(
 
 
 def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, asks_for_next_rows: bool = False) -> Any:
-    """Return the operation multiply_tile(A, a, B, b, n_k, C, c, rows, continues), with a panel of numbers of a kind.
+    """Return the operation multiply_tile(A, a, B, b, n_k, C, c, continues), with a panel of numbers of a kind.
 
     A, C            float32 arrays; a = (offset, row length) and c = (offset, row length) say where in them. If the kind
-                    is "pairs", A holds pairs as well, and a number of A or of the panel is one pair
+                    is "pairs", A holds pairs as well, and a number of A or of the panel is one pair. Where a row length
+                    is a constant of the kernel, one register holds the address of all rows
     B               array of bytes or float32; the panel starts at its number b
     n_k             at least 1
-    rows            how many rows exist; of those beyond nothing is stored
     continues       whether to add to what C holds
 
     Cache lines of the panel are asked for when the tile is `ahead` bytes before them; 0: when they are read. Those of
@@ -115,7 +111,7 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, asks_fo
         vectors = []
         for number in range(n_vectors):
             address = builder.gep(B_row, [whole(number * LANES * size)])
-            if ahead and number * LANES * size % 64 == 0:
+            if ahead and number * LANES * size % LINE == 0:
                 prefetch_line(builder, address, ahead)
             vectors.append(widened(builder, load_vector(builder, address, element, LANES), kind))
         if asks_for_next_rows:
@@ -127,11 +123,9 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, asks_fo
                 new.append(products(builder, number_of_A, value, sums[row * n_vectors + number], kind))
         return new
 
-    @operation(types.void, ARRAY, PLACE, ARRAY, types.intp, types.intp, ARRAY, PLACE, types.intp, types.boolean)
-    def multiply_tile(
-        builder: Any, A: Any, a: Any, B: Any, b: Any, n_k: Any, C: Any, c: Any, rows: Any, continues: Any
-    ) -> None:
-        A_rows, C_rows = stored_rows(builder, A, a, rows, n_rows), stored_rows(builder, C, c, rows, n_rows)
+    @operation(types.void, ARRAY, PLACE, ARRAY, types.intp, types.intp, ARRAY, PLACE, types.boolean)
+    def multiply_tile(builder: Any, A: Any, a: Any, B: Any, b: Any, n_k: Any, C: Any, c: Any, continues: Any) -> None:
+        A_rows, C_rows = stored_rows(builder, A, a, n_rows), stored_rows(builder, C, c, n_rows)
         panel = builder.gep(builder.bitcast(B, I8.as_pointer()), [builder.mul(b, whole(size))])
         next_rows = builder.gep(A_rows[0], [builder.mul(builder.extract_value(a, 1), whole(n_rows))])
 
@@ -139,7 +133,7 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, asks_fo
             return added(builder, A_rows, next_rows, panel, k, sums)
 
         sums = summed_in_loop(builder, n_k, n_rows * n_vectors, constant(VECTOR, 0.0), step)
-        add_to_rows(builder, C_rows, sums, rows, continues)
+        add_to_rows(builder, C_rows, sums, continues)
 
     return multiply_tile
 
