@@ -291,7 +291,7 @@ def group_tile(bits: int, activations: str, group: int) -> Any:
             def add_four(four: Any, dots: list[Any]) -> list[Any]:
                 return products_of(builder, begins, codes, four, dots)
 
-            dots = summed_in_loop(builder, _whole(group // 4), n_sums, constant(lanes, 0), add_four)
+            dots = summed_in_loop(builder, _whole(0), _whole(group // 4), 1, [constant(lanes, 0)] * n_sums, add_four)
             scales = builder.gep(S, [builder.mul(number_of_group, _whole(2 * WIDTH))])
             new = []
             for r, address in enumerate(x_rows):
@@ -308,7 +308,7 @@ def group_tile(bits: int, activations: str, group: int) -> Any:
                     new.append(fused(builder, builder.fmul(scale, scale_x), dot, sums[index]))
             return new
 
-        sums = summed_in_loop(builder, n_groups, n_sums, constant(VECTOR, 0.0), add_group)
+        sums = summed_in_loop(builder, _whole(0), n_groups, 1, [constant(VECTOR, 0.0)] * n_sums, add_group)
         add_to_rows(builder, C_rows, sums, continues)
 
     return multiply_groups

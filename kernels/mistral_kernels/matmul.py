@@ -129,19 +129,18 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
     panels, slabs, and I itself; else both are widened to float32.
     """
     copy, at_once, kind_of_panel, kind_of_W = _way(kind)
-    multiply_tile = tile(ROWS, VECTORS, kind_of_panel, asks_for_next_rows=True)
+    multiply_tile = tile(ROWS, VECTORS, kind_of_panel, steps=2, asks_for_next_rows=True)
     fill_panel = _panel_filler(kind_of_W, is_tiled)
 
     @part(kind, is_tiled)
     def cut(x: Any, slabs: Any, first: int, last: int) -> None:
-        """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1; 0 for t past the last token."""
+        """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1, and 0 past the last token."""
         n_tokens, n_in = x.shape
         for slab in range(first, last):
             start = slab * at_once * DEPTH
+            n = min(at_once * DEPTH, n_in - start)
             for t in range(n_tokens):
-                copy(
-                    x, t * n_in + start, min(at_once * DEPTH, n_in - start), slabs, (slab * slabs.shape[1] + t) * DEPTH
-                )
+                copy(x, t * n_in + start, n, slabs, (slab * slabs.shape[1] + t) * DEPTH)
             slabs[slab, n_tokens:] = 0
 
     @part(kind, is_tiled)

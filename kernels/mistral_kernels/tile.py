@@ -65,29 +65,32 @@ def add_to_rows(builder: Any, rows: list[Any], sums: list[Any], continues: Any) 
 
 
 def summed_in_loop(
-    builder: Any, n_steps: Any, n_sums: int, zero: Any, step: Callable[[Any, list[Any]], list[Any]]
+    builder: Any, start: Any, stop: Any, stride: int, sums: list[Any], step: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """Return n sums that begin at zero and stay in registers: step(k, sums) gives the next ones, for k < n_steps."""
-    before, loop = builder.block, builder.append_basic_block("loop")
-    after = builder.append_basic_block("after")
-    builder.branch(loop)
-    builder.position_at_end(loop)
+    """Return sums that stay in registers: step(k, sums) gives the next ones, for k in range(start, stop, stride)."""
+    before = builder.block
+    head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
     k = builder.phi(I64)
-    k.add_incoming(ir.Constant(I64, 0), before)
-    sums = [builder.phi(zero.type) for _ in range(n_sums)]
-    for phi in sums:
-        phi.add_incoming(zero, before)
-    new = step(k, sums)
-    following = builder.add(k, ir.Constant(I64, 1))
-    k.add_incoming(following, builder.block)
-    for phi, value in zip(sums, new, strict=True):
+    k.add_incoming(start, before)
+    phis = [builder.phi(value.type) for value in sums]
+    for phi, value in zip(phis, sums, strict=True):
+        phi.add_incoming(value, before)
+    builder.cbranch(builder.icmp_signed("<", k, stop), body, after)
+    builder.position_at_end(body)
+    new = step(k, phis)
+    k.add_incoming(builder.add(k, ir.Constant(I64, stride)), builder.block)
+    for phi, value in zip(phis, new, strict=True):
         phi.add_incoming(value, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, n_steps), loop, after)
+    builder.branch(head)
     builder.position_at_end(after)
-    return new
+    return phis
 
 
-def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, asks_for_next_rows: bool = False) -> Any:
+def tile(
+    n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, steps: int = 1, asks_for_next_rows: bool = False
+) -> Any:
     """Return the operation multiply_tile(A, a, B, b, n_k, C, c, continues), with a panel of numbers of a kind.
 
     A, C            float32 arrays; a = (offset, row length) and c = (offset, row length) say where in them. If the kind
@@ -98,7 +101,8 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, asks_fo
     continues       whether to add to what C holds
 
     Cache lines of the panel are asked for when the tile is `ahead` bytes before them; 0: when they are read. Those of
-    A's next n_rows rows, where the next tile will be, may be asked for meanwhile.
+    A's next n_rows rows, where the next tile will be, may be asked for meanwhile. A round of the loop takes one step of
+    k or more: more are faster while the addresses of rows fit the registers.
     """
     element, size, width = STORED[kind], KINDS[kind], n_vectors * LANES
 
@@ -132,7 +136,16 @@ def tile(n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, asks_fo
         def step(k: Any, sums: list[Any]) -> list[Any]:
             return added(builder, A_rows, next_rows, panel, k, sums)
 
-        sums = summed_in_loop(builder, n_k, n_rows * n_vectors, constant(VECTOR, 0.0), step)
+        def whole_round(k: Any, sums: list[Any]) -> list[Any]:
+            for number in range(steps):
+                sums = step(builder.add(k, whole(number)), sums)
+            return sums
+
+        sums, done = [constant(VECTOR, 0.0)] * (n_rows * n_vectors), whole(0)
+        if steps > 1:
+            done = builder.sub(n_k, builder.srem(n_k, whole(steps)))
+            sums = summed_in_loop(builder, whole(0), done, steps, sums, whole_round)
+        sums = summed_in_loop(builder, done, n_k, 1, sums, step)
         add_to_rows(builder, C_rows, sums, continues)
 
     return multiply_tile
