@@ -21,6 +21,7 @@ from mistral_kernels.simd import floats, load_part, rounded, store
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
 DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
+KEPT = 2**20  # numbers of x that all blocks go through before the next ones: what stays in a last cache that others use
 
 SLABS = types.Array(types.float32, 3, "C")
 
@@ -96,9 +97,9 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
 def over_blocks(multiply_slab: Any, new_panel: Any, *variant: object) -> Any:
     """Return the part of a kernel that takes all inputs through some blocks of WIDTH outputs.
 
-    multiply_slab(W, x, n_in, start, stop, o, n_out, panel, sums, n_rows) adds what the inputs start, ..., stop - 1
-    give to the sums (n_rows, WIDTH) of the outputs from o on. What W and x are is its business; new_panel() is its
-    workspace.
+    multiply_slab(W, x, n_in, start, stop, o, n_out, panel, sums, n_rows, continues) puts what the inputs start, ...,
+    stop - 1 give into the sums (n_rows, WIDTH) of the outputs from o on, or adds it if it continues them. What W and x
+    are is its business; new_panel() is its workspace.
     """
 
     @part(*variant)
@@ -107,12 +108,16 @@ def over_blocks(multiply_slab: Any, new_panel: Any, *variant: object) -> Any:
         n_tokens, n_out = y.shape
         # Rows of y, often a multiple of 4 KiB apart, would push each other out of the caches.
         panel, sums = new_panel(), floats(n_rows * WIDTH)
-        for o in range(first * WIDTH, min(last * WIDTH, n_out), WIDTH):
-            for start in range(0, n_in, DEPTH):
-                multiply_slab(W, x, n_in, start, min(start + DEPTH, n_in), o, n_out, panel, sums, n_rows)
-            for t in range(n_tokens):
-                for lane in range(min(WIDTH, n_out - o)):
-                    y[t, o + lane] = sums[t * WIDTH + lane]
+        chunk = max(KEPT // n_rows // DEPTH, 1) * DEPTH
+        for of_chunk in range(0, n_in, chunk):
+            for o in range(first * WIDTH, min(last * WIDTH, n_out), WIDTH):
+                for start in range(of_chunk, min(of_chunk + chunk, n_in), DEPTH):
+                    stop, continues = min(start + DEPTH, n_in), start > of_chunk
+                    multiply_slab(W, x, n_in, start, stop, o, n_out, panel, sums, n_rows, continues)
+                for t in range(n_tokens):
+                    for lane in range(min(WIDTH, n_out - o)):
+                        before = y[t, o + lane] if of_chunk else numba.float32(0)
+                        y[t, o + lane] = before + sums[t * WIDTH + lane]
 
     return multiply_blocks
 
@@ -149,12 +154,13 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
 
     @part(kind, is_tiled)
     def multiply_slab(
-        W: Any, slabs: Any, n_in: int, start: int, stop: int, o: int, n_out: int, panel: Any, sums: Any, n_rows: int
-    ) -> None:
+        W: Any, slabs: Any, n_in: int, start: int, stop: int, o: int, n_out: int, panel: Any, sums: Any, n_rows: int,
+        continues: bool,
+    ) -> None:  # fmt: skip
         fill_panel(W[0], W[1], panel, o, n_out, start, stop, n_in)
         for t in range(0, n_rows, ROWS):
             from_x, to_sums = (start * n_rows + t * DEPTH, DEPTH), (t * WIDTH, WIDTH)
-            multiply_tile(slabs, from_x, panel, 0, stop - start, sums, to_sums, start > 0)
+            multiply_tile(slabs, from_x, panel, 0, stop - start, sums, to_sums, continues)
 
     multiply_blocks = over_blocks(multiply_slab, new_panel, kind, is_tiled)
 

@@ -128,8 +128,9 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
 
     @part(bits, activations, group)
     def multiply_slab(
-        W: Any, x: Any, n_in: int, start: int, stop: int, o: int, n_out: int, panel: Any, sums: Any, n_rows: int
-    ) -> None:
+        W: Any, x: Any, n_in: int, start: int, stop: int, o: int, n_out: int, panel: Any, sums: Any, n_rows: int,
+        continues: bool,
+    ) -> None:  # fmt: skip
         q, scales_x = x
         codes, scales = panel
         fill_panel(W[0], W[1], codes, scales, o, n_out, start, stop, n_in)
@@ -137,7 +138,7 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
         for t in range(0, n_rows, GROUP_ROWS):
             row, to_sums = slab * n_rows + t, (t * WIDTH, WIDTH)
             from_q, from_x = (row * DEPTH, DEPTH), (row * n_kept, n_kept)
-            multiply_groups(q, from_q, codes, scales, scales_x, from_x, n_groups, sums, to_sums, start > 0)
+            multiply_groups(q, from_q, codes, scales, scales_x, from_x, n_groups, sums, to_sums, continues)
 
     multiply_blocks = over_blocks(multiply_slab, new_panel, bits, activations, group)
 
