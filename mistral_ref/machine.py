@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_info
 
 import mistral_ref
 from mistral_kernels import threads
+from mistral_kernels.caches import data_caches
 from mistral_kernels.instructions import LANES
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -54,12 +55,7 @@ def _physical_cores() -> int | None:
 
 def cache_bytes() -> int:
     """Return the size of the largest cache that the system tells of; 32 MiB where it tells of none."""
-    sizes = []
-    for path in _CPUS.glob("cpu0/cache/index*/size"):
-        text = path.read_text().strip()
-        if text.endswith("K") and text[:-1].isdecimal():
-            sizes.append(int(text[:-1]) * 2**10)
-    return max(sizes, default=2**25)
+    return max(data_caches())
 
 
 def uncached_bytes(n_bytes: int) -> int:

@@ -29,7 +29,7 @@ from tiny import (
 )
 
 import mistral_ref
-from mistral_kernels import threads
+from mistral_kernels import caches, threads
 from mistral_ref import CacheError, InputError, MistralRefError
 from mistral_ref.compare import compare_walks
 from mistral_ref.compiled_ops import CompiledOps
@@ -350,6 +350,18 @@ def test_performance_cores_are_counted_as_the_system_tells(tmp_path: Path) -> No
         tell(cpu, "cpu_capacity", "1024")
     assert count({0, 1, 2, 3}, root) == 1
     assert count({2, 3}, root) == 1
+
+
+def test_caches_are_what_the_system_tells(tmp_path: Path) -> None:
+    """Nearest first, without the one for instructions; what cannot be read is left out."""
+    assert caches._data_caches_of_linux(tmp_path) == ()
+    told = [("3", "Unified", "16384K"), ("1", "Data", "32K"), ("1", "Instruction", "64K"), ("2", "Unified", "1024K")]
+    for index, values in enumerate([*told, ("4", "Unified", "many")]):
+        folder = tmp_path / "cpu0" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        for name, value in zip(("level", "type", "size"), values, strict=True):
+            (folder / name).write_text(f"{value}\n")
+    assert caches._data_caches_of_linux(tmp_path) == (2**15, 2**20, 2**24)
 
 
 def threading_layers() -> list[str]:

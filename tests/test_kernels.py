@@ -27,7 +27,7 @@ from checkpoints import to_bfloat16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_kernels import attention, elementwise, panels, threads
+from mistral_kernels import attention, elementwise, panels, quantized, threads
 from mistral_kernels.matmul import DEPTH, matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, PART, in_pairs, matvec, matvec_tiled
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
@@ -300,7 +300,7 @@ EVERY_WAY = [How(*one) for one in itertools.product((8, 4), ("int16", "int8"), (
 SOME_WAYS = [How(8, "int16", 128), How(8, "int8", 32), How(4, "int16", 32), How(4, "int8", 64)]
 each_way = pytest.mark.parametrize("how", EVERY_WAY if EXAMPLES > 10 else SOME_WAYS, ids=str)
 each_of_some_ways = pytest.mark.parametrize("how", SOME_WAYS, ids=str)
-quantized_input_counts = sizes(300, 32, 64, 128, DEPTH, 2 * DEPTH)
+quantized_input_counts = sizes(300, 32, 64, 128, quantized.DEPTH, 2 * quantized.DEPTH)
 
 
 def any_quantized(how: How, n_out: int, n_in: int, seed: int) -> QuantizedMatrix:
@@ -360,7 +360,7 @@ def quantized_product_exactly(how: How, matrix: QuantizedMatrix, x_TI: np.ndarra
         float(matrix.unit) * scale_values()[scales[:, 0]].astype(np.float64) * scales[:, 1] * 2.0 ** (how.bits - 8)
     )
     sums_of_both = w_OI + 2 * zero_weights.repeat(how.group, axis=1)[:, : matrix.n_in]
-    n_sums = scales.shape[2] + -(-matrix.n_in // DEPTH)
+    n_sums = scales.shape[2] + -(-matrix.n_in // quantized.DEPTH)
     size = np.abs(x_TI)
     error = UNIT * (size @ sums_of_both.T + (4 + n_sums) * (size @ np.abs(w_OI).T))
     return x_TI @ w_OI.T, error
@@ -387,7 +387,7 @@ def test_quantized_prompts_and_single_tokens_agree(how: How, n_tokens: int, n_ou
     """To the bit as long as groups are added up in the same order, which they are within a prompt's first slab."""
     matrix, x_TI = any_quantized(how, n_out, n_in, seed), any_inputs(seed ^ 1, n_tokens, n_in)
     one_by_one, together = (quantized_product(how, matrix, x_TI, one_by_one=one) for one in (True, False))
-    if n_in <= DEPTH:
+    if n_in <= quantized.DEPTH:
         np.testing.assert_array_equal(one_by_one, together)
     else:
         _, error = quantized_product_exactly(how, matrix, x_TI)
@@ -888,7 +888,7 @@ def run_to_the_ends() -> None:
                     np.testing.assert_array_equal(found, product(drawn, x_TI.copy(), way=way))
     for how in SOME_WAYS:
         for n_out in (1, 7, 8, 9, 33, WIDTH, WIDTH + 1):
-            for n_in in (1, 3, 31, 33, how.group, how.group + 1, DEPTH, DEPTH + 1):
+            for n_in in (1, 3, 31, 33, how.group, how.group + 1, quantized.DEPTH, quantized.DEPTH + 1):
                 drawn = any_quantized(how, n_out, n_in, n_in)
                 matrix = dataclasses.replace(drawn, data=at_the_end(drawn.data), scales=at_the_end(drawn.scales))
                 x_TI = at_the_end(normal(n_in, 5, n_in))

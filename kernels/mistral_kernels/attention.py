@@ -94,14 +94,13 @@ def _softmax(
         summed = add(summed, share)
     _nothing(S, row, all_low // LANES * LANES, first)
     _nothing(S, row, last, all_high)
-    if now != before:
-        m[row] = now
-        if before != -np.inf:  # else there is nothing yet
-            shrink = numba.float32(math.exp(before - now))
-            total[row] *= shrink
-            for i in range(row * width, (row + 1) * width, LANES):
-                store(acc, i, multiply(load(acc, i), splat(shrink)))
-    total[row] += sum_of(summed)
+    # Each array is used on every way through: those last used in a branch would have their references counted.
+    has_grown = now != before
+    shrink = numba.float32(math.exp(before - now)) if has_grown else numba.float32(1)
+    m[row] = now
+    total[row] = total[row] * shrink + sum_of(summed)
+    for i in range(row * width, row * width + (width if has_grown else 0), LANES):
+        store(acc, i, multiply(load(acc, i), splat(shrink)))
 
 
 @part()
@@ -181,13 +180,13 @@ def _attend(kind: str, n_rows: int) -> Any:
         """Take the queries first, ..., last - 1 through the keys at positions oldest, ..., newest - 1.
 
         For row (t - first) * H/G + r: m is the largest score, total the sum of exp(score - m), acc that of
-        exp(score - m) v.
+        exp(score - m) v, with room for the rows of whole tiles.
         """
         k, v, k_steps, v_steps = panels
         n_heads, head_dim = q.shape[1:]
         group, n_panels = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL
         width, rows = n_panels * PANEL, (last - first) * group
-        in_tiles = (rows + n_rows - 1) // n_rows * n_rows
+        in_tiles = len(acc) // width
         scaled = _scaled_queries(q, n_kv_heads, g, first, last, in_tiles)
         S = floats(in_tiles * SPAN)
         m[:rows] = -np.inf
@@ -249,7 +248,7 @@ def attention(kind: str, n_rows: int) -> Any:
         group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
         n_queries = _queries_together(group)
         n_tiles = (n_tokens + n_queries - 1) // n_queries
-        n_together = n_splits if n_kv_heads % n_threads == 0 else 1
+        n_together = n_tiles * n_splits if n_kv_heads % n_threads == 0 else 1
         for turn in range(thread, n_kv_heads * n_tiles * n_splits // n_together, n_threads):
             for piece in range(turn * n_together, (turn + 1) * n_together):
                 kept = piece if n_splits > 1 else thread
@@ -265,7 +264,7 @@ def attention(kind: str, n_rows: int) -> Any:
                         t, h, summed = first + row // group, g * group + row % group, total[kept, row]
                         for i in range(head_dim):
                             heads[t, h, i] = acc[kept, row * width + i] / summed
-            if n_together > 1:
+            if n_splits > 1 and n_together > 1:
                 _merge(m, total, acc, width, turn, n_splits, heads, n_kv_heads)
 
     @kernel(

@@ -3,7 +3,7 @@
 Numba keeps compiled functions, but does not notice when what a function calls in another file has changed, lets the
 variants that one factory makes share a file, and gives their inner functions the same symbol in different processes, so
 that code loaded from two of them mixes. So names carry here what tells kernels apart: the variant, and a fingerprint of
-all sources of this package, the width of vectors, and the processor compiled for.
+all sources of this package, the width of vectors, the caches, and the processor compiled for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 
 from mistral_kernels import KernelWarning
+from mistral_kernels.caches import data_caches
 from mistral_kernels.instructions import LANES
 
 # No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so that a kernel gives the same bits
@@ -33,7 +34,7 @@ def _fingerprint() -> str:
     """Return a short hash of all that compiled code depends on, but for what Numba looks after itself."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     content = b"".join(file.name.encode() + file.read_bytes() for file in files)
-    machine = repr((LANES, cpu_target.target_context.codegen().magic_tuple())).encode()
+    machine = repr((LANES, data_caches(), cpu_target.target_context.codegen().magic_tuple())).encode()
     return hashlib.sha256(content + machine).hexdigest()[:12]
 
 

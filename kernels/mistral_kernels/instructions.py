@@ -21,11 +21,12 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, config
 
+LINE = 64  # bytes of a cache line
+
 KINDS = {"f32": 4, "f16": 2, "bf16": 2, "fp8": 1, "int8": 1, "pairs": 4}
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-LINE = 64  # bytes of a cache line
 STORED = {"f32": F32, "f16": I16, "bf16": I16, "fp8": I8, "int8": I8, "pairs": F32}
 
 
@@ -53,6 +54,7 @@ def _lanes(features: frozenset[str]) -> int:
 IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
 FEATURES = target_features()
 LANES = _lanes(FEATURES)
+TAKES_HALVES = LANES == 16 and target_cpu() == "znver4"  # of a vector, one after the other
 # Without an instruction for it, LLVM would call a function that is not there when Numba links.
 _HAS_F16 = "f16c" in FEATURES or IS_ARM
 

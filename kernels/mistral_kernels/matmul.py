@@ -12,16 +12,19 @@ from typing import Any
 import numba
 from numba import types
 
+from mistral_kernels.caches import data_caches
 from mistral_kernels.compiling import kernel, made_once, part
-from mistral_kernels.instructions import LANES
+from mistral_kernels.instructions import LANES, TAKES_HALVES
 from mistral_kernels.layout import TILE
 from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, SCALES, round_to_pairs, scale_of
 from mistral_kernels.pairs import PAIRS_ARE_FASTER
 from mistral_kernels.simd import floats, load_part, rounded, store
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
-DEPTH = 256  # of a panel: WIDTH * DEPTH float32 are 48 KiB at most
-KEPT = 2**20  # numbers of x that all blocks go through before the next ones: what stays in a last cache that others use
+# Of a panel, which stays in the first cache; what takes vectors in halves gets it from the second one in time.
+DEPTH = 256 if data_caches()[0] >= 4 * 256 * WIDTH or TAKES_HALVES else 128
+# Numbers of x that all blocks go through before the next ones: what stays in the last cache, which others use too.
+KEPT = max(2**20, data_caches()[-1] // 32)
 
 SLABS = types.Array(types.float32, 3, "C")
 
@@ -30,14 +33,14 @@ def _takes_pairs(kind: str) -> bool:
     return kind == "pairs" and PAIRS_ARE_FASTER
 
 
-def whole_slabs(n_tokens: int, n_in: int) -> tuple[int, int, int]:
-    """Return the shape of x cut into slabs of DEPTH inputs, with the rows of whole tiles."""
-    return -(-n_in // DEPTH), -(-n_tokens // ROWS) * ROWS, DEPTH
+def whole_slabs(n_tokens: int, n_in: int, depth: int) -> tuple[int, int, int]:
+    """Return the shape of x cut into slabs of so many inputs, with the rows of whole tiles."""
+    return -(-n_in // depth), -(-n_tokens // ROWS) * ROWS, depth
 
 
 def slab_shape(kind: str, n_tokens: int, n_in: int) -> tuple[int, int, int]:
     """Return the shape of a product's workspace: x, or pairs of it, in whole slabs."""
-    return whole_slabs(n_tokens, n_in // 2 if _takes_pairs(kind) else n_in)
+    return whole_slabs(n_tokens, n_in // 2 if _takes_pairs(kind) else n_in, DEPTH)
 
 
 @part()
@@ -65,7 +68,7 @@ def _way(kind: str) -> tuple[Any, int, str, str]:
 
 def _panel_filler(kind: str, is_tiled: bool) -> Any:
     """Return the part of a kernel that widens a block of W into a panel."""
-    transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
+    n_columns, transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
     widen_tile = widen(kind)
     is_scaled = kind == "fp8"
 
@@ -83,10 +86,10 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
         for r in range(0, WIDTH, 8):
             first = min(o + r, n_out - 1)
             rows = (first * n_in, n_in, (n_out - 1) * n_in)
-            for k in range(start, stop, 8):
+            for k in range(start, stop, n_columns):
                 scale = scale_of(scales, first, k) if is_scaled else numba.float32(1.0)
                 offset = (k - start) * WIDTH + r
-                if k + 8 <= stop:
+                if k + n_columns <= stop:
                     transpose_whole(W, rows, k, scale, panel, offset, WIDTH)
                 else:
                     transpose_part(W, rows, k, scale, panel, offset, WIDTH, stop - k)
@@ -94,12 +97,12 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
     return fill_from_tiles if is_tiled else fill_from_rows
 
 
-def over_blocks(multiply_slab: Any, new_panel: Any, *variant: object) -> Any:
+def over_blocks(multiply_slab: Any, new_panel: Any, depth: int, *variant: object) -> Any:
     """Return the part of a kernel that takes all inputs through some blocks of WIDTH outputs.
 
     multiply_slab(W, x, n_in, start, stop, o, n_out, panel, sums, n_rows, continues) puts what the inputs start, ...,
     stop - 1 give into the sums (n_rows, WIDTH) of the outputs from o on, or adds it if it continues them. What W and x
-    are is its business; new_panel() is its workspace.
+    are is its business; new_panel() is its workspace, with room for `depth` inputs.
     """
 
     @part(*variant)
@@ -108,11 +111,11 @@ def over_blocks(multiply_slab: Any, new_panel: Any, *variant: object) -> Any:
         n_tokens, n_out = y.shape
         # Rows of y, often a multiple of 4 KiB apart, would push each other out of the caches.
         panel, sums = new_panel(), floats(n_rows * WIDTH)
-        chunk = max(KEPT // n_rows // DEPTH, 1) * DEPTH
+        chunk = max(KEPT // n_rows // depth, 1) * depth
         for of_chunk in range(0, n_in, chunk):
             for o in range(first * WIDTH, min(last * WIDTH, n_out), WIDTH):
-                for start in range(of_chunk, min(of_chunk + chunk, n_in), DEPTH):
-                    stop, continues = min(start + DEPTH, n_in), start > of_chunk
+                for start in range(of_chunk, min(of_chunk + chunk, n_in), depth):
+                    stop, continues = min(start + depth, n_in), start > of_chunk
                     multiply_slab(W, x, n_in, start, stop, o, n_out, panel, sums, n_rows, continues)
                 for t in range(n_tokens):
                     for lane in range(min(WIDTH, n_out - o)):
@@ -162,7 +165,7 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
             from_x, to_sums = (start * n_rows + t * DEPTH, DEPTH), (t * WIDTH, WIDTH)
             multiply_tile(slabs, from_x, panel, 0, stop - start, sums, to_sums, continues)
 
-    multiply_blocks = over_blocks(multiply_slab, new_panel, kind, is_tiled)
+    multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, kind, is_tiled)
 
     @kernel(types.void(BYTES, SCALES, MATRIX_IN, SLABS, MATRIX_OUT, types.intp), kind, is_tiled)
     def matmul(W: Any, scales: Any, x: Any, slabs: Any, y: Any, n_threads: int) -> None:

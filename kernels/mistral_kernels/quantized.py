@@ -16,12 +16,13 @@ from numba import types
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
 from mistral_kernels.layout import TILE
-from mistral_kernels.matmul import DEPTH, SLABS, over_blocks, whole_slabs
+from mistral_kernels.matmul import SLABS, over_blocks, whole_slabs
 from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, TILES, VECTOR_IN, VECTOR_OUT
 from mistral_kernels.simd import floats
 from mistral_kernels.tile import WIDTH
 
 GROUPS = (32, 64, 128)  # inputs that share a scale
+DEPTH = 256  # of a panel of codes: 12 KiB at most
 
 
 def _rounded(activations: str, group: int) -> Any:
@@ -90,7 +91,7 @@ def matvec_quantized(bits: int, activations: str, group: int) -> Any:
 
 def slab_shapes(group: int, n_tokens: int, n_in: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Return the shapes of a product's workspace: x rounded, in slabs of DEPTH, and its scales and sums."""
-    slabs = whole_slabs(n_tokens, n_in)
+    slabs = whole_slabs(n_tokens, n_in, DEPTH)
     return slabs, (*slabs[:2], DEPTH // group * 2)
 
 
@@ -140,7 +141,7 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
             from_q, from_x = (row * DEPTH, DEPTH), (row * n_kept, n_kept)
             multiply_groups(q, from_q, codes, scales, scales_x, from_x, n_groups, sums, to_sums, continues)
 
-    multiply_blocks = over_blocks(multiply_slab, new_panel, bits, activations, group)
+    multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, bits, activations, group)
 
     @part(bits, activations, group)
     def cut(x: Any, unit: float, q: Any, scales_x: Any, slab: int, n_rows: int) -> None:

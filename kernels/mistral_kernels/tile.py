@@ -10,6 +10,7 @@ to the last, so that a step of k loads n_vectors vectors and ROWS numbers for RO
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from llvmlite import ir
@@ -151,15 +152,19 @@ def tile(
     return multiply_tile
 
 
-def transpose(kind: str, ahead: int) -> tuple[Any, Any]:
-    """Return two operations: transpose(W, rows, k, scale, panel, offset, width), and transpose_part(..., count).
+def transpose(kind: str, ahead: int) -> tuple[int, Any, Any]:
+    """Return n, and two operations: transpose(W, rows, k, scale, panel, offset, width), and transpose_part(..., count).
 
-    They take 8 rows of a matrix of a kind, given as bytes, 8 columns of each from column k on, and put them into a
-    float32 panel as 8 rows of 8: panel[offset + width * k' + r] = W[r, k + k'], times `scale` if the kind is fp8. With
+    They take 8 rows of a matrix of a kind, given as bytes, n columns of each from column k on, and put them into a
+    float32 panel as n rows of 8: panel[offset + width * k' + r] = W[r, k + k'], times `scale` if the kind is fp8. With
     `count` only that many columns are read, and the others are 0. `rows` is as in instructions.row_addresses. The
     columns `ahead` of these are asked for, so that they are there when their turn comes.
+
+    Two bf16 move as one word of 32 bits, since to part them is no more work than to widen them, and n is 16; else it
+    is 8.
     """
     element, size = STORED[kind], KINDS[kind]
+    in_word, word = (2, I32) if kind == "bf16" else (1, element)
     order = ir.VectorType(I32, 8)
     low = ir.Constant(order, [0, 8, 1, 9, 2, 10, 3, 11])
     high = ir.Constant(order, [4, 12, 5, 13, 6, 14, 7, 15])
@@ -171,15 +176,19 @@ def transpose(kind: str, ahead: int) -> tuple[Any, Any]:
     ) -> None:  # fmt: skip
         values = []
         for address in row_addresses(builder, W, rows, k, size, range(8)):
-            values.append(read(address))
+            values.append(builder.bitcast(read(address), ir.VectorType(word, 8)))
             prefetch_line(builder, address, ahead * size)
         # Three rounds of interleaving row i with row i + 4: afterwards vector k holds column k.
         for _ in range(3):
             values = [
                 builder.shuffle_vector(values[row], values[row + 4], half) for row in range(4) for half in (low, high)
             ]
-        for column, value in enumerate(values):
-            floats = widened(builder, value, kind)
+        for column, (words, number) in enumerate(product(values, range(in_word))):
+            stored = words
+            if in_word > 1:
+                shifted = builder.lshr(words, constant(words.type, number * element.width))
+                stored = builder.trunc(shifted, ir.VectorType(element, 8))
+            floats = widened(builder, stored, kind)
             if kind == "fp8":
                 floats = builder.fmul(floats, splat_of(builder, scale, 8))
             place = builder.add(offset, builder.mul(width, ir.Constant(I64, column)))
@@ -190,7 +199,7 @@ def transpose(kind: str, ahead: int) -> tuple[Any, Any]:
         builder: Any, W: Any, rows: Any, k: Any, scale: Any, panel: Any, offset: Any, width: Any
     ) -> None:
         def read(address: Any) -> Any:
-            return load_vector(builder, address, element, 8)
+            return load_vector(builder, address, element, 8 * in_word)
 
         transposed(builder, read, W, rows, k, scale, panel, offset, width)
 
@@ -199,11 +208,11 @@ def transpose(kind: str, ahead: int) -> tuple[Any, Any]:
         builder: Any, W: Any, rows: Any, k: Any, scale: Any, panel: Any, offset: Any, width: Any, count: Any
     ) -> None:
         def read(address: Any) -> Any:
-            return load_first(builder, address, element, 8, count)
+            return load_first(builder, address, element, 8 * in_word, count)
 
         transposed(builder, read, W, rows, k, scale, panel, offset, width)
 
-    return transpose_whole, transpose_part
+    return 8 * in_word, transpose_whole, transpose_part
 
 
 def widen(kind: str) -> Any:
