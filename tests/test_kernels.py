@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_kernels import attention, elementwise, panels, quantized, threads
-from mistral_kernels.matmul import DEPTH, matmul, slab_shape
+from mistral_kernels.matmul import DEPTH, KEPT, matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, PART, in_pairs, matvec, matvec_tiled
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.simd import LANES, load, multiply_add_pairs, store
@@ -186,6 +186,16 @@ def test_threads_do_not_change_a_bit_of_a_product(
     alone = product(matrix, x_TI, 1, way=way)
     for n_threads in (2, 3, 7):
         np.testing.assert_array_equal(product(matrix, x_TI, n_threads, way=way), alone)
+
+
+@pytest.mark.parametrize("stored", ["f32", "bf16", "bf16 pairs", "f16 tiled"])
+def test_inputs_of_many_tokens_go_in_chunks(stored: str) -> None:
+    """Of so many tokens that a chunk is one panel deep, each has the bits that it has among a few."""
+    n_tokens, n_in = KEPT // (2 * DEPTH) + 1, 4 * DEPTH + 6
+    matrix, x_TI = random_matrix(stored, WIDTH + 3, n_in, 0), normal(1, n_tokens, n_in)
+    found = product(matrix, x_TI, 2, way="many")
+    for few in (slice(5), slice(n_tokens - 5, n_tokens)):
+        np.testing.assert_array_equal(found[few], product(matrix, x_TI[few], way="many"))
 
 
 @each_product
@@ -392,6 +402,16 @@ def test_quantized_prompts_and_single_tokens_agree(how: How, n_tokens: int, n_ou
     else:
         _, error = quantized_product_exactly(how, matrix, x_TI)
         assert_within(one_by_one, together.astype(np.float64), 2 * error)
+
+
+@each_of_some_ways
+def test_inputs_of_many_tokens_go_in_chunks_with_quantized_weights(how: How) -> None:
+    n_tokens, n_in = KEPT // (2 * quantized.DEPTH) + 1, 2 * quantized.DEPTH + 1
+    matrix, x_TI = any_quantized(how, WIDTH + 3, n_in, 0), any_inputs(1, n_tokens, n_in)
+    found = quantized_product(how, matrix, x_TI, 2, one_by_one=False)
+    for few in (slice(5), slice(n_tokens - 5, n_tokens)):
+        alone = quantized_product(how, matrix, x_TI[few], one_by_one=False)
+        np.testing.assert_array_equal(found[few], alone)
 
 
 @each_quantized_product
