@@ -146,12 +146,10 @@ def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, head
             heads[t, h, i] /= summed
 
 
-def _attend(kind: str, n_rows: int) -> Any:
-    """Return the part of a kernel that takes some queries through some keys of one key/value head."""
-    multiply_tile = tile(n_rows, 2, kind, AHEAD)
-    has_steps = kind == "int8"
+def _shares(has_steps: bool) -> Any:
+    """Return the part of a kernel that turns the scores of some queries into shares."""
 
-    @part(kind, n_rows)
+    @part(has_steps)
     def into_shares(
         S: Any, rows: int, group: int, query: int, window: int, low: int, high: int, k_steps: Any, v_steps: Any,
         g: int, slot: int, m: Any, total: Any, acc: Any, width: int,
@@ -171,6 +169,14 @@ def _attend(kind: str, n_rows: int) -> Any:
                     _scale(S, row, row_low, row_high, v_steps, g, slot)
             else:
                 _nothing(S, row, low // LANES * LANES, high)
+
+    return into_shares
+
+
+def _attend(kind: str, n_rows: int) -> Any:
+    """Return the part of a kernel that takes some queries through some keys of one key/value head."""
+    multiply_tile = tile(n_rows, 2, kind, AHEAD)
+    into_shares = _shares(kind == "int8")
 
     @part(kind, n_rows)
     def attend(
@@ -221,21 +227,8 @@ def _attend(kind: str, n_rows: int) -> Any:
     return attend
 
 
-@made_once
-def attention(kind: str, n_rows: int) -> Any:
-    """Return a kernel: attention(q, k, v, k_steps, v_steps, n_kv_heads, n_blocks, segments, first_query, window, heads,
-    n_threads).
-
-    kind            of the numbers in the store: "f32", "f16", "bf16", "int8"
-    n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
-
-    q, heads        (T, H, K) float32
-    k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
-    k_steps, v_steps    a PanelStore's, not read unless kind is "int8"
-    segments        (n, 3): first slot, slot past the last one, and position of the key in the first, oldest key first
-    first_query     position of q[0]
-    window          how many keys a query sees, itself included
-    """
+def _turns(kind: str, n_rows: int) -> Any:
+    """Return the part of a kernel that does a thread's share of the work."""
     attend = _attend(kind, n_rows)
 
     @part(kind, n_rows)
@@ -266,6 +259,26 @@ def attention(kind: str, n_rows: int) -> Any:
                             heads[t, h, i] = acc[kept, row * width + i] / summed
             if n_splits > 1 and n_together > 1:
                 _merge(m, total, acc, width, turn, n_splits, heads, n_kv_heads)
+
+    return take_turns
+
+
+@made_once
+def attention(kind: str, n_rows: int) -> Any:
+    """Return a kernel: attention(q, k, v, k_steps, v_steps, n_kv_heads, n_blocks, segments, first_query, window, heads,
+    n_threads).
+
+    kind            of the numbers in the store: "f32", "f16", "bf16", "int8"
+    n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
+
+    q, heads        (T, H, K) float32
+    k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
+    k_steps, v_steps    a PanelStore's, not read unless kind is "int8"
+    segments        (n, 3): first slot, slot past the last one, and position of the key in the first, oldest key first
+    first_query     position of q[0]
+    window          how many keys a query sees, itself included
+    """
+    take_turns = _turns(kind, n_rows)
 
     @kernel(
         types.void(
