@@ -241,7 +241,8 @@ def _turns(kind: str, n_rows: int) -> Any:
         group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
         n_queries = _queries_together(group)
         n_tiles = (n_tokens + n_queries - 1) // n_queries
-        n_together = n_tiles * n_splits if n_kv_heads % n_threads == 0 else 1
+        takes_heads = n_kv_heads % n_threads == 0
+        n_together = n_tiles * n_splits if takes_heads else 1
         for turn in range(thread, n_kv_heads * n_tiles * n_splits // n_together, n_threads):
             for piece in range(turn * n_together, (turn + 1) * n_together):
                 kept = piece if n_splits > 1 else thread
@@ -257,7 +258,7 @@ def _turns(kind: str, n_rows: int) -> Any:
                         t, h, summed = first + row // group, g * group + row % group, total[kept, row]
                         for i in range(head_dim):
                             heads[t, h, i] = acc[kept, row * width + i] / summed
-            if n_splits > 1 and n_together > 1:
+            if n_splits > 1 and takes_heads:
                 _merge(m, total, acc, width, turn, n_splits, heads, n_kv_heads)
 
     return take_turns
