@@ -18,10 +18,9 @@ from threadpoolctl import threadpool_info
 
 import mistral_ref
 from mistral_kernels import threads
-from mistral_kernels.caches import data_caches
+from mistral_kernels.caches import CPUS, data_caches
 from mistral_kernels.instructions import LANES
 
-_CPUS = Path("/sys/devices/system/cpu")
 _LARGEST_READ = 2**30  # bytes
 _POWER = Path("/sys/class/power_supply")
 
@@ -49,7 +48,7 @@ def _physical_cores() -> int | None:
     if sys.platform == "darwin":
         found = _output_of("/usr/sbin/sysctl", "-n", "hw.physicalcpu")
         return int(found) if found and found.isdecimal() else None
-    siblings = {path.read_text() for path in _CPUS.glob("cpu[0-9]*/topology/thread_siblings_list")}
+    siblings = {path.read_text() for path in CPUS.glob("cpu[0-9]*/topology/thread_siblings_list")}
     return len(siblings) or None
 
 
@@ -124,7 +123,7 @@ def power_source() -> str | None:
 def throttle_count() -> int | None:
     """Return how often cores have been slowed down for heat since the start; None where the system does not tell."""
     counts = []
-    for path in _CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
+    for path in CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
         try:
             counts.append(int(path.read_text()))
         except (OSError, ValueError):

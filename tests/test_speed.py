@@ -214,7 +214,7 @@ def test_matrices_are_counted_once() -> None:
 def test_power_and_heat_as_linux_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(machine, "_POWER", tmp_path / "power")
-    monkeypatch.setattr(machine, "_CPUS", tmp_path / "cpus")
+    monkeypatch.setattr(machine, "CPUS", tmp_path / "cpus")
     assert machine.power_source() is None
     assert machine.throttle_count() is None
     supplies = {"AC": {"type": "Mains", "online": "1"}, "BAT0": {"type": "Battery", "status": "Discharging"}}

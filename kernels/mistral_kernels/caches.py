@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-_CPUS = Path("/sys/devices/system/cpu")
+CPUS = Path("/sys/devices/system/cpu")
 _UNKNOWN = 2**15, 2**25
 
 
-def _data_caches_of_linux(root: Path = _CPUS) -> tuple[int, ...]:
+def _data_caches_of_linux(root: Path = CPUS) -> tuple[int, ...]:
     found = {}
     for folder in root.glob("cpu0/cache/index*"):
         try:

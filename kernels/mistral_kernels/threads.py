@@ -19,8 +19,8 @@ from pathlib import Path
 import numba
 
 from mistral_kernels import KernelWarning
+from mistral_kernels.caches import CPUS
 
-_CPUS = Path("/sys/devices/system/cpu")
 _TURN = threading.RLock()
 
 
@@ -37,7 +37,7 @@ def _listed(text: str) -> set[int]:
     return numbers
 
 
-def _performance_cores_of_linux(allowed: set[int], root: Path = _CPUS) -> int:
+def _performance_cores_of_linux(allowed: set[int], root: Path = CPUS) -> int:
     """Return how many cores the allowed logical CPUs belong to; of cores of several kinds only the fastest count."""
     capacities = {}
     for cpu in allowed:
