@@ -98,14 +98,17 @@ class _KernelCache(FunctionCache):
             _warn_once(f"compiled kernels cannot be kept for the next start: {error}")
 
 
-def part(*variant: object) -> Callable[[Callable[..., Any]], Any]:
+def part(*variant: object, borrows: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Return the decorator for a part of a kernel, which is compiled into each kernel that calls it.
 
-    `variant` is what the part depends on beside its own text: all that the factory around it was given.
+    `variant` is what the part depends on beside its own text: all that the factory around it was given. A part that
+    borrows all its arrays from its caller counts no references to them, which takes longer than a few dozen numbers do;
+    it must neither make arrays nor return any, nor call what does.
     """
+    options = _OPTIONS | {"_nrt": False} if borrows else _OPTIONS
 
     def compiled(function: Callable[..., Any]) -> Any:
-        return numba.njit(nogil=True, **_OPTIONS)(_named(function, variant))
+        return numba.njit(nogil=True, **options)(_named(function, variant))
 
     return compiled
 

@@ -30,6 +30,7 @@ from mistral_kernels.instructions import (
     fused,
     load_first,
     load_vector,
+    prefetch_line,
     splat_of,
     store_vector,
     widened,
@@ -91,6 +92,18 @@ def floats(n: int) -> Any:
     memory = np.empty(n + LINE // 4, np.float32)
     start = numba.intp(-(memory.ctypes.data // 4) % (LINE // 4))
     return memory[start : start + n]
+
+
+@operation(types.void, ARRAY, types.intp)
+def _ask_for_line(builder: Any, array: Any, offset: Any) -> None:
+    prefetch_line(builder, builder.gep(array, [offset]), 0)
+
+
+@part(borrows=True)
+def ask_for(array: Any, start: int, n: int) -> None:
+    """Ask for n float32 of an array from a flat offset on, which need not exist, for the second cache."""
+    for i in range(start, start + n, LINE // 4):
+        _ask_for_line(array, i)
 
 
 @operation(vector)

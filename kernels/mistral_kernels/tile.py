@@ -90,14 +90,22 @@ def summed_in_loop(
 
 
 def tile(
-    n_rows: int, n_vectors: int, kind: str = "f32", ahead: int = 0, steps: int = 1, asks_for_next_rows: bool = False
+    n_rows: int,
+    n_vectors: int,
+    kind: str = "f32",
+    *,
+    of_vectors: int | None = None,
+    ahead: int = 0,
+    steps: int = 1,
+    asks_for_next_rows: bool = False,
 ) -> Any:
     """Return the operation multiply_tile(A, a, B, b, n_k, C, c, continues), with a panel of numbers of a kind.
 
     A, C            float32 arrays; a = (offset, row length) and c = (offset, row length) say where in them. If the kind
                     is "pairs", A holds pairs as well, and a number of A or of the panel is one pair. Where a row length
                     is a constant of the kernel, one register holds the address of all rows
-    B               array of bytes or float32; the panel starts at its number b
+    B               array of bytes or float32; the panel starts at its number b. Its rows may be of more vectors
+                    (of_vectors) than are multiplied
     n_k             at least 1
     continues       whether to add to what C holds
 
@@ -105,7 +113,7 @@ def tile(
     A's next n_rows rows, where the next tile will be, may be asked for meanwhile. A round of the loop takes one step of
     k or more: more are faster while the addresses of rows fit the registers.
     """
-    element, size, width = STORED[kind], KINDS[kind], n_vectors * LANES
+    element, size, width = STORED[kind], KINDS[kind], (of_vectors or n_vectors) * LANES
 
     def whole(value: int) -> ir.Constant:
         return ir.Constant(I64, value)

@@ -1,0 +1,129 @@
+"""The online softmax of attention: the scores of some rows become shares, SPAN keys at a time.
+
+    share[r, s] = exp(score[r, s] - m[r])        total[r] = sum over s of share[r, s]        acc[r] = share[r] V
+
+For each row m is the largest score so far. When a larger one turns up, what has been summed up is scaled down (Milakov
+and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), so that no score outlives its span. Of int8,
+a score is multiplied by the step of its key, a share by that of its value, before it meets the value.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+
+from mistral_kernels.compiling import part
+from mistral_kernels.instructions import LANES
+from mistral_kernels.panels import BLOCK
+from mistral_kernels.simd import (
+    add,
+    ask_for,
+    exp,
+    larger,
+    largest_of,
+    load,
+    multiply,
+    splat,
+    store,
+    subtract,
+    sum_of,
+    within,
+    zeros,
+)
+
+SPAN = 4 * BLOCK  # keys that go through a softmax together
+
+
+@part(borrows=True)
+def _scale(S: Any, row: int, low: int, high: int, steps: Any, first_step: int) -> None:
+    """Multiply what a row of S holds for the keys low, ..., high - 1 by their steps."""
+    for j in range(low // LANES * LANES, high, LANES):
+        store(S, row * SPAN + j, multiply(load(S, row * SPAN + j), load(steps, first_step + j)))
+
+
+@part(borrows=True)
+def _nothing(S: Any, row: int, low: int, high: int) -> None:
+    """Turn the vectors of a row of S from `low` on, where one begins, up to `high` into 0."""
+    for j in range(low, high, LANES):
+        store(S, row * SPAN + j, zeros())
+
+
+@part(borrows=True)
+def _raise_largest(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
+    """Let m[row] grow to the largest of a row's scores low, ..., high - 1, and scale down what total and acc hold."""
+    is_whole = high - low == SPAN  # as nearly all are where there is no window
+    maximum = splat(-np.inf)
+    for j in range(low // LANES * LANES, high, LANES):
+        score = load(S, row * SPAN + j)
+        maximum = larger(maximum, score if is_whole else within(score, low - j, high - j, -np.inf))
+    before, now = m[row], max(m[row], largest_of(maximum))
+    m[row] = now
+    if -np.inf < before < now:
+        shrink = numba.float32(math.exp(before - now))
+        total[row] *= shrink
+        for i in range(row * width, (row + 1) * width, LANES):
+            store(acc, i, multiply(load(acc, i), splat(shrink)))
+
+
+@part(borrows=True)
+def _exponentials(S: Any, row: int, low: int, high: int, all_low: int, all_high: int, m: Any, total: Any) -> None:
+    """Turn the scores low, ..., high - 1 of a row into shares, the others from all_low to all_high into 0."""
+    first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES  # whole vectors around them
+    is_whole = high - low == SPAN
+    summed = zeros()
+    for j in range(first, last, LANES):
+        share = exp(subtract(load(S, row * SPAN + j), splat(m[row])))
+        share = share if is_whole else within(share, low - j, high - j, 0.0)
+        store(S, row * SPAN + j, share)
+        summed = add(summed, share)
+    total[row] += sum_of(summed)
+    _nothing(S, row, all_low // LANES * LANES, first)
+    _nothing(S, row, last, all_high)
+
+
+def shares(has_steps: bool) -> Any:
+    """Return the part of a kernel that turns the scores of some tokens' queries into shares."""
+
+    @part(has_steps, borrows=True)
+    def into_shares(
+        S: Any, n_tokens: int, group: int, newest: int, window: int, low: int, high: int, steps: Any, first_step: int,
+        sums: Any, width: int, first_asked: Any, then_asked: Any, apart: Any,
+    ) -> None:  # fmt: skip
+        """Turn each row's scores of the keys low, ..., high - 1 of a span into shares, those unseen into 0.
+
+        The `group` rows of a token see the same keys, of which the first token's newest has the number `newest`.
+
+        steps           of keys and of values; those of this span start at first_step
+        sums            m, total and acc, of which a row has `width` numbers
+        first_asked, then_asked     an array, and where in it the first row lies of what will be needed: a softmax
+                        leaves the memory idle, so it is asked for here. `apart` is how far tokens and rows are apart
+        """
+        k_steps, v_steps = steps
+        m, total, acc = sums
+        of_token, of_row = apart
+        for t in range(n_tokens):
+            t_low, t_high = max(low, newest + t - window + 1), min(high, newest + t + 1)
+            for r in range(group):
+                ask_for(first_asked[0], first_asked[1] + t * of_token + r * of_row, of_row)
+                row = t * group + r
+                if t_low < t_high:
+                    if has_steps:
+                        _scale(S, row, t_low, t_high, k_steps, first_step)
+                    _raise_largest(S, row, t_low, t_high, m, total, acc, width)
+        # In a loop of its own: a row waits for its largest score, and meanwhile other rows' can be found.
+        for t in range(n_tokens):
+            t_low, t_high = max(low, newest + t - window + 1), min(high, newest + t + 1)
+            for r in range(group):
+                ask_for(then_asked[0], then_asked[1] + t * of_token + r * of_row, of_row)
+                row = t * group + r
+                if t_low < t_high:
+                    _exponentials(S, row, t_low, t_high, low, high, m, total)
+                    if has_steps:
+                        _scale(S, row, t_low, t_high, v_steps, first_step)
+                else:
+                    _nothing(S, row, low // LANES * LANES, high)
+
+    return into_shares
