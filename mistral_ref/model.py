@@ -81,7 +81,7 @@ class Model:
         length = 0 if cache is None else cache.length
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise InputError("this model has no tokenizer; expected the prompt as token ids")
+                raise InputError("this model has no tokenizer; expected token ids, as in generate([1, 2])")
             prompt = self.tokenizer.encode(prompt, bos=length == 0)
         try:
             array = np.asarray(prompt)

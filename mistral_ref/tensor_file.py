@@ -186,11 +186,24 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         if length > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: its header has {length} bytes; at most {MAX_JSON_BYTES} are read")
         try:
-            with safe_open(path, framework="np"):
-                pass
-            return parse_json(file.read(length).decode("utf-8")), 8 + length
+            header = parse_json(file.read(length).decode("utf-8"))
+            whole = 8 + length + _data_bytes(header)
+            if size >= whole:
+                with safe_open(path, framework="np"):
+                    return header, 8 + length
         except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: not a valid safetensors file: {printable(str(error))}") from None
+        raise CheckpointError(f"{path}: truncated: {size} bytes, and its header tells of {whole}")
+
+
+def _data_bytes(header: object) -> int:
+    """Return where the last tensor ends that a header tells of, which nobody has checked yet."""
+    ends = [0]
+    for entry in header.values() if isinstance(header, dict) else ():
+        match entry:
+            case {"data_offsets": [int(), int(end)]}:
+                ends.append(end)
+    return max(ends)
 
 
 def _tensor(path: Path, name: str, entry: object, data: np.ndarray) -> Tensor:

@@ -158,7 +158,8 @@ def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Pat
     one_line_error(run("generate", "--model", model_dir, "--max-tokens", 0, "A"), "max_tokens is 0")
     one_line_error(run("generate", "--model", model_dir, "--temperature", "nan", "A"), "temperature is nan")
     one_line_error(run("generate", "--model", model_dir, "--threads", 0, "A"), "threads is 0")
-    one_line_error(run("generate", "--model", model_dir, "--no-such-option", "A"), "--no-such-option")
+    one_line_error(run("generate", "--model", model_dir, "--no-such-option", "A"), "--no-such-option (see")
+    one_line_error(run("generate", "Once", "upon", "a"), "upon a; a text of several words stands in quotes (see")
     done = run("generate", "--model", model_dir, stdin=b"\xff\xfe")
     assert done.returncode == 2
     assert b"standard input is not UTF-8 text" in done.stderr
@@ -169,7 +170,8 @@ def test_a_truncated_file_is_one_line(model_dir: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    one_line_error(run("generate", "--model", tmp_path, "A"), str(weights))
+    n_bytes = weights.stat().st_size
+    one_line_error(run("generate", "--model", tmp_path, "A"), f"{weights}: truncated: {n_bytes} bytes, and")
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,21 @@ def threading_layers() -> list[str]:
     return [*layers, "tbb"] if importlib.util.find_spec("tbb") else layers
 
 
+def lines_of(code: str, **environment: str) -> list[str]:
+    """Return the lines that a process of its own prints, but for notices of compiling."""
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if "compiling" not in line]
+
+
 AT_ONCE = """
 import threading, warnings
 import numpy as np
@@ -414,13 +429,8 @@ for message in {str(warning.message) for warning in caught}:
 @pytest.mark.parametrize("layer", threading_layers())
 def test_two_threads_that_use_models_at_once_get_what_one_gets(layer: str) -> None:
     """Two of one model, and others beside it, each with a cache of its own. Workqueue would abort the process."""
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "PYTHONPATH": paths}
-    environment |= {"OMP_WAIT_POLICY": "passive"}  # more threads than processors: those that wait should not hold one
-    command = [sys.executable, "-c", AT_ONCE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    found, *warned = (line for line in done.stdout.splitlines() if "compiling" not in line)
+    # More threads than processors: those that wait should not hold one.
+    found, *warned = lines_of(AT_ONCE, NUMBA_THREADING_LAYER=layer, OMP_WAIT_POLICY="passive")
     assert found == layer
     if layer == "workqueue":
         assert len(warned) == 1
@@ -428,6 +438,28 @@ def test_two_threads_that_use_models_at_once_get_what_one_gets(layer: str) -> No
         assert "tbb" in warned[0]
     else:
         assert warned == []
+
+
+LEFT_BEHIND = """
+from numba.core.runtime import rtsys
+from tiny import model_of, tokens_for
+from test_compiled_ops import LARGE, MIXTURE
+
+for config in (LARGE, MIXTURE):
+    model = model_of(config, backend="numba", threads=2)
+    tokens = tokens_for(config, 70)
+    for dtype in model.ops.cache_dtypes:
+        cache = model.new_cache(chunk=64, dtype=dtype)
+        model.forward(tokens, cache)
+        model.forward(tokens[:1], cache)
+arrays = rtsys.get_allocation_stats()
+print(arrays.mi_alloc > 100, arrays.mi_alloc - arrays.mi_free)
+"""
+
+
+def test_kernels_leave_no_arrays_behind() -> None:
+    """A part that borrows its arrays frees none, so one that makes an array after all would lose its memory."""
+    assert lines_of(LEFT_BEHIND, NUMBA_NRT_STATS="1") == ["True 0"]
 
 
 # ------------------------------------------------------------------------------------------ inputs rounded to bfloat16

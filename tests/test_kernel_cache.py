@@ -32,7 +32,7 @@ for warning in caught:
     print(f"{warning.category.__name__}: {warning.message}")
 print((panels.read(store, slice(0, 3))[0][:, 0, 0] == [0, 7, 0]).all())
 """
-COMPILING = "KernelWarning: compiling kernels for this machine: once, up to half a minute"
+COMPILING = "KernelWarning: compiling kernels not used on this machine before: up to half a minute, and once"
 
 
 class Package:

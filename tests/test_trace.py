@@ -504,7 +504,7 @@ WHOLE = file_of(embedding=(2, 3), logits=(2, 5))
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "truncated, or not a safetensors file: 0 bytes"),
     "truncated header": (WHOLE[:50], "truncated"),
-    "truncated data": (WHOLE[:-1], "not a valid safetensors file"),
+    "truncated data": (WHOLE[:-1], f"truncated: {len(WHOLE) - 1} bytes, and its header tells of {len(WHOLE)}"),
     "something after": (WHOLE + b"x", "not a valid safetensors file"),
     "no JSON": (tensor_file(b"\x1b[2J{"), "not a valid safetensors file"),
     "no tensors": (tensor_file({}), "holds no step"),

@@ -64,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     parser = build_parser()
     parser.set_defaults(run=lambda _: parser.print_help(), status=0)  # a command may set another
-    arguments = parser.parse_args(argv)
+    arguments, extra = parser.parse_known_args(argv)
+    if extra:
+        needs_quotes = not any(word.startswith("-") for word in extra)
+        hint = "; a text of several words stands in quotes" if needs_quotes else ""
+        parser.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", mistral_ref.MistralRefWarning)

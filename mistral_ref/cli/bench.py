@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any, get_args
 
-from mistral_ref.cli.common import add_compute_options, load_model, progress_bar, size
+from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.loading import DEMO_MODEL
@@ -51,7 +51,14 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("-m", "--model", metavar="DIR", default=DEMO_MODEL, help="default: the demonstration model")
+    which.add_argument(
+        "-m",
+        "--model",
+        metavar="DIR",
+        type=model_directory,
+        default=DEMO_MODEL,
+        help="default: the demonstration model",
+    )
     which.add_argument("--shape", metavar="NAME", help=f"random weights in a published shape: {', '.join(SHAPES)}")
     shapes = parser.add_argument_group("with --shape")
     shapes.add_argument("--layers", type=int, metavar="N", help="so many layers of it (default: all)")

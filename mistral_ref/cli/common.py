@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol, get_args
 
 from mistral_ref.errors import InputError
@@ -15,11 +16,17 @@ from mistral_ref.model import Model
 from mistral_ref.quantized_matrix import BITS, Activations
 
 
+def model_directory(name: str) -> str | Path:
+    """Return the directory of a model; "demo" is the demonstration model, unless there is such a directory."""
+    return DEMO_MODEL if name == "demo" and not os.path.isdir(name) else name
+
+
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that says which model to load."""
     parser.add_argument(
         "--model",
         metavar="DIR",
+        type=model_directory,
         default=DEMO_MODEL,
         help="directory with the weights, in Mistral's or Hugging Face's layout (default: the demonstration model)",
     )

@@ -6,11 +6,11 @@ import argparse
 import os
 
 from mistral_ref.broken import BUGS
-from mistral_ref.cli.common import as_text, progress_bar
+from mistral_ref.cli.common import as_text, model_directory, progress_bar
 from mistral_ref.cli.study import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.compare import compare_walks
 from mistral_ref.errors import InputError, checked_whole
-from mistral_ref.loading import DEMO_MODEL, load
+from mistral_ref.loading import load
 from mistral_ref.model import Model
 from mistral_ref.steps import step_names
 from mistral_ref.trace import Trace
@@ -100,7 +100,7 @@ def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
     if os.path.isfile(path) or path.endswith(".safetensors"):
         return Trace.load(path, rope_row_order=arguments.rope_row_order)
     model = load(
-        DEMO_MODEL if path == "demo" else path,
+        model_directory(path),
         backend=_one_of_two("--backend", arguments.backend, index) or _usual_backend(arguments),
         dtype=_one_of_two("--dtype", arguments.dtype, index) or "float32",
         threads=arguments.threads,

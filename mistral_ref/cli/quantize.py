@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import mistral_ref
 from mistral_ref.checkpoint import open_model
-from mistral_ref.cli.common import progress_bar, size
-from mistral_ref.loading import DEMO_MODEL
+from mistral_ref.cli.common import model_directory, progress_bar, size
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES
 from mistral_ref.weights import matrices
 
@@ -52,7 +50,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantize, and say what has become of the model."""
-    source = DEMO_MODEL if arguments.source == "demo" and not Path("demo").is_dir() else Path(arguments.source)
+    source = model_directory(arguments.source)
     around = {
         name: None if getattr(arguments, name) == "keep" else int(getattr(arguments, name))
         for name in ("embedding", "head")
