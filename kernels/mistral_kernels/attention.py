@@ -36,6 +36,20 @@ HEADS_OUT = types.Array(types.float32, 3, "C")
 PANELS = types.Array(types.uint8, 1, "C")
 SEGMENTS = types.Array(types.int64, 2, "C", readonly=True)
 STEPS = types.Array(types.float32, 2, "C", readonly=True)
+SIGNATURE = types.void(
+    HEADS_IN,
+    PANELS,
+    PANELS,
+    STEPS,
+    STEPS,
+    types.intp,
+    types.intp,
+    SEGMENTS,
+    types.intp,
+    types.intp,
+    HEADS_OUT,
+    types.intp,
+)
 
 
 @part(borrows=True)
@@ -75,10 +89,41 @@ def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, head
             heads[t, h, i] /= summed
 
 
-def _attend(kind: str, n_rows: int) -> Any:
-    """Return the part of a kernel that takes some queries through some keys of one key/value head."""
+def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
+    """Return two parts of a kernel: the product of some queries with keys, and that of their shares with values."""
     multiply_tile = tile(n_rows, 2, kind, ahead=AHEAD)
     multiply_half = tile(n_rows, 1, kind, of_vectors=2, ahead=AHEAD)
+
+    @part(kind, n_rows, borrows=True)
+    def score(scaled: Any, head_dim: int, rows: int, k: Any, first_panel: int, low: int, high: int, S: Any) -> None:
+        """S[row, j] = scaled[row] . k[j] for the keys low, ..., high - 1, and for some around them."""
+        for panel in range(low // PANEL, (high + PANEL - 1) // PANEL):
+            keys, middle = (first_panel + panel) * head_dim * PANEL, panel * PANEL + LANES
+            is_half, skipped = low >= middle or high <= middle, LANES if low >= middle else 0
+            for row in range(0, rows, n_rows):
+                from_q, to_S = (row * head_dim, head_dim), (row * SPAN + panel * PANEL + skipped, SPAN)
+                if is_half:
+                    multiply_half(scaled, from_q, k, keys + skipped, head_dim, S, to_S, False)
+                else:
+                    multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, False)
+
+    @part(kind, n_rows, borrows=True)
+    def add_values(S: Any, rows: int, v: Any, first_block: int, low: int, high: int, n_panels: int, acc: Any) -> None:
+        """acc[row] += sum of S[row, j] v[j] over the keys low, ..., high - 1."""
+        for nth in range(low // BLOCK, (high + BLOCK - 1) // BLOCK):
+            begin, end = max(low, nth * BLOCK), min(high, (nth + 1) * BLOCK)
+            for panel in range(n_panels):
+                values = ((first_block + nth) * n_panels + panel) * BLOCK + begin - nth * BLOCK
+                for row in range(0, rows, n_rows):
+                    from_S, to_acc = (row * SPAN + begin, SPAN), ((row * n_panels + panel) * PANEL, n_panels * PANEL)
+                    multiply_tile(S, from_S, v, values * PANEL, end - begin, acc, to_acc, True)
+
+    return score, add_values
+
+
+def _attend(kind: str, n_rows: int) -> Any:
+    """Return the part of a kernel that takes some queries through some keys of one key/value head."""
+    score, add_values = _products(kind, n_rows)
     into_shares = shares(kind == "int8")
 
     @part(kind, n_rows, borrows=True)
@@ -115,28 +160,13 @@ def _attend(kind: str, n_rows: int) -> Any:
             for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, SPAN // BLOCK):
                 base = block * BLOCK + shift  # position of the first slot; all that follows counts from there
                 low, high = max(start - block * BLOCK, 0), min(stop - block * BLOCK, SPAN)
-                for panel in range(low // PANEL, (high + PANEL - 1) // PANEL):
-                    keys = ((g * n_blocks + block) * (BLOCK // PANEL) + panel) * head_dim * PANEL
-                    middle = panel * PANEL + LANES
-                    is_half, skipped = low >= middle or high <= middle, LANES if low >= middle else 0
-                    for row in range(0, rows, n_rows):
-                        from_q, to_S = (row * head_dim, head_dim), (row * SPAN + panel * PANEL + skipped, SPAN)
-                        if is_half:
-                            multiply_half(scaled, from_q, k, keys + skipped, head_dim, S, to_S, False)
-                        else:
-                            multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, False)
+                score(scaled, head_dim, rows, k, (g * n_blocks + block) * (BLOCK // PANEL), low, high, S)
                 into_shares(
                     S, last - first, group, first_query + first - base, window, low, high, (k_steps, v_steps),
                     g * k_steps.shape[1] + block * BLOCK, sums, width, (q, next_ones), (heads, own),
                     (of_token, head_dim),
                 )  # fmt: skip
-                for nth in range(low // BLOCK, (high + BLOCK - 1) // BLOCK):
-                    begin, end = max(low, nth * BLOCK), min(high, (nth + 1) * BLOCK)
-                    for panel in range(n_panels):
-                        values = ((g * n_blocks + block + nth) * n_panels + panel) * BLOCK + begin - nth * BLOCK
-                        for row in range(0, rows, n_rows):
-                            from_S, to_acc = (row * SPAN + begin, SPAN), (row * width + panel * PANEL, width)
-                            multiply_tile(S, from_S, v, values * PANEL, end - begin, acc, to_acc, True)
+                add_values(S, rows, v, g * n_blocks + block, low, high, n_panels, acc)
 
     return attend
 
@@ -202,24 +232,7 @@ def attention(kind: str, n_rows: int) -> Any:
     """
     take_turns = _turns(kind, n_rows)
 
-    @kernel(
-        types.void(
-            HEADS_IN,
-            PANELS,
-            PANELS,
-            STEPS,
-            STEPS,
-            types.intp,
-            types.intp,
-            SEGMENTS,
-            types.intp,
-            types.intp,
-            HEADS_OUT,
-            types.intp,
-        ),
-        kind,
-        n_rows,
-    )
+    @kernel(SIGNATURE, kind, n_rows)
     def attention(
         q: Any, k: Any, v: Any, k_steps: Any, v_steps: Any, n_kv_heads: int, n_blocks: int, segments: Any,
         first_query: int, window: int, heads: Any, n_threads: int,
