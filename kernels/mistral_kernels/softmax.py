@@ -38,6 +38,12 @@ SPAN = 4 * BLOCK  # keys that go through a softmax together
 
 
 @part(borrows=True)
+def _seen(newest: int, window: int, low: int, high: int) -> tuple[int, int]:
+    """Return from which and up to which of the keys low, ..., high - 1 a query sees, whose own is the newest."""
+    return max(low, newest - window + 1), min(high, newest + 1)
+
+
+@part(borrows=True)
 def _scale(S: Any, row: int, low: int, high: int, steps: Any, first_step: int) -> None:
     """Multiply what a row of S holds for the keys low, ..., high - 1 by their steps."""
     for j in range(low // LANES * LANES, high, LANES):
@@ -105,7 +111,7 @@ def shares(has_steps: bool) -> Any:
         m, total, acc = sums
         of_token, of_row = apart
         for t in range(n_tokens):
-            t_low, t_high = max(low, newest + t - window + 1), min(high, newest + t + 1)
+            t_low, t_high = _seen(newest + t, window, low, high)
             for r in range(group):
                 ask_for(first_asked[0], first_asked[1] + t * of_token + r * of_row, of_row)
                 row = t * group + r
@@ -115,7 +121,7 @@ def shares(has_steps: bool) -> Any:
                     _raise_largest(S, row, t_low, t_high, m, total, acc, width)
         # In a loop of its own: a row waits for its largest score, and meanwhile other rows' can be found.
         for t in range(n_tokens):
-            t_low, t_high = max(low, newest + t - window + 1), min(high, newest + t + 1)
+            t_low, t_high = _seen(newest + t, window, low, high)
             for r in range(group):
                 ask_for(then_asked[0], then_asked[1] + t * of_token + r * of_row, of_row)
                 row = t * group + r
