@@ -223,7 +223,7 @@ def test_settings_are_checked_before_anything_runs(bad: dict[str, object]) -> No
 def test_a_model_without_tokenizer_takes_and_gives_ids() -> None:
     model = model_of(CONFIG)
     assert {token.text for token in model.generate([5, 6], max_tokens=4)} == {""}
-    with pytest.raises(InputError, match="no tokenizer; expected token ids"):
+    with pytest.raises(InputError, match=r"no tokenizer; expected token ids, as in generate\(\[1, 2\]\)"):
         model.generate("text")
     with pytest.raises(InputError, match="no tokenizer; expected stops as token ids"):
         model.generate([5], stop="x")
