@@ -12,11 +12,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mistral_ref.checkpoint import open_checkpoint
 from mistral_ref.config import ModelConfig
-from mistral_ref.config_files import read_config
 from mistral_ref.errors import InputError
-from mistral_ref.tensor_file import Tensor, require_space
+from mistral_ref.files.checkpoint import open_checkpoint
+from mistral_ref.files.config_files import read_config
+from mistral_ref.files.tensor_file import Tensor, require_space
 
 _AROUND_LAYERS = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
 _IN_LAYER = {

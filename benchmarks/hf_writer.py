@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mistral_ref.checkpoint import open_checkpoint
 from mistral_ref.config import ModelConfig
-from mistral_ref.config_files import read_config
 from mistral_ref.errors import InputError
+from mistral_ref.files.checkpoint import open_checkpoint
+from mistral_ref.files.config_files import read_config
+from mistral_ref.files.tensor_file import Tensor
+from mistral_ref.files.tensor_names import huggingface_name
 from mistral_ref.synthetic import PlannedTensor, write_planned
-from mistral_ref.tensor_file import Tensor
-from mistral_ref.tensor_names import huggingface_name
 
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -18,10 +18,10 @@ from mistral_ref.errors import (
     MistralRefWarning,
     TokenizerError,
 )
+from mistral_ref.files.quantization import quantize
 from mistral_ref.generation import Token
 from mistral_ref.loading import load
 from mistral_ref.model import Model
-from mistral_ref.quantization import quantize
 from mistral_ref.steps import Step
 from mistral_ref.trace import Trace
 from mistral_ref.walk import Walk

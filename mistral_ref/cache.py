@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError, InputError, checked_whole, shown
-from mistral_ref.json_file import parse_json
+from mistral_ref.files.json_file import parse_json
+from mistral_ref.files.tensor_file import write_tensor_file
 from mistral_ref.ops import KeyView, Ops
-from mistral_ref.tensor_file import write_tensor_file
 
 DEFAULT_CHUNK = 512
 STEP_BYTES = 4  # for each head's key and value of int8, what its steps are

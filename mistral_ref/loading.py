@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mistral_ref.checkpoint import checked_directory, open_model
 from mistral_ref.config import ModelConfig
-from mistral_ref.config_files import read_eos_ids
 from mistral_ref.errors import ConfigError, InputError, TokenizerError, shown, warn
+from mistral_ref.files.checkpoint import checked_directory, open_model
+from mistral_ref.files.config_files import read_eos_ids
+from mistral_ref.files.quantization import Scheme, quantized_weights
 from mistral_ref.generation import Progress
 from mistral_ref.model import Model
-from mistral_ref.quantization import Scheme, quantized_weights
 from mistral_ref.quantized_matrix import Activations, checked_bits
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision

@@ -34,8 +34,8 @@ from numpy.typing import DTypeLike
 
 from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
 from mistral_ref.errors import CheckpointError, InputError, shown
-from mistral_ref.json_file import parse_json
-from mistral_ref.tensor_file import Part
+from mistral_ref.files.json_file import parse_json
+from mistral_ref.files.tensor_file import Part
 from mistral_ref.weights import Matrix, Rows
 
 Activations = Literal["int16", "int8", "bfloat16", "float"]

@@ -17,10 +17,10 @@ import numpy as np
 from mistral_ref.compare import DEFAULT_BOUND, Comparison, step_difference
 from mistral_ref.config import RowOrder
 from mistral_ref.display import html_table, size_text
-from mistral_ref.dump import FORMAT, read_dump, step_order, tokens_of
 from mistral_ref.errors import InputError, printable, shown
+from mistral_ref.files.dump import FORMAT, read_dump, step_order, tokens_of
+from mistral_ref.files.tensor_file import write_tensor_file
 from mistral_ref.steps import CATALOGUE, Step
-from mistral_ref.tensor_file import write_tensor_file
 
 _MOST_SUMMARISED = 2**26  # bytes that are looked through for a table in a notebook
 

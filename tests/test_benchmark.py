@@ -18,8 +18,8 @@ import pytest
 import mistral_ref
 from mistral_ref import InputError
 from mistral_ref.benchmark import Candidate, Limit, Measurement, alternate, ratios, spread, write_json
-from mistral_ref.config_files import read_config
 from mistral_ref.display import markdown_table
+from mistral_ref.files.config_files import read_config
 from mistral_ref.machine import machine, machine_lines
 from mistral_ref.shapes import SHAPES, shape
 from mistral_ref.synthetic import encoded, make_checkpoint, params_json, random_weights

@@ -33,10 +33,10 @@ from checkpoints import (
 )
 
 import mistral_ref
-from mistral_ref.checkpoint import build_weights, open_checkpoint
-from mistral_ref.config_files import read_config
 from mistral_ref.errors import CheckpointError, MistralRefWarning
-from mistral_ref.tensor_names import huggingface_name, mistral_name
+from mistral_ref.files.checkpoint import build_weights, open_checkpoint
+from mistral_ref.files.config_files import read_config
+from mistral_ref.files.tensor_names import huggingface_name, mistral_name
 from mistral_ref.weights import Matrix, Weights, e4m3_values
 
 Write = Callable[[Path, Family], None]

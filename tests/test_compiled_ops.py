@@ -34,8 +34,8 @@ from mistral_ref import CacheError, InputError, MistralRefError
 from mistral_ref.compare import compare_walks
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
+from mistral_ref.files.quantization import Scheme, quantized_weights
 from mistral_ref.model import Model
-from mistral_ref.quantization import Scheme, quantized_weights
 from mistral_ref.quantized_matrix import quantized
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.steps import step_names

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
-from mistral_ref.config_files import read_config, read_eos_ids
 from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning
-from mistral_ref.json_file import MAX_JSON_BYTES, read_json
+from mistral_ref.files.config_files import read_config, read_eos_ids
+from mistral_ref.files.json_file import MAX_JSON_BYTES, read_json
 
 # A reading that should be silent is one: every warning that is not expected fails its test.
 pytestmark = pytest.mark.filterwarnings("error")

@@ -291,7 +291,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mistral_ref.tensor_file.save_file", full)
+        patch.setattr("mistral_ref.files.tensor_file.save_file", full)
         for name in ("t", "new"):
             with pytest.raises(CheckpointError, match=rf"{name}: cannot be written: \[Errno 28\] No space left"):
                 trace.save(tmp_path / name)

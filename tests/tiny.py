@@ -8,12 +8,12 @@ import numpy as np
 from checkpoints import Family, draw_weights
 from hypothesis import strategies as st
 
-from mistral_ref.checkpoint import Checkpoint, build_weights
 from mistral_ref.compare import compare_walks
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
+from mistral_ref.files.checkpoint import Checkpoint, build_weights
+from mistral_ref.files.tensor_file import Tensor
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
-from mistral_ref.tensor_file import Tensor
 
 BACKENDS = ("numpy", "numba")
 

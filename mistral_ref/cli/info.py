@@ -9,11 +9,11 @@ from itertools import groupby
 from pathlib import Path
 
 import mistral_ref
-from mistral_ref.checkpoint import Checkpoint, open_checkpoint
 from mistral_ref.cli.common import add_model_option, size
 from mistral_ref.config import ModelConfig
-from mistral_ref.tensor_file import DTYPES, Tensor
-from mistral_ref.tensor_names import huggingface_name
+from mistral_ref.files.checkpoint import Checkpoint, open_checkpoint
+from mistral_ref.files.tensor_file import DTYPES, Tensor
+from mistral_ref.files.tensor_names import huggingface_name
 from mistral_ref.weights import matrices
 
 _LENGTHS = (1024, 4096, 32768, 131072)

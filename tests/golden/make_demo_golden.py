@@ -23,7 +23,7 @@ from checkpoints import Family, write_tensor_file
 from make_goldens import load
 
 import mistral_ref
-from mistral_ref.checkpoint import open_checkpoint
+from mistral_ref.files.checkpoint import open_checkpoint
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.sampling import SamplingSettings, sample
 from mistral_ref.weights import Matrix

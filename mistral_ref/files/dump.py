@@ -12,9 +12,9 @@ import numpy as np
 
 from mistral_ref.config import RowOrder
 from mistral_ref.errors import CheckpointError, InputError, checked_whole, printable, shown, warn
-from mistral_ref.json_file import parse_json
+from mistral_ref.files.json_file import parse_json
+from mistral_ref.files.tensor_file import Tensor, open_with_metadata
 from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
-from mistral_ref.tensor_file import Tensor, open_with_metadata
 from mistral_ref.weights import Matrix
 
 FORMAT = "mistral_ref.trace.v1"

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, shown
-from mistral_ref.json_file import MAX_JSON_BYTES, parse_json
+from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.weights import Kind
 
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from mistral_ref.config import ModelConfig, RowOrder
-from mistral_ref.config_files import read_config
 from mistral_ref.errors import CheckpointError, InputError, shown, warn
-from mistral_ref.json_file import read_json
+from mistral_ref.files.config_files import read_config
+from mistral_ref.files.json_file import read_json
+from mistral_ref.files.tensor_file import Tensor, open_with_metadata
+from mistral_ref.files.tensor_names import huggingface_name, is_unused, mistral_name, other_part
 from mistral_ref.quantized_matrix import QuantizedMatrix, bits_of, quantized_parts
-from mistral_ref.tensor_file import Tensor, open_with_metadata
-from mistral_ref.tensor_names import huggingface_name, is_unused, mistral_name, other_part
 from mistral_ref.weights import FP8_BLOCK, ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights
 
 # Several times what any model has. A tensor costs more in memory than its entry in a header does in a file.

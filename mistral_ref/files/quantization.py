@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mistral_ref.checkpoint import open_model
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError
+from mistral_ref.files.checkpoint import open_model
+from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
 from mistral_ref.quantized_matrix import (
     GROUP_SIZE,
     QuantizedMatrix,
@@ -37,7 +38,6 @@ from mistral_ref.quantized_matrix import (
     quantized_metadata,
     quantized_parts,
 )
-from mistral_ref.tensor_file import DTYPES, Part, pieces_of_tensor_file
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
 
 Progress = Callable[[int, int], None]

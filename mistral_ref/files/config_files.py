@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ref.config import ModelConfig, Yarn, checked_number
-from mistral_ref.config_fields import NAMES, ORIGINAL, Fields, check_only, renamed, value_at
 from mistral_ref.errors import ConfigError, shown, warn
-from mistral_ref.json_file import parse_json, read_json
+from mistral_ref.files.config_fields import NAMES, ORIGINAL, Fields, check_only, renamed, value_at
+from mistral_ref.files.json_file import parse_json, read_json
 
 # fmt: off
 # Fields that change the mathematics, and the one value of each (or absence, or null) that the forward pass computes.

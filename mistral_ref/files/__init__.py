@@ -1,0 +1,1 @@
+"""What lies on a disk: configurations, weights, quantized models, dumps. Nothing here computes with a model."""
