@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mistral_ref.benchmark import Candidate, Limit, Measurement, spread, write_json
 from mistral_ref.cache import KVCache
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, MistralRefError
 from mistral_ref.files.checkpoint import Checkpoint, build_weights
 from mistral_ref.files.tensor_file import Tensor
-from mistral_ref.machine import available_memory, cache_bytes
+from mistral_ref.measure.benchmark import Candidate, Limit, Measurement, spread, write_json
+from mistral_ref.measure.machine import available_memory, cache_bytes
+from mistral_ref.measure.shapes import SHAPES
+from mistral_ref.measure.speed import CHUNK, SpeedTest, work_of
+from mistral_ref.measure.synthetic import checkpoint_bytes, plan, plan_metadata
 from mistral_ref.model import Model
-from mistral_ref.shapes import SHAPES
-from mistral_ref.speed import CHUNK, SpeedTest, work_of
-from mistral_ref.synthetic import checkpoint_bytes, plan, plan_metadata
 from mistral_ref.weights import Kind
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from mistral_ref.files.checkpoint import open_checkpoint
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.tensor_file import Tensor
 from mistral_ref.files.tensor_names import huggingface_name
-from mistral_ref.synthetic import PlannedTensor, write_planned
+from mistral_ref.measure.synthetic import PlannedTensor, write_planned
 
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -31,10 +31,10 @@ import mistral_ref
 from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
-from mistral_ref.machine import cache_folder, machine, machine_lines, process_memory
-from mistral_ref.shapes import shape
-from mistral_ref.speed import CHUNK
-from mistral_ref.synthetic import checkpoint_folder, make_checkpoint
+from mistral_ref.measure.machine import cache_folder, machine, machine_lines, process_memory
+from mistral_ref.measure.shapes import shape
+from mistral_ref.measure.speed import CHUNK
+from mistral_ref.measure.synthetic import checkpoint_folder, make_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 
 from common import finish, parser_for
 
-from mistral_ref.benchmark import write_json
 from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.config import ModelConfig
-from mistral_ref.cost import Limits, step_costs
-from mistral_ref.cost_table import machine_limits
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, shown
-from mistral_ref.machine import machine, machine_lines
-from mistral_ref.shapes import SHAPES
-from mistral_ref.synthetic import hollow_weights
+from mistral_ref.measure.benchmark import write_json
+from mistral_ref.measure.cost import Limits, step_costs
+from mistral_ref.measure.cost_table import machine_limits
+from mistral_ref.measure.machine import machine, machine_lines
+from mistral_ref.measure.shapes import SHAPES
+from mistral_ref.measure.synthetic import hollow_weights
 
 EXAMPLES = """\
 examples:

@@ -23,10 +23,10 @@ from common import finish, notice, parser_for, write_files
 import mistral_ref
 from mistral_kernels import attention, elementwise, panels
 from mistral_ref import compiled_ops
-from mistral_ref.benchmark import spread
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
-from mistral_ref.machine import machine, machine_lines
+from mistral_ref.measure.benchmark import spread
+from mistral_ref.measure.machine import machine, machine_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -37,7 +37,7 @@ from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.files.quantization import Scheme, quantized_weights
 from mistral_ref.loading import DEMO_MODEL
-from mistral_ref.machine import machine, machine_lines
+from mistral_ref.measure.machine import machine, machine_lines
 from mistral_ref.model import Model
 from mistral_ref.quantized_matrix import Activations
 from mistral_ref.sampling import log_softmax

@@ -16,15 +16,15 @@ import common
 import numpy as np
 from common import finish, notice, parser_for
 
-from mistral_ref.benchmark import multiply_add_limit, read_limit
 from mistral_ref.cache import KVCache
 from mistral_ref.compiled_ops import CompiledOps
-from mistral_ref.cost import Limits, step_costs
-from mistral_ref.cost_table import CostTable
-from mistral_ref.cost_table import measure as measure_steps
 from mistral_ref.errors import checked_whole
-from mistral_ref.machine import machine, machine_lines
-from mistral_ref.shapes import shape
+from mistral_ref.measure.benchmark import multiply_add_limit, read_limit
+from mistral_ref.measure.cost import Limits, step_costs
+from mistral_ref.measure.cost_table import CostTable
+from mistral_ref.measure.cost_table import measure as measure_steps
+from mistral_ref.measure.machine import machine, machine_lines
+from mistral_ref.measure.shapes import shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,11 +27,11 @@ import common
 from common import finish, notice, parser_for
 
 import mistral_ref
-from mistral_ref.benchmark import spread
 from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
-from mistral_ref.machine import machine, machine_lines
+from mistral_ref.measure.benchmark import spread
+from mistral_ref.measure.machine import machine, machine_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,13 +20,13 @@ import common
 import numpy as np
 from common import finish, notice, parser_for
 
-from mistral_ref.benchmark import Measurement, alternate, multiply_add_limit, read_limit, spread
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
-from mistral_ref.machine import machine, machine_lines
-from mistral_ref.synthetic import checkpoint_bytes
+from mistral_ref.measure.benchmark import Measurement, alternate, multiply_add_limit, read_limit, spread
+from mistral_ref.measure.machine import machine, machine_lines
+from mistral_ref.measure.synthetic import checkpoint_bytes
 from mistral_ref.weights import Kind, matrices
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from story import N_STORY, STORY
 
 import mistral_ref
 from mistral_ref import lens, plots
-from mistral_ref.cost_table import cost_table
+from mistral_ref.measure.cost_table import cost_table
 
 SENTENCE = "Once upon a time there was a little girl. She"
 

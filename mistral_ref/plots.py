@@ -19,7 +19,6 @@ import numpy as np
 
 from mistral_ref import lens
 from mistral_ref.cache import Ring, attends
-from mistral_ref.cost_table import CostTable
 from mistral_ref.diagrams import head_map, receptive_field, ring, rope, rope_scores
 from mistral_ref.drawing import (
     BLUE,
@@ -45,6 +44,7 @@ from mistral_ref.drawing import (
     title,
 )
 from mistral_ref.errors import checked_whole
+from mistral_ref.measure.cost_table import CostTable
 from mistral_ref.trace import Trace
 
 __all__ = [

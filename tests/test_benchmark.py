@@ -17,12 +17,12 @@ import pytest
 
 import mistral_ref
 from mistral_ref import InputError
-from mistral_ref.benchmark import Candidate, Limit, Measurement, alternate, ratios, spread, write_json
 from mistral_ref.display import markdown_table
 from mistral_ref.files.config_files import read_config
-from mistral_ref.machine import machine, machine_lines
-from mistral_ref.shapes import SHAPES, shape
-from mistral_ref.synthetic import encoded, make_checkpoint, params_json, random_weights
+from mistral_ref.measure.benchmark import Candidate, Limit, Measurement, alternate, ratios, spread, write_json
+from mistral_ref.measure.machine import machine, machine_lines
+from mistral_ref.measure.shapes import SHAPES, shape
+from mistral_ref.measure.synthetic import encoded, make_checkpoint, params_json, random_weights
 from mistral_ref.weights import Kind, Matrix, e4m3_values
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -18,9 +18,9 @@ import pytest
 
 import mistral_ref
 from mistral_ref.compiled_ops import CompiledOps
-from mistral_ref.machine import available_memory, process_memory
-from mistral_ref.shapes import shape
-from mistral_ref.synthetic import make_checkpoint
+from mistral_ref.measure.machine import available_memory, process_memory
+from mistral_ref.measure.shapes import shape
+from mistral_ref.measure.synthetic import make_checkpoint
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ("--shape", "tiny")

@@ -101,8 +101,8 @@ def test_a_quantized_model_is_not_quantized_again(small: Path, tmp_path: Path) -
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    from mistral_ref.shapes import SHAPES  # noqa: PLC0415
-    from mistral_ref.synthetic import make_checkpoint  # noqa: PLC0415
+    from mistral_ref.measure.shapes import SHAPES  # noqa: PLC0415
+    from mistral_ref.measure.synthetic import make_checkpoint  # noqa: PLC0415
 
     config = SHAPES["tiny"].replace(n_layers=64, sliding_window=(None,) * 64)
     make_checkpoint(tmp_path / "in", config)

@@ -16,9 +16,9 @@ from tiny import BACKENDS, configs, model_of, tokens_for
 from mistral_ref import InputError, Model, Trace
 from mistral_ref.compare import DEFAULT_BOUND, OWN_BOUND, Comparison, Difference, compare_walks, difference
 from mistral_ref.config import ModelConfig
+from mistral_ref.measure.synthetic import encoded
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.steps import CATALOGUE, Step, step_names
-from mistral_ref.synthetic import encoded
 from mistral_ref.weights import Matrix
 
 DENSE = FAMILIES["dense_windowed"].config

@@ -20,13 +20,13 @@ from tiny import BACKENDS, configs, model_of, tokens_for
 from mistral_ref import InputError
 from mistral_ref.cache import attends
 from mistral_ref.config import ModelConfig
-from mistral_ref.cost import Limits, StepCost, step_costs, visible_pairs
-from mistral_ref.cost_table import CostTable, cost_table, machine_limits, measure
 from mistral_ref.errors import CacheError
+from mistral_ref.measure.cost import Limits, StepCost, step_costs, visible_pairs
+from mistral_ref.measure.cost_table import CostTable, cost_table, machine_limits, measure
+from mistral_ref.measure.shapes import SHAPES
+from mistral_ref.measure.synthetic import hollow_weights
 from mistral_ref.model import Model
-from mistral_ref.shapes import SHAPES
 from mistral_ref.steps import Step, step_names
-from mistral_ref.synthetic import hollow_weights
 from mistral_ref.weights import FeedForward, Matrix, repacked
 
 LIMITS = Limits(bandwidth=1e9, peak=4e9)
@@ -232,8 +232,8 @@ def test_counting_goes_without_numba() -> None:
     code = (
         "import sys; sys.modules['numba'] = None\n"
         "import mistral_ref\n"
-        "from mistral_ref.cost import Limits\n"
-        "from mistral_ref.cost_table import cost_table\n"
+        "from mistral_ref.measure.cost import Limits\n"
+        "from mistral_ref.measure.cost_table import cost_table\n"
         "print(cost_table(mistral_ref.load(backend='numpy'), [1], limits=Limits(1e9, 1e9)))"
     )
     root = Path(__file__).parents[1]
@@ -289,7 +289,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_limits_of_the_machine_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mistral_ref.machine.cache_bytes", lambda: 2**20)
+    monkeypatch.setattr("mistral_ref.measure.machine.cache_bytes", lambda: 2**20)
     limits = machine_limits(1, weights_bytes=2**23)
     assert limits.bandwidth > 1e8
     assert limits.peak > 1e8
@@ -353,7 +353,7 @@ def test_a_table_measures_the_limits_itself(backend: str, monkeypatch: pytest.Mo
         asked.append((n_threads, weights_bytes))
         return LIMITS
 
-    monkeypatch.setattr("mistral_ref.cost_table.machine_limits", limits)
+    monkeypatch.setattr("mistral_ref.measure.cost_table.machine_limits", limits)
     monkeypatch.setenv("MISTRAL_REF_THREADS", "3")
     model = model_of(FAMILIES["dense_no_window"].config, backend=backend)
     table = cost_table(model, [1, 2, 3], repeats=1)

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from mistral_ref.cost import Limits
-from mistral_ref.shapes import SHAPES
+from mistral_ref.measure.cost import Limits
+from mistral_ref.measure.shapes import SHAPES
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_paper.py"
 

@@ -25,8 +25,8 @@ from tiny_tokenizers import PARAGRAPH, tiny_tokenizer
 import mistral_ref
 from mistral_ref.cli import main
 from mistral_ref.errors import InputError
+from mistral_ref.measure.perplexity import Perplexity, half_windows, perplexity, strided_windows
 from mistral_ref.model import Model
-from mistral_ref.perplexity import Perplexity, half_windows, perplexity, strided_windows
 from mistral_ref.sampling import log_softmax
 from mistral_ref.tokenizer import SentencePieceTokenizer
 from mistral_ref.transformer import Transformer

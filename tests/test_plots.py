@@ -25,10 +25,10 @@ from tiny import model_of, tokens_for
 import mistral_ref
 from mistral_ref import lens, plots
 from mistral_ref.cache import KVCache, attends
-from mistral_ref.cost import Limits
-from mistral_ref.cost_table import cost_table
 from mistral_ref.drawing import BLUE, ORANGE, VERMILLION, literal, spread
 from mistral_ref.errors import InputError
+from mistral_ref.measure.cost import Limits
+from mistral_ref.measure.cost_table import cost_table
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import rotation

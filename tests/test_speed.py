@@ -14,13 +14,14 @@ import pytest
 from checkpoints import FAMILIES
 from tiny import BACKENDS, model_of
 
-from mistral_ref import InputError, machine
-from mistral_ref.benchmark import Limit
+from mistral_ref import InputError
 from mistral_ref.cli import main
-from mistral_ref.cost import step_costs
-from mistral_ref.shapes import shape
-from mistral_ref.speed import SpeedResult, SpeedTest, measure_speed, speed_tests, work_of
-from mistral_ref.synthetic import checkpoint_bytes, make_checkpoint
+from mistral_ref.measure import machine
+from mistral_ref.measure.benchmark import Limit
+from mistral_ref.measure.cost import step_costs
+from mistral_ref.measure.shapes import shape
+from mistral_ref.measure.speed import SpeedResult, SpeedTest, measure_speed, speed_tests, work_of
+from mistral_ref.measure.synthetic import checkpoint_bytes, make_checkpoint
 from mistral_ref.weights import matrices
 
 # fmt: off
@@ -71,7 +72,7 @@ def test_what_a_run_is_counted_as() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_run_does_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(FAMILIES["dense_windowed"].config, backend=backend)  # a window of 5
-    monkeypatch.setattr("mistral_ref.speed.CHUNK", 4)
+    monkeypatch.setattr("mistral_ref.measure.speed.CHUNK", 4)
     seen, forward = [], model.forward
 
     def spied(ids: np.ndarray, cache: object, **options: object) -> np.ndarray:

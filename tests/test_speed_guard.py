@@ -15,9 +15,9 @@ import numpy as np
 
 from mistral_kernels import limits, threads
 from mistral_kernels.instructions import LANES
-from mistral_ref.benchmark import Candidate, alternate, ratios, read_limit
 from mistral_ref.compiled_ops import CompiledOps
-from mistral_ref.machine import cache_bytes
+from mistral_ref.measure.benchmark import Candidate, alternate, ratios, read_limit
+from mistral_ref.measure.machine import cache_bytes
 from mistral_ref.weights import Matrix
 
 LEAST = 0.5  # of the limit

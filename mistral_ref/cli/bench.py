@@ -19,12 +19,12 @@ from mistral_ref.cli.common import add_compute_options, load_model, model_direct
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.loading import DEMO_MODEL
+from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.model import Model
-from mistral_ref.shapes import SHAPES, shape
 from mistral_ref.weights import Kind, matrices
 
 if TYPE_CHECKING:
-    from mistral_ref.speed import SpeedResult
+    from mistral_ref.measure.speed import SpeedResult
 
 _EXAMPLES = """\
 examples:
@@ -86,7 +86,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def run(arguments: argparse.Namespace) -> None:
     """Measure, and print the results."""
     # Imported here and below: it starts Numba, and --help goes without.
-    from mistral_ref import benchmark, machine, speed  # noqa: PLC0415
+    from mistral_ref.measure import benchmark, machine, speed  # noqa: PLC0415
 
     if arguments.quick:
         vars(arguments).update(_QUICK)
@@ -147,7 +147,7 @@ def _whole_numbers(name: str, text: str) -> list[int]:
 
 def _synthetic(arguments: argparse.Namespace) -> Path:
     """Return the directory of random weights that the options ask for, made if it is not there and fits in memory."""
-    from mistral_ref import machine, synthetic  # noqa: PLC0415
+    from mistral_ref.measure import machine, synthetic  # noqa: PLC0415
 
     config = shape(arguments.shape, layers=arguments.layers)
     n_bytes, available = synthetic.checkpoint_bytes(config, arguments.kind), machine.available_memory()
@@ -218,7 +218,7 @@ def _record(result: SpeedResult, about: dict[str, Any], description: dict[str, A
 
 def _print(records: Sequence[dict[str, Any]], description: dict[str, Any], output: str) -> None:
     """Print results as Markdown for people, or as JSON or CSV for programs."""
-    from mistral_ref.machine import machine_lines  # noqa: PLC0415
+    from mistral_ref.measure.machine import machine_lines  # noqa: PLC0415
 
     if output == "json":
         print(json.dumps(records, indent=1))

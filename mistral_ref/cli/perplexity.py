@@ -13,7 +13,7 @@ from typing import Any
 from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar
 from mistral_ref.cli.study import add_dtype_option
 from mistral_ref.errors import InputError, checked_whole, shown
-from mistral_ref.perplexity import perplexity
+from mistral_ref.measure.perplexity import perplexity
 
 _DEFAULT_CONTEXT = 512
 _LONG = 4096  # tokens to evaluate from which a bar is shown

@@ -15,8 +15,6 @@ import mistral_ref
 from mistral_ref import lens
 from mistral_ref.cli.selection import as_index
 from mistral_ref.cli.sight import Part, Sight
-from mistral_ref.cost import step_costs
-from mistral_ref.cost_table import cost_table
 from mistral_ref.display import (
     cell_ranges,
     heat_map,
@@ -28,6 +26,8 @@ from mistral_ref.display import (
 )
 from mistral_ref.errors import InputError, printable, shown
 from mistral_ref.generation import Progress
+from mistral_ref.measure.cost import step_costs
+from mistral_ref.measure.cost_table import cost_table
 from mistral_ref.stepper import Stepper
 
 _MOST_PIECES = 40  # of a prompt, in the greeting

@@ -67,7 +67,7 @@ def uncached_bytes(n_bytes: int) -> int:
 
 def _commit() -> str | None:
     """Return the checkout's commit, with a mark if files have changed since; None outside of a checkout."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistral_ref.benchmark import Limit, ratios
 from mistral_ref.cache import KVCache
-from mistral_ref.cost import StepCost, step_costs
 from mistral_ref.errors import checked_whole
+from mistral_ref.measure.benchmark import Limit, ratios
+from mistral_ref.measure.cost import StepCost, step_costs
 from mistral_ref.model import Model
 
 CHUNK = 512  # tokens that a prompt is read in

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from mistral_ref.cache import KVCache
-from mistral_ref.cost import Limits, StepCost, step_costs, total_cost
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.generation import Progress
+from mistral_ref.measure.cost import Limits, StepCost, step_costs, total_cost
 from mistral_ref.model import Model, Prompt
 
 _N_SAMPLES = 5  # of each limit
@@ -65,8 +65,8 @@ def machine_limits(n_threads: int, weights_bytes: int) -> Limits:
     the caches beat this limit: a small model may take less time than is predicted.
     """
     # Here, since they import Numba, and counting goes without.
-    from mistral_ref.benchmark import multiply_add_limit, read_limit  # noqa: PLC0415
-    from mistral_ref.machine import uncached_bytes  # noqa: PLC0415
+    from mistral_ref.measure.benchmark import multiply_add_limit, read_limit  # noqa: PLC0415
+    from mistral_ref.measure.machine import uncached_bytes  # noqa: PLC0415
 
     read = read_limit(n_threads, uncached_bytes(weights_bytes))
     peak = multiply_add_limit(n_threads)
