@@ -95,7 +95,7 @@ def finish(measure: Callable[[argparse.Namespace], None], arguments: argparse.Na
 
 def _require_figures(path: str) -> None:
     """Raise InputError if there is no matplotlib, or if it does not write files of such a name."""
-    from mistral_ref.drawing import Figure  # noqa: PLC0415
+    from mistral_ref.study.drawing import Figure  # noqa: PLC0415
 
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix.removeprefix(".").lower() not in known:
@@ -111,8 +111,8 @@ def write_files(arguments: argparse.Namespace, content: Mapping[str, Any], draw:
 
 
 def save_figure(path: str, draw: Callable[[], Axes]) -> None:
-    """Save the figure of the axes that `draw` returns, drawn in the style of mistral_ref.plots."""
-    from mistral_ref.drawing import SMALL, styled  # noqa: PLC0415 (imports matplotlib)
+    """Save the figure of the axes that `draw` returns, drawn in the style of mistral_ref.study.plots."""
+    from mistral_ref.study.drawing import SMALL, styled  # noqa: PLC0415 (imports matplotlib)
 
     figure = styled(draw)().get_figure()
     for ax in figure.axes:
@@ -125,7 +125,7 @@ def save_figure(path: str, draw: Callable[[], Axes]) -> None:
 
 def rows_with_ranges(panels: Mapping[str, Mapping[str, Sequence[float]]], heading: str, unit: str) -> Axes:
     """Draw the median and the range of the samples of each name, a row each, in a panel for each group of names."""
-    from mistral_ref.drawing import BLUE, Figure, title  # noqa: PLC0415
+    from mistral_ref.study.drawing import BLUE, Figure, title  # noqa: PLC0415
 
     sizes = [len(rows) for rows in panels.values()]
     figure = Figure((7.2, 0.8 + sum(0.7 + 0.2 * size for size in sizes)), layout="constrained")

@@ -101,7 +101,7 @@ def table_rows(name: str, depths: Sequence[int], group: Sequence[Measurement]) -
 
 def draw(window: int, depths: Sequence[int], groups: dict[str, Sequence[Measurement]]) -> Axes:
     """Draw milliseconds a token over the depth, and below them what reading the bytes would take by itself."""
-    from mistral_ref.drawing import BLUE, GREY, SMALL, VERMILLION, Line2D, axes_or_new, title  # noqa: PLC0415
+    from mistral_ref.study.drawing import BLUE, GREY, SMALL, VERMILLION, Line2D, axes_or_new, title  # noqa: PLC0415
 
     ax, handles = axes_or_new(None, 7.2, 4.2), []
     highest = 0.0

@@ -149,7 +149,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def draw(processes: Sequence[dict[str, Any]], file_bytes: int) -> Axes:
     """Draw a bar for each stage of each process: anonymous memory, and behind it what was resident at most."""
-    from mistral_ref.drawing import BLUE, INK, PALE_BLUE, Line2D, Patch, axes_or_new, title  # noqa: PLC0415
+    from mistral_ref.study.drawing import BLUE, INK, PALE_BLUE, Line2D, Patch, axes_or_new, title  # noqa: PLC0415
 
     bars = [(process, found) for process in processes for found in process["stages"]]
     y = [-(i + i // len(processes[0]["stages"])) for i in range(len(bars))]  # a gap between processes

@@ -150,7 +150,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def draw(rows: Sequence[Sequence[str]]) -> Axes:
     """Draw the table but for its sums: what a token spends in each kernel, and in Python around it."""
-    from mistral_ref.drawing import BLUE, GREY, axes_or_new, title  # noqa: PLC0415
+    from mistral_ref.study.drawing import BLUE, GREY, axes_or_new, title  # noqa: PLC0415
 
     names = [name for name, *_ in rows[:-1]]
     inside, outside = ([float(row[column] or 0) for row in rows[:-1]] for column in (2, 3))

@@ -214,7 +214,7 @@ def windows_of(arguments: argparse.Namespace, model: Model) -> list[list[int]]:
 
 def draw(results: Sequence[Quality]) -> Axes:
     """Draw the KL of every way to round, the fewest bits a weight first."""
-    from mistral_ref.drawing import BLUE, VERMILLION, axes_or_new, title  # noqa: PLC0415
+    from mistral_ref.study.drawing import BLUE, VERMILLION, axes_or_new, title  # noqa: PLC0415
 
     ordered = sorted(results, key=lambda result: (result.variant.bits, float(result.divergences.mean())))
     ax, handles = axes_or_new(None, 6.4, 1.0 + 0.3 * len(ordered)), []

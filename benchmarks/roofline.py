@@ -109,8 +109,8 @@ def as_json(table: CostTable) -> list[dict[str, Any]]:
 
 def draw(tables: dict[str, CostTable]) -> Axes:
     """Draw the rooflines of both passes, one above the other."""
-    from mistral_ref import plots  # noqa: PLC0415 (imports matplotlib)
-    from mistral_ref.drawing import Figure, title  # noqa: PLC0415
+    from mistral_ref.study import plots  # noqa: PLC0415 (imports matplotlib)
+    from mistral_ref.study.drawing import Figure, title  # noqa: PLC0415
 
     figure = Figure((7.2, 4.4 * len(tables)), layout="constrained")
     for ax, (name, table) in zip(figure.subplots(len(tables)), tables.items(), strict=True):

@@ -126,7 +126,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def draw(cold: dict[str, float], warm: Sequence[dict[str, float]]) -> Axes:
     """Draw what the time to the first token is made of: a bar for each start, each on its own scale."""
-    from mistral_ref.drawing import BLUE, GREY, INK, PALE_BLUE, VERMILLION, Figure, Patch, title  # noqa: PLC0415
+    from mistral_ref.study.drawing import BLUE, GREY, INK, PALE_BLUE, VERMILLION, Figure, Patch, title  # noqa: PLC0415
 
     typical = {part: median([run[part] for run in warm]) for part in PARTS}
     colours = {"Python itself": GREY, "imports": PALE_BLUE, "load": VERMILLION, "first token": BLUE}

@@ -114,7 +114,7 @@ def limit_ups(many: Measurement, one: Measurement) -> list[float]:
 
 def draw(counts: Sequence[int], groups: dict[str, Sequence[Measurement]]) -> Axes:
     """Draw speed-ups over the number of threads, and those of the limits beside them."""
-    from mistral_ref.drawing import BLUE, GREY, VERMILLION, axes_or_new, title  # noqa: PLC0415
+    from mistral_ref.study.drawing import BLUE, GREY, VERMILLION, axes_or_new, title  # noqa: PLC0415
 
     ax, handles = axes_or_new(None, 6.4, 4.6), []
     limits = ("plain reads", "multiply-adds")

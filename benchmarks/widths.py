@@ -144,7 +144,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def draw(dims: Sequence[int], seconds: dict[str, np.ndarray], exponents: dict[str, Any]) -> Axes:
     """Draw the milliseconds of one layer over the width, and the square of the width through the widest."""
-    from mistral_ref.drawing import BLUE, GREY, VERMILLION, Line2D, axes_or_new, title  # noqa: PLC0415
+    from mistral_ref.study.drawing import BLUE, GREY, VERMILLION, Line2D, axes_or_new, title  # noqa: PLC0415
 
     ax, handles = axes_or_new(None, 6.4, 4.4), []
     ax.set(xscale="log", yscale="log", xlabel="width of the model, dim", ylabel="milliseconds a layer")

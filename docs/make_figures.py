@@ -1,4 +1,4 @@
-"""Draw the documentation's figures: what mistral_ref.plots shows of the demonstration model, and the course's pictures.
+"""Draw the documentation's figures: what plots.py shows of the demonstration model, and the course's pictures.
 
 python docs/make_figures.py [FOLDER]        # docs/figures, by default
 
@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from story import N_STORY, STORY
 
 import mistral_ref
-from mistral_ref import lens, plots
 from mistral_ref.measure.cost_table import cost_table
+from mistral_ref.study import lens, plots
 
 SENTENCE = "Once upon a time there was a little girl. She"
 

@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 from story import N_STORY, STORY
 
 import mistral_ref
-from mistral_ref import report
+from mistral_ref.study import report
 
 VIEWS = {
     "page_block": "block/layers.2.q_rotated/2/3/20",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -96,6 +97,14 @@ def _source(steps: object) -> str:
 @cache
 def _relative(file: str) -> str:
     return os.path.relpath(file, _PACKAGE_PARENT)
+
+
+def source_lines(source: str, before: int = 0, after: int = 0) -> list[tuple[int, str]]:
+    """Return the numbered lines of code around a step's `source`; [] where that is "" or the file is not at hand."""
+    file, _, line = source.rpartition(":")
+    numbers = range(max(int(line) - before, 1), int(line) + after + 1) if file else ()
+    lines = ((number, linecache.getline(os.path.join(_PACKAGE_PARENT, file), number)) for number in numbers)
+    return [(number, text.rstrip()) for number, text in lines if text]
 
 
 def matching_steps(patterns: str | Iterable[str], config: ModelConfig) -> list[str]:

@@ -16,9 +16,9 @@ from tiny import configs, model_of, tokens_for
 
 import mistral_ref
 from mistral_ref import CacheError, InputError, KVCache, Model, ModelConfig
-from mistral_ref.broken import BUGS, broken
 from mistral_ref.config import MixtureOfExperts
 from mistral_ref.steps import step_names
+from mistral_ref.study.broken import BUGS, broken
 from mistral_ref.transformer import drain
 
 CHUNK = 8

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 import mistral_ref
-from mistral_ref import lens
 from mistral_ref.cli import main
 from mistral_ref.cli.step import Walker
 from mistral_ref.errors import InputError
-from mistral_ref.stepper import Stepper
+from mistral_ref.study import lens
+from mistral_ref.study.stepper import Stepper
 
 TEXT = "Once upon a time"
 LONG_TEXT = "Lily and Tom went to the park. They saw a big red ball. " * 8  # longer than the window

@@ -16,9 +16,9 @@ from checkpoints import FAMILIES, write_hf
 from tiny import BACKENDS
 
 import mistral_ref
-from mistral_ref.broken import BUGS, broken
 from mistral_ref.cli import main
 from mistral_ref.steps import step_names
+from mistral_ref.study.broken import BUGS, broken
 
 NAMES = ("dense_windowed", "ministral3")
 BOUND = 300  # ulps; 109 were found, in the third layer's heads

@@ -17,10 +17,11 @@ from sentencepiece import SentencePieceTrainer
 from tiny import BACKENDS, configs, model_of, ops_of, tokens_for
 
 import mistral_ref
-from mistral_ref import InputError, Model, Trace, lens
+from mistral_ref import InputError, Model, Trace
 from mistral_ref.compare import difference
 from mistral_ref.config import ModelConfig
 from mistral_ref.steps import CATALOGUE, Step, step_names
+from mistral_ref.study import lens
 from mistral_ref.tokenizer import load_tokenizer
 from mistral_ref.trace import MissingStepError
 

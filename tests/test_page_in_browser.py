@@ -15,12 +15,12 @@ import pytest
 from tiny import model_of, tokens_for
 
 import mistral_ref
-from mistral_ref import report
 from mistral_ref.cache import Ring, attends
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import rotation
 from mistral_ref.steps import step_names
+from mistral_ref.study import report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -23,9 +23,7 @@ from matplotlib.text import Text
 from tiny import model_of, tokens_for
 
 import mistral_ref
-from mistral_ref import lens, plots
 from mistral_ref.cache import KVCache, attends
-from mistral_ref.drawing import BLUE, ORANGE, VERMILLION, literal, spread
 from mistral_ref.errors import InputError
 from mistral_ref.measure.cost import Limits
 from mistral_ref.measure.cost_table import cost_table
@@ -33,6 +31,8 @@ from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import rotation
 from mistral_ref.steps import CATALOGUE, Step
+from mistral_ref.study import lens, plots
+from mistral_ref.study.drawing import BLUE, ORANGE, VERMILLION, literal, spread
 from mistral_ref.trace import Trace
 
 SENTENCE = "Once upon a time there was a little girl named Lily. She"
@@ -518,7 +518,7 @@ def test_without_matplotlib_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("plots", "diagrams", "drawing"):
         monkeypatch.delitem(sys.modules, f"mistral_ref.{name}")
     with pytest.raises(InputError) as caught:
-        importlib.import_module("mistral_ref.plots")
+        importlib.import_module("mistral_ref.study.plots")
     assert str(caught.value) == "figures need matplotlib: pip install 'mistral-ref[plots]'"
 
 

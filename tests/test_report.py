@@ -21,11 +21,11 @@ from hypothesis.extra import numpy as hnp
 from tiny import configs, model_of, tokens_for
 
 import mistral_ref
-from mistral_ref import lens, report
 from mistral_ref.cli import main
 from mistral_ref.display import statistics
 from mistral_ref.errors import InputError
 from mistral_ref.steps import step_names
+from mistral_ref.study import lens, report
 from mistral_ref.walk import matching_steps
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'> {{data}} <!--"

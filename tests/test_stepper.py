@@ -11,7 +11,7 @@ from tiny import BACKENDS, configs, model_of, tokens_for
 
 from mistral_ref import InputError
 from mistral_ref.config import ModelConfig
-from mistral_ref.stepper import Stepper
+from mistral_ref.study.stepper import Stepper
 
 
 def small_stepper(family: str = "dense_windowed", backend: str = "numpy", n_tokens: int = 6) -> Stepper:

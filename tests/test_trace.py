@@ -21,10 +21,11 @@ from safetensors.numpy import save_file
 from test_hostile_files import VALUES, other_bytes, other_json, tensor_file
 from tiny import BACKENDS, configs, model_of, tokens_for
 
-from mistral_ref import CheckpointError, InputError, MistralRefError, MistralRefWarning, Trace, lens
+from mistral_ref import CheckpointError, InputError, MistralRefError, MistralRefWarning, Trace
 from mistral_ref.config import ModelConfig
 from mistral_ref.ops import KeyView
 from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step, StepFactory, Steps, step_names
+from mistral_ref.study import lens
 from mistral_ref.trace import MissingStepError
 
 DENSE = FAMILIES["dense_windowed"].config  # a window of 5

@@ -8,9 +8,11 @@ from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.text import Text
 
 import mistral_ref
-from mistral_ref import plots
 from mistral_ref.cache import attends
-from mistral_ref.drawing import (
+from mistral_ref.reference_ops import ReferenceOps, softmax
+from mistral_ref.rope import rotation
+from mistral_ref.study import plots
+from mistral_ref.study.drawing import (
     BLUE,
     FAINT,
     GREY,
@@ -23,8 +25,6 @@ from mistral_ref.drawing import (
     styled,
     title,
 )
-from mistral_ref.reference_ops import ReferenceOps, softmax
-from mistral_ref.rope import rotation
 
 _LEAST_POINTS = 8.5  # of text in the course
 

@@ -12,7 +12,12 @@ from matplotlib.figure import Figure
 
 import mistral_ref
 from mistral_ref.config import MixtureOfExperts
-from mistral_ref.drawing import (
+from mistral_ref.measure.cost import Limits, StepCost, step_costs, total_cost
+from mistral_ref.measure.shapes import shape
+from mistral_ref.measure.synthetic import encoded, hollow_weights, make_checkpoint
+from mistral_ref.quantized_matrix import quantized, scale_values
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.study.drawing import (
     BLUE,
     BLUES,
     FAINT,
@@ -25,11 +30,6 @@ from mistral_ref.drawing import (
     styled,
     title,
 )
-from mistral_ref.measure.cost import Limits, StepCost, step_costs, total_cost
-from mistral_ref.measure.shapes import shape
-from mistral_ref.measure.synthetic import encoded, hollow_weights, make_checkpoint
-from mistral_ref.quantized_matrix import quantized, scale_values
-from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.weights import FeedForward, Kind, Matrix
 
 TEXT = "Once upon a time there was a little girl named Lily. She loved to play in the"

@@ -8,8 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import mistral_ref
-from mistral_ref import lens
-from mistral_ref.drawing import (
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.sampling import keep_min_p, keep_top_p, softmax
+from mistral_ref.study import lens
+from mistral_ref.study.drawing import (
     BLUE,
     FAINT,
     GREY,
@@ -25,8 +27,6 @@ from mistral_ref.drawing import (
     styled,
     title,
 )
-from mistral_ref.reference_ops import ReferenceOps
-from mistral_ref.sampling import keep_min_p, keep_top_p, softmax
 
 SENTENCE = "Lily saw a zebra \N{GRINNING FACE}"
 PROMPT = "Once upon a time there was a little"

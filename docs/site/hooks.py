@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import mistral_ref
-from mistral_ref import report
+from mistral_ref.study import report
 
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 
-from mistral_ref.broken import BUGS
 from mistral_ref.cli.common import as_text, model_directory, progress_bar
 from mistral_ref.cli.study import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.compare import compare_walks
@@ -13,6 +12,7 @@ from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.loading import load
 from mistral_ref.model import Model
 from mistral_ref.steps import step_names
+from mistral_ref.study.broken import BUGS
 from mistral_ref.trace import Trace
 
 _EXAMPLES = """\

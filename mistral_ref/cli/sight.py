@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistral_ref import lens
 from mistral_ref.cli.selection import Index, as_index, in_words, parsed_index, parsed_selection
-from mistral_ref.stepper import Stepper
+from mistral_ref.study import lens
+from mistral_ref.study.stepper import Stepper
 
 # What one means by looking at a token or a head: the axes of these names.
 _FOCUS_AXES = {"token": ("token", "query"), "head": ("head", "kv_head")}

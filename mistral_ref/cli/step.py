@@ -14,7 +14,7 @@ from mistral_ref.cli.shell import Shell, count, needed, number
 from mistral_ref.cli.study import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.cli.view import View
 from mistral_ref.errors import InputError
-from mistral_ref.stepper import Stepper
+from mistral_ref.study.stepper import Stepper
 
 _EXAMPLES = """\
 examples:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from mistral_ref.broken import BUGS, broken
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.cli.common import progress_bar
 from mistral_ref.errors import checked_whole
 from mistral_ref.model import Model, Prompt
+from mistral_ref.study.broken import BUGS, broken
 
 
 def add_last_option(parser: argparse.ArgumentParser) -> None:

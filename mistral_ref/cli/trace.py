@@ -6,7 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-from mistral_ref import report
 from mistral_ref.cache import KVCache
 from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar, read_prompt, size
 from mistral_ref.cli.study import add_broken_option, add_dtype_option, add_last_option, maybe_broken, split_prompt
@@ -14,6 +13,7 @@ from mistral_ref.display import markdown_table, size_text
 from mistral_ref.errors import InputError, shown
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
+from mistral_ref.study import report
 
 _EXAMPLES = """\
 examples:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-import mistral_ref
-from mistral_ref import lens
 from mistral_ref.cli.selection import as_index
 from mistral_ref.cli.sight import Part, Sight
 from mistral_ref.display import (
@@ -28,11 +24,12 @@ from mistral_ref.errors import InputError, printable, shown
 from mistral_ref.generation import Progress
 from mistral_ref.measure.cost import step_costs
 from mistral_ref.measure.cost_table import cost_table
-from mistral_ref.stepper import Stepper
+from mistral_ref.study import lens
+from mistral_ref.study.stepper import Stepper
+from mistral_ref.walk import source_lines
 
 _MOST_PIECES = 40  # of a prompt, in the greeting
 _MOST_ROWS = 512  # of a heat map, each with its label; more are merged
-_ROOT = Path(mistral_ref.__file__).parents[1]
 
 
 class _Console(Console):
@@ -162,10 +159,9 @@ class View(Sight):
 
     def source(self) -> None:
         """Print the lines that computed the step."""
-        file, _, line = self.stepper.step.source.rpartition(":")
-        for number in range(max(int(line) - 4, 1), int(line) + 3):
-            if text := linecache.getline(str(_ROOT / file), number):
-                self.say(f"{'>' if number == int(line) else ' '} {number:>4}  {text.rstrip()}")
+        source = self.stepper.step.source
+        for number, text in source_lines(source, before=4, after=2):
+            self.say(f"{'>' if source.endswith(f':{number}') else ' '} {number:>4}  {text}")
 
     def cost(self) -> None:
         """Print what the step costs: operations, bytes, and how many of the one there are for each of the other."""

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import numba
 import numpy as np
 from threadpoolctl import threadpool_info
 
-import mistral_ref
 from mistral_kernels import threads
 from mistral_kernels.caches import CPUS, data_caches
 from mistral_kernels.instructions import LANES
@@ -154,7 +154,7 @@ def machine(n_threads: int) -> dict[str, Any]:
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
         "blas": blas,
-        "mistral_ref": mistral_ref.__version__,
+        "mistral_ref": version("mistral-ref"),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -1,6 +1,6 @@
 """Figures of what happens in a model: attention, heads, the ring, RoPE, logit lens, residual stream, logits, cost.
 
-    from mistral_ref import plots
+    from mistral_ref.study import plots
 
     trace = model.trace("Once upon a time", keep="layers.*.attention_weights")
     ax = plots.attention(trace, layer=2, head=3, window=model.config.sliding_window[2])
@@ -17,10 +17,12 @@ from typing import Literal
 
 import numpy as np
 
-from mistral_ref import lens
 from mistral_ref.cache import Ring, attends
-from mistral_ref.diagrams import head_map, receptive_field, ring, rope, rope_scores
-from mistral_ref.drawing import (
+from mistral_ref.errors import checked_whole
+from mistral_ref.measure.cost_table import CostTable
+from mistral_ref.study import lens
+from mistral_ref.study.diagrams import head_map, receptive_field, ring, rope, rope_scores
+from mistral_ref.study.drawing import (
     BLUE,
     BLUES,
     FAINT,
@@ -43,8 +45,6 @@ from mistral_ref.drawing import (
     styled,
     title,
 )
-from mistral_ref.errors import checked_whole
-from mistral_ref.measure.cost_table import CostTable
 from mistral_ref.trace import Trace
 
 __all__ = [

@@ -1,6 +1,6 @@
 """A forward pass as one HTML page that needs no network: every step to be clicked through, in any browser.
 
-    from mistral_ref import report
+    from mistral_ref.study import report
 
     report.write(model, "Once upon a time", "trace.html")
 
@@ -14,19 +14,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import linecache
 import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-import mistral_ref
-from mistral_ref import lens
 from mistral_ref.cache import KVCache
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import heat_map, statistics
@@ -37,8 +35,9 @@ from mistral_ref.measure.cost_table import CostTable, cost_table
 from mistral_ref.model import Model, Prompt
 from mistral_ref.rope import inverse_frequencies
 from mistral_ref.steps import CATALOGUE, Step, catalogue_of, step_names
+from mistral_ref.study import lens
 from mistral_ref.trace import Trace
-from mistral_ref.walk import Edit, matching_steps
+from mistral_ref.walk import Edit, matching_steps, source_lines
 
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = (
@@ -105,7 +104,7 @@ def page(
     trace = Trace(residuals, ids, [model.piece(token) for token in ids], start=start)
     about = {
         "title": title or f"a model of {config.n_parameters:,} parameters",
-        "madeBy": f"mistral_ref {mistral_ref.__version__}, {model.ops.dtype} by {model.ops.name}",
+        "madeBy": f"mistral_ref {version('mistral-ref')}, {model.ops.dtype} by {model.ops.name}",
         "start": start,
         "tokens": [{"id": token, "piece": piece} for token, piece in zip(ids, trace.pieces, strict=True)],
         "config": _config_entry(config),
@@ -159,7 +158,7 @@ def _step_entry(step: Step, is_kept: bool, config: ModelConfig) -> dict[str, Any
         "shape": value.shape,
         "dtype": str(value.dtype),
         "source": step.source,
-        "code": _line(step.source),
+        "code": "".join(text.strip() for _, text in source_lines(step.source)),
         "firstKey": None if step.key_positions is None else step.key_positions.start,
         "statistics": {name: _number(number) for name, number in statistics(in_sight)._asdict().items()},
         "histogram": counts,
@@ -173,12 +172,6 @@ def _in_sight(step: Step, config: ModelConfig) -> np.ndarray:
     if step.key_positions is None:
         return step.value
     return step.value[lens.in_sight(step, config) | ~np.isin(step.value, (0.0, -np.inf))]  # a wrong window shows
-
-
-def _line(source: str) -> str:
-    """Return the line of code that a "file:line" names."""
-    file, _, line = source.rpartition(":")
-    return linecache.getline(str(_FOLDER.parents[1] / file), int(line)).strip() if file else ""
 
 
 def packed(values: np.ndarray) -> dict[str, Any]:

@@ -9,7 +9,10 @@ import numpy as np
 
 from mistral_ref.cache import Ring, attends
 from mistral_ref.config import ModelConfig
-from mistral_ref.drawing import (
+from mistral_ref.errors import checked_whole
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.rope import inverse_frequencies, rotation
+from mistral_ref.study.drawing import (
     BLUE,
     FAINT,
     GREY,
@@ -28,9 +31,6 @@ from mistral_ref.drawing import (
     styled,
     title,
 )
-from mistral_ref.errors import checked_whole
-from mistral_ref.reference_ops import ReferenceOps
-from mistral_ref.rope import inverse_frequencies, rotation
 
 _MOST_CELLS = 32  # of a ring, in either direction: more cannot be read
 _SEEN, _OLD, _LATER, _WRITTEN = "seen", "too old: not seen", "later: not seen yet", "written now, over the key in small"
