@@ -11,7 +11,7 @@ import numpy as np
 from mistral_ref.cache import KVCache
 from mistral_ref.errors import CacheError, InputError, checked_whole
 from mistral_ref.sampling import SamplingSettings, log_softmax, sample
-from mistral_ref.tokenizer import TokenStream
+from mistral_ref.text.stream import TokenStream
 
 FinishReason = Literal["eos", "stop", "length", "model_length"]
 Progress = Callable[[int, int], None]

@@ -15,7 +15,7 @@ from mistral_ref.model import Model
 from mistral_ref.quantized_matrix import Activations, checked_bits
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
-from mistral_ref.tokenizer import OTHER_FORMATS, SentencePieceTokenizer, find_tokenizer, load_tokenizer
+from mistral_ref.text import OTHER_FORMATS, SentencePieceTokenizer, find_tokenizer, load_tokenizer
 from mistral_ref.weights import repacked
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"

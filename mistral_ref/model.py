@@ -13,7 +13,8 @@ from mistral_ref.errors import CacheError, InputError, checked_whole, shown, war
 from mistral_ref.generation import Progress, Stop, Token, generate, split_stops
 from mistral_ref.ops import Ops
 from mistral_ref.sampling import SamplingSettings, log_softmax
-from mistral_ref.tokenizer import SentencePieceTokenizer, TokenStream
+from mistral_ref.text.sentencepiece import SentencePieceTokenizer
+from mistral_ref.text.stream import TokenStream
 from mistral_ref.trace import Trace
 from mistral_ref.transformer import Transformer, drain
 from mistral_ref.walk import (

@@ -15,7 +15,7 @@ from checkpoints import FAMILIES, write_consolidated, write_hf
 from tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
-from mistral_ref.tokenizer import SentencePieceTokenizer
+from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 
 TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
 COMMAND = [sys.executable, "-m", "mistral_ref"]

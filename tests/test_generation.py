@@ -17,7 +17,7 @@ from tiny_tokenizers import tiny_tokenizer
 import mistral_ref
 from mistral_ref import CacheError, InputError, KVCache, MistralRefWarning, Model, Token
 from mistral_ref.generation import StopStrings
-from mistral_ref.tokenizer import SentencePieceTokenizer
+from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 
 TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
 CONFIG = FAMILIES["dense_windowed"].config.replace(vocab_size=TOKENIZER.vocab_size + 3)

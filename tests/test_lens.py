@@ -22,7 +22,7 @@ from mistral_ref.compare import difference
 from mistral_ref.config import ModelConfig
 from mistral_ref.steps import CATALOGUE, Step, step_names
 from mistral_ref.study import lens
-from mistral_ref.tokenizer import load_tokenizer
+from mistral_ref.text import load_tokenizer
 from mistral_ref.trace import MissingStepError
 
 DENSE = FAMILIES["dense_windowed"].config  # a window of 5

@@ -28,7 +28,7 @@ from mistral_ref.errors import InputError
 from mistral_ref.measure.perplexity import Perplexity, half_windows, perplexity, strided_windows
 from mistral_ref.model import Model
 from mistral_ref.sampling import log_softmax
-from mistral_ref.tokenizer import SentencePieceTokenizer
+from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 from mistral_ref.transformer import Transformer
 
 CONFIG = FAMILIES["dense_windowed"].config

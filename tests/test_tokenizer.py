@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from tiny_tokenizers import PARAGRAPH, VARIANTS, tiny_tokenizer
 
 from mistral_ref.errors import InputError, MistralRefError, TokenizerError
-from mistral_ref.tokenizer import MAX_FILE_BYTES, SentencePieceTokenizer, find_tokenizer, load_tokenizer
+from mistral_ref.text import find_tokenizer, load_tokenizer
+from mistral_ref.text.sentencepiece import MAX_FILE_BYTES, SentencePieceTokenizer
 
 try:
     from mistral_common.tokens.tokenizers import sentencepiece as mistral_common_sentencepiece

@@ -11,71 +11,30 @@ Three rules, each of which has cost somebody a day elsewhere:
 
 from __future__ import annotations
 
-import codecs
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from mistral_ref.errors import InputError, TokenizerError, shown
+from mistral_ref.text.stream import TokenStream
 
 TOKENIZER_FILE = "tokenizer.model"
-# As published with instruction models: tokenizer.model.v3, mistral_instruct_tokenizer_241114.model.v7m1, ...
-VERSIONED_FILE = re.compile(r".+\.model\.v\d+(m\d+)?")
-OTHER_FORMATS = ("tekken.json", "tokenizer.json")
-# A hostile file may not cost much memory. SentencePiece takes up to 400 bytes for a piece, which in the file has two
-# bytes of value 10, before itself and before its text. The published files have 590,000 bytes and 72,000 tens; these
-# limits let vocabularies of 64,000 pieces pass, as models of the same architecture have, and bound memory to 28 MiB.
+# A hostile file may not cost much memory. SentencePiece takes up to 400 bytes for a piece, and less for any other text
+# or message, which may take 2 bytes in the file. The published files have 590,000 bytes and 32,768 pieces; these limits
+# let vocabularies of 64,000 pass, as models of the same architecture have, and bound memory to 28 MiB.
 MAX_FILE_BYTES = 1536 * 2**10
-MAX_TENS = 145_000
+MAX_PIECES = 72_500
+_PIECE = 1  # the number of the field that is repeated for each piece
 
 
-def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the SentencePiece file of a model's directory, or None where it has none.
+def read_model(path: Path) -> bytes:
+    """Return the bytes of a SentencePiece file that is safe to hand to the library.
 
-    `tokenizer.model` is preferred; without it, the one file with a versioned name. Whether the file can be read is
-    found out by `load_tokenizer`.
-
-    Raises TokenizerError if the directory cannot be listed, or several versioned names leave the choice open.
+    Raises TokenizerError if it is no regular file, larger than MAX_FILE_BYTES, or of more than MAX_PIECES pieces.
     """
-    directory = Path(directory)
-    try:
-        names = sorted(os.listdir(directory))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{directory}: cannot be listed: {getattr(error, 'strerror', error)}") from error
-    if TOKENIZER_FILE in names:
-        return directory / TOKENIZER_FILE
-    versioned = [name for name in names if VERSIONED_FILE.fullmatch(name)]
-    if len(versioned) > 1:
-        raise TokenizerError(f"{directory}: holds several tokenizers, {', '.join(versioned)}; give the path of one")
-    return directory / versioned[0] if versioned else None
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
-    """Read a SentencePiece model: a file of any name, or the directory of a model as `find_tokenizer` looks at it.
-
-    Only that file is opened, and only if it is a regular file of at most `MAX_FILE_BYTES`.
-
-    Raises TokenizerError, starting with the path, if there is no such file or it is not a usable model.
-    """
-    path = Path(path)
-    if os.path.isdir(path):
-        found = find_tokenizer(path)
-        if found is None:
-            others = [name for name in OTHER_FORMATS if os.path.exists(path / name)]
-            raise TokenizerError(
-                f"{path}: holds {others[0]}, and this version reads SentencePiece only; token ids work without it"
-                if others
-                else f"{path}: holds no {TOKENIZER_FILE}"
-            )
-        path = found
-    return SentencePieceTokenizer(_read(path), origin=str(path))
-
-
-def _read(path: Path) -> bytes:
     # Asked before opening, since opening a named pipe waits for somebody to write to it.
     if not os.path.isfile(path):
         raise TokenizerError(f"{path}: there is no such file, or it is not a regular one")
@@ -86,9 +45,58 @@ def _read(path: Path) -> bytes:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
     if len(model) > MAX_FILE_BYTES:
         raise TokenizerError(f"{path}: is larger than {MAX_FILE_BYTES} bytes; expected a SentencePiece model")
-    if model.count(10) > MAX_TENS:
-        raise TokenizerError(f"{path}: has more pieces than are read, about {MAX_TENS // 2}")
+    try:
+        n_pieces = count_pieces(model)
+    except (IndexError, ValueError) as error:
+        raise TokenizerError(f"{path}: is not a usable SentencePiece model: {error}") from None
+    if n_pieces > MAX_PIECES:
+        raise TokenizerError(f"{path}: has {n_pieces} pieces, or texts beside them; at most {MAX_PIECES} are read")
     return model
+
+
+def count_pieces(model: bytes) -> int:
+    r"""Return how many pieces a SentencePiece file holds, and texts and messages in its other parts.
+
+    A file is a protobuf message: fields one after the other, each a tag (its number and how it is stored) and then a
+    number, or a length and so many bytes. Raises IndexError or ValueError where it is none.
+
+    >>> count_pieces(b"\x0a\x03\x0a\x01a" * 2)
+    2
+    """
+    data = memoryview(model)
+    return sum(1 if number == _PIECE else 1 + sum(1 for _ in _fields(part)) for number, part in _fields(data))
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield the number and the bytes of each field of a message that has a length."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        number, stored = tag >> 3, tag & 7
+        if stored == 0:
+            _, at = _varint(message, at)
+        elif stored == 2:
+            length, at = _varint(message, at)
+            if length > len(message) - at:
+                raise ValueError(f"a field of {length} bytes, where {len(message) - at} are left")
+            yield number, message[at : at + length]
+            at += length
+        elif stored in (1, 5):
+            at += 8 if stored == 1 else 4
+        else:
+            raise ValueError(f"a field is stored as type {stored}, as none of a SentencePiece model is")
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    """Return the number that begins at `at`, seven bits a byte, the lowest first; and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a number takes more than ten bytes")
 
 
 class SentencePieceTokenizer:
@@ -172,67 +180,3 @@ class SentencePieceTokenizer:
 
     def __repr__(self) -> str:
         return f"SentencePieceTokenizer({self._origin!r}, vocab_size={self.vocab_size})"
-
-
-class TokenStream:
-    r"""The text of ids that arrive one by one, each character as soon as it can no longer change.
-
-    For any ids, control ids and broken UTF-8 included, and any split of them into context and pushes:
-
-        stable(context) + push(ids[0]) + push(ids[1]) + ... + flush() == decode(context + ids)
-
-    where stable(context) is the text of the context up to, and without, a character that its last ids leave unfinished:
-    decode(context) shows U+FFFD there, which is wrong as soon as the character's next byte arrives. For a context that
-    ends at the end of a character, as every encoded text does, stable(context) is decode(context).
-
-    What a piece reads as depends on little of what came before: whether text has begun (before that, SentencePiece
-    drops a leading space), and which bytes of a character are still open. So a push decodes the new ids behind a
-    landmark, a fixed piece that is text itself, and cuts the landmark's text off: constant work, whatever the length,
-    and SentencePiece remains the only judge of what a piece reads as.
-
-        pushed      "▁Hi"   "<0xF0>"   "<0x9F>"   "<0x99>"   "<0x82>"   "▁!"
-        returned    "Hi"    ""         ""         ""         "🙂"        " !"
-
-    Holds for every model without a denormalizer, a rewriting of decoded text that no model of Mistral's has.
-    """
-
-    def __init__(self, tokenizer: SentencePieceTokenizer, context_ids: Iterable[int] = ()) -> None:
-        self.tokenizer = tokenizer
-        self._before: list[int] = []  # reads on like everything whose text is out, and is short
-        self._open: list[int] = []  # the bytes of a character that is not complete
-        self._advance(tokenizer.checked(context_ids))
-
-    def push(self, token_id: int) -> str:
-        """Return the text that became certain with this id; raise InputError if it is not one of the tokenizer's."""
-        return self._advance(self.tokenizer.checked([token_id]))
-
-    def flush(self) -> str:
-        """Return the text of the bytes held back: one U+FFFD for each, since no more will come."""
-        ids, self._open = self._open, []
-        return self._read(ids)
-
-    def _advance(self, ids: list[int]) -> str:
-        ids = self._open + ids
-        certain = len(ids) - self._count_open(ids)
-        self._open = ids[certain:]
-        return self._read(ids[:certain])
-
-    def _count_open(self, ids: list[int]) -> int:
-        """Return how many of the last ids are bytes of a character that further bytes could complete (0 to 3)."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in ids[-3:]:
-            byte = self.tokenizer.byte(token_id)
-            if byte is None:
-                decoder.reset()
-            else:
-                decoder.decode(bytes([byte]))
-        held_back, _ = decoder.getstate()
-        return len(held_back)
-
-    def _read(self, ids: list[int]) -> str:
-        """Return what `ids` read as after all that came before them."""
-        ids = self._before + ids
-        text = self.tokenizer.decode(ids)[len(self.tokenizer.decode(self._before)) :]
-        # Without new text, the ids may still have mattered (one of them the space that is dropped), each of them once.
-        self._before = [self.tokenizer.landmark] if text else list(dict.fromkeys(ids))
-        return text

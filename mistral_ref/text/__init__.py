@@ -1,0 +1,64 @@
+"""Characters and ids: a tokenizer read from a file, text to ids and back, and text that arrives id by id.
+
+from mistral_ref.text import load_tokenizer
+
+tokenizer = load_tokenizer("path/to/dir")
+ids = tokenizer.encode("Once upon a time")
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from mistral_ref.errors import TokenizerError
+from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer, read_model
+
+__all__ = ["OTHER_FORMATS", "SentencePieceTokenizer", "find_tokenizer", "load_tokenizer"]
+
+# As published with instruction models: tokenizer.model.v3, mistral_instruct_tokenizer_241114.model.v7m1, ...
+_VERSIONED_FILE = re.compile(r".+\.model\.v\d+(m\d+)?")
+OTHER_FORMATS = ("tekken.json", "tokenizer.json")
+
+
+def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
+    """Return the SentencePiece file of a model's directory, or None where it has none.
+
+    `tokenizer.model` is preferred; without it, the one file with a versioned name. Whether the file can be read is
+    found out by `load_tokenizer`.
+
+    Raises TokenizerError if the directory cannot be listed, or several versioned names leave the choice open.
+    """
+    directory = Path(directory)
+    try:
+        names = sorted(os.listdir(directory))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{directory}: cannot be listed: {getattr(error, 'strerror', error)}") from error
+    if TOKENIZER_FILE in names:
+        return directory / TOKENIZER_FILE
+    versioned = [name for name in names if _VERSIONED_FILE.fullmatch(name)]
+    if len(versioned) > 1:
+        raise TokenizerError(f"{directory}: holds several tokenizers, {', '.join(versioned)}; give the path of one")
+    return directory / versioned[0] if versioned else None
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
+    """Read a SentencePiece model: a file of any name, or the directory of a model as `find_tokenizer` looks at it.
+
+    Only that file is opened, and only if it is a regular file of at most `MAX_FILE_BYTES`.
+
+    Raises TokenizerError, starting with the path, if there is no such file or it is not a usable model.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        found = find_tokenizer(path)
+        if found is None:
+            others = [name for name in OTHER_FORMATS if os.path.exists(path / name)]
+            raise TokenizerError(
+                f"{path}: holds {others[0]}, and this version reads SentencePiece only; token ids work without it"
+                if others
+                else f"{path}: holds no {TOKENIZER_FILE}"
+            )
+        path = found
+    return SentencePieceTokenizer(read_model(path), origin=str(path))
