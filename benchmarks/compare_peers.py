@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 from common import buffer_bytes, finish, notice, parser_for, rows_with_ranges, write_files
-from peer_process import Runner, Test, Worker, start
+from peers.process import Runner, Test, Worker, start
 
 from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.config import ModelConfig
@@ -110,12 +110,12 @@ def converted(source: Path, target: Path, convert: Callable[[], None]) -> None:
 def peer_file(peer: str, directory: Path, work: Path) -> Path:
     """Return the model as a peer reads it, written if necessary."""
     if peer == "llama.cpp":
-        from gguf_writer import write_gguf  # noqa: PLC0415 (needs the package gguf)
+        from peers.gguf_writer import write_gguf  # noqa: PLC0415 (needs the package gguf)
 
         path = work / "model.gguf"
         converted(directory, path, lambda: write_gguf(directory, path))
         return path
-    from hf_writer import write_huggingface  # noqa: PLC0415 (like the other one)
+    from peers.hf_writer import write_huggingface  # noqa: PLC0415 (like the other one)
 
     path = work / "huggingface"
     converted(directory, path / "model.safetensors", lambda: write_huggingface(directory, path))
@@ -160,7 +160,7 @@ def quantized_runners(arguments: argparse.Namespace, directory: Path, work: Path
     ]
     if "llama.cpp" not in installed_peers([peer for peer in arguments.peers if peer == "llama.cpp"]):
         return runners
-    from gguf_writer import gguf_bytes, quantize_gguf  # noqa: PLC0415 (needs the package gguf)
+    from peers.gguf_writer import gguf_bytes, quantize_gguf  # noqa: PLC0415 (needs the package gguf)
 
     source = peer_file("llama.cpp", directory, work)
     plain = gguf_bytes(source)

@@ -3,15 +3,15 @@
     python tests/measure_rounding.py
 
 Columns, in float32 ulps of the step's largest value, for NumPy and for the compiled kernels: what a step adds by
-itself, and what has come together since the embedding, at 24 and at 96 tokens. tiny.py holds the bounds.
+itself, and what has come together since the embedding, at 24 and at 96 tokens. support/tiny.py holds the bounds.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 
-from checkpoints import FAMILIES
-from tiny import BACKENDS, distances_in_ulps
+from support.checkpoints import FAMILIES
+from support.tiny import BACKENDS, distances_in_ulps
 
 SEEDS = 20
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, write_tensor_file
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import BACKENDS, configs, model_of, tokens_for
+from support.checkpoints import FAMILIES, write_tensor_file
+from support.tiny import BACKENDS, configs, model_of, tokens_for
 
 from mistral_ref import InputError, Model, Trace
 from mistral_ref.compare import DEFAULT_BOUND, OWN_BOUND, Comparison, Difference, compare_walks, difference

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_cache
-from checkpoints import FAMILIES, write_consolidated
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import (
+from support.cache_machine import run_cache_machine
+from support.checkpoints import FAMILIES, write_consolidated
+from support.paths import ROOT
+from support.tiny import (
     ACCUMULATED_BOUND,
     BACKENDS,
+    LARGE,
+    MIXTURE,
     OWN_BOUND,
+    SMALL,
     chunkings,
     configs,
     distances_in_ulps,
@@ -49,9 +53,6 @@ FUSED_BOUND = OWN_BOUND | {"attention_weights": 24, "heads": 32}
 # too many, a wrong slot or a swapped head changes them by about 1.
 CLOSE = 1e-3
 CLEAR = 1e-4  # the choice of an expert that rounding does not decide, as a part of the largest router logit
-
-SMALL = FAMILIES["dense_windowed"].config
-MIXTURE = FAMILIES["mixtral_windowed"].config
 
 
 @st.composite
@@ -133,14 +134,9 @@ def test_long_after_the_ring_has_wrapped(name: str, chunk: int) -> None:
     assert distance(logits, exact) < 1e-4
 
 
-def test_any_order_of_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine of test_cache.py that does anything to caches, over compiled kernels and their way to keep keys."""
-    monkeypatch.setattr(test_cache, "CLOSE", {"rtol": 0, "atol": 1e-3})
-    monkeypatch.setattr(test_cache, "model_of", lambda config, dtype: compiled(config))
-    monkeypatch.setattr(test_cache.CacheMachine, "folder", tmp_path, raising=False)
-    machine = test_cache.CacheMachine.TestCase
-    machine.settings = settings(max_examples=20, stateful_step_count=25)
-    machine().runTest()
+def test_any_order_of_operations(tmp_path: Path) -> None:
+    """Over compiled kernels and their way to keep keys."""
+    run_cache_machine(tmp_path, {"backend": "numba"}, {"rtol": 0, "atol": 1e-3}, max_examples=20)
 
 
 @settings(max_examples=30)
@@ -287,8 +283,6 @@ def test_a_cache_of_another_backend_or_model_is_refused() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- threads
 
-LARGE = SMALL.replace(dim=230, hidden_dim=390, vocab_size=331, head_dim=34)  # enough work for several threads
-
 
 def test_threads_do_not_change_a_bit() -> None:
     model, tokens = compiled(LARGE), tokens_for(LARGE, 120)
@@ -378,7 +372,7 @@ def threading_layers() -> list[str]:
 
 def lines_of(code: str, **environment: str) -> list[str]:
     """Return the lines that a process of its own prints, but for notices of compiling."""
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,
@@ -395,8 +389,7 @@ AT_ONCE = """
 import threading, warnings
 import numpy as np
 from mistral_kernels.threads import layer
-from tiny import model_of, tokens_for
-from test_compiled_ops import LARGE, MIXTURE
+from support.tiny import LARGE, MIXTURE, model_of, tokens_for
 
 def run(model, tokens, results):
     cache = model.new_cache(chunk=10)
@@ -442,8 +435,7 @@ def test_two_threads_that_use_models_at_once_get_what_one_gets(layer: str) -> No
 
 LEFT_BEHIND = """
 from numba.core.runtime import rtsys
-from tiny import model_of, tokens_for
-from test_compiled_ops import LARGE, MIXTURE
+from support.tiny import LARGE, MIXTURE, model_of, tokens_for
 
 for config in (LARGE, MIXTURE):
     model = model_of(config, backend="numba", threads=2)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.paths import PUBLISHED_MODELS
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
 from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning
@@ -111,7 +112,7 @@ def refusal(directory: Path, name: str, values: Values, **changes: Any) -> str:
 
 # The published models
 
-PUBLISHED = json.loads(Path(__file__).with_name("published_models.json").read_text())
+PUBLISHED = json.loads(PUBLISHED_MODELS.read_text())
 MODELS: dict[str, Values] = {
     name: dict(zip(PUBLISHED["columns"], row, strict=True)) | PUBLISHED["more"].get(name, {})
     for name, row in PUBLISHED["models"].items()

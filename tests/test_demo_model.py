@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import BACKENDS
+from support.paths import GOLDEN
+from support.tiny import BACKENDS
 
 import mistral_ref
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.sampling import SamplingSettings, sample
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "demo_model.safetensors")
+GOLDEN = load_file(GOLDEN / "demo_model.safetensors")
 TOKENS = GOLDEN["tokens"].tolist()
 
 

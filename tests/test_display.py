@@ -10,12 +10,12 @@ import zlib
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import Page
 from rich.cells import cell_len
-from tiny import model_of
+from support.checkpoints import FAMILIES
+from support.pages import Page
+from support.tiny import model_of
 
 from mistral_ref import Trace
 from mistral_ref.display import (

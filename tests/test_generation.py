@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import model_of, tokens_for
-from tiny_tokenizers import tiny_tokenizer
+from support.checkpoints import FAMILIES
+from support.tiny import model_of, tokens_for
+from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
 from mistral_ref import CacheError, InputError, KVCache, MistralRefWarning, Model, Token

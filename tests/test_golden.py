@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, Family, Tensors, draw_weights, fp8_rounded, write_consolidated, write_hf
 from safetensors.numpy import load_file
-from tiny import BACKENDS
+from support.checkpoints import FAMILIES, Family, Tensors, draw_weights, fp8_rounded, write_consolidated, write_hf
+from support.paths import GOLDEN
+from support.tiny import BACKENDS
 
 import mistral_ref
 from mistral_ref.config import ModelConfig
@@ -45,7 +46,7 @@ def layouts_of(family: Family) -> list[str]:
 
 def golden(family: Family) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens (T,) and transformers' logits (T, V)."""
-    stored = load_file(Path(__file__).parent / "golden" / f"{family.name}.safetensors")
+    stored = load_file(GOLDEN / f"{family.name}.safetensors")
     return stored["tokens"], stored["logits"]
 
 

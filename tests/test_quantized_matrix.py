@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from checkpoints import to_bfloat16, to_fp8
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.checkpoints import to_bfloat16, to_fp8
 
 from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
 from mistral_ref.errors import CheckpointError

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ACCUMULATED_BOUND, OWN_BOUND, configs, distances_in_ulps, model_of, tokens_for
+from support.checkpoints import FAMILIES
+from support.tiny import ACCUMULATED_BOUND, OWN_BOUND, configs, distances_in_ulps, model_of, tokens_for
 
 from mistral_ref import InputError, reference_ops
 from mistral_ref.config import ModelConfig

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from support.checkpoints import FAMILIES
+from support.paths import GOLDEN
 
 from mistral_ref.config import ModelConfig, QueryTemperature, Yarn
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import inverse_frequencies, query_temperature, rotation, yarn_ramp
 
-GOLDEN = Path(__file__).parent / "golden"
 MINISTRAL_3 = Yarn(factor=16, original_max_position_embeddings=16384, beta_fast=32, beta_slow=1, attention_factor=1)
 
 

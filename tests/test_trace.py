@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, rows_in_halves, to_bfloat16, write_tensor_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from test_hostile_files import VALUES, other_bytes, other_json, tensor_file
-from tiny import BACKENDS, configs, model_of, tokens_for
+from support.checkpoints import FAMILIES, rows_in_halves, to_bfloat16, write_tensor_file
+from support.hostile import VALUES, other_bytes, other_json, tensor_file
+from support.tiny import BACKENDS, configs, model_of, tokens_for
 
 from mistral_ref import CheckpointError, InputError, MistralRefError, MistralRefWarning, Trace
 from mistral_ref.config import ModelConfig

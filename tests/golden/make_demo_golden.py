@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from checkpoints import Family, write_tensor_file
 from make_goldens import load
+from support.checkpoints import Family, write_tensor_file
 
 import mistral_ref
 from mistral_ref.files.checkpoint import open_checkpoint

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from checkpoints import ARCHITECTURES, FAMILIES, write_hf
 from dump_transformers import dump
 from safetensors.torch import save_file
-from tiny import tokens_for
+from support.checkpoints import ARCHITECTURES, FAMILIES, write_hf
+from support.tiny import tokens_for
 
 NAMES = ("dense_windowed", "ministral3")
 N_TOKENS = 12

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from checkpoints import ARCHITECTURES, FAMILIES, Family, write_hf, write_tensor_file
+from support.checkpoints import ARCHITECTURES, FAMILIES, Family, write_hf, write_tensor_file
 
 # Of the largest logit. Rounding in float32 gives about a tenth of it.
 AGREEMENT = 1e-5

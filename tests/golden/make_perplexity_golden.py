@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from checkpoints import FAMILIES, write_tensor_file
 from make_goldens import load
-from tiny import tokens_for
+from support.checkpoints import FAMILIES, write_tensor_file
+from support.tiny import tokens_for
 
 NAMES = ("dense_windowed", "mixtral")
 N_TOKENS, CONTEXT, STRIDE, BOS = 300, 64, 24, 1

@@ -15,12 +15,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, draw_weights, write_consolidated, write_hf
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tiny import BACKENDS, model_of, tokens_for
-from tiny_tokenizers import PARAGRAPH, tiny_tokenizer
+from support.checkpoints import FAMILIES, draw_weights, write_consolidated, write_hf
+from support.paths import GOLDEN
+from support.tiny import BACKENDS, model_of, tokens_for
+from support.tiny_tokenizers import PARAGRAPH, tiny_tokenizer
 
 import mistral_ref
 from mistral_ref.cli import main
@@ -51,7 +52,7 @@ N, S = 64, 24  # context and stride
 @each_backend
 @pytest.mark.parametrize("name", ["dense_windowed", "mixtral"])
 def test_every_scored_token_is_that_of_transformers(name: str, backend: str, tmp_path: Path) -> None:
-    golden = load_file(Path(__file__).parent / "golden" / f"perplexity_{name}.safetensors")
+    golden = load_file(GOLDEN / f"perplexity_{name}.safetensors")
     write_hf(tmp_path, FAMILIES[name])
     model = with_bos(mistral_ref.load(tmp_path, backend=backend, threads=1))
     tokens = golden["tokens"]
@@ -67,7 +68,7 @@ def test_every_scored_token_is_that_of_transformers(name: str, backend: str, tmp
 
 
 def test_the_recipe_weighs_windows_that_overlap_by_one_token_less(tmp_path: Path) -> None:
-    golden = load_file(Path(__file__).parent / "golden" / "perplexity_mixtral.safetensors")
+    golden = load_file(GOLDEN / "perplexity_mixtral.safetensors")
     scored = [window.stop - window.scored for window in strided_windows(300, N, S)]
     means = [part.mean() for part in np.split(-golden["strided_logprobs"], np.cumsum(scored)[:-1])]
     weights = [scored[0], *(n - 1 for n in scored[1:])]

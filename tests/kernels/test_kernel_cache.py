@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 import mistral_kernels
 
@@ -215,9 +216,7 @@ def test_kernels_that_were_each_compiled_in_a_process_of_its_own_pass_their_test
     for code in EVERY_KERNEL:
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 

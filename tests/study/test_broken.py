@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import configs, model_of, tokens_for
+from support.checkpoints import FAMILIES
+from support.tiny import configs, model_of, tokens_for
 
 import mistral_ref
 from mistral_ref import CacheError, InputError, KVCache, Model, ModelConfig

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import FAMILIES, write_consolidated, write_hf
-from tiny_tokenizers import tiny_tokenizer
+from support.checkpoints import FAMILIES, write_consolidated, write_hf
+from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import FAMILIES, write_hf
-from tiny import BACKENDS
+from support.checkpoints import FAMILIES, write_hf
+from support.paths import GOLDEN, ROOT
+from support.tiny import BACKENDS
 
 import mistral_ref
 from mistral_ref.cli import main
@@ -25,7 +26,7 @@ BOUND = 300  # ulps; 109 were found, in the third layer's heads
 
 
 def dump_path(name: str) -> Path:
-    return Path(__file__).parent / "golden" / f"dump_{name}.safetensors"
+    return GOLDEN / f"dump_{name}.safetensors"
 
 
 def dump_of(name: str) -> mistral_ref.Trace:
@@ -80,7 +81,7 @@ def test_the_command_line_compares_a_dump(tmp_path: Path, capsys: pytest.Capture
 def test_the_script_still_writes_such_a_dump(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     model, dump = model_like("dense_windowed", tmp_path), dump_of("dense_windowed")
-    script, out = Path(__file__).parents[1] / "docs" / "dump_transformers.py", tmp_path / "out.safetensors"
+    script, out = ROOT / "docs" / "dump_transformers.py", tmp_path / "out.safetensors"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(out), *map(str, dump.tokens)],
         capture_output=True, text=True, timeout=300, check=False,

@@ -10,8 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from support.paths import ROOT
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 300_000
 

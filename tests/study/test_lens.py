@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, write_consolidated, write_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import Page
 from sentencepiece import SentencePieceTrainer
-from tiny import BACKENDS, configs, model_of, ops_of, tokens_for
+from support.checkpoints import FAMILIES, write_consolidated, write_hf
+from support.pages import Page
+from support.tiny import BACKENDS, configs, model_of, ops_of, tokens_for
 
 import mistral_ref
 from mistral_ref import InputError, Model, Trace

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.paths import ROOT
 
 import mistral_ref
 from mistral_ref.compiled_ops import CompiledOps
@@ -22,7 +23,7 @@ from mistral_ref.measure.machine import available_memory, process_memory
 from mistral_ref.measure.shapes import shape
 from mistral_ref.measure.synthetic import make_checkpoint
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 TINY = ("--shape", "tiny")
 FAST = ("--repeats", 2, "--seconds", 0)
 # The smallest settings of each script, and what its table begins with.

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import (
+from support.checkpoints import (
     FAMILIES,
     Family,
     Stored,

@@ -6,16 +6,16 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BACKENDS, configs, model_of, tokens_for
+from support.checkpoints import FAMILIES
+from support.paths import ROOT
+from support.tiny import BACKENDS, configs, model_of, tokens_for
 
 from mistral_ref import InputError
 from mistral_ref.cache import attends
@@ -236,7 +236,7 @@ def test_counting_goes_without_numba() -> None:
         "from mistral_ref.measure.cost_table import cost_table\n"
         "print(cost_table(mistral_ref.load(backend='numpy'), [1], limits=Limits(1e9, 1e9)))"
     )
-    root = Path(__file__).parents[1]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "| total " in done.stdout

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tiny import configs, model_of, tokens_for
+from support.tiny import configs, model_of, tokens_for
 
 import mistral_ref
 from mistral_ref.cli import main

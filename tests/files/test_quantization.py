@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, Family, draw_weights, to_fp8, write_consolidated, write_hf, write_tensor_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hostile_files import Files, attempt, fill, header_of, other_bytes, other_json, tensor_file
-from tiny import BACKENDS, tokens_for
-from tiny_tokenizers import tiny_tokenizer
+from support.checkpoints import FAMILIES, Family, draw_weights, to_fp8, write_consolidated, write_hf, write_tensor_file
+from support.hostile import Files, attempt, fill, header_of, other_bytes, other_json, tensor_file
+from support.tiny import BACKENDS, tokens_for
+from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
 from mistral_ref import CheckpointError, InputError, MistralRefError, Model

@@ -14,6 +14,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from support.paths import PUBLISHED_MODELS, ROOT
 
 import mistral_ref
 from mistral_ref import InputError
@@ -25,7 +26,7 @@ from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.measure.synthetic import encoded, make_checkpoint, params_json, random_weights
 from mistral_ref.weights import Kind, Matrix, e4m3_values
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 PUBLISHED = {
     "mistral-7b": "Mistral-7B-v0.1",
     "nemo-12b": "Mistral-Nemo-Base-2407",
@@ -41,7 +42,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shapes_are_the_published_ones(name: str) -> None:
-    table = json.loads((Path(__file__).parent / "published_models.json").read_text())
+    table = json.loads(PUBLISHED_MODELS.read_text())
     published = dict(zip(table["columns"], table["models"][PUBLISHED[name]], strict=True))
     more = table["more"].get(PUBLISHED[name], {})
     windows = published.pop("sliding_window")
@@ -281,7 +282,7 @@ def test_the_huggingface_directory_holds_the_same_model(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    hf_writer = importlib.import_module("hf_writer")
+    hf_writer = importlib.import_module("peers.hf_writer")
     assert doctest.testmod(hf_writer).failed == 0
     ours = make_checkpoint(tmp_path / "ours", shape("tiny", window=0), kind=kind)
     hf_writer.write_huggingface(ours, tmp_path / "theirs")

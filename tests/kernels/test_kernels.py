@@ -23,9 +23,10 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
-from checkpoints import to_bfloat16
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import to_bfloat16
+from support.paths import ROOT
 
 from mistral_kernels import attention, elementwise, panels, quantized, threads
 from mistral_kernels.matmul import DEPTH, KEPT, matmul, slab_shape
@@ -39,7 +40,6 @@ from mistral_ref.reference_ops import ReferenceOps, in_steps
 from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, bf16_bits, bf16_values, e4m3_values, tiled
 
 UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number
-REPOSITORY = Path(__file__).parents[1]
 
 EXAMPLES = int(os.environ.get("MISTRAL_REF_EXAMPLES", "40"))
 
@@ -964,7 +964,7 @@ def test_the_kernels_of_other_machines(variant: dict[str, str], tmp_path: Path) 
     """All of the above again, as compiled for a machine with other instructions or wider or narrower vectors."""
     environment = os.environ | variant | {"NUMBA_CACHE_DIR": str(tmp_path), "MISTRAL_REF_EXAMPLES": "10"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 

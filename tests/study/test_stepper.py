@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BACKENDS, configs, model_of, tokens_for
+from support.checkpoints import FAMILIES
+from support.tiny import BACKENDS, configs, model_of, tokens_for
 
 from mistral_ref import InputError
 from mistral_ref.config import ModelConfig

@@ -14,13 +14,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from tiny import model_of, tokens_for
+from support.checkpoints import FAMILIES
+from support.paths import ROOT
+from support.tiny import model_of, tokens_for
 
 import mistral_ref
 from mistral_ref.cache import KVCache, attends
@@ -523,7 +524,7 @@ def test_without_matplotlib_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_documentation_s_figures_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Path(__file__).parents[1] / "docs" / "make_figures.py"
+    script = ROOT / "docs" / "make_figures.py"
     monkeypatch.syspath_prepend(script.parent)
     spec = importlib.util.spec_from_file_location("make_figures", script)
     assert spec is not None

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.paths import ROOT
 
 from mistral_ref.measure.cost import Limits
 from mistral_ref.measure.shapes import SHAPES
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_paper.py"
+SCRIPT = ROOT / "benchmarks" / "on_paper.py"
 
 
 @pytest.fixture

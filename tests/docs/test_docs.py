@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 COURSE = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "course").glob("*.md")))
 PAGES = ("README.md", "docs/stepping.md", "docs/quantization.md", *COURSE)
 LINKED = (*PAGES, "docs/architecture.md", "docs/benchmarks.md", "docs/kernels.md")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from checkpoints import Family, draw_weights
 from hypothesis import strategies as st
+from support.checkpoints import FAMILIES, Family, draw_weights
 
 from mistral_ref.compare import compare_walks
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
@@ -16,6 +16,10 @@ from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 
 BACKENDS = ("numpy", "numba")
+
+SMALL = FAMILIES["dense_windowed"].config
+LARGE = SMALL.replace(dim=230, hidden_dim=390, vocab_size=331, head_dim=34)  # enough work for several threads
+MIXTURE = FAMILIES["mixtral_windowed"].config
 
 
 def ops_of(backend: str, dtype: str = "float32", threads: int = 1) -> ReferenceOps:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import model_of, tokens_for
+from support.tiny import model_of, tokens_for
 
 import mistral_ref
 from mistral_ref.cache import Ring, attends

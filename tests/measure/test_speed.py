@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES
-from tiny import BACKENDS, model_of
+from support.checkpoints import FAMILIES
+from support.tiny import BACKENDS, model_of
 
 from mistral_ref import InputError
 from mistral_ref.cli import main

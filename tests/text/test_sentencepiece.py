@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import PARAGRAPH, VARIANTS, tiny_tokenizer
+from support.tiny_tokenizers import PARAGRAPH, VARIANTS, tiny_tokenizer
 
 from mistral_ref.errors import InputError, MistralRefError, TokenizerError
 from mistral_ref.text import find_tokenizer, load_tokenizer

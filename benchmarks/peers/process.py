@@ -1,4 +1,4 @@
-"""The other end of peer_worker.py: a process with one runtime, asked and timed."""
+"""The other end of worker.py: a process with one runtime, asked and timed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def start(runner: Runner, common: Sequence[str]) -> Worker:
     """Start a runtime; return once it has given its first token."""
     name = runner.name
     notice(f"starting {name}")
-    script = Path(__file__).with_name("peer_worker.py")
+    script = Path(__file__).with_name("worker.py")
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(script), runner.runtime, str(runner.model), *common, *runner.options],
