@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.checkpoints import FAMILIES, rows_in_halves, to_bfloat16, write_tensor_file
+from support.errors import refused, warned
 from support.hostile import VALUES, other_bytes, other_json, tensor_file
 from support.tiny import BACKENDS, configs, model_of, tokens_for
 
@@ -89,28 +90,25 @@ def test_a_trace_is_a_mapping() -> None:
     assert trace.get("layers.0.k") is None
     with pytest.raises(ValueError, match="read-only"):
         trace["layers.0.q"][:] = 0
-    with pytest.raises(InputError, match=r"the pass has gone past layers\.0\.q"):
+    with refused(InputError, "layers.0.q", "past"):
         trace.steps["layers.0.q"].value = trace["layers.0.q"] * 2
     everything = model_of(DENSE).trace([1, 2])
     for step in everything.steps.values():  # the last one too
         assert not step.value.flags.writeable
-        with pytest.raises(InputError, match="gone past"):
+        with refused(InputError, step.name, "past"):
             step.value = step.value.copy()
 
 
 def test_a_missing_step_is_one_readable_line() -> None:
     trace = model_of(DENSE).trace([1], keep="layers.*.q")
-    with pytest.raises(MissingStepError) as caught:
+    with refused(MissingStepError, "layers.9.\\x1b[2J", "layers.0.q", "layers.1.q", "layers.2.q", "keep") as caught:
         trace["layers.9.\x1b[2J"]
     assert isinstance(caught.value, KeyError)
     assert isinstance(caught.value, InputError)
-    assert str(caught.value) == (
-        "this trace does not hold 'layers.9.\\x1b[2J'; it holds layers.0.q, layers.1.q, layers.2.q; "
-        "model.trace(keep=...) chooses"
-    )
-    with pytest.raises(MissingStepError, match=r"holds embedding, layers\.0\.attention_norm, layers\.0\.q, \.\.\.; "):
+    with refused(MissingStepError, "'q'", "embedding", "layers.0.attention_norm", "layers.0.q") as caught:
         model_of(DENSE).trace([1])["q"]
-    with pytest.raises(MissingStepError, match="it holds nothing; "):
+    assert "layers.0.k" not in str(caught.value)
+    with refused(MissingStepError, "'q'", "nothing"):
         Trace([], [], [])["q"]
 
 
@@ -118,10 +116,9 @@ def test_a_missing_step_is_one_readable_line() -> None:
 def test_a_pattern_that_matches_nothing_is_an_error(keep: object) -> None:
     model = model_of(DENSE)
     cache = model.new_cache()
-    with pytest.raises(InputError, match="no step is called") as caught:
+    with refused(InputError, "step", repr(keep[-1] if isinstance(keep, list) else keep)):
         model.trace([1], keep=keep, cache=cache)
-    assert str(caught.value).isprintable()
-    with pytest.raises(InputError, match="no step is called"):
+    with refused(InputError, "step", "layers.9.q"):
         model.trace([1], edits={"layers.9.q": np.zeros_like}, cache=cache)
     assert cache.length == 0
 
@@ -136,7 +133,7 @@ def test_what_is_kept_is_what_the_pass_went_on_with(backend: str) -> None:
     assert not trace["layers.1.heads"].any()
     assert not trace["layers.1.attention_out"].any()
     assert cache.length == 3
-    with pytest.raises(InputError, match=r"layers\.0\.q was given .*; expected float32"):
+    with refused(InputError, "layers.0.q", "(1, 4, 7)", "float32", "(1, 4, 8)"):
         model.trace([1], edits={"layers.0.q": lambda q: q[..., 1:]}, cache=cache)
     assert cache.length == 3
 
@@ -219,7 +216,7 @@ def assert_same(found: Trace, expected: Trace) -> None:
         assert known[0] == known[1]
         assert other.source
         assert not other.value.flags.writeable
-        with pytest.raises(InputError, match="gone past"):
+        with refused(InputError, other.name, "past"):
             other.value = step.value
 
 
@@ -282,9 +279,8 @@ def test_pieces_are_made_safe_to_print_whoever_makes_them() -> None:
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = model_of(DENSE).trace([1], keep="logits")
-    with pytest.raises(CheckpointError, match=r"no/t: cannot be written: ") as caught:
+    with refused(CheckpointError, tmp_path / "no" / "t", "written"):
         trace.save(tmp_path / "no" / "t")
-    assert str(caught.value).isprintable()
     (tmp_path / "t").write_text("as it was")
 
     def full(tensors: object, path: Path, metadata: object) -> None:
@@ -294,9 +290,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr("mistral_ref.files.tensor_file.save_file", full)
         for name in ("t", "new"):
-            with pytest.raises(CheckpointError, match=rf"{name}: cannot be written: \[Errno 28\] No space left"):
+            with refused(CheckpointError, tmp_path / name, "No space left"):
                 trace.save(tmp_path / name)
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with refused(CheckpointError, tmp_path, "written"):
         trace.save(tmp_path)  # a folder
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("t", "as it was")]
     assert not tmp_path.with_name(f"{tmp_path.name}.partial").exists()
@@ -308,7 +304,7 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
     if os.geteuid() == 0:  # who may write anywhere
         trace.save(tmp_path / "t")
         return
-    with pytest.raises(CheckpointError, match="t: cannot be written: "):
+    with refused(CheckpointError, tmp_path / "t", "written"):
         trace.save(tmp_path / "t")
     assert os.listdir(tmp_path) == []
 
@@ -377,7 +373,7 @@ def test_names_that_are_nearly_right_are_guessed(tmp_path: Path) -> None:
     save_file(
         {"embedding": np.ones((1, 2), np.float32), "layer.0.q_rot": np.ones((1, 1, 2), np.float32)}, tmp_path / "d"
     )
-    with pytest.warns(MistralRefWarning, match=r"'layer\.0\.q_rot' \(layers\.N\.q_rotated\?\)"):
+    with warned("layer.0.q_rot", "layers.N.q_rotated"):
         Trace.load(tmp_path / "d")
 
 
@@ -393,9 +389,8 @@ def test_a_dump_of_another_engine(family: str, tmp_path: Path) -> None:
     tensors = {name: np.ascontiguousarray(value[np.newaxis]) for name, value in tensors.items()}
     tensors |= {"tokens": np.array(tokens, np.int32)[np.newaxis], "\x1b[2J.mask": np.ones((2, 2), np.int8)}
     save_file(tensors, tmp_path / "dump")
-    with pytest.warns(MistralRefWarning, match=r"left aside 1 tensors that are no steps: '\\x1b\[2J\.mask'") as caught:
+    with warned(tmp_path / "dump", 1, "'\\x1b[2J.mask'") as caught:
         theirs = Trace.load(tmp_path / "dump", rope_row_order="halves")
-    assert all(str(warning.message).isprintable() for warning in caught)
     assert caught[0].filename == __file__
     assert list(theirs) == [name for name in ours if name in dumped]  # in the order of the pass
     for name, value in theirs.items():
@@ -405,7 +400,7 @@ def test_a_dump_of_another_engine(family: str, tmp_path: Path) -> None:
     for comparison in (ours.compare(theirs), theirs.compare(ours)):
         assert comparison.verdict() == f"all {len(dumped)} steps are equal"
         assert set(comparison.unmatched) == set(ours) - set(theirs)
-    with pytest.warns(MistralRefWarning):
+    with warned(1, "'\\x1b[2J.mask'"):
         as_it_is = Trace.load(tmp_path / "dump")
     assert {d.name for d in as_it_is.compare(ours).departed} == {f"layers.1.{kind}" for kind in turned}
 
@@ -415,7 +410,7 @@ def test_heads_in_halves_by_hand(tmp_path: Path) -> None:
     q_THK = Trace.load(tmp_path / "t", rope_row_order="halves")["layers.0.q"]
     assert q_THK.tolist() == [[[0, 3, 1, 4, 2, 5], [6, 9, 7, 10, 8, 11]]]
     assert not q_THK.flags.writeable
-    with pytest.raises(InputError, match=r"rope_row_order is 'half'; expected 'interleaved' or 'halves'"):
+    with refused(InputError, "rope_row_order", "'half'", "'interleaved'", "'halves'"):
         Trace.load(tmp_path / "t", rope_row_order="half")
 
 
@@ -502,72 +497,70 @@ def with_pieces(content: bytes) -> bytes:
 
 
 WHOLE = file_of(embedding=(2, 3), logits=(2, 5))
-HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "truncated, or not a safetensors file: 0 bytes"),
-    "truncated header": (WHOLE[:50], "truncated"),
-    "truncated data": (WHOLE[:-1], f"truncated: {len(WHOLE) - 1} bytes, and its header tells of {len(WHOLE)}"),
-    "something after": (WHOLE + b"x", "not a valid safetensors file"),
-    "no JSON": (tensor_file(b"\x1b[2J{"), "not a valid safetensors file"),
-    "no tensors": (tensor_file({}), "holds no step"),
-    "only others": (file_of(tokens=("I64", 2), x=(2, 3)), "holds no step"),
-    "a lying shape": (WHOLE.replace(b"[2, 3]", b"[2, 4]"), "not a valid safetensors file"),
-    "an axis too few": (file_of(embedding=(3,)), r"embedding has shape \(3,\); expected the axes token, dim"),
-    "no axis": (file_of(embedding=()), r"embedding has shape \(\); expected the axes"),
-    "a batch of two": (file_of(embedding=(2, 2, 3)), r"embedding has shape \(2, 2, 3\); expected the axes token, dim"),
-    "axes too many": (file_of(layers__0__q=(1, 1, 2, 2, 4)), r"layers\.0\.q has shape .* the axes token, head"),
-    "200 axes": (file_of(embedding=(1,) * 200), r"embedding has shape \(1, 1, 1, 1, \.\.\.\); expected"),
-    "tokens of 200 axes": (file_of(embedding=(1, 2), tokens=("I64", *(1,) * 200)), "tokens is I64 .*; expected"),
-    "no numbers": (file_of(embedding=(0, 3)), r"embedding has shape \(0, 3\)"),
-    "no numbers, a huge axis": (file_of(embedding=(0, 2**63)), r"embedding has shape \(0, 9223372036854775808\)"),
-    "no pairs, a huge axis": (file_of(layers__0__gate=(0, 2**62), layers__0__router_logits=(1, 2)), "gate has shape"),
-    "no pairs without experts": (file_of(layers__0__gate=(0, 3)), "gate has shape"),
-    "no heads": (file_of(layers__0__q=(2, 0, 4)), r"layers\.0\.q has shape \(2, 0, 4\)"),
-    "other tokens": (file_of(embedding=(2, 3), logits=(3, 5)), r"logits has shape \(3, 5\), by its axes \(token, voc"),
-    "other queries": (file_of(embedding=(2, 3), layers__0__scores=(2, 3, 3)), "of 3 tokens; .* another order"),
-    "other ids": (file_of(embedding=(2, 3), tokens=("I64", 3)), "tokens holds 3 ids; expected 2, as the steps have"),
-    "tokens as numbers": (file_of(embedding=(2, 3), tokens=(2,)), r"tokens is F32 \(2,\); expected I64, I32, U32"),
-    "a batch of tokens": (file_of(embedding=(2, 3), tokens=("I32", 2, 2)), "tokens is I32 .* of one axis"),
-    "tokens without an axis": (file_of(embedding=(1, 3), tokens=("I64",)), r"tokens is I64 \(\); expected"),
-    "whole numbers": (file_of(embedding=("I32", 2, 3)), "embedding is I32; expected F64, F32, F16 or BF16"),
-    "truths": (file_of(embedding=("BOOL", 2, 3)), "embedding is BOOL; expected F64"),
+HOSTILE: dict[str, tuple[bytes, tuple[object, ...]]] = {
+    "empty": (b"", ("truncated", 0)),
+    "truncated header": (WHOLE[:50], ("truncated",)),
+    "truncated data": (WHOLE[:-1], ("truncated", len(WHOLE) - 1, len(WHOLE))),
+    "something after": (WHOLE + b"x", ("safetensors",)),
+    "no JSON": (tensor_file(b"\x1b[2J{"), ("safetensors",)),
+    "no tensors": (tensor_file({}), ("step", "embedding")),
+    "only others": (file_of(tokens=("I64", 2), x=(2, 3)), ("step", "embedding")),
+    "a lying shape": (WHOLE.replace(b"[2, 3]", b"[2, 4]"), ("safetensors",)),
+    "an axis too few": (file_of(embedding=(3,)), ("embedding", "(3,)", "token, dim")),
+    "no axis": (file_of(embedding=()), ("embedding", "()", "token, dim")),
+    "a batch of two": (file_of(embedding=(2, 2, 3)), ("embedding", "(2, 2, 3)", "token, dim")),
+    "axes too many": (file_of(layers__0__q=(1, 1, 2, 2, 4)), ("layers.0.q", "token, head")),
+    "200 axes": (file_of(embedding=(1,) * 200), ("embedding", "(1, 1, 1, 1, ...)", "token, dim")),
+    "tokens of 200 axes": (file_of(embedding=(1, 2), tokens=("I64", *(1,) * 200)), ("tokens", "I64", "one axis")),
+    "no numbers": (file_of(embedding=(0, 3)), ("embedding", "(0, 3)")),
+    "no numbers, a huge axis": (file_of(embedding=(0, 2**63)), ("embedding", "(0, 9223372036854775808)")),
+    "no pairs, a huge axis": (file_of(layers__0__gate=(0, 2**62), layers__0__router_logits=(1, 2)), ("gate", 2**62)),
+    "no pairs without experts": (file_of(layers__0__gate=(0, 3)), ("layers.0.gate", "(0, 3)")),
+    "no heads": (file_of(layers__0__q=(2, 0, 4)), ("layers.0.q", "(2, 0, 4)")),
+    "other tokens": (file_of(embedding=(2, 3), logits=(3, 5)), ("logits", "(3, 5)", "token, vocabulary")),
+    "other queries": (file_of(embedding=(2, 3), layers__0__scores=(2, 3, 3)), ("layers.0.scores", "(2, 3, 3)", "3 tokens", "order")),
+    "other ids": (file_of(embedding=(2, 3), tokens=("I64", 3)), ("tokens", "3 ids", 2)),
+    "tokens as numbers": (file_of(embedding=(2, 3), tokens=(2,)), ("tokens", "F32", "(2,)", "I64", "I32", "U32")),
+    "a batch of tokens": (file_of(embedding=(2, 3), tokens=("I32", 2, 2)), ("tokens", "I32", "(2, 2)", "one axis")),
+    "tokens without an axis": (file_of(embedding=(1, 3), tokens=("I64",)), ("tokens", "I64", "()", "one axis")),
+    "whole numbers": (file_of(embedding=("I32", 2, 3)), ("embedding", "I32", "F64", "F32", "F16", "BF16")),
+    "truths": (file_of(embedding=("BOOL", 2, 3)), ("embedding", "BOOL", "F64")),
     "fewer keys than queries": (
         file_of(layers__0__scores=(1, 3, 2)),
-        r"scores has shape \(1, 3, 2\); expected 3 to 3 keys \(axes head, query, key\), since its queries begin at 0",
+        ("layers.0.scores", "(1, 3, 2)", "3 to 3", "head, query, key", 0),
     ),
-    "keys before the first": (file_of(layers__0__attention_weights=(1, 1, 2)), "expected 1 to 1 keys"),
-    "pieces not UTF-8": (with_pieces(b'["\xff"]'), "pieces cannot be read: 'utf-8' codec"),
-    "pieces not JSON": (with_pieces(b'["\x1b[2J'), "pieces cannot be read: "),
-    "pieces no list": (with_pieces(b'{"\\u001b[2J": 1}'), r"pieces is .*x1b\[2J.*; expected a list of texts"),
-    "pieces no texts": (with_pieces(b'["a", 1]'), r"pieces is \['a', 1\]; expected a list of texts"),
-    "pieces nested": (with_pieces(b"[" * 9000), "pieces cannot be read: lists or objects are nested too deeply"),
-    "pieces costly": (with_pieces(b"[" + b"[]," * 30_000 + b"[]]"), "pieces cannot be read: expected at most 20000"),
-    "no pieces": (with_pieces(b""), "pieces cannot be read: Expecting value"),
-    "metadata no texts": (with_metadata({FORMAT: 3}), "not a valid safetensors file"),
-    "about not JSON": (with_about("\x1b[2J"), "metadata mistral_ref.trace.v1 cannot be read: Expecting value"),
-    "about a list": (with_about("[]"), r"cannot be read: it is \[\]; expected dict"),
-    "start negative": (with_about('{"start": -1}'), "start is -1; expected a whole number from 0 to"),
-    "start huge": (with_about('{"start": 1e99}'), "start is 1e"),
-    "start too huge": (with_about(f'{{"start": {2**41}}}'), "start is 2199023255552; expected"),
-    "start a digit too many": (with_about(f'{{"start": {"9" * 5000}}}'), "cannot be read: "),
-    "start a truth": (with_about('{"start": true}'), "start is True; expected a whole number"),
-    "start twice": (with_about('{"start": 1, "start": 2}'), "key 'start' occurs twice"),
-    "maker a list": (with_about('{"made_by": ["\\u001b[2J"]}'), r"made_by is \['\\x1b\[2J'\]; expected str"),
-    "sources a list": (with_about('{"sources": []}'), r"sources is \[\]; expected dict"),
-    "experts a number": (with_about('{"has_experts": 1}'), "has_experts is 1; expected bool"),
-    "experts that are none": (with_about('{"has_experts": true, "start": -5}'), "start is -5"),
+    "keys before the first": (file_of(layers__0__attention_weights=(1, 1, 2)), ("attention_weights", "1 to 1")),
+    "pieces not UTF-8": (with_pieces(b'["\xff"]'), ("pieces", "utf-8")),
+    "pieces not JSON": (with_pieces(b'["\x1b[2J'), ("pieces",)),
+    "pieces no list": (with_pieces(b'{"\\u001b[2J": 1}'), ("pieces", "x1b[2J", "list")),
+    "pieces no texts": (with_pieces(b'["a", 1]'), ("pieces", "['a', 1]", "list")),
+    "pieces nested": (with_pieces(b"[" * 9000), ("pieces", "nested")),
+    "pieces costly": (with_pieces(b"[" + b"[]," * 30_000 + b"[]]"), ("pieces", 20000)),
+    "no pieces": (with_pieces(b""), ("pieces", "Expecting value")),
+    "metadata no texts": (with_metadata({FORMAT: 3}), ("safetensors",)),
+    "about not JSON": (with_about("\x1b[2J"), (FORMAT, "Expecting value")),
+    "about a list": (with_about("[]"), (FORMAT, "[]", "dict")),
+    "start negative": (with_about('{"start": -1}'), ("start", -1, 0)),
+    "start huge": (with_about('{"start": 1e99}'), ("start", 1e99)),
+    "start too huge": (with_about(f'{{"start": {2**41}}}'), ("start", 2199023255552)),
+    "start a digit too many": (with_about(f'{{"start": {"9" * 5000}}}'), (FORMAT,)),
+    "start a truth": (with_about('{"start": true}'), ("start", True, "whole number")),
+    "start twice": (with_about('{"start": 1, "start": 2}'), (FORMAT, "'start'", "twice")),
+    "maker a list": (with_about('{"made_by": ["\\u001b[2J"]}'), ("made_by", r"['\x1b[2J']", "str")),
+    "sources a list": (with_about('{"sources": []}'), ("sources", "[]", "dict")),
+    "experts a number": (with_about('{"has_experts": 1}'), ("has_experts", 1, "bool")),
+    "experts that are none": (with_about('{"has_experts": true, "start": -5}'), ("start", -5, 0)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_file_that_lies_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    content, message = HOSTILE[name]
+    content, facts = HOSTILE[name]
     (tmp_path / "t").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MistralRefWarning)
-        with pytest.raises(CheckpointError, match=message) as caught:
+        with refused(CheckpointError, tmp_path / "t", *facts) as caught:
             Trace.load(tmp_path / "t")
-    assert str(caught.value).startswith(f"{tmp_path / 't'}: ")
-    assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
 
 
@@ -578,7 +571,7 @@ def test_what_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(CheckpointError, match=f"^{path}: "):
+    with refused(CheckpointError, path):
         Trace.load(path)
 
 
@@ -586,7 +579,7 @@ def test_what_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
 def test_a_head_of_an_odd_width_has_no_halves(kind: str, tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(file_of(**{f"layers__0__{kind}": (1, 1, 3)}))
     assert Trace.load(tmp_path / "t")[f"layers.0.{kind}"].shape == (1, 1, 3)
-    with pytest.raises(CheckpointError, match=rf"layers\.0\.{kind} has shape \(1, 1, 3\); expected heads of an even"):
+    with refused(CheckpointError, tmp_path / "t", f"layers.0.{kind}", "(1, 1, 3)", "even"):
         Trace.load(tmp_path / "t", rope_row_order="halves")
 
 
@@ -600,9 +593,8 @@ def test_a_head_of_an_odd_width_has_no_halves(kind: str, tmp_path: Path) -> None
 def test_names_that_are_no_steps_are_left_aside(name: str, tmp_path: Path) -> None:
     header, data = tensors_of(x=(1, 1, 2), embedding=(1, 2))
     (tmp_path / "t").write_bytes(tensor_file({name: header["x"], "embedding": header["embedding"]}, data))
-    with pytest.warns(MistralRefWarning, match="left aside 1 tensors that are no steps: ") as caught:
+    with warned(tmp_path / "t", 1, repr(name)):
         assert list(Trace.load(tmp_path / "t")) == ["embedding"]
-    assert str(caught[0].message).isprintable()
 
 
 def test_a_file_without_anything_to_tell(tmp_path: Path) -> None:
