@@ -20,8 +20,9 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, MistralRefError
 from mistral_ref.files.checkpoint import Checkpoint, build_weights
 from mistral_ref.files.tensor_file import Tensor
+from mistral_ref.host import available_memory
 from mistral_ref.measure.benchmark import Candidate, Limit, Measurement, spread, write_json
-from mistral_ref.measure.machine import available_memory, cache_bytes
+from mistral_ref.measure.machine import cache_bytes
 from mistral_ref.measure.shapes import SHAPES
 from mistral_ref.measure.speed import CHUNK, SpeedTest, work_of
 from mistral_ref.measure.synthetic import checkpoint_bytes, plan, plan_metadata

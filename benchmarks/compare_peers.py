@@ -37,15 +37,15 @@ import numpy as np
 from common import buffer_bytes, finish, notice, parser_for, rows_with_ranges, write_files
 from peers.process import Runner, Test, Worker, start
 
-from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.files.checkpoint import open_model
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.quantization import quantize
+from mistral_ref.host import chosen_threads, process_memory
 from mistral_ref.measure.benchmark import Limit, ratios, read_limit, spread
-from mistral_ref.measure.machine import cache_folder, machine, machine_lines, process_memory
+from mistral_ref.measure.machine import cache_folder, machine, machine_lines
 from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.measure.synthetic import checkpoint_folder, make_checkpoint
 from mistral_ref.weights import matrices

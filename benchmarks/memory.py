@@ -28,10 +28,10 @@ import numba.core.event
 from common import finish, notice, parser_for
 
 import mistral_ref
-from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
-from mistral_ref.measure.machine import cache_folder, machine, machine_lines, process_memory
+from mistral_ref.host import chosen_threads, process_memory
+from mistral_ref.measure.machine import cache_folder, machine, machine_lines
 from mistral_ref.measure.shapes import shape
 from mistral_ref.measure.speed import CHUNK
 from mistral_ref.measure.synthetic import checkpoint_folder, make_checkpoint

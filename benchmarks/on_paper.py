@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 from common import finish, parser_for
 
-from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, shown
+from mistral_ref.host import chosen_threads
 from mistral_ref.measure.benchmark import write_json
 from mistral_ref.measure.cost import Limits, step_costs
 from mistral_ref.measure.cost_table import machine_limits

@@ -27,9 +27,9 @@ import common
 from common import finish, notice, parser_for
 
 import mistral_ref
-from mistral_ref.compiled_ops import chosen_threads
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.host import chosen_threads
 from mistral_ref.measure.benchmark import spread
 from mistral_ref.measure.machine import machine, machine_lines
 

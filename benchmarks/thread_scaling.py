@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import common
 from common import finish, notice, parser_for
 
-from mistral_ref.compiled_ops import CompiledOps, chosen_threads
+from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.host import chosen_threads
 from mistral_ref.measure.benchmark import Measurement, alternate, multiply_add_limit, ratios, read_limits, spread
 from mistral_ref.measure.machine import machine, machine_lines
 from mistral_ref.measure.shapes import shape

@@ -37,25 +37,6 @@ _FORMAT = "mistral_ref.cache.v1"
 _MAX_LENGTH = 2**40  # positions stay exact in float64 angles and far from overflow
 
 
-def attends(query: Any, key: Any, window: int | None) -> Any:
-    """Return whether the token at position `query` sees the one at position `key`; positions may be arrays.
-
-    0 <= query - key < window: itself and the window - 1 tokens before it. `Ring.first_visible` is the oldest such key.
-
-        window 3        key 0 1 2 3 4
-             query 0        x
-             query 1        x x
-             query 2        x x x
-             query 3          x x x
-             query 4            x x x
-
-    >>> [key for key in range(10) if attends(4, key, window=3)]
-    [2, 3, 4]
-    """
-    distance = query - key
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-
 @dataclass
 class Ring:
     """The slots of one layer: position p lies in slot p % capacity. `store` is whatever the operations made.

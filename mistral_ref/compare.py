@@ -234,7 +234,6 @@ class Comparison(Sequence[Difference]):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the same table."""
         return html_table(HEADINGS, self.rows(), caption=self.verdict())
 
 

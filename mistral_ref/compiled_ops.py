@@ -6,7 +6,6 @@ arrays are contiguous float32 of the shapes that kernels expect, and indices com
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,15 +17,14 @@ from mistral_kernels.matmul import matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, are_few, matvec, matvec_tiled
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
-from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.errors import InputError
+from mistral_ref.host import chosen_threads
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.quantized_matrix import Activations, QuantizedMatrix
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.steps import Step, StepFactory, Steps
 from mistral_ref.weights import Matrix, TiledMatrix, bf16_bits, bf16_values
-
-THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 
 # Work that one thread does by itself, in bytes of weights times tokens, and in numbers of activations: waking others
 # costs microseconds, and milliseconds where another program has taken their core.
@@ -37,18 +35,6 @@ _PAIRED_INPUTS = 4  # rows of bf16 are taken as pairs if their length is a multi
 
 _EVERYTHING = 2**62  # a window that no position is outside of
 _NO_SCALE = np.ones((1, 1), np.float32)
-
-
-def chosen_threads(threads_asked: int | None) -> int:
-    """Return how many threads to use: as asked, or as MISTRAL_REF_THREADS says, or one for each performance core."""
-    if threads_asked is not None:
-        return checked_whole("threads", threads_asked, least=1, most=1024)
-    found = os.environ.get(THREADS_VARIABLE)
-    if not found:
-        return threads.performance_cores()
-    if not (found.isdecimal() and len(found) < 10):
-        raise InputError(f"{THREADS_VARIABLE} is {shown(found)}; expected a whole number of at least 1")
-    return checked_whole(THREADS_VARIABLE, int(found), least=1, most=1024)
 
 
 def _start_threads() -> None:

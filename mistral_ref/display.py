@@ -11,14 +11,15 @@ import html
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from rich.cells import cell_len
 
 _POSITIVE, _NEGATIVE, _UNSEEN, _BROKEN = " ░▒▓█", " -=≡#", "·", "!"
+_MOST_SUMMARISED = 2**26  # bytes that are looked through for a table in a notebook
 _RED, _BLUE = np.array([178.0, 24.0, 43.0]), np.array([33.0, 102.0, 172.0])  # the ends of ColorBrewer's RdBu
 
 
@@ -271,6 +272,54 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: 
     title = f"<caption>{html_text(caption)}</caption>" if caption else ""
     body = "".join(line(row, "td") for row in rows)
     return f"<table>{title}<thead>{line(headings, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+class ShownStep(Protocol):
+    """What a table or a picture in a notebook asks of a step."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def axes(self) -> tuple[str, ...]: ...
+    @property
+    def value(self) -> np.ndarray: ...
+    @property
+    def formula(self) -> str: ...
+    @property
+    def sentence(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+
+
+def step_html(step: ShownStep) -> str:
+    """Return what a notebook shows of a step: all that is known of it, and its values as pictures, one a head."""
+    rows = [
+        ["value", f"{size_text(step.axes, step.value.shape)}, {step.value.dtype}"],
+        ["formula", step.formula],
+        ["meaning", step.sentence],
+        ["statistics", str(statistics(step.value))],
+    ]
+    rows += [["source", step.source]] if step.source else []
+    head_axis = next((axis for axis in step.axes if axis in ("head", "kv_head")), None)
+    picture = heat_figure(step.value, step.axes, head_axis, is_root=step.name.endswith("attention_weights"))
+    return f"<div>{html_table([step.name, ''], rows)}{picture}</div>"
+
+
+def steps_html(steps: Collection[ShownStep], caption: str) -> str:
+    """Return what a notebook shows of several steps: a table, with statistics unless their values are too many."""
+    is_small = sum(step.value.nbytes for step in steps) <= _MOST_SUMMARISED
+    rows = [
+        [
+            step.name,
+            size_text(step.axes, step.value.shape),
+            str(step.value.dtype),
+            str(statistics(step.value)) if is_small else "",
+            step.formula,
+            step.source,
+        ]
+        for step in steps
+    ]
+    return html_table(["step", "axes", "dtype", "statistics", "formula", "source"], rows, caption=caption)
 
 
 def html_text(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The one family of errors, and how a found value is shown in a message.
+"""The one family of errors, how a found value is shown in a message, and the one type of progress callbacks.
 
 Every message is one line and says which file, which tensor or field, what was found and what was expected. A user who
 catches `MistralRefError` has caught everything that this library raises on purpose.
@@ -11,7 +11,10 @@ import re
 import reprlib
 import sys
 import warnings
+from collections.abc import Callable
 from typing import SupportsIndex
+
+Progress = Callable[[int, int], None]  # called with (done, in all) while something long goes on
 
 
 class MistralRefError(ValueError):

@@ -9,12 +9,11 @@ from typing import Literal
 import numpy as np
 
 from mistral_ref.cache import KVCache
-from mistral_ref.errors import CacheError, InputError, checked_whole
+from mistral_ref.errors import CacheError, InputError, Progress, checked_whole
 from mistral_ref.sampling import SamplingSettings, log_softmax, sample
 from mistral_ref.text.stream import TokenStream
 
 FinishReason = Literal["eos", "stop", "length", "model_length"]
-Progress = Callable[[int, int], None]
 Stop = str | int | Iterable[str | int] | None
 NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # takes tokens through a model, returns what follows, (V,)
 

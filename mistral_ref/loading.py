@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import ConfigError, InputError, TokenizerError, shown, warn
+from mistral_ref.errors import ConfigError, InputError, Progress, TokenizerError, shown, warn
 from mistral_ref.files.checkpoint import checked_directory, open_model
 from mistral_ref.files.config_files import read_eos_ids
 from mistral_ref.files.quantization import Scheme, quantized_weights
-from mistral_ref.generation import Progress
 from mistral_ref.model import Model
 from mistral_ref.quantized_matrix import Activations, checked_bits
 from mistral_ref.reference_ops import ReferenceOps

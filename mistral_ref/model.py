@@ -9,8 +9,8 @@ import numpy as np
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, checked_whole, shown, warn
-from mistral_ref.generation import Progress, Stop, Token, generate, split_stops
+from mistral_ref.errors import CacheError, InputError, Progress, checked_whole, shown, warn
+from mistral_ref.generation import Stop, Token, generate, split_stops
 from mistral_ref.ops import Ops
 from mistral_ref.sampling import SamplingSettings, log_softmax
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
@@ -267,12 +267,13 @@ class Model:
             stop_ids=stop_ids,
             eos_ids=self.eos_ids,
             max_seq_len=self.config.max_seq_len,
-            stream=self._stream(ids),
+            stream=self.text_stream(ids),
             rng=rng,
             progress=progress,
         )
 
-    def _stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
+    def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
+        """Return the stream of the text that follows these ids; None for a model without tokenizer."""
         if self.tokenizer is None:
             return None
         n_pieces = self.tokenizer.vocab_size  # the model's vocabulary may be larger

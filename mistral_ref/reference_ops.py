@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from mistral_ref.cache import attends
 from mistral_ref.config import ModelConfig, RowOrder
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.ops import KeyView, Slots
@@ -57,6 +56,25 @@ def in_steps(x_TGK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(all="ignore"):
         q_TGK = np.nan_to_num(np.rint(x_TGK / steps_TG[..., np.newaxis]), posinf=0, neginf=0)
     return np.where(np.abs(q_TGK) <= 127, q_TGK, 0).astype(np.int8), steps_TG
+
+
+def attends(query: Any, key: Any, window: int | None) -> Any:
+    """Return whether the token at position `query` sees the one at position `key`; positions may be arrays.
+
+    0 <= query - key < window: itself and the window - 1 tokens before it. `Ring.first_visible` is the oldest such key.
+
+        window 3        key 0 1 2 3 4
+             query 0        x
+             query 1        x x
+             query 2        x x x
+             query 3          x x x
+             query 4            x x x
+
+    >>> [key for key in range(10) if attends(4, key, window=3)]
+    [2, 3, 4]
+    """
+    distance = query - key
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -105,7 +123,7 @@ class ReferenceOps:
         default: Activations = "int16" if dtype == "float32" else "float"
         self.activations = checked_activations(default if activations is None else activations)
         self.quantized_activations = default if self.activations == "bfloat16" else self.activations
-        self._threads = None if threads is None else checked_whole("threads", threads, least=1)
+        self.threads = None if threads is None else checked_whole("threads", threads, least=1)
         self._blas = None if threads is None else ThreadpoolController()
 
     @contextmanager
@@ -115,7 +133,7 @@ class ReferenceOps:
             stack.enter_context(np.errstate(all="ignore"))
             if self._blas is not None:
                 stack.enter_context(_BLAS_TURN)
-                stack.enter_context(self._blas.limit(limits=self._threads, user_api="blas"))
+                stack.enter_context(self._blas.limit(limits=self.threads, user_api="blas"))
             yield
 
     def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation:
@@ -182,18 +200,18 @@ class ReferenceOps:
         blocks = list(_blocks(len(q_THK), q_THK.shape[1] * len(keys_S), _SCORE_ELEMENTS))
 
         def block_scores(rows: slice) -> np.ndarray:
-            return self._scores(q_THK[rows], k_SGK, attends(queries_T[rows, np.newaxis], keys_S, view.window))
+            return self.scores(q_THK[rows], k_SGK, attends(queries_T[rows, np.newaxis], keys_S, view.window))
 
         if observed is None:
-            return np.concatenate([self._gather(softmax(block_scores(rows)), v_SGK) for rows in blocks])
+            return np.concatenate([self.gather(softmax(block_scores(rows)), v_SGK) for rows in blocks])
         # The same blocks, laid out the same way, so that every number comes out of the same additions as above.
         scores_HTS = np.concatenate([block_scores(rows) for rows in blocks], axis=1)
         scores_HTS = yield observed("scores", scores_HTS, view.key_positions)
         parts = [softmax(np.ascontiguousarray(scores_HTS[:, rows])) for rows in blocks]
         weights_HTS = yield observed("attention_weights", np.concatenate(parts, axis=1), view.key_positions)
-        return np.concatenate([self._gather(np.ascontiguousarray(weights_HTS[:, rows]), v_SGK) for rows in blocks])
+        return np.concatenate([self.gather(np.ascontiguousarray(weights_HTS[:, rows]), v_SGK) for rows in blocks])
 
-    def _scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
+    def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
         """Return q[b, h] · k[s, h // (H/G)] / sqrt(K) as (H, B, S), -inf where key s is out of sight.
 
         B queries in this block; M = H/G neighbouring query heads share a key/value head, and M and B are merged, so
@@ -201,7 +219,7 @@ class ReferenceOps:
 
         >>> ops, q_BHK = ReferenceOps("float64"), np.ones((1, 4, 4))
         >>> k_SGK = np.array([[[1.0] * 4, [10.0] * 4]])
-        >>> ops._scores(q_BHK, k_SGK, np.array([[True]])).ravel().tolist()
+        >>> ops.scores(q_BHK, k_SGK, np.array([[True]])).ravel().tolist()
         [2.0, 2.0, 20.0, 20.0]
         """
         n_queries, n_heads, head_dim = q_BHK.shape
@@ -211,7 +229,7 @@ class ReferenceOps:
         scores *= self.dtype.type(head_dim**-0.5)
         return np.where(visible_BS, scores.reshape(n_heads, n_queries, n_keys), self.dtype.type(-np.inf))
 
-    def _gather(self, weights_HBS: np.ndarray, v_SGK: np.ndarray) -> np.ndarray:
+    def gather(self, weights_HBS: np.ndarray, v_SGK: np.ndarray) -> np.ndarray:
         """Return the sum over s of weights[h, b, s] v[s, h // (H/G)] as (B, H, K)."""
         n_heads, n_queries, n_keys = weights_HBS.shape
         _, n_kv_heads, head_dim = v_SGK.shape

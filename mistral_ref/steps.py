@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.display import Statistics, heat_figure, html_table, size_text, statistics
+from mistral_ref.display import Statistics, size_text, statistics, step_html
 from mistral_ref.errors import InputError, shown
 
 
@@ -172,18 +172,7 @@ class Step:
         return f"<Step {self.name} ({size_text(self.axes, self.value.shape)}) {self.value.dtype}: {self.formula}>"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: all that is known of the step, and its values as pictures, one a head."""
-        rows = [
-            ["value", f"{size_text(self.axes, self.value.shape)}, {self.value.dtype}"],
-            ["formula", self.formula],
-            ["meaning", self.sentence],
-            ["statistics", str(self.statistics)],
-        ]
-        rows += [["source", self.source]] if self.source else []
-        head_axis = next((axis for axis in self.axes if axis in ("head", "kv_head")), None)
-        is_weights = self.name.endswith("attention_weights")
-        picture = heat_figure(self.value, self.axes, head_axis, is_root=is_weights)
-        return f"<div>{html_table([self.name, ''], rows)}{picture}</div>"
+        return step_html(self)
 
 
 # A part of the forward pass: it yields steps, is sent the value to go on with, and returns the last one.

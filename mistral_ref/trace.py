@@ -16,13 +16,11 @@ import numpy as np
 
 from mistral_ref.compare import DEFAULT_BOUND, Comparison, step_difference
 from mistral_ref.config import RowOrder
-from mistral_ref.display import html_table, size_text
+from mistral_ref.display import steps_html
 from mistral_ref.errors import InputError, printable, shown
 from mistral_ref.files.dump import FORMAT, read_dump, step_order, tokens_of
 from mistral_ref.files.tensor_file import write_tensor_file
 from mistral_ref.steps import CATALOGUE, Step
-
-_MOST_SUMMARISED = 2**26  # bytes that are looked through for a table in a notebook
 
 
 class MissingStepError(InputError, KeyError):
@@ -155,20 +153,7 @@ class Trace(Mapping[str, np.ndarray]):
         )
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: a table of the steps."""
-        is_small = self.nbytes <= _MOST_SUMMARISED
-        rows = [
-            [
-                name,
-                size_text(step.axes, step.value.shape),
-                str(step.value.dtype),
-                str(step.statistics) if is_small else "",
-                step.formula,
-                step.source,
-            ]
-            for name, step in self.steps.items()
-        ]
-        return html_table(["step", "axes", "dtype", "statistics", "formula", "source"], rows, caption=repr(self))
+        return steps_html(self.steps.values(), caption=repr(self))
 
 
 def _texts_as_json(texts: Sequence[str]) -> str:

@@ -17,8 +17,7 @@ from support.tiny import chunkings, configs, model_of, tokens_for
 
 import mistral_ref
 from mistral_ref import CacheError, InputError
-from mistral_ref.cache import attends
-from mistral_ref.reference_ops import in_steps
+from mistral_ref.reference_ops import attends, in_steps
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.none() | st.integers(1, 12))

@@ -8,8 +8,7 @@ from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.text import Text
 
 import mistral_ref
-from mistral_ref.cache import attends
-from mistral_ref.reference_ops import ReferenceOps, softmax
+from mistral_ref.reference_ops import ReferenceOps, attends, softmax
 from mistral_ref.rope import rotation
 from mistral_ref.study import plots
 from mistral_ref.study.drawing import (

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.host import available_memory, chosen_threads
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.model import Model
@@ -150,7 +151,7 @@ def _synthetic(arguments: argparse.Namespace) -> Path:
     from mistral_ref.measure import machine, synthetic  # noqa: PLC0415
 
     config = shape(arguments.shape, layers=arguments.layers)
-    n_bytes, available = synthetic.checkpoint_bytes(config, arguments.kind), machine.available_memory()
+    n_bytes, available = synthetic.checkpoint_bytes(config, arguments.kind), available_memory()
     n_bytes *= 2 if arguments.repack else 1
     if available is not None and n_bytes > available:
         raise InputError(
@@ -182,9 +183,7 @@ def _started(arguments: argparse.Namespace, n_tokens: int) -> tuple[Model, dict[
 
 
 def _threads_of(model: Model, arguments: argparse.Namespace) -> int:
-    from mistral_ref.compiled_ops import chosen_threads  # noqa: PLC0415
-
-    return chosen_threads(getattr(model.ops, "threads", arguments.threads))
+    return chosen_threads(model.ops.threads)
 
 
 def _record(result: SpeedResult, about: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, Progress
 from mistral_ref.files.checkpoint import open_model
 from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
 from mistral_ref.quantized_matrix import (
@@ -39,8 +39,6 @@ from mistral_ref.quantized_matrix import (
     quantized_parts,
 )
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
-
-Progress = Callable[[int, int], None]
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack")
 _LARGEST_COPY = 2**26  # bytes; a tokenizer has 20 MB at most

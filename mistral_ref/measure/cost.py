@@ -67,7 +67,7 @@ class StepCost:
 
 
 def visible_pairs(n_tokens: int, start: int, window: int | None) -> int:
-    """Return how many (query, key) pairs `cache.attends` lets through, for queries start to start + n_tokens - 1.
+    """Return how many (query, key) pairs `attends` lets through, for queries start to start + n_tokens - 1.
 
     The query at position p sees min(p + 1, W) keys: p + 1 while the window fills, which sum to a difference of two
     triangular numbers, then W.

@@ -14,8 +14,8 @@ import numpy as np
 
 from mistral_ref.cache import KVCache
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import checked_whole
-from mistral_ref.generation import Progress
+from mistral_ref.errors import Progress, checked_whole
+from mistral_ref.host import chosen_threads
 from mistral_ref.measure.cost import Limits, StepCost, step_costs, total_cost
 from mistral_ref.model import Model, Prompt
 
@@ -150,8 +150,6 @@ def cost_table(
         model.config, model.weights, len(ids), start, cache_dtype=dtype, activation_bytes=ops.dtype.itemsize
     )
     if limits is None:
-        from mistral_ref.compiled_ops import chosen_threads  # noqa: PLC0415 (imports Numba)
-
-        n_threads = chosen_threads(getattr(ops, "threads", None))
+        n_threads = chosen_threads(ops.threads)
         limits = machine_limits(n_threads, sum(cost.weight_bytes for cost in costs))
     return CostTable(costs, measure(model, ids, cache, repeats=repeats, progress=progress), limits, by_kind)

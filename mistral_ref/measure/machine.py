@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -20,22 +19,15 @@ from threadpoolctl import threadpool_info
 from mistral_kernels import threads
 from mistral_kernels.caches import CPUS, data_caches
 from mistral_kernels.instructions import LANES
+from mistral_ref.host import command_output
 
 _LARGEST_READ = 2**30  # bytes
 _POWER = Path("/sys/class/power_supply")
 
 
-def _output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def _cpu_name() -> str | None:
     if sys.platform == "darwin":
-        return _output_of("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+        return command_output("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -46,7 +38,7 @@ def _cpu_name() -> str | None:
 
 def _physical_cores() -> int | None:
     if sys.platform == "darwin":
-        found = _output_of("/usr/sbin/sysctl", "-n", "hw.physicalcpu")
+        found = command_output("/usr/sbin/sysctl", "-n", "hw.physicalcpu")
         return int(found) if found and found.isdecimal() else None
     siblings = {path.read_text() for path in CPUS.glob("cpu[0-9]*/topology/thread_siblings_list")}
     return len(siblings) or None
@@ -70,7 +62,7 @@ def _commit() -> str | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return command_output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def cache_folder() -> Path:
@@ -78,37 +70,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mistral_ref" / "benchmarks"
 
 
-def _proc_bytes(path: Path, name: str) -> int | None:
-    """Return the bytes that a line "Name:  123 kB" of a file of the system's tells of."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(name)]
-    return int(found[0]) * 2**10 if found else None
-
-
-def process_memory(pid: int) -> dict[str, int | None]:
-    """Return a process's bytes that were resident at most, and that are of no file now; None where nobody tells."""
-    folder = Path("/proc") / str(pid)
-    return {
-        "peak_resident": _proc_bytes(folder / "status", "VmHWM:"),
-        "anonymous": _proc_bytes(folder / "smaps_rollup", "Anonymous:"),
-    }
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory that programs can still have; of macOS, which does not tell, all there is."""
-    if sys.platform == "darwin":
-        found = _output_of("/usr/sbin/sysctl", "-n", "hw.memsize")
-        return int(found) if found and found.isdecimal() else None
-    return _proc_bytes(Path("/proc/meminfo"), "MemAvailable:")
-
-
 def power_source() -> str | None:
     """Return "mains" or "battery", on which many laptops compute more slowly; None where the system does not tell."""
     if sys.platform == "darwin":
-        found = _output_of("/usr/bin/pmset", "-g", "batt") or ""
+        found = command_output("/usr/bin/pmset", "-g", "batt") or ""
         return "mains" if "AC Power" in found else "battery" if "Battery Power" in found else None
     states = []
     for supply in _POWER.glob("*"):

@@ -34,8 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistral_ref.errors import InputError, checked_whole
-from mistral_ref.generation import Progress
+from mistral_ref.errors import InputError, Progress, checked_whole
 from mistral_ref.model import Model, Prompt
 
 

@@ -21,13 +21,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.errors import InputError, Progress, checked_whole, shown
 from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
 from mistral_ref.quantized_matrix import GROUP_SIZE, quantized_metadata, quantized_parts, scale_values
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, bf16_bits, e4m3_values
-
-Progress = Callable[[int, int], None]
-
 
 _MADE_HERE = "mistral_ref.synthetic.v1"  # the entry in a file's metadata that says what it was made of
 _PIECE = 2**20  # weights in memory at a time

@@ -35,7 +35,7 @@ class BrokenOps(ReferenceOps):
 
     def __init__(self, bug: str, right: Model) -> None:
         assert isinstance(right.ops, ReferenceOps)  # both backends are
-        super().__init__(right.ops.dtype.name, threads=right.ops._threads, angles=right.ops.angles)
+        super().__init__(right.ops.dtype.name, threads=right.ops.threads, angles=right.ops.angles)
         self.name = f"numpy, broken: {bug}"
         self.config = right.config
 
@@ -43,18 +43,18 @@ class BrokenOps(ReferenceOps):
 class NotCausal(BrokenOps):
     """s[h,i,j] counts for every key j of the pass that is not older than the window of i, the future included."""
 
-    def _scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
-        return super()._scores(q_BHK, k_SGK, np.logical_or.accumulate(visible_BS, axis=1))
+    def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
+        return super().scores(q_BHK, k_SGK, np.logical_or.accumulate(visible_BS, axis=1))
 
 
 class TiledHeads(BrokenOps):
     """Query head h reads key/value head h % G: the heads 0 1 laid out as 0 1 0 1 where they should be 0 0 1 1."""
 
-    def _scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
-        return super()._scores(q_BHK, self._tiled(k_SGK), visible_BS)
+    def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
+        return super().scores(q_BHK, self._tiled(k_SGK), visible_BS)
 
-    def _gather(self, weights_HBS: np.ndarray, v_SGK: np.ndarray) -> np.ndarray:
-        return super()._gather(weights_HBS, self._tiled(v_SGK))
+    def gather(self, weights_HBS: np.ndarray, v_SGK: np.ndarray) -> np.ndarray:
+        return super().gather(weights_HBS, self._tiled(v_SGK))
 
     def _tiled(self, x_SGK: np.ndarray) -> np.ndarray:
         return np.tile(x_SGK, (1, self.config.n_heads // self.config.n_kv_heads, 1))
@@ -63,10 +63,10 @@ class TiledHeads(BrokenOps):
 class WrongScale(BrokenOps):
     """s = q' · k' / sqrt(D/H), right where D = H * K alone: Nemo's 5120 / 32 is 160, and its heads are 128 wide."""
 
-    def _scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
+    def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
         config = self.config
         ratio = math.sqrt(config.n_heads * config.head_dim / config.dim)
-        return super()._scores(q_BHK, k_SGK, visible_BS) * self.dtype.type(ratio)
+        return super().scores(q_BHK, k_SGK, visible_BS) * self.dtype.type(ratio)
 
 
 class PositionsRestart(BrokenOps):

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mistral_ref.cache import Ring, attends
+from mistral_ref.cache import Ring
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import checked_whole
-from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.rope import inverse_frequencies, rotation
 from mistral_ref.study.drawing import (
     BLUE,

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mistral_ref.cache import attends
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import HeatMap, heat_image, heat_map, heat_text, html_table, legend, markdown_table
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.model import Model
+from mistral_ref.reference_ops import attends
 from mistral_ref.sampling import log_softmax
 from mistral_ref.steps import Step
 from mistral_ref.trace import Trace

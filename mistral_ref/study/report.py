@@ -28,9 +28,8 @@ import numpy as np
 from mistral_ref.cache import KVCache
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import heat_map, statistics
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, Progress
 from mistral_ref.files.tensor_file import all_or_nothing
-from mistral_ref.generation import Progress
 from mistral_ref.measure.cost_table import CostTable, cost_table
 from mistral_ref.model import Model, Prompt
 from mistral_ref.rope import inverse_frequencies

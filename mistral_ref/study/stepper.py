@@ -16,8 +16,7 @@ import numpy as np
 
 from mistral_ref.cache import KVCache
 from mistral_ref.compare import Comparison, compare_walks
-from mistral_ref.errors import InputError, checked_whole, printable, shown
-from mistral_ref.generation import Progress
+from mistral_ref.errors import InputError, Progress, checked_whole, printable, shown
 from mistral_ref.model import Model, Prompt
 from mistral_ref.steps import Step, step_names
 from mistral_ref.trace import Trace
@@ -151,7 +150,7 @@ class Stepper:
         n, config = checked_whole("n", n, least=1), self.model.config
         if self.cache is not None:
             raise InputError("over a cache a pass cannot begin anew with the edits; walk through all tokens instead")
-        tokens, stream = list(self.tokens), self.model._stream(self.tokens)
+        tokens, stream = list(self.tokens), self.model.text_stream(self.tokens)
         edits = self._all_edits() if edited else {}
         for _ in range(n):
             if config.max_seq_len is not None and len(tokens) >= config.max_seq_len:

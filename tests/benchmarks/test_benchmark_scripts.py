@@ -19,7 +19,7 @@ from support.paths import ROOT
 
 import mistral_ref
 from mistral_ref.compiled_ops import CompiledOps
-from mistral_ref.measure.machine import available_memory, process_memory
+from mistral_ref.host import available_memory, process_memory
 from mistral_ref.measure.shapes import shape
 from mistral_ref.measure.synthetic import make_checkpoint
 

@@ -18,7 +18,6 @@ from support.paths import ROOT
 from support.tiny import BACKENDS, configs, model_of, tokens_for
 
 from mistral_ref import InputError
-from mistral_ref.cache import attends
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError
 from mistral_ref.measure.cost import Limits, StepCost, step_costs, visible_pairs
@@ -26,6 +25,7 @@ from mistral_ref.measure.cost_table import CostTable, cost_table, machine_limits
 from mistral_ref.measure.shapes import SHAPES
 from mistral_ref.measure.synthetic import hollow_weights
 from mistral_ref.model import Model
+from mistral_ref.reference_ops import attends
 from mistral_ref.steps import Step, step_names
 from mistral_ref.weights import FeedForward, Matrix, repacked
 

@@ -156,7 +156,7 @@ def test_a_shape_is_made_once_and_fits(
     made_at = weights.stat().st_mtime_ns
     printed(capsys, *options)
     assert weights.stat().st_mtime_ns == made_at
-    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
+    monkeypatch.setattr("mistral_ref.cli.bench.available_memory", lambda: 1000)
     assert main(["bench", *map(str, options)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

@@ -330,7 +330,7 @@ def test_settings_of_the_operations_are_kept() -> None:
     wrong = broken(model, "not-causal")
     np.testing.assert_array_equal(wrong.forward([5]), model.forward([5]))  # nothing comes after it
     assert wrong.ops.angles == "float32"
-    assert wrong.ops._threads == 1
+    assert wrong.ops.threads == 1
 
 
 def test_a_numba_model_is_broken_with_numpy() -> None:

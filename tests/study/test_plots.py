@@ -24,12 +24,12 @@ from support.paths import ROOT
 from support.tiny import model_of, tokens_for
 
 import mistral_ref
-from mistral_ref.cache import KVCache, attends
+from mistral_ref.cache import KVCache
 from mistral_ref.errors import InputError
 from mistral_ref.measure.cost import Limits
 from mistral_ref.measure.cost_table import cost_table
 from mistral_ref.model import Model
-from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.rope import rotation
 from mistral_ref.steps import CATALOGUE, Step
 from mistral_ref.study import lens, plots
@@ -166,7 +166,7 @@ def test_head_map_joins_query_heads_to_the_heads_that_attention_reads(n_heads: i
     assert (len(kept), len(boxes)) == (n_kv_heads, n_kv_heads + n_heads)
     # What the operations do: the values of key/value head g are all g, and every query sees one key.
     values = np.tile(np.arange(n_kv_heads, dtype=float)[:, np.newaxis], (1, 1, 2))
-    read_H = ReferenceOps("float64")._gather(np.ones((n_heads, 1, 1)), values)[0, :, 0]
+    read_H = ReferenceOps("float64").gather(np.ones((n_heads, 1, 1)), values)[0, :, 0]
     assert len(ax.lines) == n_heads
     for line in ax.lines:
         (x0, y0), (head, y1) = np.array(line.get_xydata())
