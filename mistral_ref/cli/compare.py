@@ -6,7 +6,7 @@ import argparse
 import os
 
 from mistral_ref.cli.common import as_text, model_directory, progress_bar
-from mistral_ref.cli.study import add_broken_option, add_last_option, maybe_broken, split_prompt
+from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.compare import compare_walks
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.loading import load

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar
-from mistral_ref.cli.study import add_dtype_option
+from mistral_ref.cli.pass_options import add_dtype_option
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.measure.perplexity import perplexity
 

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from mistral_ref.cache import KVCache
 from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar, read_prompt, size
-from mistral_ref.cli.study import add_broken_option, add_dtype_option, add_last_option, maybe_broken, split_prompt
+from mistral_ref.cli.pass_options import (
+    add_broken_option,
+    add_dtype_option,
+    add_last_option,
+    maybe_broken,
+    split_prompt,
+)
 from mistral_ref.display import markdown_table, size_text
 from mistral_ref.errors import InputError, shown
 from mistral_ref.loading import DEMO_MODEL

@@ -20,7 +20,7 @@ import pytest
 
 import mistral_ref
 from mistral_ref.cli import main
-from mistral_ref.cli.step import Walker
+from mistral_ref.cli.walker.walker import Walker
 from mistral_ref.errors import InputError
 from mistral_ref.study import lens
 from mistral_ref.study.stepper import Stepper

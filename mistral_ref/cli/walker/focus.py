@@ -1,4 +1,4 @@
-"""Which part of a step's value a reader of a walk looks at, and what its rows and columns are called."""
+"""Focus: the part of a step's value that a reader of a walk looks at, and what its rows and columns are called."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistral_ref.cli.selection import Index, as_index, in_words, parsed_index, parsed_selection
+from mistral_ref.cli.walker.selection import Index, as_index, in_words, parsed_index, parsed_selection
 from mistral_ref.study import lens
 from mistral_ref.study.stepper import Stepper
 
-# What one means by looking at a token or a head: the axes of these names.
+# What a reader means by a token or a head: the axes of these names.
 _FOCUS_AXES = {"token": ("token", "query"), "head": ("head", "kv_head")}
 _LAST_OR_FIRST = {axis for axes in _FOCUS_AXES.values() for axis in axes}  # what is taken where nothing was said
 
@@ -29,17 +29,18 @@ class Part(NamedTuple):
     words: str
 
 
-class Sight:
-    """What one looks at of the step where a Stepper stands.
+class Focus:
+    """The part that a reader looks at. It is a part of the value of the step where a Stepper stands.
 
-    focus   axis -> index or slice, as typed: what of a value one is looking at for now
-    start   position of the pass's first token
-    group   how many query heads read each key/value head
+    looked_at   axis, "token" or "head" -> index or range, as typed: what the reader looks at from now on
+    start       position of the pass's first token
+    pieces      the pass's tokens, as pieces of text
+    group       how many query heads read each key/value head
     """
 
     def __init__(self, stepper: Stepper) -> None:
         self.stepper, self.model = stepper, stepper.model
-        self.focus: dict[str, str] = {}
+        self.looked_at: dict[str, str] = {}
         self.start = 0 if stepper.cache is None else stepper.cache.length
         self.pieces = [self.model.piece(token) for token in stepper.tokens]
         self.group = self.model.config.n_heads // self.model.config.n_kv_heads
@@ -47,27 +48,32 @@ class Sight:
     def look_at(self, axis: str, text: str) -> None:
         """Look at a token or head, or a range of them, from now on; raise InputError if there is none."""
         parsed_index(text, axis, len(self.pieces) if axis == "token" else self.model.config.n_heads)
-        self.focus[axis] = text
+        self.looked_at[axis] = text
+
+    def look_at_everything(self) -> None:
+        """Look at all tokens and heads again."""
+        self.looked_at.clear()
 
     def selection(self, text: str, *, is_focused: bool) -> dict[str, Index]:
-        """Return what words choose of the present step, after what one is looking at for now."""
+        """Return what words choose of the present step; with `is_focused`, after what the reader looks at."""
         step = self.stepper.step
         axes, shape = step.axes, step.value.shape
-        looked_at: dict[str, Index] = {}
-        for axis, index in self.focus.items() if is_focused else ():
+        chosen: dict[str, Index] = {}
+        for axis, index in self.looked_at.items() if is_focused else ():
             if any(name in axes for name in _FOCUS_AXES[axis]):
-                looked_at |= parsed_selection(f"{axis} {index}", axes, shape, self.group)
-        return looked_at | parsed_selection(text, axes, shape, self.group)
+                chosen |= parsed_selection(f"{axis} {index}", axes, shape, self.group)
+        return chosen | parsed_selection(text, axes, shape, self.group)
 
     def readers(self, chosen: dict[str, Index]) -> str:
         """Return which key/value heads were chosen, and by which query heads they are read; "" if none were."""
         return f", that is {in_words('kv_head', chosen['kv_head'], self.group)}" if "kv_head" in chosen else ""
 
     def part(self, text: str, most_axes: int, *, always: bool = False) -> Part:
-        """Return the part of the present value that words, and what one is looking at, choose.
+        """Return the part of the present value that words choose, after what the reader looks at.
 
-        Where more than `most_axes` are left, one after the other that nothing was said of is taken at the last token or
-        query, or at head 0. With `always` one of which a range was chosen is, too, at the range's last or first.
+        Where more than `most_axes` axes are left, those that nothing was said of are taken one after the other: the
+        last token or query, or head 0. With `always` a chosen range is taken as well: its last token or query, or its
+        first head.
         """
         step = self.stepper.step
         chosen = self.selection(text, is_focused=True)
@@ -97,7 +103,7 @@ class Sight:
         named = [piece if times[piece] == 1 else f"{piece} @{first + at}" for at, piece in enumerate(pieces)]
         return named or [str(number) for number in range(sizes[axis])]
 
-    def in_sight(self) -> np.ndarray:
+    def visible_keys(self) -> np.ndarray:
         """Return which keys each query of the present scores or weights sees, in the value's shape."""
         step = self.stepper.step
         return np.broadcast_to(lens.in_sight(step, self.model.config), step.value.shape)

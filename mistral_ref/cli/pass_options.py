@@ -1,4 +1,4 @@
-"""What the commands that look into a pass share: which part of a text is looked at, and by a model of which kind."""
+"""Options of the commands that look into a pass: which part of a text is looked at, and by a model of which kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the walk in the terminal shows of the place where one stands."""
+"""View: prints what there is to see of the step where a walk stands."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from mistral_ref.cli.selection import as_index
-from mistral_ref.cli.sight import Part, Sight
-from mistral_ref.display import (
-    cell_ranges,
-    heat_map,
-    legend,
-    merged_text,
-    numbers,
-    shade,
-    size_text,
-)
-from mistral_ref.errors import InputError, printable, shown
-from mistral_ref.generation import Progress
+from mistral_ref.cli.walker.focus import Focus, Part
+from mistral_ref.cli.walker.selection import as_index
+from mistral_ref.display import cell_ranges, heat_map, legend, merged_text, numbers, shade, size_text
+from mistral_ref.errors import InputError, Progress, printable, shown
 from mistral_ref.measure.cost import step_costs
 from mistral_ref.measure.cost_table import cost_table
 from mistral_ref.study import lens
@@ -40,11 +31,12 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-class View(Sight):
-    """Prints a Stepper's place."""
+class View:
+    """Prints the step where a Stepper stands, or the part of its value that a focus chooses."""
 
-    def __init__(self, stepper: Stepper) -> None:
-        super().__init__(stepper)
+    def __init__(self, stepper: Stepper, focus: Focus) -> None:
+        self.stepper, self.focus, self.model = stepper, focus, stepper.model
+        self.pieces, self.start = focus.pieces, focus.start
         self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -87,13 +79,13 @@ class View(Sight):
 
     def show(self, text: str) -> None:
         """Print a part of the value as numbers."""
-        part = self.part(text, 2)
+        part = self.focus.part(text, 2)
         self.say(self._heading(part))
         self.say(numbers(part.values, self.console.width))
 
     def map(self, text: str) -> None:
         """Draw a part of the value as a heat map."""
-        part = self.part(text, 2, always=True)
+        part = self.focus.part(text, 2, always=True)
         matrix = np.atleast_2d(part.values)
         rows = cell_ranges(len(matrix), _MOST_ROWS)
         labels = self._row_labels(part, rows) if part.values.ndim == 2 else [""]
@@ -111,7 +103,7 @@ class View(Sight):
         if part.axes:
             at = part.at[part.axes[-1]]
             self.say(" " * margin + ruler([at[column.start] for column in columns]))
-            pieces = self.pieces_along(part.axes[-1])
+            pieces = self.focus.pieces_along(part.axes[-1])
             if pieces and len(columns) == len(at):
                 self.say(wrapped(self._columns(at, pieces), self.console.width))
         self.say(legend(heat))
@@ -125,14 +117,14 @@ class View(Sight):
 
     def _row_labels(self, part: Part, rows: Sequence[range]) -> list[str]:
         """Return what stands before each row: a piece or a number, or the first and the last of those that it joins."""
-        at, names = part.at[part.axes[0]], self.names_along(part.axes[0])
+        at, names = part.at[part.axes[0]], self.focus.names_along(part.axes[0])
         return [names[at[row.start]] if len(row) == 1 else f"{at[row.start]} to {at[row.stop - 1]}" for row in rows]
 
     def top(self, text: str) -> None:
         """Print what stands out: the strongest keys, the likeliest next pieces, or the largest values."""
         step, kind = self.stepper.step, self.stepper.step.name.rpartition(".")[2]
         if kind in ("logits", "embedding") or kind.startswith("residual"):
-            part = self.part(text, 1, always=True)
+            part = self.focus.part(text, 1, always=True)
             if part.axes != step.axes[1:]:
                 raise InputError(f"top takes whole tokens here, such as `top token 2`; found {shown(text)}")
             logits_V = part.values if kind == "logits" else lens.residual_logits(self.model, part.values[np.newaxis])[0]
@@ -142,17 +134,18 @@ class View(Sight):
             self.say(self._likeliest(logits_V))
             return
         is_attention = kind in ("scores", "attention_weights")
-        part = self.part(text, 1 if is_attention else 2)
+        part = self.focus.part(text, 1 if is_attention else 2)
         self.say(f"{step.name} {part.words}{'strongest keys' if is_attention else 'largest values'}")
         is_seen = np.isfinite(part.values)
         if kind == "attention_weights":
-            is_seen &= self.in_sight()[as_index(part.chosen, step.axes)] | (part.values != 0)
+            is_seen &= self.focus.visible_keys()[as_index(part.chosen, step.axes)] | (part.values != 0)
         sizes = np.where(is_seen, part.values if is_attention else np.abs(part.values), -np.inf)
+        keys = self.focus.names_along("key") if "key" in part.axes else []
         order = np.argsort(-sizes, axis=None, kind="stable")[: min(8, int(is_seen.sum()))]
         for flat in order:
             at = tuple(int(i) for i in np.unravel_index(flat, part.values.shape))
             numbers_at = {axis: part.at[axis][i] for axis, i in zip(part.axes, at, strict=True)}
-            where = [self.names_along("key")[i] if axis == "key" else f"{axis} {i}" for axis, i in numbers_at.items()]
+            where = [keys[i] if axis == "key" else f"{axis} {i}" for axis, i in numbers_at.items()]
             self.say(f"  {part.values[at]:>10.4g}  {' '.join(where)}")
         if not order.size:
             self.say("nothing finite is to be seen here")
