@@ -518,7 +518,7 @@ HOSTILE: dict[str, tuple[bytes, tuple[object, ...]]] = {
     "no pairs without experts": (file_of(layers__0__gate=(0, 3)), ("layers.0.gate", "(0, 3)")),
     "no heads": (file_of(layers__0__q=(2, 0, 4)), ("layers.0.q", "(2, 0, 4)")),
     "other tokens": (file_of(embedding=(2, 3), logits=(3, 5)), ("logits", "(3, 5)", "token, vocabulary")),
-    "other queries": (file_of(embedding=(2, 3), layers__0__scores=(2, 3, 3)), ("layers.0.scores", "(2, 3, 3)", "3 tokens", "order")),
+    "other queries": (file_of(embedding=(2, 3), layers__0__scores=(2, 3, 3)), ("layers.0.scores", "3 tokens", "order")),
     "other ids": (file_of(embedding=(2, 3), tokens=("I64", 3)), ("tokens", "3 ids", 2)),
     "tokens as numbers": (file_of(embedding=(2, 3), tokens=(2,)), ("tokens", "F32", "(2,)", "I64", "I32", "U32")),
     "a batch of tokens": (file_of(embedding=(2, 3), tokens=("I32", 2, 2)), ("tokens", "I32", "(2, 2)", "one axis")),
