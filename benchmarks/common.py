@@ -18,7 +18,8 @@ from mistral_ref.cache import KVCache
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, MistralRefError
-from mistral_ref.files.checkpoint import Checkpoint, build_weights
+from mistral_ref.files.build_weights import build_weights
+from mistral_ref.files.checkpoint import Checkpoint
 from mistral_ref.files.tensor_file import Tensor
 from mistral_ref.host import available_memory
 from mistral_ref.measure.benchmark import Candidate, Limit, Measurement, spread, write_json

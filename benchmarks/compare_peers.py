@@ -40,7 +40,7 @@ from peers.process import Runner, Test, Worker, start
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
-from mistral_ref.files.checkpoint import open_model
+from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.quantization import quantize
 from mistral_ref.host import chosen_threads, process_memory

@@ -38,17 +38,19 @@ from common import (
 from threadpoolctl import threadpool_limits
 
 from mistral_kernels.pairs import PAIRS_ARE_FASTER
+from mistral_ref.activations import Activations
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
+from mistral_ref.files.quantized_format import quantized_parts
 from mistral_ref.host import available_memory
 from mistral_ref.measure import benchmark
 from mistral_ref.measure.benchmark import Candidate, Limit, Measurement
 from mistral_ref.measure.machine import machine, machine_lines
 from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.measure.synthetic import fp8_scale, random_weights
-from mistral_ref.quantized_matrix import GROUP_SIZE, Activations, QuantizedMatrix, quantized_parts
+from mistral_ref.quantized_matrix import GROUP_SIZE, QuantizedMatrix
 from mistral_ref.weights import Kind, Matrix, tiled
 
 EXAMPLES = """\

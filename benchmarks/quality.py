@@ -33,13 +33,13 @@ import numpy as np
 from common import finish, notice, parser_for
 
 import mistral_ref
+from mistral_ref.activations import Activations
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole
 from mistral_ref.files.quantization import Scheme, quantized_weights
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.measure.machine import machine, machine_lines
 from mistral_ref.model import Model
-from mistral_ref.quantized_matrix import Activations
 from mistral_ref.sampling import log_softmax
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
 

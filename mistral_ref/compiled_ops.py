@@ -17,10 +17,11 @@ from mistral_kernels.matmul import matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, are_few, matvec, matvec_tiled
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
+from mistral_ref.activations import Activations
 from mistral_ref.errors import InputError
 from mistral_ref.host import chosen_threads
 from mistral_ref.ops import KeyView, Slots
-from mistral_ref.quantized_matrix import Activations, QuantizedMatrix
+from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.steps import Step, StepFactory, Steps
@@ -59,6 +60,7 @@ class CompiledOps(ReferenceOps):
     """
 
     name = "numba"
+    threads: int
 
     def __init__(
         self,

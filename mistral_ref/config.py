@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -179,15 +180,50 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Number of weights: V*D embeddings (twice if the output is not tied), L blocks, and the last norm's D."""
-        q_out, kv_out = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        attention = 2 * self.dim * q_out + 2 * self.dim * kv_out
-        feed_forward = 3 * self.dim * self.hidden_dim
-        if self.moe is not None:
-            feed_forward = feed_forward * self.moe.num_experts + self.dim * self.moe.num_experts
-        embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
-        return embeddings + self.n_layers * (attention + feed_forward + 2 * self.dim) + self.dim
+        """Number of weights: those of all tensors that `tensor_shapes` lists."""
+        return sum(math.prod(shape) for _, shape in tensor_shapes(self))
 
     def replace(self, **changes: object) -> ModelConfig:
         """Return a copy with some fields changed and everything checked again."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every tensor of a model in the order of the pass: Mistral's own name of it, and its shape.
+
+    A matrix has the shape (O, I), outputs and inputs; a norm's weight (D,). Tied models have no output matrix.
+
+        tok_embeddings.weight                       (V, D)
+        layers.N.attention_norm.weight              (D,)
+        layers.N.attention.wq.weight                (H*K, D)
+        layers.N.attention.wk.weight, wv            (G*K, D)
+        layers.N.attention.wo.weight                (D, H*K)
+        layers.N.ffn_norm.weight                    (D,)
+        layers.N.feed_forward.w1.weight, w3         (F, D)
+        layers.N.feed_forward.w2.weight             (D, F)
+        norm.weight                                 (D,)
+        output.weight                               (V, D)
+
+    With experts a layer has feed_forward.gate.weight, (E, D), and a network feed_forward.experts.M for each.
+    """
+    dim, hidden = config.dim, config.hidden_dim
+    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    yield "tok_embeddings.weight", (config.vocab_size, dim)
+    for layer in (f"layers.{number}" for number in range(config.n_layers)):
+        yield f"{layer}.attention_norm.weight", (dim,)
+        yield f"{layer}.attention.wq.weight", (q_out, dim)
+        yield f"{layer}.attention.wk.weight", (kv_out, dim)
+        yield f"{layer}.attention.wv.weight", (kv_out, dim)
+        yield f"{layer}.attention.wo.weight", (dim, q_out)
+        yield f"{layer}.ffn_norm.weight", (dim,)
+        networks: Iterable[str] = [f"{layer}.feed_forward"]
+        if config.moe is not None:
+            yield f"{layer}.feed_forward.gate.weight", (config.moe.num_experts, dim)
+            networks = (f"{layer}.feed_forward.experts.{expert}" for expert in range(config.moe.num_experts))
+        for network in networks:
+            yield f"{network}.w1.weight", (hidden, dim)
+            yield f"{network}.w2.weight", (dim, hidden)
+            yield f"{network}.w3.weight", (hidden, dim)
+    yield "norm.weight", (dim,)
+    if not config.tied_embeddings:
+        yield "output.weight", (config.vocab_size, dim)

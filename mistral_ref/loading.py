@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mistral_ref.activations import Activations
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import ConfigError, InputError, Progress, TokenizerError, shown, warn
-from mistral_ref.files.checkpoint import checked_directory, open_model
+from mistral_ref.files.build_weights import open_model
+from mistral_ref.files.checkpoint import checked_directory
 from mistral_ref.files.config_files import read_eos_ids
-from mistral_ref.files.quantization import Scheme, quantized_weights
+from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weights
 from mistral_ref.model import Model
-from mistral_ref.quantized_matrix import Activations, checked_bits
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.text import OTHER_FORMATS, SentencePieceTokenizer, find_tokenizer, load_tokenizer

@@ -36,11 +36,18 @@ class KeyView(NamedTuple):
 
 
 class Ops(Protocol):
-    """What a forward pass asks of its arithmetic. All activations are arrays of `dtype`; `name` is the backend's."""
+    """What a forward pass asks of its arithmetic.
+
+    name            the backend's
+    dtype           of all activations
+    cache_dtypes    what keys and values can be stored as
+    threads         how many compute; None where that is left to BLAS
+    """
 
     name: str
     dtype: np.dtype[Any]
     cache_dtypes: tuple[str, ...]
+    threads: int | None
 
     def running(self) -> AbstractContextManager[object]:
         """Return the context in which steps are computed (threads, treatment of overflow)."""

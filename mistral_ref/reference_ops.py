@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from mistral_ref.activations import Activations, checked_activations, rounded
 from mistral_ref.config import ModelConfig, RowOrder
 from mistral_ref.errors import InputError, checked_whole, shown
 from mistral_ref.ops import KeyView, Slots
-from mistral_ref.quantized_matrix import Activations, QuantizedMatrix, checked_activations, rounded
+from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.rope import AnglePrecision, Rotation, rotation
 from mistral_ref.steps import StepFactory, Steps
 from mistral_ref.weights import Matrix, bf16_bits, bf16_values

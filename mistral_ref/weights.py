@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mistral_kernels.layout import rows_of_tiles, to_tiles
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import Progress
 
 Kind = Literal["f32", "f16", "bf16", "fp8", "int8", "int4"]
 Rows = slice | np.ndarray
@@ -181,6 +183,54 @@ class Weights:
     output: Matrix
 
 
+def weights_of(tensors: Mapping[str, Any], config: ModelConfig) -> Weights:
+    """Return the weights that these tensors make: for each name of `tensor_shapes` a Matrix, or a norm's array (D,)."""
+
+    def network(name: str) -> FeedForward:
+        return FeedForward(*(tensors[f"{name}.{which}.weight"] for which in ("w1", "w2", "w3")))
+
+    def feed_forward(name: str) -> FeedForward | ExpertFeedForward:
+        if config.moe is None:
+            return network(name)
+        experts = (network(f"{name}.experts.{expert}") for expert in range(config.moe.num_experts))
+        return ExpertFeedForward(tensors[f"{name}.gate.weight"], tuple(experts))
+
+    def layer(name: str) -> Layer:
+        return Layer(
+            attention_norm=tensors[f"{name}.attention_norm.weight"],
+            wq=tensors[f"{name}.attention.wq.weight"],
+            wk=tensors[f"{name}.attention.wk.weight"],
+            wv=tensors[f"{name}.attention.wv.weight"],
+            wo=tensors[f"{name}.attention.wo.weight"],
+            ffn_norm=tensors[f"{name}.ffn_norm.weight"],
+            feed_forward=feed_forward(f"{name}.feed_forward"),
+        )
+
+    tok_embeddings = tensors["tok_embeddings.weight"]
+    return Weights(
+        tok_embeddings=tok_embeddings,
+        layers=tuple(layer(f"layers.{number}") for number in range(config.n_layers)),
+        norm=tensors["norm.weight"],
+        output=tok_embeddings if config.tied_embeddings else tensors["output.weight"],
+    )
+
+
+def matrices(part: Any) -> list[Matrix]:
+    """Return every matrix of weights, a layer, a network or a tuple of them; one that stands in two places once."""
+    return list(dict.fromkeys(_every_matrix(part)))
+
+
+def _every_matrix(part: Any) -> Iterator[Matrix]:
+    if isinstance(part, Matrix):
+        yield part
+    elif isinstance(part, tuple):
+        for one in part:
+            yield from _every_matrix(one)
+    elif dataclasses.is_dataclass(part):
+        for field in dataclasses.fields(part):
+            yield from _every_matrix(getattr(part, field.name))
+
+
 def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
     """Return weights, a layer, a network or a tuple of them with every matrix replaced by what `change` makes of it."""
     if isinstance(part, Matrix):
@@ -193,19 +243,7 @@ def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
     return dataclasses.replace(part, **fields)  # type: ignore[type-var]
 
 
-def matrices(part: Any) -> list[Matrix]:
-    """Return every matrix of weights, a layer or a tuple of them; one that stands in two places once."""
-    found: dict[int, Matrix] = {}
-
-    def note(matrix: Matrix) -> Matrix:
-        found[id(matrix)] = matrix
-        return matrix
-
-    with_matrices(part, note)
-    return list(found.values())
-
-
-def repacked(weights: Weights, progress: Callable[[int, int], None] | None = None) -> Weights:
+def repacked(weights: Weights, progress: Progress | None = None) -> Weights:
     """Return weights with all matrices that tokens are multiplied with in tile order, where that is possible.
 
     `progress(done, total)` is called before each matrix and at the end.

@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.cache_machine import run_cache_machine
 from support.checkpoints import FAMILIES, write_consolidated
+from support.errors import refused
 from support.paths import ROOT
 from support.tiny import (
     ACCUMULATED_BOUND,
@@ -38,9 +39,10 @@ from mistral_ref import CacheError, InputError, MistralRefError
 from mistral_ref.compare import compare_walks
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
+from mistral_ref.errors import shown
 from mistral_ref.files.quantization import Scheme, quantized_weights
+from mistral_ref.files.rounding import quantized
 from mistral_ref.model import Model
-from mistral_ref.quantized_matrix import quantized
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.steps import step_names
 from mistral_ref.weights import Matrix, bf16_bits, repacked, with_matrices
@@ -166,12 +168,12 @@ def test_stepping_is_running_and_shows_the_references_attention(config: ModelCon
 @pytest.mark.parametrize("name", ["scores", "attention_weights"])
 def test_the_inside_of_fused_attention_can_be_looked_at_and_not_edited(name: str) -> None:
     model = compiled(SMALL)
-    match = rf"layers\.1\.{name} can be looked at, not edited: .*backend='numpy'"
-    with pytest.raises(InputError, match=match):
+    facts = (f"layers.1.{name}", "edited", "backend='numpy'")
+    with refused(InputError, *facts):
         model.forward([1, 2], edits={f"layers.1.{name}": np.zeros_like})
     for step in model.steps([1, 2]):
         if step.name == f"layers.1.{name}":
-            with pytest.raises(InputError, match=match):
+            with refused(InputError, *facts):
                 step.value = step.value.copy()
             with pytest.raises(ValueError, match="read-only"):
                 step.value[:] = 0
@@ -275,9 +277,9 @@ def test_a_cache_saved_by_one_backend_is_taken_up_by_the_other(
 def test_a_cache_of_another_backend_or_model_is_refused() -> None:
     model = compiled(SMALL)
     for other in (model_of(SMALL), compiled(SMALL)):
-        with pytest.raises(CacheError, match="another model"):
+        with refused(CacheError, "cache", "another model"):
             model.forward([1], other.new_cache())
-        with pytest.raises(CacheError, match="another model"):
+        with refused(CacheError, "cache", "another model"):
             other.forward([1], model.new_cache())
 
 
@@ -298,7 +300,7 @@ def test_threads_do_not_change_a_bit() -> None:
 @pytest.mark.parametrize("bad", ["0", "-1", "1.5", "two", "1025", "1 2", "9" * 5000, "\N{SUPERSCRIPT TWO}"])
 def test_the_environments_number_of_threads_is_checked(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MISTRAL_REF_THREADS", bad)
-    with pytest.raises(InputError, match=r"^MISTRAL_REF_THREADS is [^\n]*; expected a whole number[^\n]*$") as caught:
+    with refused(InputError, "MISTRAL_REF_THREADS", shown(bad), "whole number") as caught:
         mistral_ref.load(backend="numba")
     assert len(str(caught.value)) < 200
     assert mistral_ref.load(backend="numba", threads=1).ops.threads == 1  # what is asked for goes before
@@ -314,7 +316,7 @@ def test_how_many_threads_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
         unset()
         assert 1 <= mistral_ref.load(backend="numba").ops.threads == threads.performance_cores() <= os.cpu_count()
     for bad in (0, -1, True, 1.5, "2", 1025):
-        with pytest.raises(InputError, match="threads is"):
+        with refused(InputError, "threads", repr(bad)):
             mistral_ref.load(backend="numba", threads=bad)
 
 
@@ -643,7 +645,7 @@ def test_products_with_quantized_weights_for_any_number_of_tokens(bits: int, n_t
         found = ops.linear(laid_out, matrix)
         assert (found.shape, found.dtype) == ((n_tokens, 50), np.float32)
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
-    with pytest.raises(InputError, match=r"^w takes 40 inputs a token; found an array \(2, 39\)$"):
+    with refused(InputError, "w", 40, "(2, 39)"):
         ops.linear(np.zeros((2, 39), np.float32), matrix)
 
 
@@ -741,7 +743,7 @@ def test_edits_of_any_shape_and_dtype_are_errors_of_ours_unless_they_fit(
     if new.shape == value.shape and new.dtype == value.dtype:
         assert model.forward([1, 2], edits={name: new}).shape == (2, MIXTURE.vocab_size)
     else:
-        with pytest.raises(InputError, match="was given"):
+        with refused(InputError, name, new.dtype, new.shape, value.dtype, value.shape):
             model.forward([1, 2], edits={name: new})
 
 
@@ -764,7 +766,7 @@ def test_weights_may_lie_at_any_address(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"dtype": "float64"}, {"dtype": "float16"}, {"rope_angles": "f32"}])
 def test_options_are_checked(options: dict[str, str]) -> None:
-    with pytest.raises(InputError, match="expected"):
+    with refused(InputError, *options, *map(repr, options.values())):
         mistral_ref.load(backend="numba", **options)
 
 

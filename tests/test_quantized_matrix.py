@@ -16,16 +16,11 @@ from hypothesis import strategies as st
 from support.checkpoints import to_bfloat16, to_fp8
 
 from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
+from mistral_ref.activations import rounded
 from mistral_ref.errors import CheckpointError
-from mistral_ref.quantized_matrix import (
-    BITS,
-    GROUP_SIZES,
-    QuantizedMatrix,
-    quantized,
-    quantized_parts,
-    rounded,
-    scale_values,
-)
+from mistral_ref.files.quantized_format import quantized_parts
+from mistral_ref.files.rounding import quantized
+from mistral_ref.quantized_matrix import BITS, GROUP_SIZES, QuantizedMatrix, scale_values
 from mistral_ref.weights import Matrix
 
 UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number

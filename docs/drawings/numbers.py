@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 import mistral_ref
 from mistral_ref.config import MixtureOfExperts
+from mistral_ref.files.rounding import quantized
 from mistral_ref.measure.cost import Limits, StepCost, step_costs, total_cost
 from mistral_ref.measure.shapes import shape
 from mistral_ref.measure.synthetic import encoded, hollow_weights, make_checkpoint
-from mistral_ref.quantized_matrix import quantized, scale_values
+from mistral_ref.quantized_matrix import scale_values
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.study.drawing import (
     BLUE,

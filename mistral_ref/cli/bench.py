@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_whole, shown
-from mistral_ref.host import available_memory, chosen_threads
+from mistral_ref.host import available_memory, chosen_threads, process_memory
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.model import Model
@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(model.ops.dtype),
         "repacked": arguments.repack,
         **started,
-        **machine.process_memory(os.getpid()),
+        **process_memory(os.getpid()),
         "throttled": None if throttled is None else (machine.throttle_count() or 0) - throttled,
     }
     _print([_record(result, about, description) for result in results], description, arguments.output)

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, get_args
 
+from mistral_ref.activations import Activations
 from mistral_ref.errors import InputError
 from mistral_ref.loading import DEMO_MODEL, load
 from mistral_ref.model import Model
-from mistral_ref.quantized_matrix import BITS, Activations
+from mistral_ref.quantized_matrix import BITS
 
 
 def model_directory(name: str) -> str | Path:

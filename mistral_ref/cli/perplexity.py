@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         "tokens_per_second": found.n_evaluated / seconds,
         "backend": model.ops.name,
         "dtype": str(model.ops.dtype),
-        "threads": getattr(model.ops, "threads", arguments.threads),
+        "threads": model.ops.threads,
     }
     print(as_json(figures) if arguments.json else as_rows(figures))
 

@@ -7,7 +7,7 @@ import time
 
 import mistral_ref
 from mistral_ref.cli.common import model_directory, progress_bar, size
-from mistral_ref.files.checkpoint import open_model
+from mistral_ref.files.build_weights import open_model
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES
 from mistral_ref.weights import matrices
 

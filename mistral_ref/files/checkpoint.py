@@ -14,16 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from mistral_ref.config import ModelConfig, RowOrder
+from mistral_ref.config import RowOrder
 from mistral_ref.errors import CheckpointError, InputError, shown, warn
-from mistral_ref.files.config_files import read_config
 from mistral_ref.files.json_file import read_json
 from mistral_ref.files.tensor_file import Tensor, open_with_metadata
-from mistral_ref.files.tensor_names import huggingface_name, is_unused, mistral_name, other_part
-from mistral_ref.quantized_matrix import QuantizedMatrix, bits_of, quantized_parts
-from mistral_ref.weights import FP8_BLOCK, ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights
+from mistral_ref.files.tensor_names import is_unused, mistral_name, other_part
 
 # Several times what any model has. A tensor costs more in memory than its entry in a header does in a file.
 _MAX_TENSORS = 8_000
@@ -120,155 +115,6 @@ def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     return [directory / name for name in sorted(set(weight_map.values()))], weight_map
 
 
-class _Shelf:
-    """The tensors of a checkpoint that nobody has taken yet; taking one checks its dtype and shape."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.left = dict(checkpoint.tensors)
-        self.bits, self.group_size = bits_of(checkpoint.metadata, checkpoint.directory)
-        self.units = self._units() if self.bits else {}
-
-    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.left.pop(name, None)
-        if tensor is None:
-            name = name if self.checkpoint.row_order == "interleaved" else huggingface_name(name)
-            raise CheckpointError(f"{self.checkpoint.directory}: {name} is missing; expected shape {shape}")
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected {shape} by the configuration"
-            )
-        return tensor
-
-    def _floats(self, name: str, shape: tuple[int, ...]) -> tuple[Kind, np.ndarray]:
-        tensor = self._take(name, shape)
-        if tensor.dtype == "F8_E4M3":
-            raise CheckpointError(f"{tensor.path}: {tensor.name} is fp8 without its scale; expected F32, F16 or BF16")
-        return tensor.mapped()
-
-    def vector(self, name: str, n: int) -> np.ndarray:
-        """Take a norm's weight (n,), widened to float32."""
-        kind, data = self._floats(f"{name}.weight", (n,))
-        return Matrix(name, kind, data[np.newaxis]).rows(slice(None), np.float32)[0]
-
-    def matrix(self, name: str, n_out: int, n_in: int) -> Matrix:
-        """Take a matrix (n_out, n_in), with its scale if it is fp8, or its scales if it has codes."""
-        if f"{name}.scales" in self.left:
-            return self._quantized(name, n_out, n_in)
-        tensor = self._take(f"{name}.weight", (n_out, n_in))
-        kind, data = tensor.mapped()
-        scale = self.left.pop(f"{name}.qscale_weight", None)
-        if (scale is None) == (kind == "fp8"):
-            problem = "fp8 without its scale" if scale is None else f"{tensor.dtype} with a scale"
-            raise CheckpointError(f"{tensor.path}: {tensor.name} is {problem}")
-        return Matrix(name, kind, data, None if scale is None else _fp8_scale(scale, n_out, n_in))
-
-    def _quantized(self, name: str, n_out: int, n_in: int) -> QuantizedMatrix:
-        """Take a matrix that `quantize` wrote."""
-        if name not in self.bits:
-            raise CheckpointError(f"{self.checkpoint.directory}: the metadata does not tell how {name} is quantized")
-        bits = self.bits[name]
-        found = {}
-        for ending, part in quantized_parts(n_out, n_in, bits, self.group_size).items():
-            tensor = self._take(f"{name}.{ending}", part.shape)
-            if tensor.dtype != part.dtype:
-                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected {part.dtype}")
-            found[ending] = tensor.raw.reshape(tensor.shape)
-        kind: Kind = "int8" if bits == 8 else "int4"
-        codes, scales = found["weight"], found["scales"]
-        return QuantizedMatrix(name, kind, codes, scales=scales, unit=self.units[name], n_out=n_out, n_in=n_in)
-
-    def _units(self) -> dict[str, np.float32]:
-        """Take the units of all matrices that `quantize` wrote."""
-        tensor = self._take("units", (len(self.bits),))
-        if tensor.dtype != "F32":
-            raise CheckpointError(f"{tensor.path}: units is {tensor.dtype}; expected F32")
-        units = tensor.mapped()[1]
-        if not (np.isfinite(units) & (units > 0) & (np.frexp(units)[0] == 0.5)).all():
-            raise CheckpointError(f"{tensor.path}: units are {shown(units.tolist())}; expected powers of two")
-        return dict(zip(self.bits, map(np.float32, units), strict=True))
-
-    def experts(self, layer: str, config: ModelConfig) -> ExpertFeedForward:
-        """Take a layer's router, and its experts' networks, stored one by one or all in two tensors."""
-        assert config.moe is not None
-        n, dim, hidden = config.moe.num_experts, config.dim, config.hidden_dim
-        names = [f"{layer}.experts.{expert}" for expert in range(n)]
-        gate = self.matrix(f"{layer}.gate", n, dim)
-        if f"{layer}.experts.w1_w3" not in self.left:
-            return ExpertFeedForward(gate, tuple(self.feed_forward(name, config) for name in names))
-        kind, w1_w3 = self._floats(f"{layer}.experts.w1_w3", (n, 2 * hidden, dim))
-        kind_w2, w2 = self._floats(f"{layer}.experts.w2", (n, dim, hidden))
-        fused = (
-            FeedForward(
-                Matrix(f"{name}.w1", kind, w1_w3[expert, :hidden]),
-                Matrix(f"{name}.w2", kind_w2, w2[expert]),
-                Matrix(f"{name}.w3", kind, w1_w3[expert, hidden:]),
-            )
-            for expert, name in enumerate(names)
-        )
-        return ExpertFeedForward(gate, tuple(fused))
-
-    def feed_forward(self, name: str, config: ModelConfig) -> FeedForward:
-        return FeedForward(
-            self.matrix(f"{name}.w1", config.hidden_dim, config.dim),
-            self.matrix(f"{name}.w2", config.dim, config.hidden_dim),
-            self.matrix(f"{name}.w3", config.hidden_dim, config.dim),
-        )
-
-
-def _fp8_scale(tensor: Tensor, n_out: int, n_in: int) -> np.ndarray:
-    """Return the scale of an fp8 matrix as float32 (1, 1) or (ceil(n_out/128), ceil(n_in/128))."""
-    blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
-    if tensor.dtype == "F8_E4M3" or tensor.shape not in ((), (1,), (1, 1), blocks):
-        raise CheckpointError(
-            f"{tensor.path}: {tensor.name} is {tensor.dtype} of shape {shown(tensor.shape)}; "
-            f"expected one float, or {blocks} of them"
-        )
-    kind, data = tensor.mapped()
-    shape = (1, 1) if data.size == 1 else blocks
-    return Matrix(tensor.name, kind, data.reshape(shape)).rows(slice(None), np.float32)
-
-
-def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
-    """Return the tensors of a model, every dtype and shape checked, and none left over.
-
-    An output matrix in the files is used. Where there is none the embedding takes its place if the configuration says
-    that the two are tied; otherwise it is an error, since a lost shard must not become a tied model.
-    """
-    shelf = _Shelf(checkpoint)
-    tok_embeddings = shelf.matrix("tok_embeddings", config.vocab_size, config.dim)
-    layers = tuple(_layer(shelf, f"layers.{number}", config) for number in range(config.n_layers))
-    norm = shelf.vector("norm", config.dim)
-    if "output.weight" in shelf.left:
-        output = shelf.matrix("output", config.vocab_size, config.dim)
-    elif config.tied_embeddings:
-        output = tok_embeddings
-    else:
-        raise CheckpointError(
-            f"{checkpoint.directory}: output.weight (lm_head.weight) is missing, and not tied by the configuration"
-        )
-    for tensor in shelf.left.values():
-        raise CheckpointError(
-            f"{tensor.path}: {shown(tensor.name)} has no place in a model of {config.n_layers} layers"
-            f" with{'' if config.moe else 'out'} experts"
-        )
-    return Weights(tok_embeddings, layers, norm, output)
-
-
-def _layer(shelf: _Shelf, name: str, config: ModelConfig) -> Layer:
-    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    feed_forward = shelf.feed_forward if config.moe is None else shelf.experts
-    return Layer(
-        attention_norm=shelf.vector(f"{name}.attention_norm", config.dim),
-        wq=shelf.matrix(f"{name}.attention.wq", q_out, config.dim),
-        wk=shelf.matrix(f"{name}.attention.wk", kv_out, config.dim),
-        wv=shelf.matrix(f"{name}.attention.wv", kv_out, config.dim),
-        wo=shelf.matrix(f"{name}.attention.wo", config.dim, q_out),
-        ffn_norm=shelf.vector(f"{name}.ffn_norm", config.dim),
-        feed_forward=feed_forward(f"{name}.feed_forward", config),
-    )
-
-
 def checked_directory(path: str | os.PathLike[str]) -> Path:
     """Return the path of a directory; raise InputError if it is none."""
     if not os.path.isdir(path):
@@ -278,12 +124,3 @@ def checked_directory(path: str | os.PathLike[str]) -> Path:
             + ("not a directory; give the one that holds it" if file else "no such directory")
         )
     return Path(path)
-
-
-def open_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
-    """Return the configuration of the model in a directory, completed by what its files are like, and its weights."""
-    directory = checked_directory(path)
-    config, checkpoint = read_config(directory), open_checkpoint(directory)
-    config = config.replace(rope_row_order=checkpoint.row_order)
-    weights = build_weights(checkpoint, config)
-    return config.replace(tied_embeddings=weights.output is weights.tok_embeddings), weights

@@ -25,23 +25,31 @@ from pathlib import Path
 
 import numpy as np
 
-from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, Progress
-from mistral_ref.files.checkpoint import open_model
+from mistral_ref.config import ModelConfig, tensor_shapes
+from mistral_ref.errors import InputError, Progress, shown
+from mistral_ref.files.build_weights import open_model
+from mistral_ref.files.quantized_format import quantized_metadata, quantized_parts
+from mistral_ref.files.rounding import quantized
 from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
-from mistral_ref.quantized_matrix import (
-    GROUP_SIZE,
-    QuantizedMatrix,
-    checked_bits,
-    checked_group_size,
-    quantized,
-    quantized_metadata,
-    quantized_parts,
-)
+from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES, QuantizedMatrix
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack")
 _LARGEST_COPY = 2**26  # bytes; a tokenizer has 20 MB at most
+
+
+def checked_bits(name: str, bits: int) -> int:
+    """Return bits if they are 8 or 4; raise InputError if not."""
+    if type(bits) is not int or bits not in BITS:
+        raise InputError(f"{name} is {shown(bits)}; expected 8 or 4")
+    return bits
+
+
+def checked_group_size(group_size: int) -> int:
+    """Return a group size if it is one of GROUP_SIZES; raise InputError if not."""
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        raise InputError(f"group_size is {shown(group_size)}; expected one of {', '.join(map(str, GROUP_SIZES))}")
+    return group_size
 
 
 @dataclass(frozen=True)
@@ -160,40 +168,40 @@ def _interleaved(matrix: Matrix, config: ModelConfig) -> np.ndarray | None:
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def _as_it_was(matrix: Matrix) -> Iterator[tuple[str, Part, np.ndarray]]:
-    """Yield what a file holds of a matrix that is not rounded."""
-    yield f"{matrix.name}.weight", Part(DTYPES[matrix.kind], matrix.shape), matrix.data
-    if matrix.scale is not None:
-        yield f"{matrix.name}.qscale_weight", Part("F32", matrix.scale.shape), matrix.scale
-
-
-def _norms(weights: Weights) -> Iterator[tuple[str, Part, np.ndarray]]:
-    """Yield what a file holds of the norms: float32, which holds all that they may have been."""
-    names = ("attention_norm", "ffn_norm")
-    vectors = {
-        f"layers.{number}.{name}": getattr(layer, name) for number, layer in enumerate(weights.layers) for name in names
-    }
-    for name, vector in (vectors | {"norm": weights.norm}).items():
-        yield f"{name}.weight", Part("F32", vector.shape), vector
+def _norms(weights: Weights) -> dict[str, np.ndarray]:
+    """Return the weights of all norms by their names in a file."""
+    norms = {"norm.weight": weights.norm}
+    for number, layer in enumerate(weights.layers):
+        norms[f"layers.{number}.attention_norm.weight"] = layer.attention_norm
+        norms[f"layers.{number}.ffn_norm.weight"] = layer.ffn_norm
+    return norms
 
 
 def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, progress: Progress | None) -> None:
-    all_matrices = matrices(weights)
-    bits = {matrix.name: bits for matrix in all_matrices if (bits := scheme.bits_of(matrix.name))}
-    kept = list(_norms(weights))
-    for matrix in all_matrices:
-        kept += _as_it_was(matrix) if matrix.name not in bits else ()
-    parts = {name: part for name, part, _ in kept}
-    for matrix in all_matrices:
-        if matrix.name in bits:
-            rounded = quantized_parts(*matrix.shape, bits[matrix.name], scheme.group_size)
-            parts |= {f"{matrix.name}.{ending}": part for ending, part in rounded.items()}
+    """Write the tensors of a model: rounded where the scheme says so; else as they were, norms in float32."""
+    norms, by_name = _norms(weights), {f"{matrix.name}.weight": matrix for matrix in matrices(weights)}
+    bits = {matrix.name: bits for matrix in by_name.values() if (bits := scheme.bits_of(matrix.name))}
+    parts: dict[str, Part] = {}
+    kept: dict[str, np.ndarray] = {}
+    for name, shape in tensor_shapes(config):
+        if len(shape) == 1:
+            parts[name], kept[name] = Part("F32", shape), norms[name]
+            continue
+        matrix, stem = by_name[name], name.removesuffix(".weight")
+        if stem in bits:
+            endings = quantized_parts(*matrix.shape, bits[stem], scheme.group_size)
+            parts |= {f"{stem}.{ending}": part for ending, part in endings.items()}
+            continue
+        parts[name], kept[name] = Part(DTYPES[matrix.kind], shape), matrix.data
+        if matrix.scale is not None:
+            parts[f"{stem}.qscale_weight"] = Part("F32", matrix.scale.shape)
+            kept[f"{stem}.qscale_weight"] = matrix.scale
     parts["units"] = Part("F32", (len(bits),))
-    done, total = 0, sum(matrix.size for matrix in all_matrices)
     with pieces_of_tensor_file(path, parts, quantized_metadata(bits, scheme.group_size)) as write:
-        for name, _, array in kept:
+        for name, array in kept.items():
             write(name, array)
-        for matrix in all_matrices:
+        done, total = 0, sum(matrix.size for matrix in by_name.values())
+        for matrix in by_name.values():
             if matrix.name in bits:
                 small = quantized(matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
                 write(f"{matrix.name}.weight", small.data)

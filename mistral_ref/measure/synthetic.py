@@ -20,11 +20,12 @@ from typing import Any, get_args
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mistral_ref.config import ModelConfig
+from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import InputError, Progress, checked_whole, shown
+from mistral_ref.files.quantized_format import quantized_metadata, quantized_parts
 from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
-from mistral_ref.quantized_matrix import GROUP_SIZE, quantized_metadata, quantized_parts, scale_values
-from mistral_ref.weights import ExpertFeedForward, FeedForward, Kind, Layer, Matrix, Weights, bf16_bits, e4m3_values
+from mistral_ref.quantized_matrix import GROUP_SIZE, scale_values
+from mistral_ref.weights import Kind, Matrix, Weights, bf16_bits, e4m3_values, weights_of
 
 _MADE_HERE = "mistral_ref.synthetic.v1"  # the entry in a file's metadata that says what it was made of
 _PIECE = 2**20  # weights in memory at a time
@@ -154,29 +155,14 @@ def _plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]
         ones = partial(encoded, np.ones(config.dim, np.float32), plain)
         return PlannedTensor(f"{name}.weight", DTYPES[plain], (config.dim,), lambda: [ones()])
 
-    def feed_forward(name: str) -> Iterator[PlannedTensor]:
-        yield from matrix(f"{name}.w1", config.hidden_dim, config.dim)
-        yield from matrix(f"{name}.w2", config.dim, config.hidden_dim)
-        yield from matrix(f"{name}.w3", config.hidden_dim, config.dim)
-
-    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    yield from matrix("tok_embeddings", config.vocab_size, config.dim, around)
-    for layer in (f"layers.{number}" for number in range(config.n_layers)):
-        yield norm(f"{layer}.attention_norm")
-        yield from matrix(f"{layer}.attention.wq", q_out, config.dim)
-        yield from matrix(f"{layer}.attention.wk", kv_out, config.dim)
-        yield from matrix(f"{layer}.attention.wv", kv_out, config.dim)
-        yield from matrix(f"{layer}.attention.wo", config.dim, q_out)
-        yield norm(f"{layer}.ffn_norm")
-        if config.moe is None:
-            yield from feed_forward(f"{layer}.feed_forward")
-        else:
-            yield from matrix(f"{layer}.feed_forward.gate", config.moe.num_experts, config.dim, plain)
-            for expert in range(config.moe.num_experts):
-                yield from feed_forward(f"{layer}.feed_forward.experts.{expert}")
-    yield norm("norm")
-    if not config.tied_embeddings:
-        yield from matrix("output", config.vocab_size, config.dim, around)
+    for full_name, shape in tensor_shapes(config):
+        name = full_name.removesuffix(".weight")
+        if len(shape) == 1:
+            yield norm(name)
+            continue
+        n_out, n_in = shape
+        special = {"tok_embeddings": around, "output": around, "gate": plain}
+        yield from matrix(name, n_out, n_in, special.get(name.rpartition(".")[2], kind))
 
 
 def plan_metadata(tensors: Iterable[PlannedTensor], kind: Kind) -> dict[str, str]:
@@ -212,24 +198,12 @@ def params_json(config: ModelConfig) -> dict[str, Any]:
 def hollow_weights(config: ModelConfig) -> Weights:
     """Return bf16 weights of a configuration's shape that take no memory, to be counted and not computed with."""
 
-    def matrix(n_out: int, n_in: int) -> Matrix:
-        return Matrix("hollow", "bf16", np.broadcast_to(np.uint16(0), (n_out, n_in)))
+    def tensor(name: str, shape: tuple[int, ...]) -> Matrix | np.ndarray:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return Matrix(name.removesuffix(".weight"), "bf16", np.broadcast_to(np.uint16(0), shape))
 
-    def feed_forward() -> FeedForward:
-        dim, hidden = config.dim, config.hidden_dim
-        return FeedForward(w1=matrix(hidden, dim), w2=matrix(dim, hidden), w3=matrix(hidden, dim))
-
-    dim, norm = config.dim, np.ones(config.dim, np.float32)
-    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    network: FeedForward | ExpertFeedForward = feed_forward()
-    if config.moe is not None:
-        n_experts = config.moe.num_experts
-        network = ExpertFeedForward(matrix(n_experts, dim), tuple(feed_forward() for _ in range(n_experts)))
-    wq, wk, wv, wo = matrix(q_out, dim), matrix(kv_out, dim), matrix(kv_out, dim), matrix(dim, q_out)
-    layer = Layer(norm, wq, wk, wv, wo, norm, network)
-    tok_embeddings = matrix(config.vocab_size, dim)
-    output = tok_embeddings if config.tied_embeddings else matrix(config.vocab_size, dim)
-    return Weights(tok_embeddings, (layer,) * config.n_layers, norm, output)
+    return weights_of({name: tensor(name, shape) for name, shape in tensor_shapes(config)}, config)
 
 
 def _made_of(path: Path) -> str | None:

@@ -31,10 +31,12 @@ from support.checkpoints import (
     write_hf,
     write_tensor_file,
 )
+from support.errors import refused, warned
 
 import mistral_ref
-from mistral_ref.errors import CheckpointError, MistralRefWarning
-from mistral_ref.files.checkpoint import build_weights, open_checkpoint
+from mistral_ref.errors import CheckpointError, shown
+from mistral_ref.files.build_weights import build_weights
+from mistral_ref.files.checkpoint import open_checkpoint
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.tensor_names import huggingface_name, mistral_name
 from mistral_ref.weights import Matrix, Weights, e4m3_values
@@ -88,13 +90,11 @@ def load(directory: Path, **options: Any) -> mistral_ref.Model:
         return mistral_ref.load(directory, backend="numpy", **options)
 
 
-def refusal(directory: Path) -> str:
-    """Return the message with which a directory is refused."""
-    with pytest.raises(CheckpointError) as caught:
+def refusal(directory: Path, *facts: object) -> str:
+    """Return the message with which a directory is refused, which says each of these facts."""
+    with refused(CheckpointError, *facts) as caught:
         load(directory)
-    message = str(caught.value)
-    assert message.isprintable()  # one line
-    return message
+    return str(caught.value)
 
 
 def arrays(weights: Weights) -> Iterator[tuple[str, Matrix | np.ndarray]]:
@@ -199,7 +199,7 @@ def test_a_wrapped_checkpoint_gives_its_text_model(write: Write, part: str, fami
     (tmp_path / "plain").mkdir()
     write(tmp_path, family)
     write_consolidated(tmp_path / "plain", family)
-    with pytest.warns(MistralRefWarning, match=f"only the text model is read, not {part}$"):
+    with warned(part):
         wrapped = mistral_ref.load(tmp_path, backend="numpy")
     assert_same(wrapped, load(tmp_path / "plain"))
 
@@ -231,11 +231,10 @@ def test_names_of_fused_experts_and_scales() -> None:
 # ---------------------------------------------------------------------------------------------------------- the files
 
 
-def say_which(directory: Path) -> str:
-    with pytest.warns(MistralRefWarning) as caught:
+def say_which(directory: Path, read: str, unread: str) -> None:
+    with warned(directory, read, unread) as caught:
         mistral_ref.load(directory, backend="numpy")
-    (warning,) = caught
-    return str(warning.message).removeprefix(f"{directory}: ")
+    assert len(caught) == 1
 
 
 def test_of_both_layouts_one_is_read_and_said(tmp_path: Path) -> None:
@@ -244,15 +243,15 @@ def test_of_both_layouts_one_is_read_and_said(tmp_path: Path) -> None:
         write_consolidated(directory, DENSE)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(DENSE)))
     (tmp_path / "model.safetensors").write_bytes(b"never opened")
-    assert say_which(tmp_path) == "consolidated.safetensors is read, not model.safetensors"
-    with pytest.warns(MistralRefWarning):
+    say_which(tmp_path, "consolidated.safetensors", "model.safetensors")
+    with warned(tmp_path, "model.safetensors"):
         assert_same(mistral_ref.load(tmp_path, backend="numpy"), load(tmp_path / "own"))
 
 
 def test_of_a_whole_file_and_shards_one_is_read_and_said(tmp_path: Path) -> None:
     write_hf(tmp_path, DENSE)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert say_which(tmp_path) == "model.safetensors is read, not model.safetensors.index.json"
+    say_which(tmp_path, "model.safetensors", "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -274,7 +273,7 @@ def test_a_link_that_leads_nowhere(target: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").symlink_to(target)
     problem = "Too many levels of symbolic links" if target == "model.safetensors" else "No such file or directory"
-    assert refusal(tmp_path) == f"{tmp_path / 'model.safetensors'}: {problem}"
+    refusal(tmp_path, tmp_path / "model.safetensors", problem)
 
 
 class _Exploit:
@@ -290,18 +289,16 @@ def test_nothing_is_ever_unpickled(name: str, tmp_path: Path, monkeypatch: pytes
     write_consolidated(tmp_path, DENSE)
     (tmp_path / "consolidated.safetensors").unlink()
     (tmp_path / name).write_bytes(pickle.dumps(_Exploit()))
-    message = refusal(tmp_path)
-    assert name in message
-    assert "pickles can run code and are never opened" in message or "not a safetensors file" in message
+    refusal(tmp_path, name, "safetensors" if name.endswith("safetensors") else "pickles")
     assert not Path("unpickled").exists()
 
 
 def test_no_weights(tmp_path: Path) -> None:
     write_consolidated(tmp_path, DENSE)
     (tmp_path / "consolidated.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
-    assert "found ['model-00001-of-00002.safetensors']; expected consolidated.safetensors, " in refusal(tmp_path)
+    refusal(tmp_path, tmp_path, "model-00001-of-00002.safetensors", "consolidated.safetensors")
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    assert "found no weights; expected consolidated.safetensors, " in refusal(tmp_path)
+    refusal(tmp_path, tmp_path, "no weights", "consolidated.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------- shards
@@ -324,7 +321,7 @@ def edit_index(directory: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 def test_a_lost_shard(shards: Path) -> None:
     lost = shards / "model-00002-of-00003.safetensors"
     lost.unlink()
-    assert refusal(shards) == f"{lost}: No such file or directory"
+    refusal(shards, lost, "No such file")
 
 
 def test_a_tensor_that_only_the_index_has(shards: Path) -> None:
@@ -332,7 +329,7 @@ def test_a_tensor_that_only_the_index_has(shards: Path) -> None:
     tensors = tensors_in(file)
     del tensors["lm_head.weight"]
     write_tensor_file(file, tensors)
-    assert refusal(shards) == f"{file}: 'lm_head.weight' is missing, though the index has it"
+    refusal(shards, file, "'lm_head.weight'", "missing", "index")
 
 
 @pytest.mark.parametrize(("shard", "other"), [(1, 3), (3, 1)])
@@ -340,11 +337,9 @@ def test_a_tensor_in_two_shards(shard: int, other: int, shards: Path) -> None:
     file, copy = (shards / f"model-0000{number}-of-00003.safetensors" for number in (shard, other))
     name, stored = next(iter(tensors_in(file).items()))
     write_tensor_file(copy, tensors_in(copy) | {name: stored})
-    message = refusal(shards)
-    assert repr(name) in message
-    assert f"is there twice, also in {file}" in message or "is in another file according to the index" in message
+    refusal(shards, repr(name), "XX")
     edit_index(shards, lambda index: index["weight_map"].pop(name))
-    assert "is there twice, also in " in refusal(shards)
+    refusal(shards, repr(name), file, copy, "XX")
 
 
 @pytest.mark.parametrize(
@@ -357,24 +352,22 @@ def test_a_tensor_in_two_shards(shard: int, other: int, shards: Path) -> None:
 )  # fmt: skip
 def test_an_index_names_files_beside_it_only(name: object, shards: Path) -> None:
     edit_index(shards, lambda index: index["weight_map"].update({"model.norm.weight": name}))
-    message = refusal(shards)
-    assert message.startswith(f"{shards / 'model.safetensors.index.json'}: 'model.norm.weight' is in ")
-    assert message.endswith("; expected a safetensors file beside it")
+    refusal(shards, shards / "model.safetensors.index.json", "'model.norm.weight'", shown(name), "safetensors")
 
 
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        ("{}", "weight_map is None; expected file names by tensor"),
-        ('{"weight_map": ["model.safetensors"]}', "weight_map is ['model.safetensors']; expected file names by tensor"),
-        ('{"weight_map": {"a": "b", "a": "c"}}', "cannot be read as JSON: key 'a' occurs twice"),
-        ("[]", "cannot be read as JSON: it holds []; expected an object"),
+        ("{}", ("weight_map", None, "file names")),
+        ('{"weight_map": ["model.safetensors"]}', ("weight_map", "['model.safetensors']", "file names")),
+        ('{"weight_map": {"a": "b", "a": "c"}}', ("'a'", "twice")),
+        ("[]", ("JSON", "[]", "object")),
     ],
 )
-def test_an_index_that_is_none(index: str, expected: str, shards: Path) -> None:
+def test_an_index_that_is_none(index: str, expected: tuple[object, ...], shards: Path) -> None:
     file = shards / "model.safetensors.index.json"
     file.write_text(index)
-    assert refusal(shards) == f"{file}: {expected}"
+    refusal(shards, file, *expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- mapping
@@ -549,8 +542,7 @@ def test_tied_embeddings(write: Write, file: str, tied: bool, stored: bool, tmp_
         del tensors[output]
         write_tensor_file(tmp_path / file, tensors)
     if not stored and not tied:
-        expected = "output.weight (lm_head.weight) is missing, and not tied by the configuration"
-        assert refusal(tmp_path) == f"{tmp_path}: {expected}"
+        refusal(tmp_path, tmp_path, "output.weight", "lm_head.weight", "missing", "tied")
         return
     weights = load(tmp_path).weights
     if stored:
@@ -570,10 +562,10 @@ def test_a_wrapper_without_output_is_tied_unless_it_says_no(wrapper: Any, said: 
     if said is not None:
         config["tie_word_embeddings"] = said
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.warns(MistralRefWarning, match="only the text model"):
+    with warned(tmp_path, "vision_tower"):
         checkpoint = open_checkpoint(tmp_path)
     if said is False:
-        with pytest.raises(CheckpointError, match=r"output\.weight .* is missing"):
+        with refused(CheckpointError, "output.weight", "missing"):
             build_weights(checkpoint, read_config(tmp_path))
     else:
         weights = build_weights(checkpoint, read_config(tmp_path))
@@ -584,7 +576,7 @@ def test_a_wrapper_without_output_is_tied_unless_it_says_no(wrapper: Any, said: 
 
 Q_SHAPE = (DENSE.config.n_heads * DENSE.config.head_dim, DENSE.config.dim)
 D = DENSE.config.dim
-KINDS = "expected one of F32, F16, BF16, F8_E4M3"
+KINDS = ("F32", "F16", "BF16", "F8_E4M3")
 IN_LAYER_1 = {
     "consolidated.safetensors": {
         "wq": "layers.1.attention.wq", "norm": "layers.1.ffn_norm", "scale": "qscale_weight"
@@ -605,33 +597,31 @@ def zeros(dtype: str, *shape: int) -> tuple[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"{wq}.weight": zeros("F32", D, D)}, "{wq}.weight has shape ({D}, {D}); expected {Q} by the configuration"),
-        ({"{wq}.weight": zeros("F32", *Q_SHAPE, 1)}, "{wq}.weight has shape (56, 44, 1); expected {Q}"),
-        ({"{wq}.weight": zeros("F32")}, "{wq}.weight has shape (); expected {Q} by the configuration"),
-        ({"{norm}.weight": zeros("F32", 1, D)}, "{norm}.weight has shape (1, {D}); expected ({D},)"),
-        ({"{wq}.weight": zeros("I64", *Q_SHAPE)}, f"'{{wq}}.weight' is I64; {KINDS}"),
-        ({"{wq}.weight": zeros("F64", *Q_SHAPE)}, f"'{{wq}}.weight' is F64; {KINDS}"),
-        ({"{wq}.weight": zeros("U8", *Q_SHAPE)}, f"'{{wq}}.weight' is U8; {KINDS}"),
-        ({"{norm}.weight": zeros("F64", D)}, f"'{{norm}}.weight' is F64; {KINDS}"),
-        ({"{wq}.weight": zeros("F8_E4M3", *Q_SHAPE)}, "{wq}.weight is fp8 without its scale"),
-        ({"{norm}.weight": zeros("F8_E4M3", D)}, "{norm}.weight is fp8 without its scale"),
-        ({"{wq}.{scale}": zeros("F32")}, "{wq}.weight is BF16 with a scale"),
-        ({"{norm}.{scale}": zeros("F32")}, "'{norm}.{scale}' has no place in a model of 3 layers without experts"),
-        ({"{wq}.bias": zeros("F32", 56)}, "'{wq}.bias' is a tensor of no model that is known here"),
-        ({"{wq}\n\x1b.weight": zeros("F32")}, r"'{wq}\n\x1b.weight' is a tensor of no model that is known here"),
-        ({"x" * 5000: zeros("F32")}, "xxx' is a tensor of no model that is known here"),
+        ({"{wq}.weight": zeros("F32", D, D)}, ("{wq}.weight", (D, D), Q_SHAPE)),
+        ({"{wq}.weight": zeros("F32", *Q_SHAPE, 1)}, ("{wq}.weight", (*Q_SHAPE, 1), Q_SHAPE)),
+        ({"{wq}.weight": zeros("F32")}, ("{wq}.weight", (), Q_SHAPE)),
+        ({"{norm}.weight": zeros("F32", 1, D)}, ("{norm}.weight", (1, D), (D,))),
+        ({"{wq}.weight": zeros("I64", *Q_SHAPE)}, ("'{wq}.weight'", "I64", *KINDS)),
+        ({"{wq}.weight": zeros("F64", *Q_SHAPE)}, ("'{wq}.weight'", "F64", *KINDS)),
+        ({"{wq}.weight": zeros("U8", *Q_SHAPE)}, ("'{wq}.weight'", "U8", *KINDS)),
+        ({"{norm}.weight": zeros("F64", D)}, ("'{norm}.weight'", "F64", *KINDS)),
+        ({"{wq}.weight": zeros("F8_E4M3", *Q_SHAPE)}, ("{wq}.weight", "fp8", "without its scale")),
+        ({"{norm}.weight": zeros("F8_E4M3", D)}, ("{norm}.weight", "fp8", "without its scale")),
+        ({"{wq}.{scale}": zeros("F32")}, ("{wq}.weight", "BF16", "scale")),
+        ({"{norm}.{scale}": zeros("F32")}, ("'{norm}.{scale}'", "3 layers", "without experts")),
+        ({"{wq}.bias": zeros("F32", 56)}, ("'{wq}.bias'", "no model")),
+        ({"{wq}\n\x1b.weight": zeros("F32")}, (r"'{wq}\n\x1b.weight'", "no model")),
+        ({"x" * 5000: zeros("F32")}, (shown("x" * 5000), "no model")),
     ],
 )  # fmt: skip
 def test_a_fault_in_a_tensor(
-    write: Write, file: str, changes: Mapping[str, tuple[str, np.ndarray]], expected: str, tmp_path: Path
+    write: Write, file: str, changes: Mapping[str, tuple[str, np.ndarray]], expected: tuple[object, ...], tmp_path: Path
 ) -> None:
     write(tmp_path, DENSE)
     names = IN_LAYER_1[file]
     changed = {name.format(**names): stored for name, stored in changes.items()}
     write_tensor_file(tmp_path / file, tensors_in(tmp_path / file) | changed)
-    message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path / file}: ")
-    assert expected.format(**names, Q=Q_SHAPE, D=D) in message
+    message = refusal(tmp_path, tmp_path / file, *(str(fact).format(**names) for fact in expected))
     assert len(message) < 400
 
 
@@ -639,21 +629,21 @@ def test_a_fault_in_a_tensor(
 @pytest.mark.parametrize(
     ("scale", "expected"),
     [
-        (zeros("F32", 2), "{wq}.{scale} is F32 of shape (2,); expected one float, or (1, 1) of them"),
-        (zeros("F32", 56, 1), "{wq}.{scale} is F32 of shape (56, 1); expected one float, or (1, 1) of them"),
-        (zeros("F32", 0), "{wq}.{scale} is F32 of shape (0,); expected one float, or (1, 1) of them"),
-        (zeros("F8_E4M3", 1), "{wq}.{scale} is F8_E4M3 of shape (1,); expected one float, or (1, 1) of them"),
-        (zeros("I32", 1), f"'{{wq}}.{{scale}}' is I32; {KINDS}"),
+        (zeros("F32", 2), ("F32", (2,), "one float", (1, 1))),
+        (zeros("F32", 56, 1), ("F32", (56, 1), "one float", (1, 1))),
+        (zeros("F32", 0), ("F32", (0,), "one float", (1, 1))),
+        (zeros("F8_E4M3", 1), ("F8_E4M3", (1,), "one float", (1, 1))),
+        (zeros("I32", 1), ("I32", *KINDS)),
     ],
 )
 def test_a_fault_in_a_scale(
-    write: Write, file: str, scale: tuple[str, np.ndarray], expected: str, tmp_path: Path
+    write: Write, file: str, scale: tuple[str, np.ndarray], expected: tuple[object, ...], tmp_path: Path
 ) -> None:
     write(tmp_path, DENSE)
     names = IN_LAYER_1[file]
     changes = {f"{names['wq']}.weight": zeros("F8_E4M3", *Q_SHAPE), f"{names['wq']}.{names['scale']}": scale}
     write_tensor_file(tmp_path / file, tensors_in(tmp_path / file) | changes)
-    assert refusal(tmp_path) == f"{tmp_path / file}: {expected.format(**names)}"
+    refusal(tmp_path, tmp_path / file, "{wq}.{scale}".format(**names), *expected)
 
 
 @each_layout
@@ -663,10 +653,7 @@ def test_every_tensor_is_missed(write: Write, file: str, family: Family, tmp_pat
     tensors = tensors_in(tmp_path / file)
     for name in tensors:
         write_tensor_file(tmp_path / file, {other: stored for other, stored in tensors.items() if other != name})
-        message = refusal(tmp_path)
-        assert message.startswith(f"{tmp_path}: ")
-        assert name in message
-        assert "is missing" in message
+        refusal(tmp_path, tmp_path, name, "missing")
 
 
 @pytest.mark.parametrize("lost", ["gate_up_proj", "down_proj"])
@@ -676,7 +663,7 @@ def test_half_of_the_fused_experts(lost: str, tmp_path: Path) -> None:
     del tensors[f"model.layers.0.mlp.experts.{lost}"]
     write_tensor_file(tmp_path / "model.safetensors", tensors)
     named = "mlp.experts.down_proj" if lost == "down_proj" else "block_sparse_moe.experts.0.w1.weight"
-    assert f"{tmp_path}: model.layers.0.{named} is missing; expected shape" in refusal(tmp_path)
+    refusal(tmp_path, tmp_path, f"model.layers.0.{named}", "missing")
 
 
 @pytest.mark.parametrize("fused", ["gate_up_proj", "down_proj"])
@@ -685,7 +672,7 @@ def test_fused_experts_in_fp8_have_no_scales(fused: str, tmp_path: Path) -> None
     file, name = tmp_path / "model.safetensors", f"model.layers.0.mlp.experts.{fused}"
     tensors = tensors_in(file)
     write_tensor_file(file, tensors | {name: zeros("F8_E4M3", *tensors[name][1].shape)})
-    assert refusal(tmp_path) == f"{file}: {name} is fp8 without its scale; expected F32, F16 or BF16"
+    refusal(tmp_path, file, name, "fp8", "without its scale", "F32", "F16", "BF16")
 
 
 @each_layout
@@ -699,15 +686,15 @@ def test_tensors_that_have_no_place(write: Write, file: str, family: Family, tmp
     tensors = tensors_in(tmp_path / file)
     for name in strangers:
         write_tensor_file(tmp_path / file, tensors | {f"{name}.weight": zeros("F32", 4, 4)})
-        expected = f"has no place in a model of {layers} layers with{'out' if family is DENSE else ''} experts"
-        assert refusal(tmp_path) == f"{tmp_path / file}: '{name}.weight' {expected}"
+        experts_or_not = f"with{'out' if family is DENSE else ''} experts"
+        refusal(tmp_path, tmp_path / file, f"'{name}.weight'", f"{layers} layers", experts_or_not)
 
 
 def test_one_tensor_under_two_names(tmp_path: Path) -> None:
     write_hf(tmp_path, DENSE)
     file = tmp_path / "model.safetensors"
     write_tensor_file(file, tensors_in(file) | {"model.language_model.norm.weight": zeros("F32", D)})
-    assert refusal(tmp_path) == f"{file}: 'model.language_model.norm.weight' is there twice, also in {file}"
+    refusal(tmp_path, file, "'model.language_model.norm.weight'", "twice")
 
 
 def test_names_of_both_layouts_in_one_file(tmp_path: Path) -> None:
@@ -716,7 +703,7 @@ def test_names_of_both_layouts_in_one_file(tmp_path: Path) -> None:
     tensors = tensors_in(file)
     tensors["norm.weight"] = tensors.pop("model.norm.weight")
     write_tensor_file(file, tensors)
-    assert refusal(tmp_path) == f"{tmp_path}: some tensors bear Mistral's own names, some Hugging Face's"
+    refusal(tmp_path, tmp_path, "Mistral", "Hugging Face")
 
 
 def entry(begin: int, end: int, shape: object = None, dtype: object = "F32") -> dict[str, object]:
@@ -761,12 +748,12 @@ def test_a_broken_header(case: str, tmp_path: Path) -> None:
     write_consolidated(tmp_path, DENSE)
     file = tmp_path / "consolidated.safetensors"
     write_raw(file, header, data)
-    message = refusal(tmp_path)
+    facts: tuple[object, ...] = ("safetensors file",)
     if case in PAST_THE_END:
-        assert message.startswith(f"{file}: truncated: {file.stat().st_size} bytes, and its header tells of ")
-    else:
-        assert message.startswith((f"{file}: not a valid safetensors file: ", f"{file}: 'a' is ['F32', [1], [0, 4]]; "))
-    assert len(message) < 400
+        facts = ("truncated", f"{file.stat().st_size} bytes")
+    elif case == "entry as a list":
+        facts = ("'a'", "['F32', [1], [0, 4]]")
+    assert len(refusal(tmp_path, file, *facts)) < 400
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 9, 1000, -1])
@@ -775,18 +762,17 @@ def test_a_truncated_file(kept: int, tmp_path: Path) -> None:
     file = tmp_path / "consolidated.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:kept])
-    of_data = f"truncated: {len(whole) - 1} bytes, and its header tells of {len(whole)}"
-    of_header = f"truncated, or not a safetensors file: {kept} bytes in all"
-    assert refusal(tmp_path) == f"{file}: {of_data if kept == -1 else of_header}"
+    found = (f"{len(whole) - 1} bytes", len(whole)) if kept == -1 else (f"{kept} bytes",)
+    refusal(tmp_path, file, "truncated", *found)
 
 
 def test_a_header_longer_than_the_file_or_any_header(tmp_path: Path) -> None:
     write_consolidated(tmp_path, DENSE)
     file = tmp_path / "consolidated.safetensors"
     write_raw(file, {}, length=2**64 - 1)
-    assert refusal(tmp_path) == f"{file}: truncated, or not a safetensors file: 10 bytes in all"
+    refusal(tmp_path, file, "truncated", "10 bytes")
     write_raw(file, " " * 600_000)
-    assert refusal(tmp_path) == f"{file}: its header has 600000 bytes; at most 524288 are read"
+    refusal(tmp_path, file, "header", "600000 bytes", 524288)
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
@@ -796,5 +782,4 @@ def test_what_is_no_regular_file_is_not_opened(kind: str, name: str, tmp_path: P
     (tmp_path / "model.safetensors").unlink()
     file = tmp_path / name
     {"directory": file.mkdir, "pipe": partial(os.mkfifo, file), "device": partial(file.symlink_to, "/dev/zero")}[kind]()
-    assert refusal(tmp_path).startswith(f"{file}: ")
-    assert "regular file" in refusal(tmp_path)
+    refusal(tmp_path, file, "regular file")

@@ -33,9 +33,10 @@ import mistral_ref
 from mistral_ref import CheckpointError, InputError, MistralRefError, Model
 from mistral_ref.config import MixtureOfExperts, ModelConfig
 from mistral_ref.files.json_file import MAX_JSON_BYTES
+from mistral_ref.files.quantized_format import FORMAT, quantized_parts
 from mistral_ref.files.tensor_file import open_tensor_file
 from mistral_ref.measure.synthetic import make_checkpoint, plan, plan_metadata
-from mistral_ref.quantized_matrix import FORMAT, GROUP_SIZES, QuantizedMatrix, quantized_parts
+from mistral_ref.quantized_matrix import GROUP_SIZES, QuantizedMatrix
 from mistral_ref.weights import Matrix, matrices
 
 Write = Callable[[Path], None]

@@ -34,8 +34,10 @@ from mistral_kernels.matvec import FEW, ONE, PART, in_pairs, matvec, matvec_tile
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.simd import LANES, load, multiply_add_pairs, store
 from mistral_kernels.tile import WIDTH
+from mistral_ref.activations import rounded
+from mistral_ref.files.quantized_format import quantized_parts
 from mistral_ref.ops import KeyView
-from mistral_ref.quantized_matrix import QuantizedMatrix, quantized_parts, rounded, scale_values
+from mistral_ref.quantized_matrix import QuantizedMatrix, scale_values
 from mistral_ref.reference_ops import ReferenceOps, in_steps
 from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, bf16_bits, bf16_values, e4m3_values, tiled
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
+from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn, tensor_shapes
 
 Tensors = dict[str, np.ndarray]
 Stored = dict[str, tuple[str, np.ndarray]]  # name -> (dtype in a safetensors header, array of the same bytes)
@@ -136,29 +136,6 @@ _GAIN = {"wq": 1.7, "wk": 1.7, "wv": 1.0, "wo": 1.2, "w1": 1.5, "w2": 1.5, "w3":
 _TO_STREAM = ("wo", "w2", "tok_embeddings")
 
 
-def matrix_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield every matrix's name, under Mistral's own names and without `.weight`, and its shape (O, I)."""
-    dim, hidden = config.dim, config.hidden_dim
-    q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    yield "tok_embeddings", (config.vocab_size, dim)
-    for layer in range(config.n_layers):
-        attention, feed_forward = f"layers.{layer}.attention", f"layers.{layer}.feed_forward"
-        yield from ((f"{attention}.wq", (q_out, dim)), (f"{attention}.wk", (kv_out, dim)))
-        yield from ((f"{attention}.wv", (kv_out, dim)), (f"{attention}.wo", (dim, q_out)))
-        networks = [feed_forward]
-        if config.moe is not None:
-            yield f"{feed_forward}.gate", (config.moe.num_experts, dim)
-            networks = [f"{feed_forward}.experts.{expert}" for expert in range(config.moe.num_experts)]
-        for network in networks:
-            yield from (
-                (f"{network}.w1", (hidden, dim)),
-                (f"{network}.w2", (dim, hidden)),
-                (f"{network}.w3", (hidden, dim)),
-            )
-    if not config.tied_embeddings:
-        yield "output", (config.vocab_size, dim)
-
-
 def draw_weights(family: Family) -> Tensors:
     """Return the weights of a family by Mistral's own names: float32, holding values that the family's dtype can hold.
 
@@ -170,18 +147,19 @@ def draw_weights(family: Family) -> Tensors:
     def uniform(shape: tuple[int, ...], size: float) -> np.ndarray:
         return random.uniform(-1.0, 1.0, shape) * (3.0**0.5 * size)  # a root mean square of `size`
 
-    weights = {}
-    for name, shape in matrix_shapes(config):
-        kind = name.rpartition(".")[2]
+    weights, shapes = {}, dict(tensor_shapes(config))
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            continue
+        kind = name.removesuffix(".weight").rpartition(".")[2]
         if kind == "tok_embeddings":  # a tied one also makes the logits, whose size should be that of the others
             size = _GAIN["output"] / config.dim**0.5 if config.tied_embeddings else 1.0
         else:
             size = _GAIN[kind] / shape[1] ** 0.5
-        weights[f"{name}.weight"] = uniform(shape, size * (family.stream if kind in _TO_STREAM else 1.0))
-    for layer in range(config.n_layers):
-        for norm in ("attention_norm", "ffn_norm"):
-            weights[f"layers.{layer}.{norm}.weight"] = 0.25 + np.abs(uniform((config.dim,), 1.0))
-    weights["norm.weight"] = 0.25 + np.abs(uniform((config.dim,), 1.0))
+        weights[name] = uniform(shape, size * (family.stream if kind in _TO_STREAM else 1.0))
+    for name, shape in shapes.items():  # norms were drawn last when the golden files were made
+        if len(shape) == 1:
+            weights[name] = 0.25 + np.abs(uniform(shape, 1.0))
     return {name: _rounded(values.astype(np.float32), family.dtype) for name, values in weights.items()}
 
 

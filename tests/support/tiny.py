@@ -10,7 +10,8 @@ from support.checkpoints import FAMILIES, Family, draw_weights
 
 from mistral_ref.compare import compare_walks
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
-from mistral_ref.files.checkpoint import Checkpoint, build_weights
+from mistral_ref.files.build_weights import build_weights
+from mistral_ref.files.checkpoint import Checkpoint
 from mistral_ref.files.tensor_file import Tensor
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps

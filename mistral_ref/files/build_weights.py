@@ -1,0 +1,156 @@
+"""From a checkpoint's tensors to weights: every dtype and shape checked, none missing and none left over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from mistral_ref.config import ModelConfig, tensor_shapes
+from mistral_ref.errors import CheckpointError, shown
+from mistral_ref.files.checkpoint import Checkpoint, checked_directory, open_checkpoint
+from mistral_ref.files.config_files import read_config
+from mistral_ref.files.quantized_format import bits_of, quantized_parts
+from mistral_ref.files.tensor_file import Tensor
+from mistral_ref.files.tensor_names import huggingface_name
+from mistral_ref.quantized_matrix import QuantizedMatrix
+from mistral_ref.weights import FP8_BLOCK, Kind, Matrix, Weights, weights_of
+
+
+def open_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
+    """Return the configuration of the model in a directory, completed by what its files are like, and its weights."""
+    directory = checked_directory(path)
+    config, checkpoint = read_config(directory), open_checkpoint(directory)
+    config = config.replace(rope_row_order=checkpoint.row_order)
+    weights = build_weights(checkpoint, config)
+    return config.replace(tied_embeddings=weights.output is weights.tok_embeddings), weights
+
+
+def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
+    """Return the tensors of a model, every dtype and shape checked, and none left over.
+
+    An output matrix in the files is used. Where there is none the embedding takes its place if the configuration says
+    that the two are tied; otherwise it is an error, since a lost shard must not become a tied model.
+    """
+    config = config.replace(tied_embeddings=config.tied_embeddings and "output.weight" not in checkpoint.tensors)
+    untaken = _Untaken(checkpoint)
+    taken: dict[str, Matrix | np.ndarray] = {}
+    for name, shape in tensor_shapes(config):
+        if name not in taken:  # taking one of fused experts takes all
+            taken |= untaken.take(name, shape, config)
+    for tensor in untaken.tensors.values():
+        raise CheckpointError(
+            f"{tensor.path}: {shown(tensor.name)} has no place in a model of {config.n_layers} layers"
+            f" with{'' if config.moe else 'out'} experts"
+        )
+    return weights_of(taken, config)
+
+
+class _Untaken:
+    """The tensors of a checkpoint that are no part of the weights yet; taking one checks its dtype and shape."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.tensors = dict(checkpoint.tensors)
+        self.bits, self.group_size = bits_of(checkpoint.metadata, checkpoint.directory)
+        self.units = self._units() if self.bits else {}
+
+    def take(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, Matrix | np.ndarray]:
+        """Take what a name of `tensor_shapes` stands for; with it, where experts are fused, all of its layer's."""
+        stem = name.removesuffix(".weight")
+        experts, _, of_expert = stem.partition(".experts.")
+        if of_expert and f"{experts}.experts.w1_w3" in self.tensors:
+            return dict(self._fused_experts(f"{experts}.experts", config))
+        if len(shape) == 1:
+            return {name: self._vector(stem, shape)}
+        return {name: self._matrix(stem, *shape)}
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.tensors.pop(name, None)
+        if tensor is None:
+            raise CheckpointError(f"{self.checkpoint.directory}: {self._missing(name, shape)}")
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected {shape} by the configuration"
+            )
+        return tensor
+
+    def _missing(self, name: str, shape: tuple[int, ...]) -> str:
+        if name == "output.weight":
+            return "output.weight (lm_head.weight) is missing, and not tied by the configuration"
+        name = name if self.checkpoint.row_order == "interleaved" else huggingface_name(name)
+        return f"{name} is missing; expected shape {shape}"
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> tuple[Kind, np.ndarray]:
+        tensor = self._tensor(name, shape)
+        if tensor.dtype == "F8_E4M3":
+            raise CheckpointError(f"{tensor.path}: {tensor.name} is fp8 without its scale; expected F32, F16 or BF16")
+        return tensor.mapped()
+
+    def _vector(self, stem: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Take a norm's weight, widened to float32."""
+        kind, data = self._floats(f"{stem}.weight", shape)
+        return Matrix(stem, kind, data[np.newaxis]).rows(slice(None), np.float32)[0]
+
+    def _matrix(self, stem: str, n_out: int, n_in: int) -> Matrix:
+        """Take a matrix, with its scale if it is fp8, or its scales if it has codes."""
+        if f"{stem}.scales" in self.tensors:
+            return self._quantized(stem, n_out, n_in)
+        tensor = self._tensor(f"{stem}.weight", (n_out, n_in))
+        kind, data = tensor.mapped()
+        scale = self.tensors.pop(f"{stem}.qscale_weight", None)
+        if (scale is None) == (kind == "fp8"):
+            problem = "fp8 without its scale" if scale is None else f"{tensor.dtype} with a scale"
+            raise CheckpointError(f"{tensor.path}: {tensor.name} is {problem}")
+        return Matrix(stem, kind, data, None if scale is None else _fp8_scale(scale, n_out, n_in))
+
+    def _quantized(self, stem: str, n_out: int, n_in: int) -> QuantizedMatrix:
+        """Take a matrix that `quantize` wrote."""
+        if stem not in self.bits:
+            raise CheckpointError(f"{self.checkpoint.directory}: the metadata does not tell how {stem} is quantized")
+        bits = self.bits[stem]
+        found = {}
+        for ending, part in quantized_parts(n_out, n_in, bits, self.group_size).items():
+            tensor = self._tensor(f"{stem}.{ending}", part.shape)
+            if tensor.dtype != part.dtype:
+                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected {part.dtype}")
+            found[ending] = tensor.raw.reshape(tensor.shape)
+        kind: Kind = "int8" if bits == 8 else "int4"
+        codes, scales = found["weight"], found["scales"]
+        return QuantizedMatrix(stem, kind, codes, scales=scales, unit=self.units[stem], n_out=n_out, n_in=n_in)
+
+    def _units(self) -> dict[str, np.float32]:
+        """Take the units of all matrices that `quantize` wrote."""
+        tensor = self._tensor("units", (len(self.bits),))
+        if tensor.dtype != "F32":
+            raise CheckpointError(f"{tensor.path}: units is {tensor.dtype}; expected F32")
+        units = tensor.mapped()[1]
+        if not (np.isfinite(units) & (units > 0) & (np.frexp(units)[0] == 0.5)).all():
+            raise CheckpointError(f"{tensor.path}: units are {shown(units.tolist())}; expected powers of two")
+        return dict(zip(self.bits, map(np.float32, units), strict=True))
+
+    def _fused_experts(self, stem: str, config: ModelConfig) -> Iterator[tuple[str, Matrix]]:
+        """Take all experts of a layer from two tensors: w1_w3 (E, 2F, D), w1's rows before w3's, and w2 (E, D, F)."""
+        assert config.moe is not None
+        n_experts, dim, hidden = config.moe.num_experts, config.dim, config.hidden_dim
+        kind, w1_w3 = self._floats(f"{stem}.w1_w3", (n_experts, 2 * hidden, dim))
+        kind_w2, w2 = self._floats(f"{stem}.w2", (n_experts, dim, hidden))
+        for expert in range(n_experts):
+            name = f"{stem}.{expert}"
+            yield f"{name}.w1.weight", Matrix(f"{name}.w1", kind, w1_w3[expert, :hidden])
+            yield f"{name}.w2.weight", Matrix(f"{name}.w2", kind_w2, w2[expert])
+            yield f"{name}.w3.weight", Matrix(f"{name}.w3", kind, w1_w3[expert, hidden:])
+
+
+def _fp8_scale(tensor: Tensor, n_out: int, n_in: int) -> np.ndarray:
+    """Return the scale of an fp8 matrix as float32 (1, 1) or (ceil(n_out/128), ceil(n_in/128))."""
+    blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
+    if tensor.dtype == "F8_E4M3" or tensor.shape not in ((), (1,), (1, 1), blocks):
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.name} is {tensor.dtype} of shape {shown(tensor.shape)}; "
+            f"expected one float, or {blocks} of them"
+        )
+    kind, data = tensor.mapped()
+    shape = (1, 1) if data.size == 1 else blocks
+    return Matrix(tensor.name, kind, data.reshape(shape)).rows(slice(None), np.float32)

@@ -1,0 +1,112 @@
+"""Weights rounded to 8 or 4 bits: for each group the scale, zero and codes with the least squared error."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from mistral_kernels.layout import TILE, code_tiles
+from mistral_ref.errors import CheckpointError
+from mistral_ref.quantized_matrix import QuantizedMatrix, scale_values
+from mistral_ref.weights import Matrix
+
+# How a group is rounded: scales that are tried, counted from the smallest that spans it, and how often the zero is
+# fitted to the codes that it led to. More of either changes little (docs/quantization.md).
+_SCALES_TRIED = (1, 0, -1, -2, -3)
+_REFITS = 2
+_BLOCK_ELEMENTS = 2**18
+_EXPONENTS = (-126, 126)  # powers of two that float32 has
+
+
+def _unit(largest: float, bits: int) -> np.float32:
+    """Return the least power of two with which a scale spans weights from -largest to largest; 1 if they are 0."""
+    least = 2 * largest / (2**bits - 1) / float(scale_values()[-1])
+    return np.ldexp(np.float32(1), int(np.clip(math.ceil(math.log2(least)), *_EXPONENTS)) if least else 0)
+
+
+def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes (R, N, G), and the scales and zeros (R, N) that round these groups with least squared error."""
+    most, unit = np.float32(2**bits - 1), np.float32(2 ** (8 - bits))
+    table = scale_values()
+    low, high = np.minimum(groups.min(axis=-1), 0), np.maximum(groups.max(axis=-1), 0)
+    smallest = np.searchsorted(table, (high - low) / most)
+    least = np.full(smallest.shape, np.inf, np.float32)
+    scales, zeros = np.zeros_like(smallest), np.zeros_like(least)
+
+    def in_codes(zero: np.ndarray) -> np.ndarray:
+        values = in_scales + zero[..., np.newaxis]
+        return np.clip(np.rint(values, out=values), 0, most, out=values)
+
+    for offset in _SCALES_TRIED:
+        tried = np.clip(smallest + offset, 1, 255)
+        scale = table[tried]
+        in_scales = groups / scale[..., np.newaxis]
+        zero = most / 2 - (low + high) / (2 * scale)  # the middle of the group becomes the middle of the codes
+        for _ in range(_REFITS + 1):
+            zero = np.clip(np.rint(zero * unit), 0, 255) / unit
+            off = in_codes(zero)
+            off -= in_scales
+            off -= zero[..., np.newaxis]
+            error = np.einsum("rng,rng->rn", off, off) * np.square(scale)
+            better = error < least
+            least, scales, zeros = (
+                np.where(better, new, old) for new, old in ((error, least), (tried, scales), (zero, zeros))
+            )
+            zero = zero + off.mean(axis=-1)
+    is_zero = high == low
+    scales[is_zero] = zeros[is_zero] = 0
+    in_scales = groups / np.where(is_zero, 1, table[scales])[..., np.newaxis]
+    return in_codes(zeros).astype(np.uint8), scales.astype(np.uint8), (zeros * unit).astype(np.uint8)
+
+
+def _blocks(n_rows: int, n_in: int) -> Iterator[slice]:
+    """Yield slices of whole tiles of rows, each of a bounded number of weights."""
+    step = max(_BLOCK_ELEMENTS // n_in // TILE, 1) * TILE
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+
+
+def quantized(
+    matrix: Matrix, bits: int, group_size: int, row_order: np.ndarray | None = None, threads: int | None = None
+) -> QuantizedMatrix:
+    """Return a matrix rounded to 8 or 4 bits.
+
+    row_order   which row of `matrix` each row of the result is; None: as they are
+    threads     how many rows are rounded on; None: as many as there are processors
+
+    Raises CheckpointError for weights that are not finite.
+    """
+    if isinstance(matrix, QuantizedMatrix):
+        raise CheckpointError(f"{matrix.name} has {matrix.bits} bits already; expected float weights")
+    n_out, n_in = matrix.shape
+    n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
+    data = np.empty((n_tiles, n_groups * group_size * bits // 32, TILE, 4), np.uint8)
+    all_scales = np.zeros((n_tiles, n_groups, 2, TILE), np.uint8)
+
+    def largest_of(rows: slice) -> float:
+        return float(np.abs(matrix.rows(rows, np.float32)).max())
+
+    def round_rows(rows: slice) -> None:
+        weights = matrix.rows(rows if row_order is None else row_order[rows], np.float32)
+        weights = weights / unit
+        groups = np.pad(weights, ((0, 0), (0, n_groups * group_size - n_in)), mode="edge")
+        codes, *scales = _best_codes(groups.reshape(len(groups), n_groups, group_size), bits)
+        tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
+        data[tiles] = code_tiles(codes.reshape(len(groups), -1), bits)
+        by_row = np.zeros(((tiles.stop - tiles.start) * TILE, 2, n_groups), np.uint8)
+        by_row[: len(groups)] = np.stack(scales, axis=1)
+        all_scales[tiles] = by_row.reshape(-1, TILE, 2, n_groups).transpose(0, 3, 2, 1)
+
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        largest = np.max(list(pool.map(largest_of, _blocks(n_out, n_in))))  # NaN if there is one
+        if not np.isfinite(largest):
+            raise CheckpointError(f"{matrix.name} holds {largest}, which has no place among {2**bits} steps")
+        unit = _unit(float(largest), bits)
+        for _ in pool.map(round_rows, _blocks(n_out, n_in)):
+            pass
+    kind: Any = f"int{bits}"
+    return QuantizedMatrix(matrix.name, kind, data, scales=all_scales, unit=unit, n_out=n_out, n_in=n_in)
