@@ -15,26 +15,20 @@ that pass, sees 2, 3 and itself, and all three are there:
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError, InputError, checked_whole, shown
-from mistral_ref.files.json_file import parse_json
-from mistral_ref.files.tensor_file import write_tensor_file
+from mistral_ref.files.cache_file import not_a_cache, read_cache_file, write_cache_file
 from mistral_ref.ops import KeyView, Ops
 
 DEFAULT_CHUNK = 512
 STEP_BYTES = 4  # for each head's key and value of int8, what its steps are
 _FIRST_CAPACITY = 64
-_FORMAT = "mistral_ref.cache.v1"
-_MAX_LENGTH = 2**40  # positions stay exact in float64 angles and far from overflow
 
 
 @dataclass
@@ -196,14 +190,9 @@ class KVCache:
 
         The file appears under its name only when it is complete.
         """
-        tensors: dict[str, np.ndarray] = {}
-        for number, ring in enumerate(self.rings):
-            k_SGK, v_SGK = self.ops.read(ring.store, ring.slots(ring.oldest, self.length))
-            tensors[f"layers.{number}.k"] = np.ascontiguousarray(k_SGK)
-            tensors[f"layers.{number}.v"] = np.ascontiguousarray(v_SGK)
         settings = {"length": self.length, "chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
-        metadata = {_FORMAT: json.dumps(settings), "config": _config_json(self.config)}
-        write_tensor_file(path, tensors, metadata, CacheError)
+        layers = (self.ops.read(ring.store, ring.slots(ring.oldest, self.length)) for ring in self.rings)
+        write_cache_file(path, self.config, settings, layers)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:
@@ -212,25 +201,16 @@ class KVCache:
         Any operations can take it up; if they do not store its dtype they store their own. Raises CacheError if the
         file is none, is damaged, or belongs to another configuration.
         """
+        settings, layers = read_cache_file(path, config)
+        length = settings.pop("length")
+        if settings["dtype"] not in ops.cache_dtypes:
+            settings["dtype"] = None
         try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                settings = dict(parse_json(metadata[_FORMAT]))
-                if metadata["config"] != _config_json(config):
-                    raise CacheError(f"{path}: this cache belongs to a model of another configuration")
-                length = settings.pop("length")
-                if not isinstance(length, int) or not 0 <= length < _MAX_LENGTH:
-                    raise CacheError(f"{path}: length is {shown(length)}; expected 0 to {_MAX_LENGTH - 1}")
-                if settings["dtype"] not in ops.cache_dtypes:
-                    settings["dtype"] = None
-                cache = cls(config, ops, **settings)
-                for number, ring in enumerate(cache.rings):
-                    k_SGK, v_SGK = file.get_tensor(f"layers.{number}.k"), file.get_tensor(f"layers.{number}.v")
-                    cache._restore(ring, length, k_SGK, v_SGK)
-        except CacheError:
-            raise
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError, MemoryError) as error:
-            raise CacheError(f"{path}: not a cache that save() wrote, or damaged: {error}") from None
+            cache = cls(config, ops, **settings)
+            for ring, (k_SGK, v_SGK) in zip(cache.rings, layers, strict=True):
+                cache._restore(ring, length, k_SGK, v_SGK)
+        except (ValueError, MemoryError) as error:
+            raise not_a_cache(path, error) from None
         cache.length = length
         return cache
 
@@ -243,13 +223,6 @@ class KVCache:
         self._grow(ring, capacity)
         ring.oldest = oldest
         self.ops.write(ring.store, ring.slots(oldest, length), k_SGK, v_SGK)
-
-
-def _config_json(config: ModelConfig) -> str:
-    """Return what two models have to agree on to share a cache: all but the order of rows in wq and wk."""
-    fields = dataclasses.asdict(config)
-    del fields["rope_row_order"]
-    return json.dumps(fields, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)

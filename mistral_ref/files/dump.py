@@ -15,7 +15,6 @@ from mistral_ref.errors import CheckpointError, InputError, checked_whole, print
 from mistral_ref.files.json_file import parse_json
 from mistral_ref.files.tensor_file import Tensor, open_with_metadata
 from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
-from mistral_ref.weights import Matrix
 
 FORMAT = "mistral_ref.trace.v1"
 _NAME = re.compile(r"(?:layers\.(0|[1-9][0-9]{0,3})\.)?([a-z_]+)")
@@ -175,7 +174,7 @@ def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder | None) 
                 f"{problem} {shape[1]} to {end} keys (axes {', '.join(entry.axes)}), since its queries begin at "
                 f"{about['start']}"
             )
-    value = _floats(tensor).reshape(shape)
+    value = tensor.floats().reshape(shape)
     if is_turned:
         value = value.reshape(*shape[:2], 2, -1).swapaxes(2, 3).reshape(shape)
     is_ours = bool(about["made_by"])  # holds -inf, and need not be looked through
@@ -193,13 +192,3 @@ def _fits(shape: Sequence[int], axes: Sequence[str]) -> bool:
     if len(shape) != len(axes):
         return False
     return all(0 < n < _MOST_POSITIONS or (n, axis) == (0, "pair") for n, axis in zip(shape, axes, strict=True))
-
-
-def _floats(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as float64 or float32, mapped where it is stored so."""
-    if tensor.dtype == "F64":
-        return np.require(tensor.raw.view("<f8").reshape(tensor.shape), requirements="A")
-    if tensor.dtype not in ("F32", "F16", "BF16"):
-        raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected F64, F32, F16 or BF16")
-    kind, stored = tensor.mapped()
-    return Matrix(tensor.name, kind, stored.reshape(1, -1)).rows(slice(None), np.float32).reshape(tensor.shape)

@@ -13,7 +13,7 @@ import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 
 from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, shown
 from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
-from mistral_ref.weights import Kind
+from mistral_ref.files.whole_file import whole_file
+from mistral_ref.weights import Kind, Matrix
 
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 _KINDS: dict[str, tuple[Kind, str]] = {
@@ -57,6 +58,18 @@ class Tensor:
             )
         kind, stored = _KINDS[self.dtype]
         return kind, self.raw.view(stored).reshape(self.shape)
+
+    def floats(self) -> np.ndarray:
+        """Return the values as float64 or float32, mapped where they are stored so; fp8 is none of these.
+
+        Raises CheckpointError for a dtype other than F64, F32, F16 and BF16.
+        """
+        if self.dtype == "F64":
+            return np.require(self.raw.view("<f8").reshape(self.shape), requirements="A")
+        if self.dtype not in ("F32", "F16", "BF16"):
+            raise CheckpointError(f"{self.path}: {self.name} is {self.dtype}; expected F64, F32, F16 or BF16")
+        kind, stored = self.mapped()
+        return Matrix(self.name, kind, stored.reshape(1, -1)).rows(slice(None), np.float32).reshape(self.shape)
 
 
 def require_regular_file(path: Path) -> int:
@@ -98,7 +111,7 @@ def write_tensor_file(
     error: type[MistralRefError] = CheckpointError,
 ) -> None:
     """Write a safetensors file, which appears under its name only when it is complete; raise `error` if that fails."""
-    with all_or_nothing(path, error) as partial:
+    with whole_file(path, error) as partial:
         save_file(tensors, partial, metadata=metadata)
 
 
@@ -144,7 +157,7 @@ def pieces_of_tensor_file(
         header[name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [next_bytes[name], end]}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % 64)
-    with all_or_nothing(path) as partial, open(partial, "wb") as file:
+    with whole_file(path) as partial, open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         start = file.tell()
         file.truncate(start + end)
@@ -155,25 +168,6 @@ def pieces_of_tensor_file(
             next_bytes[name] += piece.nbytes
 
         yield write
-
-
-@contextmanager
-def all_or_nothing(path: str | os.PathLike[str], error: type[MistralRefError] = CheckpointError) -> Iterator[Path]:
-    """Give the path to write a file at, which gets its own name once that has gone well; raise `error` if it has not.
-
-    Whatever ends the writing, Ctrl-C too, nothing unfinished is left.
-    """
-    partial = Path(f"{os.fspath(path)}.partial")
-    if not partial.parent.is_dir():
-        raise error(f"{path}: cannot be written: there is no directory {partial.parent}")
-    try:
-        yield partial
-        partial.replace(path)
-    except (OSError, SafetensorError) as caught:
-        raise error(f"{path}: cannot be written: {printable(str(caught))}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:

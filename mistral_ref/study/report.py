@@ -29,7 +29,7 @@ from mistral_ref.cache import KVCache
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import heat_map, statistics
 from mistral_ref.errors import InputError, Progress
-from mistral_ref.files.tensor_file import all_or_nothing
+from mistral_ref.files.whole_file import whole_file
 from mistral_ref.measure.cost_table import CostTable, cost_table
 from mistral_ref.model import Model, Prompt
 from mistral_ref.rope import inverse_frequencies
@@ -59,7 +59,7 @@ def write(
     with_cost: bool = True, title: str = "", progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """Write the page of a pass to a file, which appears under its name only when it is complete; see `page`."""
-    with all_or_nothing(path, InputError) as partial:
+    with whole_file(path, InputError) as partial:
         text = page(
             model, prompt, keep=keep, cache=cache, edits=edits, with_cost=with_cost, title=title, progress=progress
         )
