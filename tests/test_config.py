@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.errors import assert_says, refused, warned
 from support.paths import PUBLISHED_MODELS
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
-from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning
+from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning, shown
 from mistral_ref.files.config_files import read_config, read_eos_ids
 from mistral_ref.files.json_file import MAX_JSON_BYTES, read_json
 
@@ -98,16 +99,14 @@ def read(directory: Path, name: str, values: Values, **changes: Any) -> ModelCon
 
 
 def refusal(directory: Path, name: str, values: Values, **changes: Any) -> str:
-    """Return the message with which a file, alone in its directory, is refused, less its first part: the path."""
+    """Return the message with which a file, alone in its directory, is refused, less the path."""
     for other in {"params.json", "config.json"} - {name}:
         (directory / other).unlink(missing_ok=True)
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, directory / name) as caught:
         read(directory, name, values, **changes)
     message = str(caught.value)
-    assert message.isprintable()
     assert len(message) < 500
-    assert message.startswith(f"{directory / name}: ")
-    return message.removeprefix(f"{directory / name}: ")
+    return message.replace(str(directory / name), "")
 
 
 # The published models
@@ -295,16 +294,16 @@ def test_absence_in_ministral(tmp_path: Path) -> None:
     base = CONFIG | {"model_type": "ministral"}
     config = read(tmp_path, "config.json", base, sliding_window=GONE, rms_norm_eps=GONE)
     assert (config.sliding_window, config.norm_eps) == ((4096,) * 4, 1e-6)
-    assert refusal(tmp_path, "config.json", base, rope_theta=GONE) == "rope_parameters.rope_theta is missing"
+    assert_says(refusal(tmp_path, "config.json", base, rope_theta=GONE), "rope_parameters.rope_theta", "missing")
 
 
 @pytest.mark.parametrize(
     "field", ["rope_parameters.llama_4_scaling_beta", "sliding_window", "rms_norm_eps", "head_dim"]
 )
 def test_nothing_is_assumed_in_ministral3(field: str, tmp_path: Path) -> None:
-    assert refusal(tmp_path, "config.json", MINISTRAL_3, **{field: GONE}) == f"{field} is missing"
+    assert_says(refusal(tmp_path, "config.json", MINISTRAL_3, **{field: GONE}), field, "missing")
     no_rope = refusal(tmp_path, "config.json", MINISTRAL_3, rope_parameters=GONE)
-    assert no_rope == "rope_parameters.rope_type is missing"
+    assert_says(no_rope, "rope_parameters.rope_type", "missing")
 
 
 NEEDED = [
@@ -325,7 +324,7 @@ NEEDED = [
 @pytest.mark.parametrize(("name", "base", "fields"), NEEDED)
 def test_missing_field(name: str, base: Values, fields: str, tmp_path: Path) -> None:
     for field in fields.split():
-        assert refusal(tmp_path, name, base, **{field: GONE}) == f"{field} is missing"
+        assert_says(refusal(tmp_path, name, base, **{field: GONE}), field, "missing")
 
 
 @pytest.mark.parametrize("absent", [GONE, None])
@@ -333,7 +332,7 @@ def test_heads_that_are_not_given(absent: Any, tmp_path: Path) -> None:
     assert read(tmp_path, "config.json", CONFIG, num_key_value_heads=absent).n_kv_heads == 8
     assert read(tmp_path, "config.json", CONFIG, head_dim=absent).head_dim == 8
     message = refusal(tmp_path, "config.json", CONFIG, head_dim=absent, hidden_size=60)
-    assert message == "num_attention_heads is 8; expected a divisor of hidden_size, 60, since head_dim is not given"
+    assert_says(message, "num_attention_heads", 8, "hidden_size", 60, "head_dim")
     (tmp_path / "config.json").unlink()
     assert read(tmp_path, "params.json", PARAMS, n_kv_heads=absent).n_kv_heads == 8
 
@@ -341,10 +340,9 @@ def test_heads_that_are_not_given(absent: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("absent", [GONE, None])
 @pytest.mark.parametrize(("window", "theta"), [(4096, 1e4), ("4096", 1e4), (GONE, 1e6), (None, 1e6)])
 def test_theta_absent_from_params_json(window: Any, theta: float, absent: Any, tmp_path: Path) -> None:
-    with pytest.warns(MistralRefWarning) as caught:
+    with warned(tmp_path / "params.json", "rope_theta", f"{theta:g}"):
         config = read(tmp_path, "params.json", PARAMS, rope_theta=absent, sliding_window=window)
     assert config.rope_theta == theta
-    assert f"params.json: rope_theta is missing; {theta:g} is assumed" in str(caught[0].message)
 
 
 def test_longest_sequence(tmp_path: Path) -> None:
@@ -395,10 +393,14 @@ def test_windows_in_params_json(field: str, value: Any, windows: tuple[int | Non
 
 @pytest.mark.parametrize("field", ["sliding_window", "_sliding_window"])
 @pytest.mark.parametrize(
-    "value", [0, 8.0, True, [], [8] * 3, [8] * 8, [8, 0], [8, "8"], "", "eight", "8.5", "[8,", '"8"']
+    ("value", "found"),
+    [
+        *[(value, shown(value)) for value in (0, 8.0, True, [], [8] * 3, [8] * 8, "", "eight", "[8,")],
+        *[([8, 0], "0"), ([8, "8"], "'8'"), ("8.5", "8.5"), ('"8"', "'8'")],
+    ],
 )
-def test_windows_refused_in_params_json(field: str, value: Any, tmp_path: Path) -> None:
-    assert refusal(tmp_path, "params.json", PARAMS, **{field: value}).startswith(f"{field} ")
+def test_windows_refused_in_params_json(field: str, value: Any, found: str, tmp_path: Path) -> None:
+    assert_says(refusal(tmp_path, "params.json", PARAMS, **{field: value}), field, found)
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "ministral3"])
@@ -414,7 +416,7 @@ def test_layer_types_mean_something_in_ministral_alone(model_type: str, tmp_path
     )
     for layer_types in ([FULL, SLIDING] * 2, [FULL] * 4):
         message = refusal(tmp_path, "config.json", base, sliding_window=8, layer_types=layer_types)
-        assert message.startswith("layer_types contradicts sliding_window, 8; only a ministral")
+        assert_says(message, "layer_types", "sliding_window", 8, "ministral")
 
 
 def test_layer_types(tmp_path: Path) -> None:
@@ -422,7 +424,7 @@ def test_layer_types(tmp_path: Path) -> None:
     assert read(tmp_path, "config.json", base, sliding_window=8).sliding_window == (None, 8, 8, None)
     assert read(tmp_path, "config.json", base, sliding_window=8, layer_types=None).sliding_window == (8,) * 4
     assert read(tmp_path, "config.json", base, layer_types=[FULL] * 4).sliding_window == (None,) * 4
-    assert refusal(tmp_path, "config.json", base).startswith("sliding_window is None; expected a whole number")
+    assert_says(refusal(tmp_path, "config.json", base), "sliding_window", None, "whole number")
     wrongs: list[Any] = [
         [FULL] * 3,
         [FULL] * 5,
@@ -434,8 +436,7 @@ def test_layer_types(tmp_path: Path) -> None:
     ]
     for wrong in wrongs:
         message = refusal(tmp_path, "config.json", base, layer_types=wrong)
-        assert message.startswith("layer_types is ")
-        assert message.endswith("; expected full_attention or sliding_attention for each of 4 layers")
+        assert_says(message, "layer_types", shown(wrong), FULL, SLIDING, "4 layers")
 
 
 # Refusals
@@ -468,7 +469,8 @@ def test_layer_types(tmp_path: Path) -> None:
 def test_what_would_be_silently_wrong_is_refused(
     name: str, base: Values, field: str, value: Any, tmp_path: Path
 ) -> None:
-    assert refusal(tmp_path, name, base, **{field: value}).startswith(f"{field} ")
+    found = "kind of layer" if field == "rope_parameters" else shown(value)
+    assert_says(refusal(tmp_path, name, base, **{field: value}), field, found)
 
 
 def test_harmless_values_of_the_same_fields(tmp_path: Path) -> None:
@@ -482,7 +484,7 @@ def test_harmless_values_of_the_same_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["rope_scaling.type", "rope_parameters.rope_type"])
 def test_rope_type_refused(rope_type: Any, field: str, tmp_path: Path) -> None:
     message = refusal(tmp_path, "config.json", CONFIG, **{field: rope_type})
-    assert message == f"{field} is {rope_type!r}; supported are default and yarn"
+    assert_says(message, field, repr(rope_type), "default", "yarn")
 
 
 @pytest.mark.parametrize(
@@ -490,17 +492,25 @@ def test_rope_type_refused(rope_type: Any, field: str, tmp_path: Path) -> None:
 )
 def test_model_type_refused(model_type: Any, tmp_path: Path) -> None:
     message = refusal(tmp_path, "config.json", CONFIG, model_type=model_type)
-    supported = "supported are mistral, mixtral, ministral, ministral3, llama, mistral3"
-    assert message == f"model_type is {model_type!r}; {supported}"
+    supported = ("mistral", "mixtral", "ministral", "ministral3", "llama", "mistral3")
+    assert_says(message, "model_type", repr(model_type), *supported)
     message = refusal(tmp_path, "config.json", WRAPPER, **{"text_config.model_type": model_type})
-    assert message == f"text_config.model_type is {model_type!r}; supported are mistral, ministral3"
+    assert_says(message, "text_config.model_type", repr(model_type), "mistral", "ministral3")
 
 
-@pytest.mark.parametrize("value", [-1, "8.5", [[1]], float("nan"), float("inf"), pytest.param(10**400, id="huge")])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        *[(-1, "-1"), ("8.5", "8.5"), ([[1]], "[1]"), (float("nan"), "nan"), (float("inf"), "inf")],
+        pytest.param(10**400, shown(10**400), id="huge"),
+    ],
+)
 @pytest.mark.parametrize(("name", "base"), FULL_FILES)
-def test_no_field_takes_a_mistyped_or_absurd_value(value: Any, name: str, base: Values, tmp_path: Path) -> None:
+def test_no_field_takes_a_mistyped_or_absurd_value(
+    value: Any, found: str, name: str, base: Values, tmp_path: Path
+) -> None:
     for field in dotted_names(base):
-        assert refusal(tmp_path, name, base, **{field: value}).startswith(f"{field} is "), field
+        assert_says(refusal(tmp_path, name, base, **{field: value}), field, found)
 
 
 @pytest.mark.parametrize("value", [True, [1], 0, 1.5, 2**41])
@@ -514,31 +524,32 @@ def test_no_count_takes_a_value_out_of_range(value: Any, tmp_path: Path) -> None
     for name, base, fields in (("config.json", FULL_CONFIG, config), ("params.json", FULL_PARAMS, params)):
         for field in fields.split():
             message = refusal(tmp_path, name, base, **{field: value})
-            assert message.startswith(f"{field} is {value}; expected a whole number from 1 to "), field
+            assert_says(message, field, value, "whole number", 1)
 
 
 @pytest.mark.parametrize(
     ("name", "base", "field", "value", "expected"),
     [
-        ("params.json", PARAMS, "n_kv_heads", 3, "a divisor of n_heads, 8"),
-        ("config.json", CONFIG, "num_key_value_heads", 3, "a divisor of num_attention_heads, 8"),
-        ("config.json", CONFIG, "head_dim", 7, "an even number"),
-        ("config.json", WRAPPER, "text_config.head_dim", 7, "an even number"),
-        ("params.json", FULL_PARAMS, "yarn.factor", 0.5, "at least 1"),
-        ("config.json", FULL_CONFIG, "rope_scaling.factor", 0.5, "at least 1"),
-        ("params.json", FULL_PARAMS, "moe.num_experts_per_tok", 5, "at most moe.num_experts, 4"),
-        ("config.json", FULL_CONFIG, "num_experts_per_tok", 5, "at most num_local_experts, 4"),
-        ("config.json", FULL_CONFIG, "rope_scaling", "yarn", "an object"),
-        ("params.json", FULL_PARAMS, "moe", [8, 2], "an object"),
-        ("config.json", WRAPPER, "text_config.tie_word_embeddings", "dim", "true or false"),
-        ("params.json", PARAMS, "tied_embeddings", 1, "true or false"),
-        ("params.json", FULL_PARAMS, "yarn.apply_scale", 1, "true or false"),
-        ("config.json", FULL_CONFIG, "hidden_size", "dim", "a whole number"),
+        ("params.json", PARAMS, "n_kv_heads", 3, ("divisor", "n_heads", 8)),
+        ("config.json", CONFIG, "num_key_value_heads", 3, ("divisor", "num_attention_heads", 8)),
+        ("config.json", CONFIG, "head_dim", 7, ("even",)),
+        ("config.json", WRAPPER, "text_config.head_dim", 7, ("even",)),
+        ("params.json", FULL_PARAMS, "yarn.factor", 0.5, ("at least", 1)),
+        ("config.json", FULL_CONFIG, "rope_scaling.factor", 0.5, ("at least", 1)),
+        ("params.json", FULL_PARAMS, "moe.num_experts_per_tok", 5, ("at most", "moe.num_experts", 4)),
+        ("config.json", FULL_CONFIG, "num_experts_per_tok", 5, ("at most", "num_local_experts", 4)),
+        ("config.json", FULL_CONFIG, "rope_scaling", "yarn", ("object",)),
+        ("params.json", FULL_PARAMS, "moe", [8, 2], ("object",)),
+        ("config.json", WRAPPER, "text_config.tie_word_embeddings", "dim", ("true", "false")),
+        ("params.json", PARAMS, "tied_embeddings", 1, ("true", "false")),
+        ("params.json", FULL_PARAMS, "yarn.apply_scale", 1, ("true", "false")),
+        ("config.json", FULL_CONFIG, "hidden_size", "dim", ("whole number",)),
     ],
 )
-def test_inconsistent_values(name: str, base: Values, field: str, value: Any, expected: str, tmp_path: Path) -> None:
-    message = refusal(tmp_path, name, base, **{field: value})
-    assert message.startswith(f"{field} is {value!r}; expected {expected}")
+def test_inconsistent_values(
+    name: str, base: Values, field: str, value: Any, expected: tuple[object, ...], tmp_path: Path
+) -> None:
+    assert_says(refusal(tmp_path, name, base, **{field: value}), field, repr(value), *expected)
 
 
 def test_a_theta_absent_from_params_json_is_that_of_config_json(tmp_path: Path) -> None:
@@ -548,17 +559,13 @@ def test_a_theta_absent_from_params_json_is_that_of_config_json(tmp_path: Path) 
 
 def test_a_value_that_reads_like_a_field_is_shown_as_it_is(tmp_path: Path) -> None:
     message = refusal(tmp_path, "config.json", CONFIG, model_type='my "dim" n_layers\' model')
-    assert message.startswith("model_type is 'my \"dim\" n_layers\\' model'; supported are")
+    assert_says(message, "model_type", "'my \"dim\" n_layers\\' model'")
 
 
 def test_a_billion_layers_fail_at_once(tmp_path: Path) -> None:
     start = time.process_time()
-    assert refusal(tmp_path, "config.json", CONFIG, num_hidden_layers=10**9).startswith(
-        "num_hidden_layers is 1000000000"
-    )
-    assert refusal(tmp_path, "params.json", PARAMS, n_layers=10**9, sliding_window=[8]).startswith(
-        "n_layers is 1000000000"
-    )
+    assert_says(refusal(tmp_path, "config.json", CONFIG, num_hidden_layers=10**9), "num_hidden_layers", 10**9)
+    assert_says(refusal(tmp_path, "params.json", PARAMS, n_layers=10**9, sliding_window=[8]), "n_layers", 10**9)
     assert time.process_time() - start < 0.5
 
 
@@ -566,56 +573,52 @@ def test_a_billion_layers_fail_at_once(tmp_path: Path) -> None:
 
 
 def test_neither_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, tmp_path, "params.json", "config.json"):
         read_config(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: neither params.json nor config.json is there"
 
 
 def test_params_json_wins_and_it_is_said_where_config_json_differs(tmp_path: Path) -> None:
     config_json = tmp_path / "config.json"
     config_json.write_text(json.dumps(CONFIG | {"sliding_window": 8, "rope_theta": 1e4, "rope_scaling": YARN}))
-    with pytest.warns(MistralRefWarning) as caught:
+    yarn = Yarn(factor=16, beta_fast=32, beta_slow=1, attention_factor=M_16, original_max_position_embeddings=256)
+    values = ("rope_theta", 1e4, 1e6, "sliding_window", (8,) * 4, (None, 8, None, 8), "yarn", yarn, None)
+    with warned(config_json, "params.json", *values) as caught:
         config = read(tmp_path, "params.json", PARAMS, sliding_window=[None, 8])
     assert (config.sliding_window, config.rope_theta, config.yarn) == ((None, 8, None, 8), 1e6, None)
-    yarn = Yarn(factor=16, beta_fast=32, beta_slow=1, attention_factor=M_16, original_max_position_embeddings=256)
-    assert [str(warning.message) for warning in caught] == [
-        f"{config_json}: params.json disagrees and is used: rope_theta is 10000.0, in params.json 1000000.0; "
-        f"sliding_window is (8, 8, 8, 8), in params.json (None, 8, None, 8); yarn is {yarn}, in params.json None"
-    ]
+    assert len(caught) == 1
 
 
 def test_saying_less_is_not_disagreeing(tmp_path: Path) -> None:
     text = CONFIG | {"max_position_embeddings": 4096}  # a length; nothing about tying
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral3", "text_config": text}))
     assert not read(tmp_path, "params.json", PARAMS).tied_embeddings
-    with pytest.warns(MistralRefWarning, match="max_seq_len is 4096, in params.json 64$"):
+    with warned("max_seq_len", 4096, "params.json", 64):
         assert read(tmp_path, "params.json", PARAMS, max_seq_len=64).max_seq_len == 64
 
 
 @pytest.mark.parametrize("content", ["{", '{"model_type": "mistral4"}', "[]"])
 def test_config_json_of_no_use_beside_params_json(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.warns(MistralRefWarning, match=r"^[^\n]*config\.json: [^\n]*; params\.json is used$"):
+    with warned(tmp_path / "config.json", "params.json"):
         assert read(tmp_path, "params.json", PARAMS).dim == 64
 
 
 def test_params_json_of_no_use_is_not_passed_over(tmp_path: Path) -> None:
     read(tmp_path, "config.json", CONFIG)
-    assert refusal(tmp_path, "params.json", PARAMS, dim=GONE) == "dim is missing"
+    assert_says(refusal(tmp_path, "params.json", PARAMS, dim=GONE), "dim", "missing")
     (tmp_path / "params.json").unlink()
     (tmp_path / "params.json").symlink_to("lost")
-    with pytest.raises(ConfigError, match=r"params\.json: cannot be read as JSON: No such file"):
+    with refused(ConfigError, tmp_path / "params.json", "No such file"):
         read_config(tmp_path)
 
 
 def test_unknown_fields_of_params_json(tmp_path: Path) -> None:
     harmless = {"vision_encoder": {"dim": 8}, "audio": {}, "quantization": {"qformat_weight": "fp8_e4m3"}}
     read(tmp_path, "params.json", FULL_PARAMS, max_batch_size=4, multimodal={}, model_parallel=1, **harmless)
-    with pytest.warns(MistralRefWarning, match=r"params\.json: unknown fields .*: 'logit_cap', 'moe\.shared_experts'$"):
+    with warned(tmp_path / "params.json", "unknown", "'logit_cap'", "'moe.shared_experts'"):
         read(tmp_path, "params.json", FULL_PARAMS, **{"logit_cap": 30.0, "moe.shared_experts": 1})
-    with pytest.warns(MistralRefWarning) as caught:
+    with warned(tmp_path / "params.json", "unknown", "'a\\n0'") as caught:
         read(tmp_path, "params.json", PARAMS, **{f"a\n{i}": i for i in range(1000)})
-    assert str(caught[0].message).isprintable()
     assert len(str(caught[0].message)) < 1000
 
 
@@ -644,7 +647,7 @@ def test_eos_ids(generation: Any, config: Any, ids: tuple[int, ...], tmp_path: P
 @pytest.mark.parametrize("ids", [-1, "2", 2.0, True, {}, [2, -1], [[2]], [None]])
 def test_eos_ids_refused(ids: Any, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is .*; expected token ids"):
+    with refused(ConfigError, tmp_path / "generation_config.json", "eos_token_id", repr(ids), "token ids"):
         read_eos_ids(tmp_path)
 
 
@@ -680,29 +683,29 @@ def filled(unit: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
+    ("content", "facts"),
     [
-        (b"", "Expecting value"),
-        (b"{", "Expecting property name"),
-        (b"\xff\xfe", "can't decode byte"),
-        (b"[]", "it holds []; expected an object"),
-        (b'"' + b"a" * 1000 + b'"', "; expected an object"),
-        (b'{"dim": 1, "dim": 1}', "key 'dim' occurs twice"),
-        (b'{"a": {"\\n": 1, "b": 1, "\\n": 2}}', r"key '\n' occurs twice"),
-        (b'{"dim": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
-        (b"[" * 10_000 + b"]" * 10_000, "nested too deeply"),
-        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "nested too deeply"),
-        (b"{}" + b" " * (MAX_JSON_BYTES - 1), f"expected at most {MAX_JSON_BYTES} bytes"),
-        (filled("[],"), "expected at most 20000 lists and objects"),
-        (filled("{},"), "expected at most 20000 lists and objects"),
-        (filled("[" * 400 + "]" * 400 + ","), "expected at most 20000 lists and objects"),
-        (filled("1e9,"), "n_layers is missing"),
-        (b"{" + b",".join(b'"%x":1e9' % i for i in range(42_000)) + b',"\xf0\x9f\x98\x80":1}', "n_layers is missing"),
-        (b'{"sliding_window": "' + b"[" * 10_000 + b'", "n_layers": 4}', "sliding_window is '[[["),
+        (b"", ("Expecting value",)),
+        (b"{", ("Expecting property name",)),
+        (b"\xff\xfe", ("decode",)),
+        (b"[]", ("[]", "object")),
+        (b'"' + b"a" * 1000 + b'"', (shown("a" * 1000), "object")),
+        (b'{"dim": 1, "dim": 1}', ("'dim'", "twice")),
+        (b'{"a": {"\\n": 1, "b": 1, "\\n": 2}}', (r"'\n'", "twice")),
+        (b'{"dim": ' + b"9" * 5000 + b"}", ("Exceeds the limit",)),
+        (b"[" * 10_000 + b"]" * 10_000, ("nested",)),
+        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, ("nested",)),
+        (b"{}" + b" " * (MAX_JSON_BYTES - 1), (MAX_JSON_BYTES, "bytes")),
+        (filled("[],"), (20000, "lists", "objects")),
+        (filled("{},"), (20000, "lists", "objects")),
+        (filled("[" * 400 + "]" * 400 + ","), (20000, "lists", "objects")),
+        (filled("1e9,"), ("n_layers", "missing")),
+        (b"{" + b",".join(b'"%x":1e9' % i for i in range(42_000)) + b',"\xf0\x9f\x98\x80":1}', ("n_layers", "missing")),
+        (b'{"sliding_window": "' + b"[" * 10_000 + b'", "n_layers": 4}', ("sliding_window", "'[[[")),
     ],
 )
-def test_hostile_files(content: bytes, problem: str, tmp_path: Path) -> None:
-    assert problem in read_in_bounds(tmp_path, "params.json", content)
+def test_hostile_files(content: bytes, facts: tuple[object, ...], tmp_path: Path) -> None:
+    assert_says(read_in_bounds(tmp_path, "params.json", content), tmp_path / "params.json", *facts)
 
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -710,7 +713,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "zeros").symlink_to("/dev/zero")
     (tmp_path / "directory").mkdir()
     for name in ("fifo", "zeros", "directory"):
-        with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as JSON: expected a regular file"):
+        with refused(CheckpointError, tmp_path / name, "regular file"):
             read_json(tmp_path / name, CheckpointError)
     (tmp_path / "file").write_text('{"a": 1}')
     (tmp_path / "link").symlink_to("file")

@@ -337,9 +337,9 @@ def test_a_tensor_in_two_shards(shard: int, other: int, shards: Path) -> None:
     file, copy = (shards / f"model-0000{number}-of-00003.safetensors" for number in (shard, other))
     name, stored = next(iter(tensors_in(file).items()))
     write_tensor_file(copy, tensors_in(copy) | {name: stored})
-    refusal(shards, repr(name), "XX")
+    refusal(shards, copy, repr(name), *((file, "twice") if shard < other else ("another file", "index")))
     edit_index(shards, lambda index: index["weight_map"].pop(name))
-    refusal(shards, repr(name), file, copy, "XX")
+    refusal(shards, file, copy, repr(name), "twice")
 
 
 @pytest.mark.parametrize(
