@@ -95,20 +95,40 @@ def prefill(next_logits: NextLogits, ids: Sequence[int], cache: KVCache, progres
     return logits_V
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What `Model.generate` was asked for, checked.
+
+    prompt_ids      the prompt
+    sampling        how each token is chosen
+    max_tokens      how many tokens at most
+    seed            makes the draws reproducible; None draws differently each time
+    stop_strings, stop_ids      what ends the text; see `split_stops`
+    eos_ids         the ids with which the model itself ends a text
+    max_seq_len     the longest sequence that the model is meant for; None where it has no limit
+    progress        called with (tokens done, tokens in all) while the prompt is read
+
+    Raises InputError for `max_tokens` below 1, and for a seed below 0.
+    """
+
+    prompt_ids: Sequence[int]
+    sampling: SamplingSettings
+    max_tokens: int
+    seed: int | None
+    stop_strings: tuple[str, ...]
+    stop_ids: frozenset[int]
+    eos_ids: frozenset[int]
+    max_seq_len: int | None
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_tokens", checked_whole("max_tokens", self.max_tokens, least=1))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", checked_whole("seed", self.seed, least=0))
+
+
 def generate(
-    next_logits: NextLogits,
-    prompt_ids: Sequence[int],
-    cache: KVCache,
-    *,
-    settings: SamplingSettings,
-    max_tokens: int,
-    stop_strings: Sequence[str],
-    stop_ids: frozenset[int],
-    eos_ids: frozenset[int],
-    max_seq_len: int | None,
-    stream: TokenStream | None,
-    rng: np.random.Generator,
-    progress: Progress | None,
+    request: GenerationRequest, next_logits: NextLogits, cache: KVCache, stream: TokenStream | None
 ) -> Iterator[Token]:
     """Yield tokens until the model ends, a stop is met, `max_tokens` are made or the sequence is `max_seq_len` long.
 
@@ -116,20 +136,21 @@ def generate(
     after the last. Texts are empty without a `stream`, for a model without tokenizer, and for ids that the tokenizer
     has no piece for, where the model's vocabulary is larger.
     """
-    logits_V = prefill(next_logits, prompt_ids, cache, progress)
+    logits_V = prefill(next_logits, request.prompt_ids, cache, request.progress)
+    rng = np.random.default_rng(request.seed)
     length = cache.length
-    watch = StopStrings(stop_strings)
-    seen = list(prompt_ids)
-    for count in range(1, max_tokens + 1):
-        token = sample(logits_V, settings, rng, seen)
+    watch = StopStrings(request.stop_strings)
+    seen = list(request.prompt_ids)
+    for count in range(1, request.max_tokens + 1):
+        token = sample(logits_V, request.sampling, rng, seen)
         logprob = float(log_softmax(logits_V)[token])
         seen.append(token)
-        reason: FinishReason | None = "length" if count == max_tokens or length == cache.max_tokens else None
-        if max_seq_len is not None and length + 1 >= max_seq_len:
+        reason: FinishReason | None = "length" if count == request.max_tokens or length == cache.max_tokens else None
+        if request.max_seq_len is not None and length + 1 >= request.max_seq_len:
             reason = "model_length"
         text = ""
-        if token in eos_ids or token in stop_ids:
-            reason = "eos" if token in eos_ids else "stop"
+        if token in request.eos_ids or token in request.stop_ids:
+            reason = "eos" if token in request.eos_ids else "stop"
         elif stream and token < stream.tokenizer.vocab_size:
             text = watch.push(stream.push(token))
         if reason is not None and stream and not watch.found:

@@ -9,8 +9,8 @@ import numpy as np
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, Progress, checked_whole, shown, warn
-from mistral_ref.generation import Stop, Token, generate, split_stops
+from mistral_ref.errors import CacheError, InputError, Progress, shown, warn
+from mistral_ref.generation import GenerationRequest, Stop, Token, generate, split_stops
 from mistral_ref.ops import Ops
 from mistral_ref.sampling import SamplingSettings, log_softmax
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
@@ -244,33 +244,28 @@ class Model:
         The texts joined are what decoding prompt and ids together adds to the prompt. Everything is checked before this
         returns. Raises InputError.
         """
-        settings = SamplingSettings(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-        )
-        max_tokens = checked_whole("max_tokens", max_tokens, least=1)
-        rng = np.random.default_rng(None if seed is None else checked_whole("seed", seed, least=0))
         stop_strings, stop_ids = split_stops(stop, self.config.vocab_size)
         if stop_strings and self.tokenizer is None:
             raise InputError("this model has no tokenizer; expected stops as token ids")
-        ids = self.token_ids(prompt, cache)
-        cache = self.new_cache() if cache is None else cache
-        cache.require_room(len(ids))
-        if self.config.max_seq_len is not None and cache.length + len(ids) >= self.config.max_seq_len:
-            raise InputError(f"the prompt fills the model's {self.config.max_seq_len} positions (max_seq_len)")
-        return generate(
-            self._next_logits,
-            ids,
-            cache,
-            settings=settings,
+        request = GenerationRequest(
+            prompt_ids=self.token_ids(prompt, cache),
+            sampling=SamplingSettings(
+                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+            ),
             max_tokens=max_tokens,
+            seed=seed,
             stop_strings=stop_strings,
             stop_ids=stop_ids,
             eos_ids=self.eos_ids,
             max_seq_len=self.config.max_seq_len,
-            stream=self.text_stream(ids),
-            rng=rng,
             progress=progress,
         )
+        n_prompt, longest = len(request.prompt_ids), self.config.max_seq_len
+        cache = self.new_cache() if cache is None else cache
+        cache.require_room(n_prompt)
+        if longest is not None and cache.length + n_prompt >= longest:
+            raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len)")
+        return generate(request, self._next_logits, cache, self.text_stream(request.prompt_ids))
 
     def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
         """Return the stream of the text that follows these ids; None for a model without tokenizer."""
