@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mistral_ref.errors import ConfigError, shown
+from mistral_ref.errors import ConfigError, Field, shown
 
 RowOrder = Literal["interleaved", "halves"]
 
@@ -41,17 +41,18 @@ def checked_count(field: str, value: object) -> int:
     """
     limit = LIMITS[field.rpartition(".")[2]]
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-        raise ConfigError(f"{field} is {shown(value)}; expected a whole number from 1 to {limit}")
+        raise ConfigError(Field(field), f" is {shown(value)}; expected a whole number from 1 to {limit}")
     return value
 
 
 def checked_number(field: str, value: object, *, zero: bool = False) -> float:
     """Return `value` as a float if it is finite and positive (or zero, where allowed); raise ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{field} is {shown(value)}; expected a number")
+        raise ConfigError(Field(field), f" is {shown(value)}; expected a number")
     # An integer too large for a float raises OverflowError, so it is compared before it is converted.
     if not (0 <= value <= 1e30) or (value == 0 and not zero) or not math.isfinite(float(value)):
-        raise ConfigError(f"{field} is {shown(value)}; expected a finite number {'of at least' if zero else 'above'} 0")
+        bound = "of at least" if zero else "above"
+        raise ConfigError(Field(field), f" is {shown(value)}; expected a finite number {bound} 0")
     return float(value)
 
 
@@ -77,9 +78,14 @@ class Yarn:
             object.__setattr__(self, field, checked_number(f"yarn.{field}", getattr(self, field)))
         checked_count("yarn.original_max_position_embeddings", self.original_max_position_embeddings)
         if self.factor < 1:
-            raise ConfigError(f"yarn.factor is {self.factor}; expected at least 1")
+            raise ConfigError(Field("yarn.factor"), f" is {self.factor}; expected at least 1")
         if self.beta_fast < self.beta_slow:
-            raise ConfigError(f"yarn.beta_fast is {self.beta_fast}; expected at least yarn.beta_slow, {self.beta_slow}")
+            raise ConfigError(
+                Field("yarn.beta_fast"),
+                f" is {self.beta_fast}; expected at least ",
+                Field("yarn.beta_slow"),
+                f", {self.beta_slow}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,10 @@ class MixtureOfExperts:
         checked_count("num_experts_per_tok", self.num_experts_per_tok)
         if self.num_experts_per_tok > self.num_experts:
             raise ConfigError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}; expected at most num_experts, {self.num_experts}"
+                Field("num_experts_per_tok"),
+                f" is {self.num_experts_per_tok}; expected at most ",
+                Field("num_experts"),
+                f", {self.num_experts}",
             )
 
 
@@ -159,20 +168,32 @@ class ModelConfig:
         for field in ("norm_eps", "rope_theta"):
             object.__setattr__(self, field, checked_number(field, getattr(self, field)))
         if self.rope_theta <= 1:
-            raise ConfigError(f"rope_theta is {self.rope_theta}; expected above 1, so that later pairs turn slower")
+            raise ConfigError(
+                Field("rope_theta"), f" is {self.rope_theta}; expected above 1, so that later pairs turn slower"
+            )
         if self.max_seq_len is not None:
             checked_count("max_seq_len", self.max_seq_len)
         if not isinstance(self.tied_embeddings, bool):
-            raise ConfigError(f"tied_embeddings is {shown(self.tied_embeddings)}; expected true or false")
+            raise ConfigError(Field("tied_embeddings"), f" is {shown(self.tied_embeddings)}; expected true or false")
         if self.n_heads % self.n_kv_heads:
-            raise ConfigError(f"n_kv_heads is {self.n_kv_heads}; expected a divisor of n_heads, {self.n_heads}")
+            raise ConfigError(
+                Field("n_kv_heads"),
+                f" is {self.n_kv_heads}; expected a divisor of ",
+                Field("n_heads"),
+                f", {self.n_heads}",
+            )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}; expected an even number, since RoPE turns pairs")
+            raise ConfigError(
+                Field("head_dim"), f" is {self.head_dim}; expected an even number, since RoPE turns pairs"
+            )
         if self.rope_row_order not in get_args(RowOrder):
-            raise ConfigError(f"rope_row_order is {shown(self.rope_row_order)}; expected one of {get_args(RowOrder)}")
+            raise ConfigError(
+                Field("rope_row_order"), f" is {shown(self.rope_row_order)}; expected one of {get_args(RowOrder)}"
+            )
         if not isinstance(self.sliding_window, tuple) or len(self.sliding_window) != self.n_layers:
             raise ConfigError(
-                f"sliding_window is {shown(self.sliding_window)}; expected one entry for each of {self.n_layers} layers"
+                Field("sliding_window"),
+                f" is {shown(self.sliding_window)}; expected one entry for each of {self.n_layers} layers",
             )
         for window in self.sliding_window:
             if window is not None:

@@ -11,7 +11,7 @@ import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import SupportsIndex
 
 Progress = Callable[[int, int], None]  # called with (done, in all) while something long goes on
@@ -21,8 +21,37 @@ class MistralRefError(ValueError):
     """Something given to mistral_ref cannot be used. The message is one line."""
 
 
+class Field(str):
+    """The name of a configuration's field, as a part of a ConfigError."""
+
+    __slots__ = ()
+
+
 class ConfigError(MistralRefError):
-    """A configuration (params.json, config.json or a ModelConfig) is missing something or contradicts itself."""
+    """A configuration (params.json, config.json or a ModelConfig) is missing something or contradicts itself.
+
+    The message is made of parts. Those that are Fields can be replaced by what a file calls them.
+
+    >>> error = ConfigError(Field("n_layers"), " is 0; expected a whole number from 1")
+    >>> str(error.spelled_as({"n_layers": "num_hidden_layers"}))
+    'num_hidden_layers is 0; expected a whole number from 1'
+    """
+
+    def __init__(self, *parts: str) -> None:
+        super().__init__(*parts)
+        self.parts = parts
+
+    def __str__(self) -> str:
+        return "".join(self.parts)
+
+    @property
+    def field(self) -> str | None:
+        """The field that is wrong; None where the error is of no field."""
+        return next((str(part) for part in self.parts if isinstance(part, Field)), None)
+
+    def spelled_as(self, names: Mapping[str, str]) -> ConfigError:
+        """Return the same error with other names for its fields."""
+        return ConfigError(*(Field(names.get(part, part)) if isinstance(part, Field) else part for part in self.parts))
 
 
 class CheckpointError(MistralRefError):

@@ -7,13 +7,13 @@ names the field as the file spells it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, checked_count, checked_number
-from mistral_ref.errors import ConfigError, shown
+from mistral_ref.errors import ConfigError, Field, shown
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -65,7 +65,7 @@ def value_at(file: object, dotted: str, default: object = None) -> Any:
         if file is None:
             return default
         if not isinstance(file, dict):
-            raise ConfigError(f"{'.'.join(path[:depth])} is {shown(file)}; expected an object")
+            raise ConfigError(Field(".".join(path[:depth])), f" is {shown(file)}; expected an object")
         if name not in file:
             return default
         file = file[name]
@@ -73,15 +73,21 @@ def value_at(file: object, dotted: str, default: object = None) -> Any:
 
 
 @contextmanager
-def renamed(names: Mapping[str, str], prefix: str = "") -> Iterator[None]:
-    """Let a ConfigError raised inside say `names` in place of our fields, after a prefix."""
+def spelled_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Let a ConfigError raised inside call our fields what `names` says that the file does."""
     try:
         yield
     except ConfigError as error:
-        # Fields are bare words. What stands in quotation marks is a value that was found, and stays.
-        words = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?<![\w.])[a-z][\w.]*"""
-        message = re.sub(words, lambda word: names.get(word[0], word[0]), str(error))
-        raise ConfigError(prefix + message) from None
+        raise error.spelled_as(names) from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a ConfigError raised inside begin with the path of the file."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: ", *error.parts) from None
 
 
 class Fields:
@@ -99,7 +105,7 @@ class Fields:
     def required(self, field: str) -> Any:
         """Return a field that has to be there."""
         if field not in self.values:
-            raise ConfigError(f"{field} is missing")
+            raise ConfigError(Field(field), " is missing")
         return self.values[field]
 
     def count(self, field: str) -> int:
@@ -115,7 +121,7 @@ class Fields:
         """Return a field that has to be true or false, and to be there unless there is a default."""
         value = self.required(field) if default is None else self.values.get(field, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{field} is {shown(value)}; expected true or false")
+            raise ConfigError(Field(field), f" is {shown(value)}; expected true or false")
         return value
 
     def query_temperature(self, block: str) -> QueryTemperature | None:
@@ -142,4 +148,4 @@ def check_only(file: dict[str, Any], accepted: Mapping[str, object], level: str 
     for name, only in accepted.items():
         value = value_at(file, level + name)
         if value is not None and value != only:
-            raise ConfigError(f"{level}{name} is {shown(value)}; only {json.dumps(only)} is supported")
+            raise ConfigError(Field(level + name), f" is {shown(value)}; only {json.dumps(only)} is supported")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ref.config import ModelConfig, Yarn, checked_number
-from mistral_ref.errors import ConfigError, shown, warn
-from mistral_ref.files.config_fields import NAMES, ORIGINAL, Fields, check_only, renamed, value_at
+from mistral_ref.errors import ConfigError, Field, shown, warn
+from mistral_ref.files.config_fields import NAMES, ORIGINAL, Fields, check_only, naming, spelled_as, value_at
 from mistral_ref.files.json_file import parse_json, read_json
 
 # fmt: off
@@ -72,12 +72,12 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
     """Return the ids that end a text, from generation_config.json or else config.json; () where neither says."""
     for path in (directory / "generation_config.json", directory / "config.json"):
         file = read_json(path) if os.path.lexists(path) else {}
-        with renamed({}, f"{path}: "):
+        with naming(path):
             for name in ("eos_token_id", "text_config.eos_token_id"):
                 if (found := value_at(file, name)) is not None:
                     ids = found if isinstance(found, list) else [found]
                     if not all(type(token) is int and token >= 0 for token in ids):
-                        raise ConfigError(f"{name} is {shown(found)}; expected token ids, whole numbers from 0")
+                        raise ConfigError(Field(name), f" is {shown(found)}; expected token ids, whole numbers from 0")
                     return tuple(ids)
     return ()
 
@@ -110,9 +110,9 @@ def _magnitude(factor: float, mscale: float = 1.0) -> float:
 def _from_params_json(path: Path, theta_beside: float | None) -> ModelConfig:
     """Read params.json; where it has no theta, the one in the config.json beside it counts, if there is one."""
     file = read_json(path)
-    with renamed({}, f"{path}: "):
+    with naming(path):
         fields = Fields(file, {field: names for field, (names, _) in NAMES.items()})
-        with renamed(fields.names):
+        with spelled_as(fields.names):
             check_only(file, _PARAMS_JSON_ONLY)
             has_yarn, has_temperature, has_moe = (
                 bool(value_at(file, name)) for name in ("yarn", "llama_4_scaling", "moe")
@@ -153,10 +153,15 @@ def _params_json_windows(fields: Fields) -> tuple[Any, ...]:
             window = parse_json(window.replace("None", "null"))
         except ValueError:
             expected = "a whole number, null or a list of these"
-            raise ConfigError(f"sliding_window is {shown(window)}; expected {expected}") from None
+            raise ConfigError(Field("sliding_window"), f" is {shown(window)}; expected {expected}") from None
     windows = window if isinstance(window, list) else [window]
     if not windows or n_layers % len(windows):
-        raise ConfigError(f"sliding_window has {len(windows)} entries; expected a divisor of n_layers, {n_layers}")
+        raise ConfigError(
+            Field("sliding_window"),
+            f" has {len(windows)} entries; expected a divisor of ",
+            Field("n_layers"),
+            f", {n_layers}",
+        )
     return tuple(windows) * (n_layers // len(windows))
 
 
@@ -173,20 +178,20 @@ def _params_json_yarn(fields: Fields) -> Yarn:
 
 def _from_config_json(path: Path) -> ModelConfig:
     file = read_json(path)
-    with renamed({}, f"{path}: "):
+    with naming(path):
         level = "text_config." if file.get("model_type") == _WRAPPER else ""
         # transformers 4 wrote rope_scaling beside rope_theta. 5 writes rope_parameters, and still prefers the former.
         rope = level + ("rope_scaling" if value_at(file, f"{level}rope_scaling") else "rope_parameters")
         names = {field: " ".join(level + name for name in names.split()) for field, (_, names) in NAMES.items()}
         fields = Fields(file, {field: name.replace(f"{level}rope_parameters", rope) for field, name in names.items()})
-        with renamed(fields.names):
+        with spelled_as(fields.names):
             model_type = fields.required("model_type")
             supported = _WRAPPED if level else (*_MEANING_OF_ABSENCE, _WRAPPER)
             if model_type not in supported:
-                raise ConfigError(f"model_type is {shown(model_type)}; supported are {', '.join(supported)}")
+                raise ConfigError(Field("model_type"), f" is {shown(model_type)}; supported are {', '.join(supported)}")
             check_only(file, _CONFIG_JSON_ONLY, level)
             if any(isinstance(value, dict) for value in (value_at(file, rope) or {}).values()):
-                raise ConfigError(f"{rope} differs by kind of layer; expected one RoPE for all layers")
+                raise ConfigError(Field(rope), " differs by kind of layer; expected one RoPE for all layers")
             fields.values = _MEANING_OF_ABSENCE[model_type] | fields.values
             yarn = _config_json_yarn(fields)
             return fields.model_config(
@@ -206,7 +211,14 @@ def _config_json_head_dim(fields: Fields) -> Any:
         return head_dim
     dim, n_heads = fields.count("dim"), fields.count("n_heads")
     if dim % n_heads:
-        raise ConfigError(f"n_heads is {n_heads}; expected a divisor of dim, {dim}, since head_dim is not given")
+        raise ConfigError(
+            Field("n_heads"),
+            f" is {n_heads}; expected a divisor of ",
+            Field("dim"),
+            f", {dim}, since ",
+            Field("head_dim"),
+            " is not given",
+        )
     return dim // n_heads
 
 
@@ -214,7 +226,7 @@ def _config_json_windows(fields: Fields, model_type: str) -> tuple[int | None, .
     n_layers = fields.count("n_layers")
     window = None if fields.required("sliding_window") is None else fields.count("sliding_window")
     if window is not None and model_type == "llama":
-        raise ConfigError(f"sliding_window is {window}; expected null in a llama model")
+        raise ConfigError(Field("sliding_window"), f" is {window}; expected null in a llama model")
     layer_types = fields.values.get("layer_types")
     if layer_types is None:
         return (window,) * n_layers
@@ -222,13 +234,23 @@ def _config_json_windows(fields: Fields, model_type: str) -> tuple[int | None, .
     one_each = isinstance(layer_types, list) and len(layer_types) == n_layers
     if not one_each or any(kind not in kinds for kind in layer_types):
         expected = f"{' or '.join(kinds)} for each of {n_layers} layers"
-        raise ConfigError(f"layer_types is {shown(layer_types)}; expected {expected}")
+        raise ConfigError(Field("layer_types"), f" is {shown(layer_types)}; expected {expected}")
     if window is None and kinds[1] in layer_types:
-        raise ConfigError(f"sliding_window is None; expected a whole number, since layer_types has {kinds[1]}")
+        raise ConfigError(
+            Field("sliding_window"),
+            " is None; expected a whole number, since ",
+            Field("layer_types"),
+            f" has {kinds[1]}",
+        )
     windows = tuple(window if kind == kinds[1] else None for kind in layer_types)
     # transformers reads layer_types in ministral alone, so elsewhere a pattern of them has two readings.
     if model_type != "ministral" and windows != (window,) * n_layers:
-        raise ConfigError(f"layer_types contradicts sliding_window, {window}; only a ministral model may mix the two")
+        raise ConfigError(
+            Field("layer_types"),
+            " contradicts ",
+            Field("sliding_window"),
+            f", {window}; only a ministral model may mix the two",
+        )
     return windows
 
 
@@ -238,7 +260,7 @@ def _config_json_yarn(fields: Fields) -> Yarn | None:
     if rope_type == "default":
         return None
     if rope_type != "yarn":
-        raise ConfigError(f"rope_type is {shown(rope_type)}; supported are default and yarn")
+        raise ConfigError(Field("rope_type"), f" is {shown(rope_type)}; supported are default and yarn")
     original, factor = fields.count(f"yarn.{ORIGINAL}"), fields.required("yarn.factor")
     factor = fields.count("max_seq_len") / original if factor is None else checked_number("yarn.factor", factor)
     attention_factor = fields.values.get("yarn.attention_factor")
@@ -262,5 +284,5 @@ def _config_json_tied(file: dict[str, Any], level: str) -> bool:
     said = {name: value_at(file, name) for name in (f"{level}tie_word_embeddings", "tie_word_embeddings")}
     for name, tied in said.items():
         if not isinstance(tied, bool | None):
-            raise ConfigError(f"{name} is {shown(tied)}; expected true or false")
+            raise ConfigError(Field(name), f" is {shown(tied)}; expected true or false")
     return True in said.values() or (bool(level) and False not in said.values())
