@@ -101,8 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model = _synthetic(arguments)
     throttled = machine.throttle_count()
     model, started = _started(arguments, n_tokens)
-    weights = matrices(model.weights)
-    n_threads, n_bytes = _threads_of(model, arguments), sum(matrix.nbytes for matrix in weights)
+    n_threads = _threads_of(model, arguments)
+    n_bytes = sum(matrix.nbytes for matrix in matrices(model.weights))
     total, counter = sum(bool(test.depth) + 1 + arguments.repetitions for test in tests), itertools.count()
     with progress_bar("measuring", is_long=True) as bar:
         results = speed.measure_speed(
@@ -117,25 +117,35 @@ def run(arguments: argparse.Namespace) -> None:
             progress=(lambda text: bar(next(counter), total, text)) if bar else None,
         )
     description = machine.machine(n_threads)
-    cache_type = _CACHE_TYPES[model.new_cache(dtype=arguments.cache_dtype).dtype]
     about = {
-        "model_filename": os.fspath(arguments.model),
-        "model_type": f"{Path(arguments.model).name} {'+'.join(sorted({matrix.kind for matrix in weights}))}",
-        "model_size": n_bytes,
-        "model_n_params": model.config.n_parameters,
-        "backends": model.ops.name,
+        **_about(model, arguments),
         "n_threads": n_threads,
-        "n_batch": speed.CHUNK,
-        "n_ubatch": speed.CHUNK,
-        "type_k": cache_type,
-        "type_v": cache_type,
-        "dtype": str(model.ops.dtype),
-        "repacked": arguments.repack,
         **started,
         **process_memory(os.getpid()),
         "throttled": None if throttled is None else (machine.throttle_count() or 0) - throttled,
     }
     _print([_record(result, about, description) for result in results], description, arguments.output)
+
+
+def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what llama-bench's records say of a model and of how it is run, threads apart."""
+    from mistral_ref.measure.speed import CHUNK  # noqa: PLC0415 (starts Numba)
+
+    weights = matrices(model.weights)
+    cache_type = _CACHE_TYPES[model.new_cache(dtype=arguments.cache_dtype).dtype]
+    return {
+        "model_filename": os.fspath(arguments.model),
+        "model_type": f"{Path(arguments.model).name} {'+'.join(sorted({matrix.kind for matrix in weights}))}",
+        "model_size": sum(matrix.nbytes for matrix in weights),
+        "model_n_params": model.config.n_parameters,
+        "backends": model.ops.name,
+        "n_batch": CHUNK,
+        "n_ubatch": CHUNK,
+        "type_k": cache_type,
+        "type_v": cache_type,
+        "dtype": str(model.ops.dtype),
+        "repacked": arguments.repack,
+    }
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:

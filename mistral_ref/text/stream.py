@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from mistral_ref.text.sentencepiece import SentencePieceTokenizer
+
+class StreamedTokenizer(Protocol):
+    """What a stream asks of its tokenizer.
+
+    landmark    the id of a piece that is text, and no part of a character
+    """
+
+    vocab_size: int
+    landmark: int
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of these ids."""
+        ...
+
+    def byte(self, token_id: int) -> int | None:
+        """Return the byte that a piece stands for; None for a piece that is no single byte."""
+        ...
+
+    def checked(self, ids: Iterable[int]) -> list[int]:
+        """Return these ids as a list; raise InputError for one that is none of the tokenizer's."""
+        ...
 
 
 class TokenStream:
@@ -32,7 +51,7 @@ class TokenStream:
     Holds for every model without a denormalizer, a rewriting of decoded text that no model of Mistral's has.
     """
 
-    def __init__(self, tokenizer: SentencePieceTokenizer, context_ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: StreamedTokenizer, context_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
         self._before: list[int] = []  # reads on like everything whose text is out, and is short
         self._open: list[int] = []  # the bytes of a character that is not complete
