@@ -91,5 +91,6 @@ def test_of_several_warnings_one_says_it_all() -> None:
 )
 def test_a_command_complains_in_one_line_of_its_own(stderr: str) -> None:
     assert_complains("mistral-ref: q is 8\n", "q", 8)
+    assert_complains("mistral-ref step: q is 8\n", "q", 8)
     with pytest.raises(AssertionError):
         assert_complains(stderr, "q")
