@@ -1,7 +1,7 @@
 """Quantization of a model: a directory in, a smaller directory out; or weights in memory.
 
 What is rounded are the matrices of the layers but for routers, which are small and decide much, and, each as one says,
-the embedding and the head. How a matrix is rounded, quantized_matrix.py says.
+the embedding and the head. How a matrix is rounded, rounding.py says.
 
 The directory that comes out holds one file under Mistral's own names, rows of wq and wk in Mistral's own order,
 
