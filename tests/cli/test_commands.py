@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
+from support.errors import assert_complains
 from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
@@ -128,7 +129,7 @@ def test_info_counts_and_names_what_is_in_the_files(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.experts.gate_up_proj" in shown
     write_hf(tmp_path / "wrapped", FAMILIES["ministral3"], wrapper="v5")
     done = run("info", "--model", tmp_path / "wrapped", "--tensors")
-    assert "only the text model is read, not vision_tower" in done.stderr
+    assert_complains(done.stderr, tmp_path / "wrapped", "vision_tower")
     assert "(left aside)" in done.stdout
     assert "model.language_model.layers.0.self_attn.q_proj.weight" in done.stdout
 
@@ -140,29 +141,26 @@ def test_help_teaches(command: list[str]) -> None:
     assert "usage: mistral-ref" in done.stdout
 
 
-def one_line_error(done: subprocess.CompletedProcess[str], words: str) -> None:
+def one_line_error(done: subprocess.CompletedProcess[str], *facts: object) -> None:
     assert done.returncode == 2
-    assert re.fullmatch(r"mistral-ref[^\n]*\n", done.stderr)
-    assert words in done.stderr
+    assert_complains(done.stderr, *facts)
     assert done.stdout == ""
 
 
 def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Path) -> None:
-    one_line_error(run("no-such-command"), "no-such-command")
-    one_line_error(run("generate", "--model", tmp_path / "absent", "A"), "no such directory")
-    one_line_error(
-        run("generate", "--model", model_dir / "config.json", "A"), "not a directory; give the one that holds it"
-    )
-    one_line_error(run("generate", "--model", tmp_path, "A"), "params.json")
-    one_line_error(run("generate", "--model", model_dir, "--max-tokens", "many", "A"), "--max-tokens")
-    one_line_error(run("generate", "--model", model_dir, "--max-tokens", 0, "A"), "max_tokens is 0")
-    one_line_error(run("generate", "--model", model_dir, "--temperature", "nan", "A"), "temperature is nan")
-    one_line_error(run("generate", "--model", model_dir, "--threads", 0, "A"), "threads is 0")
-    one_line_error(run("generate", "--model", model_dir, "--no-such-option", "A"), "--no-such-option (see")
-    one_line_error(run("generate", "Once", "upon", "a"), "upon a; a text of several words stands in quotes (see")
+    one_line_error(run("no-such-command"), "'no-such-command'")
+    one_line_error(run("generate", "--model", tmp_path / "absent", "A"), "absent", "no such directory")
+    one_line_error(run("generate", "--model", model_dir / "config.json", "A"), "config.json", "not a directory")
+    one_line_error(run("generate", "--model", tmp_path, "A"), tmp_path, "params.json")
+    one_line_error(run("generate", "--model", model_dir, "--max-tokens", "many", "A"), "--max-tokens", "'many'")
+    one_line_error(run("generate", "--model", model_dir, "--max-tokens", 0, "A"), "max_tokens", 0)
+    one_line_error(run("generate", "--model", model_dir, "--temperature", "nan", "A"), "temperature", "nan")
+    one_line_error(run("generate", "--model", model_dir, "--threads", 0, "A"), "threads", 0)
+    one_line_error(run("generate", "--model", model_dir, "--no-such-option", "A"), "--no-such-option", "--help")
+    one_line_error(run("generate", "Once", "upon", "a"), "upon a", "quotes", "--help")
     done = run("generate", "--model", model_dir, stdin=b"\xff\xfe")
     assert done.returncode == 2
-    assert b"standard input is not UTF-8 text" in done.stderr
+    assert_complains(done.stderr.decode(), "standard input", "UTF-8")
 
 
 def test_a_truncated_file_is_one_line(model_dir: Path, tmp_path: Path) -> None:
@@ -171,7 +169,7 @@ def test_a_truncated_file_is_one_line(model_dir: Path, tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     n_bytes = weights.stat().st_size
-    one_line_error(run("generate", "--model", tmp_path, "A"), f"{weights}: truncated: {n_bytes} bytes, and")
+    one_line_error(run("generate", "--model", tmp_path, "A"), weights, "truncated", f"{n_bytes} bytes")
 
 
 @pytest.mark.parametrize(
@@ -190,8 +188,8 @@ def test_a_full_disk_is_one_line(model_dir: Path) -> None:
     command = [*COMMAND, "info", "--model", str(model_dir)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "No space left" in done.stderr
+    assert done.returncode == 1
+    assert_complains(done.stderr, "No space left")
 
 
 def test_closed_standard_streams_are_no_traceback(model_dir: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.errors import assert_complains
 
 import mistral_ref
 from mistral_ref.loading import DEMO_MODEL
@@ -69,35 +70,31 @@ def test_activations_are_chosen(small: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "facts"),
     [
-        (("quantize", "demo"), "required: OUT"),
-        (("quantize", "nowhere", "x"), "'nowhere': no such directory"),
-        (("quantize", "demo", "."), ".: is there already; expected the name of a new directory"),
-        (("quantize", "demo", "/nowhere/x"), "/nowhere/x: cannot be written: there is no directory /nowhere"),
-        (("quantize", "demo", "x", "--bits", 5), "invalid choice"),
-        (("quantize", "demo", "x", "--group-size", 48), "invalid choice"),
-        (
-            ("quantize", "demo", "x", "--head", 4),
-            "embedding is 8 and head is 4, but this model has one matrix for both",
-        ),
-        (("generate", "--activations", "float", "A"), "activations is 'float', which backend='numpy' alone has"),
-        (("generate", "--quantize", 3, "A"), "invalid choice"),
+        (("quantize", "demo"), ("OUT",)),
+        (("quantize", "nowhere", "x"), ("'nowhere'", "no such directory")),
+        (("quantize", "demo", "."), (".:", "already", "new directory")),
+        (("quantize", "demo", "/nowhere/x"), (Path("/nowhere/x"), Path("/nowhere"), "no directory")),
+        (("quantize", "demo", "x", "--bits", 5), ("--bits", 5, 8, 4)),
+        (("quantize", "demo", "x", "--group-size", 48), ("--group-size", 48, 32, 64, 128)),
+        (("quantize", "demo", "x", "--head", 4), ("embedding", 8, "head", 4, "both")),
+        (("generate", "--activations", "float", "A"), ("activations", "'float'", "backend='numpy'")),
+        (("generate", "--quantize", 3, "A"), ("--quantize", 3, 8, 4)),
     ],
 )
-def test_a_mistake_is_one_line(arguments: tuple[object, ...], said: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line(arguments: tuple[object, ...], facts: tuple[object, ...], tmp_path: Path) -> None:
     done = run(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert_complains(done.stderr, *facts)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_quantized_model_is_not_quantized_again(small: Path, tmp_path: Path) -> None:
     for arguments in (("quantize", small, tmp_path / "x"), ("generate", "--model", small, "--quantize", 8, "A")):
         done = run(*arguments)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert "is quantized already; expected a model with float weights" in done.stderr
+        assert done.returncode == 2
+        assert_complains(done.stderr, "quantized already", "float weights")
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
