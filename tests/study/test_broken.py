@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES
+from support.errors import refused
 from support.tiny import configs, model_of, tokens_for
 
 import mistral_ref
@@ -320,7 +321,7 @@ def test_it_says_that_it_is_broken() -> None:
     assert wrong.ops.name == "numpy, broken: tiled-heads"
     assert "float32 by numpy, broken: tiled-heads" in repr(wrong)
     right = model_of(NEMO)
-    with pytest.raises(CacheError, match="made by another model"):
+    with refused(CacheError, "another model"):
         right.forward([1], broken(right, "tiled-heads").new_cache())
 
 
@@ -345,7 +346,7 @@ def test_the_demonstration_model() -> None:
     tokens = model.token_ids("Once upon a time" + text) * 3  # twice the window
     for bug in BUGS:
         if bug in {"yarn-scale", "experts-unnormalised"}:
-            with pytest.raises(InputError, match="cannot have"):
+            with refused(InputError, "model", f"'{bug}'", BUGS[bug].needs):
                 broken(model, bug)
             continue
         wrong = broken(model, bug)
@@ -362,14 +363,12 @@ def test_the_demonstration_model() -> None:
 
 @pytest.mark.parametrize("bug", ["nothing", "Theta", None, 3, ["theta"]])
 def test_an_unknown_bug_is_refused_with_the_list(bug: object) -> None:
-    with pytest.raises(InputError) as error:
+    with refused(InputError, "bug", repr(bug), ", ".join(BUGS)):
         broken(model_of(NEMO), bug)
-    assert ", ".join(BUGS) in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_broken_model_is_not_broken_again() -> None:
-    with pytest.raises(InputError, match=r"broken: theta.* has a bug already"):
+    with refused(InputError, "broken: theta", "already"):
         broken(broken(model_of(NEMO), "theta"), "not-causal")
 
 
@@ -398,7 +397,7 @@ FACTOR_1 = dataclasses.replace(CONFIGS["ministral3"].yarn, factor=1)
     ],
 )
 def test_a_model_that_cannot_have_it_is_refused(bug: str, config: ModelConfig, why: str) -> None:
-    with pytest.raises(InputError, match=rf"^this model cannot have the bug '{bug}': it needs .*{re.escape(why)}"):
+    with refused(InputError, "model", f"'{bug}'", why):
         broken(model_of(config), bug)
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
+from support.errors import refused
 from support.pages import Page
 from support.tiny import BACKENDS, configs, model_of, ops_of, tokens_for
 
@@ -85,7 +86,7 @@ def test_the_lens_takes_what_residuals_there_are() -> None:
     seen = lens.logit_lens(model, trace, top=3)
     assert seen.names == ["embedding", "layers.1.residual_after_attention", "layers.1.residual_after_ffn"]
     np.testing.assert_array_equal(seen.final_RT[-1], seen.logprobs_RTN[-1, :, 0])
-    with pytest.raises(InputError, match=r"^this trace holds no residual stream; expected keep=\['embedding', 'layers"):
+    with refused(InputError, "trace", "residual", "keep=['embedding', 'layers.*.residual_after_*']"):
         lens.logit_lens(model, model.trace([1], keep="logits"))
 
 
@@ -300,28 +301,27 @@ def test_a_long_attention_map_is_made_small() -> None:
 # ----------------------------------------------------------------------------------------------------------- mistakes
 
 
-MISTAKES: dict[str, tuple[Callable[[Model, Trace], object], str]] = {
-    "a head too many": (lambda m, t: lens.attention(t, 0, 6), "head is 6; expected a whole number from 0 to 5"),
-    "a head below": (lambda m, t: lens.attention(t, 0, -1), "head is -1; expected"),
-    "a layer too many": (lambda m, t: lens.attention(t, 3, 0), r"does not hold 'layers\.3\.attention_weights'"),
-    "a layer below": (lambda m, t: lens.attention(t, -1, 0), r"does not hold 'layers\.-1\.attention_weights'"),
-    "a query too many": (lambda m, t: lens.attention(t, 0, 0).top(2), "query is 2; expected .* from -2 to 1"),
-    "no tokens": (lambda m, t: lens.logit_lens(m, t, top=0), "top is 0; expected a whole number from 1 to 101"),
-    "tokens too many": (lambda m, t: lens.logit_lens(m, t, top=102), "top is 102; expected"),
-    "a token too many": (lambda m, t: lens.attribution(m, t, token=101), "token is 101; expected .* from 0 to 100"),
-    "a token below": (lambda m, t: lens.attribution(m, t, token=-1), "token is -1; expected"),
-    "a token of no kind": (lambda m, t: lens.attribution(m, t, token=1.5), "token is 1.5; expected a whole number"),
-    "an index too many": (lambda m, t: lens.attribution(m, t, index=2), "index is 2; expected .* from -2 to 1"),
+MISTAKES: dict[str, tuple[Callable[[Model, Trace], object], tuple[object, ...]]] = {
+    "a head too many": (lambda m, t: lens.attention(t, 0, 6), ("head", 6, "whole number", "0 to 5")),
+    "a head below": (lambda m, t: lens.attention(t, 0, -1), ("head", -1, "0 to 5")),
+    "a layer too many": (lambda m, t: lens.attention(t, 3, 0), ("trace", "'layers.3.attention_weights'")),
+    "a layer below": (lambda m, t: lens.attention(t, -1, 0), ("trace", "'layers.-1.attention_weights'")),
+    "a query too many": (lambda m, t: lens.attention(t, 0, 0).top(2), ("query", 2, "-2 to 1")),
+    "no tokens": (lambda m, t: lens.logit_lens(m, t, top=0), ("top", 0, "whole number", "1 to 101")),
+    "tokens too many": (lambda m, t: lens.logit_lens(m, t, top=102), ("top", 102, "1 to 101")),
+    "a token too many": (lambda m, t: lens.attribution(m, t, token=101), ("token", 101, "0 to 100")),
+    "a token below": (lambda m, t: lens.attribution(m, t, token=-1), ("token", -1, "0 to 100")),
+    "a token of no kind": (lambda m, t: lens.attribution(m, t, token=1.5), ("token", 1.5, "whole number")),
+    "an index too many": (lambda m, t: lens.attribution(m, t, index=2), ("index", 2, "-2 to 1")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_line(case: str) -> None:
-    call, message = MISTAKES[case]
+    call, facts = MISTAKES[case]
     model = model_of(DENSE)
-    with pytest.raises(InputError, match=message) as caught:
+    with refused(InputError, *facts):
         call(model, model.trace([1, 2]))
-    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -338,20 +338,23 @@ def test_a_mistake_is_one_line(case: str) -> None:
 def test_a_step_that_the_trace_does_not_hold(missing: str, call: Callable[[Model, Trace], object]) -> None:
     model = model_of(DENSE)
     keep = [name for name in step_names(DENSE) if name != missing]
-    with pytest.raises(MissingStepError, match=f"^this trace does not hold '{missing}'; it holds ") as caught:
+    with refused(MissingStepError, "trace", f"'{missing}'", keep[0]):
         call(model, model.trace([1, 2], keep=keep))
-    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("other", [DENSE.replace(dim=36), DENSE.replace(n_heads=4), DENSE.replace(head_dim=6)])
 def test_a_trace_of_another_model(other: ModelConfig) -> None:
     model, trace = model_of(DENSE), model_of(other).trace([1, 2])
-    with pytest.raises(InputError, match=r" has shape .*; expected \(2, .*\) of a trace of this model"):
+    names = ("layers.0.heads", "layers.0.heads")
+    shapes = [(2, config.n_heads, config.head_dim) for config in (other, DENSE)]
+    if other.dim != DENSE.dim:
+        names, shapes = ("layers.2.residual_after_ffn", "embedding"), [(2, 36), (2, 40)]
+    with refused(InputError, names[0], *shapes, "this model"):
         lens.attribution(model, trace)
-    with pytest.raises(InputError, match="of a trace of this model"):
+    with refused(InputError, names[1], *shapes, "this model"):
         list(lens.contributions(model, trace))
     if other.dim != DENSE.dim:
-        with pytest.raises(InputError, match=r"residual_after_ffn has shape \(2, 36\); expected \(2, 40\)"):
+        with refused(InputError, "residual_after_ffn", (2, 36), (2, 40)):
             lens.logit_lens(model, trace)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES
+from support.errors import refused
 from support.tiny import BACKENDS, configs, model_of, tokens_for
 
 from mistral_ref import InputError
 from mistral_ref.config import ModelConfig
+from mistral_ref.errors import shown
 from mistral_ref.study.stepper import Stepper
 
 
@@ -68,18 +72,18 @@ def test_edits_stay_while_one_moves_and_go_when_they_are_undone() -> None:
     assert [stepper.undo().description for _ in range(2)] == ["double", "zero head 0"]
     np.testing.assert_array_equal(stepper.step.value, before)
     np.testing.assert_array_equal(stepper.logits(), plain)
-    with pytest.raises(InputError, match="nothing has been edited"):
+    with refused(InputError, "nothing", "edited"):
         stepper.undo()
 
 
 def test_an_edit_that_does_not_fit_is_not_kept() -> None:
     stepper = small_stepper()
-    with pytest.raises(InputError, match="expected float32 of shape"):
+    with refused(InputError, stepper.step.name, "float32", (1, 40), (6, 40)):
         stepper.edit("cut", lambda value: value[:1])
     assert not stepper.edits
     numba = small_stepper(backend="numba")
     numba.go(numba.find("scores"))
-    with pytest.raises(InputError, match="backend='numpy'"):
+    with refused(InputError, numba.step.name, "backend='numpy'"):
         numba.edit("zero", np.zeros_like)
     assert not numba.edits
 
@@ -111,7 +115,7 @@ def test_find_knows_full_names_short_ones_layers_and_globs() -> None:
         "layers.1.q", "layers.2.gate", "layers.0.attention_norm", "layers.1.heads", "embedding", "layers.1.ffn_hidden"
     ]  # fmt: skip
     for text in ("", "qq", "99", "layers.9.q"):
-        with pytest.raises(InputError, match="no step is called"):
+        with refused(InputError, "step", repr(text)):
             stepper.find(text)
 
 
@@ -154,18 +158,17 @@ def test_an_interrupted_undo_undoes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_may_have_been_meant_by_a_name() -> None:
     stepper = small_stepper()
     for text, hint in {
-        "layers.9.q": "there are layers 0 to 2",
-        "99": "there are layers 0 to 2",
-        "99999999999999": "there are layers 0 to 2",
-        "q_rotatd": "did you mean 'q_rotated'?",
-        "layers.1.hedas": "did you mean 'layers.1.heads'?",
-        "Logits": "did you mean 'logits'?",
-        "": "names are like",
-        "x" * 10000: "names are like",
+        "layers.9.q": "0 to 2",
+        "99": "0 to 2",
+        "99999999999999": "0 to 2",
+        "q_rotatd": "'q_rotated'",
+        "layers.1.hedas": "'layers.1.heads'",
+        "Logits": "'logits'",
+        "": "logits",
+        "x" * 10000: "logits",
     }.items():
-        with pytest.raises(InputError, match=r"no step is called") as error:
+        with refused(InputError, "step", shown(text), hint):
             stepper.find(text)
-        assert hint in str(error.value)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,7 +192,7 @@ def test_a_text_goes_on_with_the_edits_made_in_every_pass(backend: str) -> None:
     stepper.model.eos_ids = frozenset(tokens[-4:-3])
     assert list(stepper.continuation(4)) == []
     for n in (0, -1, 2.0):
-        with pytest.raises(InputError, match="expected a whole number of at least 1"):
+        with refused(InputError, "n", repr(n), "whole number", 1):
             list(stepper.continuation(n))
 
 
@@ -197,17 +200,17 @@ def test_edits_that_do_not_fit_a_longer_pass_are_one_line() -> None:
     for wrong in (lambda x: x + np.ones((6, 1), x.dtype), lambda x: x[:6], lambda x: x if len(x) < 7 else x[7]):
         stepper = small_stepper()
         stepper.edit("wrong", wrong)
-        with pytest.raises(InputError, match=r"made for 6 tokens and do not fit [78]: ") as error:
+        with refused(InputError, "edits", "6 tokens") as error:
             list(stepper.continuation(4))
-        assert "\n" not in str(error.value)
+        assert re.search(r"\b[78]\b", str(error.value))
     stepper = small_stepper()
     stepper.edit("nan", lambda x: x * np.float32("nan"))
-    with pytest.raises(InputError, match="NaN, so nothing is likeliest"):
+    with refused(InputError, "logits", "NaN"):
         list(stepper.continuation(1))
     model = stepper.model
     cache = model.new_cache()
     model.forward(stepper.tokens, cache)
-    with pytest.raises(InputError, match="over a cache"):
+    with refused(InputError, "cache"):
         list(Stepper(model, [1], cache).continuation(1))
 
 
