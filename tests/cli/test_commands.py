@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a process of its own; good and bad input, Ctrl-C, a closed pipe."""
+"""The command line as a user meets it: good and bad input, Ctrl-C, a closed pipe."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
+from support.command import COMMAND, run, run_process, start
 from support.errors import assert_complains
 from support.tiny_tokenizers import tiny_tokenizer
 
@@ -19,7 +20,6 @@ import mistral_ref
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 
 TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
-COMMAND = [sys.executable, "-m", "mistral_ref"]
 
 
 @pytest.fixture(scope="session")
@@ -41,25 +41,8 @@ def compiled_kernels(model_dir: Path) -> None:
         model.complete("The mill", max_tokens=2)
 
 
-def run(*arguments: object, stdin: str | bytes = "", **options: object) -> subprocess.CompletedProcess[str]:
-    if isinstance(stdin, bytes):
-        return subprocess.run(
-            [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, check=False
-        )
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-        **options,
-    )
-
-
 def test_without_a_model_the_demonstration_model_answers() -> None:
-    done = run("generate", "--temperature", 0, "--max-tokens", 20, "Once upon a time")
+    done = run_process("generate", "--temperature", 0, "--max-tokens", 20, "Once upon a time")
     text = mistral_ref.load().complete("Once upon a time", max_tokens=20)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"Once upon a time{text}\n")
     assert "bf16" in run("info").stdout.lower()
@@ -160,7 +143,7 @@ def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Pat
     one_line_error(run("generate", "Once", "upon", "a"), "upon a", "quotes", "--help")
     done = run("generate", "--model", model_dir, stdin=b"\xff\xfe")
     assert done.returncode == 2
-    assert_complains(done.stderr.decode(), "standard input", "UTF-8")
+    assert_complains(done.stderr, "standard input", "UTF-8")
 
 
 def test_a_truncated_file_is_one_line(model_dir: Path, tmp_path: Path) -> None:
@@ -179,7 +162,7 @@ def test_text_is_utf8_whatever_the_locale(model_dir: Path, locale: dict[str, str
     text = mistral_ref.load(model_dir).complete("caf\N{LATIN SMALL LETTER E WITH ACUTE}", max_tokens=4)
     environment = os.environ | locale | {"PYTHONIOENCODING": "ascii"}
     options = ("--model", model_dir, "--temperature", 0, "--max-tokens", 4, "--no-echo", b"caf\xc3\xa9".decode())
-    done = run("generate", *options, env=environment)
+    done = run_process("generate", *options, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == text.encode("ascii", "replace").decode() + "\n"
 
@@ -206,8 +189,7 @@ def test_an_empty_prompt_begins_with_bos_alone(model_dir: Path) -> None:
 
 
 def test_ctrl_c_leaves_what_was_printed_and_exits_130(model_dir: Path) -> None:
-    command = [*COMMAND, "generate", "--model", str(model_dir), "--max-tokens", "99000", "The mill"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start(*COMMAND, "generate", "--model", model_dir, "--max-tokens", 99000, "The mill") as process:
         assert process.stdout is not None
         printed = os.read(process.stdout.fileno(), 100)
         process.send_signal(signal.SIGINT)
@@ -218,8 +200,7 @@ def test_ctrl_c_leaves_what_was_printed_and_exits_130(model_dir: Path) -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error(model_dir: Path) -> None:
-    command = [*COMMAND, "generate", "--model", str(model_dir), "--max-tokens", "99000", "The mill"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start(*COMMAND, "generate", "--model", model_dir, "--max-tokens", 99000, "The mill") as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 20)
         process.stdout.close()

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.command import COMMAND, run, start
 from support.errors import assert_complains
 
 import mistral_ref
 from mistral_ref.loading import DEMO_MODEL
-
-COMMAND = [sys.executable, "-m", "mistral_ref"]
-
-
-def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def test_activations_are_chosen(small: Path) -> None:
     """They change what a model says only a little, but to the last digit they do."""
     prompt = ("--model", small, "--context", "64", "--json", "-")
     figures = {
-        name: run("perplexity", *prompt, "--activations", name, *more, input="Once upon a time there was a cat. " * 20)
+        name: run("perplexity", *prompt, "--activations", name, *more, stdin="Once upon a time there was a cat. " * 20)
         for name, more in {"int16": (), "int8": (), "float": ("--backend", "numpy")}.items()
     }
     assert {done.returncode for done in figures.values()} == {0}
@@ -83,8 +74,11 @@ def test_activations_are_chosen(small: Path) -> None:
         (("generate", "--quantize", 3, "A"), ("--quantize", 3, 8, 4)),
     ],
 )
-def test_a_mistake_is_one_line(arguments: tuple[object, ...], facts: tuple[object, ...], tmp_path: Path) -> None:
-    done = run(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+def test_a_mistake_is_one_line(
+    arguments: tuple[object, ...], facts: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
     assert done.returncode == 2
     assert_complains(done.stderr, *facts)
     assert list(tmp_path.iterdir()) == []
@@ -103,12 +97,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
 
     config = SHAPES["tiny"].replace(n_layers=64, sliding_window=(None,) * 64)
     make_checkpoint(tmp_path / "in", config)
-    process = subprocess.Popen(
-        [*COMMAND, "quantize", str(tmp_path / "in"), str(tmp_path / "out")],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start(*COMMAND, "quantize", tmp_path / "in", tmp_path / "out", text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.*/consolidated.safetensors.partial")) and time.monotonic() < deadline:
         assert process.poll() is None

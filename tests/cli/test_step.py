@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pty
 import re
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.command import COMMAND, heed_ctrl_c, run, start
 from support.errors import assert_complains, refused
 
 import mistral_ref
-from mistral_ref.cli import main
 from mistral_ref.cli.walker.walker import Walker
 from mistral_ref.errors import InputError
 from mistral_ref.study import lens
@@ -32,14 +31,7 @@ LONG_TEXT = "Lily and Tom went to the park. They saw a big red ball. " * 8  # lo
 
 def walk(*commands: str, text: str = TEXT, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Return what commands over a pipe print."""
-    return subprocess.run(
-        [sys.executable, "-m", "mistral_ref", "step", *options, text],
-        input="".join(f"{command}\n" for command in commands),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
+    return run("step", *options, text, stdin="".join(f"{command}\n" for command in commands))
 
 
 @pytest.fixture(scope="module")
@@ -450,6 +442,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            heed_ctrl_c()
             os.environ |= {"TERM": "dumb", "COLUMNS": "100"}
             os.execv(sys.executable, [sys.executable, "-m", "mistral_ref", *arguments])
         self.seen = ""
@@ -534,13 +527,7 @@ def test_ctrl_c_keeps_place_and_edits_in_a_terminal_and_ctrl_d_leaves(terminal: 
 
 
 def test_ctrl_c_over_a_pipe_ends_it() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "mistral_ref", "step", TEXT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    ) as process:
+    with start(*COMMAND, "step", TEXT, stdin=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stdout is not None
         while "rms" not in process.stdout.readline():
             pass
@@ -552,12 +539,7 @@ def test_ctrl_c_over_a_pipe_ends_it() -> None:
 
 def test_a_reader_that_has_seen_enough_is_no_mistake() -> None:
     commands = "jump logits\n" + "show token 0\n" * 200
-    with subprocess.Popen(
-        [sys.executable, "-m", "mistral_ref", "step", TEXT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
+    with start(*COMMAND, "step", TEXT, stdin=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
@@ -583,45 +565,36 @@ def test_closed_standard_input_is_one_line() -> None:
 # ---- trace and compare
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    status = main(arguments)
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def test_trace_lists_every_step(capsys: pytest.CaptureFixture[str], model: mistral_ref.Model) -> None:
-    status, out, err = run(capsys, "trace", "--backend", "numpy", TEXT)
+def test_trace_lists_every_step(model: mistral_ref.Model) -> None:
+    done = run("trace", "--backend", "numpy", TEXT)
     trace = model.trace(TEXT)
-    assert (status, err) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "")
     for name, step in trace.steps.items():
-        assert re.search(rf"^\| {re.escape(name)} .*{re.escape(str(step.statistics))} \|$", out, re.MULTILINE)
+        assert re.search(rf"^\| {re.escape(name)} .*{re.escape(str(step.statistics))} \|$", done.stdout, re.MULTILINE)
 
 
-def test_trace_writes_what_the_library_keeps(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: mistral_ref.Model
-) -> None:
+def test_trace_writes_what_the_library_keeps(tmp_path: Path, model: mistral_ref.Model) -> None:
     path = str(tmp_path / "trace.safetensors")
     keep = ("--keep", "layers.0.*", "--keep", "logits")
-    status, out, _ = run(capsys, "trace", "--backend", "numpy", *keep, TEXT, "-o", path)
-    assert (status, out.startswith(f"{path}: 18 steps of 5 tokens")) == (0, True)
+    done = run("trace", "--backend", "numpy", *keep, TEXT, "-o", path)
+    assert (done.returncode, done.stdout.startswith(f"{path}: 18 steps of 5 tokens")) == (0, True)
     loaded = mistral_ref.Trace.load(path)
     kept = model.trace(TEXT, keep=["layers.0.*", "logits"])
     assert list(loaded) == list(kept)
     assert all(np.array_equal(loaded[name], kept[name]) for name in kept)
     # and back: a file against a model, with the file's own tokens
-    status, out, _ = run(capsys, "compare", path, "demo", "--backend", "numpy")
-    assert (status, "all 18 steps are equal" in out) == (0, True)
+    done = run("compare", path, "demo", "--backend", "numpy")
+    assert (done.returncode, "all 18 steps are equal" in done.stdout) == (0, True)
 
 
-def test_compare_tells_rounding_from_bugs(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "compare", "demo", "demo", "--backend", "numba,numpy", TEXT)
-    assert (status, "agree within 2000 ulps" in out) == (0, True)
-    status, out, _ = run(capsys, "compare", "demo", "demo", "--dtype", "float32,float64", "--own", "--all", TEXT)
-    assert (status, "agree within 200 ulps" in out, out.count("\n| ")) == (0, True, 88)
-    status, out, _ = run(
-        capsys, "compare", "demo", "demo", "--broken", "tiled-heads", TEXT, "--continue", "5", "--backend", "numpy"
-    )
-    assert (status, "the first is layers.0.scores" in out) == (1, True)
+def test_compare_tells_rounding_from_bugs() -> None:
+    done = run("compare", "demo", "demo", "--backend", "numba,numpy", TEXT)
+    assert (done.returncode, "agree within 2000 ulps" in done.stdout) == (0, True)
+    done = run("compare", "demo", "demo", "--dtype", "float32,float64", "--own", "--all", TEXT)
+    assert (done.returncode, "agree within 200 ulps" in done.stdout, done.stdout.count("\n| ")) == (0, True, 88)
+    done = run("compare", "demo", "demo", "--broken", "tiled-heads", TEXT, "--continue", "5", "--backend", "numpy")
+    out = done.stdout
+    assert (done.returncode, "the first is layers.0.scores" in out) == (1, True)
     goes_on = [
         line.removeprefix(f"{side} goes on: ") for side in "AB" for line in out.splitlines() if f"{side} goes" in line
     ]
@@ -630,12 +603,10 @@ def test_compare_tells_rounding_from_bugs(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("bug", ["extra-key", "one-key-less", "no-window", "short-ring", "positions-restart"])
-def test_compare_over_a_cache_finds_bugs_that_need_one(capsys: pytest.CaptureFixture[str], bug: str) -> None:
-    status, out, err = run(
-        capsys, "compare", "demo", "demo", "--backend", "numpy", "--broken", bug, "--last", "4", LONG_TEXT
-    )
+def test_compare_over_a_cache_finds_bugs_that_need_one(bug: str) -> None:
+    done = run("compare", "demo", "demo", "--backend", "numpy", "--broken", bug, "--last", "4", LONG_TEXT)
     first = "q_rotated" if bug == "positions-restart" else "scores"
-    assert (status, err, f"the first is layers.0.{first}" in out) == (1, "", True)
+    assert (done.returncode, done.stderr, f"the first is layers.0.{first}" in done.stdout) == (1, "", True)
 
 
 @pytest.mark.parametrize(
@@ -658,18 +629,16 @@ def test_compare_over_a_cache_finds_bugs_that_need_one(capsys: pytest.CaptureFix
     ],
 )
 def test_mistakes_in_arguments_are_one_line(
-    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
     facts: tuple[object, ...],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    status, _, err = run(capsys, *arguments)
+    done = run(*arguments)
     if facts:
-        assert_complains(err, *facts)
-    assert (status, bool(err)) == ((2, True) if facts else (0, False))
+        assert_complains(done.stderr, *facts)
+    assert (done.returncode, bool(done.stderr)) == ((2, True) if facts else (0, False))
     assert not list(tmp_path.iterdir())
 
 

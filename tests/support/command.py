@@ -1,0 +1,56 @@
+"""The command line, run in this process, which is fast, or in one of its own, as a user's shell does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+from mistral_ref.cli import main
+
+COMMAND = (sys.executable, "-m", "mistral_ref")
+
+
+def run(*arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    """Run a command in this process; standard streams are pipes, as those of a process would be."""
+    given = stdin if isinstance(stdin, bytes) else stdin.encode()
+    streams = {
+        name: io.TextIOWrapper(io.BytesIO(data), "utf-8", write_through=True)
+        for name, data in (("stdin", given), ("stdout", b""), ("stderr", b""))
+    }
+    with contextlib.ExitStack() as stack:
+        for name, stream in streams.items():
+            stack.enter_context(mock.patch.object(sys, name, stream))
+        try:
+            status: object = main(list(map(str, arguments)))
+        except SystemExit as end:  # argparse's, after --help or a complaint
+            status = end.code
+    assert isinstance(status, int)
+    printed = (streams[name].buffer.getvalue().decode() for name in ("stdout", "stderr"))  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(arguments, status, *printed)
+
+
+def run_process(
+    *arguments: object, stdin: str = "", env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, encoding="utf-8", timeout=120, check=False, env=env
+    )
+
+
+def start(*command: object, **options: Any) -> subprocess.Popen[Any]:
+    """Start a process that Ctrl-C ends, also where whoever started the tests ignores it (`nohup`, a background job)."""
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([str(part) for part in command], preexec_fn=heed_ctrl_c, **(piped | options))  # noqa: PLW1509
+
+
+def heed_ctrl_c() -> None:
+    """Set the handler that a process has when a terminal starts it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
