@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.checkpoints import FAMILIES, Family, Tensors, draw_weights, fp8_rounded, write_consolidated, write_hf
+from support.errors import warned
 from support.paths import GOLDEN
 from support.tiny import BACKENDS
 
@@ -67,7 +68,7 @@ def load_layout(
 ) -> mistral_ref.Model:
     LAYOUTS[layout](directory, family)
     if "wrapper" in layout or "vision" in layout:
-        with pytest.warns(mistral_ref.MistralRefWarning, match="only the text model"):
+        with warned(directory, "vision_tower" if "wrapper" in layout else "vision_encoder"):
             return load(directory, backend)
     return load(directory, backend)
 

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.errors import assert_says, unsaid
 from support.paths import ROOT
 
 import mistral_kernels
+
+pytestmark = pytest.mark.slow
 
 KERNELS = Path(mistral_kernels.__file__).parent
 
@@ -33,7 +36,11 @@ for warning in caught:
     print(f"{warning.category.__name__}: {warning.message}")
 print((panels.read(store, slice(0, 3))[0][:, 0, 0] == [0, 7, 0]).all())
 """
-COMPILING = "KernelWarning: compiling kernels not used on this machine before: up to half a minute, and once"
+
+
+def compiles(lines: list[str]) -> bool:
+    """Whether a run printed a warning that it compiles, once, and a right kernel."""
+    return len(lines) == 2 and not unsaid(lines[0], "KernelWarning", "compiling") and lines[1] == "True"
 
 
 class Package:
@@ -69,7 +76,7 @@ def package(tmp_path: Path) -> Package:
 
 
 def test_a_second_process_compiles_nothing(package: Package) -> None:
-    assert package.run() == [COMPILING, "True"]
+    assert compiles(package.run())
     before = {path: path.read_bytes() for path in package.kept()}
     assert before
     assert package.run() == ["True"]
@@ -98,13 +105,13 @@ def test_a_change_of_any_source_is_noticed(package: Package) -> None:
     package.run()
     with open(package.sources / "simd.py", "a", encoding="utf-8") as source:
         source.write("# changed\n")
-    assert package.run() == [COMPILING, "True"]
+    assert compiles(package.run())
     assert package.run() == ["True"]
 
 
 def test_kernels_of_another_width_are_others(package: Package) -> None:
     package.run(MISTRAL_KERNELS_LANES="4")
-    assert package.run(MISTRAL_KERNELS_LANES="8") == [COMPILING, "True"]
+    assert compiles(package.run(MISTRAL_KERNELS_LANES="8"))
     assert package.run(MISTRAL_KERNELS_LANES="4") == ["True"]
 
 
@@ -130,7 +137,7 @@ def test_a_missing_file_is_compiled_again(package: Package) -> None:
     package.run()
     for path in package.kept(".nbc"):
         path.unlink()
-    assert package.run() == [COMPILING, "True"]
+    assert compiles(package.run())
     assert package.run() == ["True"]
 
 
@@ -145,7 +152,7 @@ def test_without_a_folder_to_write_in_kernels_work_and_a_warning_says_so(package
     for cache in ("", str(blocked), str(blocked / "deeper")):
         *messages, right = package.run(NUMBA_CACHE_DIR=cache, **homes)
         assert right == "True"
-        assert any("compiled kernels cannot be kept for the next start" in message for message in messages)
+        assert any(not unsaid(message, "kernels", "kept") for message in messages)
         assert all(message.startswith("KernelWarning") for message in messages)
 
 
@@ -162,7 +169,7 @@ compiling.FunctionCache.save_overload = vanishing
 """
     *messages, right = package.run(code + RUN)
     assert right == "True"
-    assert any("cannot be kept" in message for message in messages)
+    assert any(not unsaid(message, "KernelWarning", "kernels", "kept") for message in messages)
 
 
 # What two processes do to one cache. Numba numbers the functions that it compiles, process by process, and one number
@@ -286,9 +293,7 @@ except mistral_ref.InputError as error:
 def test_where_kernels_cannot_be_compiled_one_line_names_the_other_backend(variable: dict[str, str]) -> None:
     done = run_library(ERROR, **variable)
     assert done.returncode == 0, done.stderr
-    assert next(iter(variable)) in done.stdout
-    assert "backend='numpy'" in done.stdout
-    assert done.stdout.count("\n") == 1
+    assert_says(done.stdout.removesuffix("\n"), *variable, "backend='numpy'")
     plain = run_library("import mistral_ref; print(len(mistral_ref.load(backend='numpy').forward([1])))", **variable)
     assert plain.stdout == "1\n", plain.stderr
 
@@ -298,5 +303,4 @@ def test_without_numba_one_line_names_the_other_backend(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('No module named numba')\n", encoding="utf-8")
     done = run_library(ERROR, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert done.returncode == 0, done.stderr
-    assert "backend='numpy'" in done.stdout
-    assert done.stdout.count("\n") == 1
+    assert_says(done.stdout.removesuffix("\n"), "numba", "backend='numpy'")

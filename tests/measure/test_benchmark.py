@@ -14,6 +14,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from support.errors import assert_complains, refused
 from support.paths import PUBLISHED_MODELS, ROOT
 
 import mistral_ref
@@ -68,7 +69,7 @@ def test_a_shape_takes_other_layers_and_another_window() -> None:
 
 
 def test_an_unknown_shape_is_one_line() -> None:
-    with pytest.raises(InputError, match=r"^shape is 'mistral-8b'; expected one of tiny, [^\n]*$"):
+    with refused(InputError, "shape", "'mistral-8b'", "tiny", "mistral-7b"):
         shape("mistral-8b")
 
 
@@ -124,20 +125,20 @@ def test_weights_depend_on_the_seed_alone_and_are_reused(tmp_path: Path) -> None
 
 def test_other_weights_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "consolidated.safetensors").write_bytes(b"precious")
-    with pytest.raises(InputError, match=r"consolidated.safetensors: weights that were not made here"):
+    with refused(InputError, tmp_path / "consolidated.safetensors", "not made here", "overwritten"):
         make_checkpoint(tmp_path, shape("tiny"))
     assert (tmp_path / "consolidated.safetensors").read_bytes() == b"precious"
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
-    with pytest.raises(InputError, match=r"^[^\n]*25\.7 GiB are to be written[^\n]*has 1\.0 GiB left$"):
+    with refused(InputError, tmp_path / "consolidated.safetensors", "25.7 GiB", "1.0 GiB", "disk"):
         make_checkpoint(tmp_path, shape("mistral-7b", layers=62))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_kind_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^kind is 'int3'; expected one of f32, f16, bf16, fp8, int8, int4"):
+    with refused(InputError, "kind", "'int3'", "f32", "f16", "bf16", "fp8", "int8", "int4"):
         make_checkpoint(tmp_path, shape("tiny"), kind="int3")  # type: ignore[arg-type]
 
 
@@ -181,7 +182,7 @@ def test_candidates_take_turns_each_after_its_limit() -> None:
     measured = alternate(candidates, repeats=3, seconds=0)
     assert log == ["a", "a", "b", "b"] + ["limit", "a", "limit", "b"] * 3
     assert [len(m.seconds) for m in measured] == [len(m.limits) for m in measured] == [3, 3]
-    with pytest.raises(InputError, match=r"^repeats is 0"):
+    with refused(InputError, "repeats", 0):
         alternate(candidates, repeats=0)
 
 
@@ -196,7 +197,7 @@ def test_the_machine_is_described(tmp_path: Path) -> None:
     write_json(tmp_path / "machine.json", description)
     assert json.loads((tmp_path / "machine.json").read_text()) == description
     assert "threads: 3" in list(machine_lines(description))
-    with pytest.raises(InputError, match=r"cannot be written: No such file or directory$"):
+    with refused(InputError, tmp_path / "nowhere" / "machine.json", "No such file or directory"):
         write_json(tmp_path / "nowhere" / "machine.json", description)
 
 
@@ -205,6 +206,7 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kernels", "compare_peers", "start"])
 def test_help_shows_examples(name: str) -> None:
     done = script(name, "--help")
@@ -212,13 +214,15 @@ def test_help_shows_examples(name: str) -> None:
     assert f"examples:\n  python benchmarks/{name}.py" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kernels", "compare_peers"])
 def test_a_mistake_is_one_line(name: str) -> None:
     done = script(name, "--shape", "giant")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"{name}.py: shape is 'giant'; expected one of")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_complains(done.stderr, "shape", "'giant'", "tiny", program=f"{name}.py")
 
 
+@pytest.mark.slow
 def test_kernels_are_measured_against_limits(tmp_path: Path) -> None:
     small = ("--quick", "--shape", "tiny", "--buffer-mib", 1, "--seconds", 0, "--repeats", 2)
     done = script("kernels", *small, "--json", tmp_path / "out.json", "--figure", tmp_path / "out.png")
@@ -232,6 +236,7 @@ def test_kernels_are_measured_against_limits(tmp_path: Path) -> None:
     assert "times as fast as NumPy" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_time_of_a_token_is_told_apart(tmp_path: Path) -> None:
     small = ("--tokens", 2, "--repeats", 2, "--depth", 4)
     done = script("one_token", *small, "--json", tmp_path / "out.json", "--figure", tmp_path / "out.svg")
@@ -255,12 +260,14 @@ def compared(tmp_path: Path, *options: object) -> dict[str, dict[str, object]]:
     return content["processes"]
 
 
+@pytest.mark.slow
 def test_ours_is_compared_with_itself_where_there_are_no_peers(tmp_path: Path) -> None:
     processes = compared(tmp_path, "--window", 4, "--peers")
     assert processes["mistral_ref"]["logits_differ"] == 0
     assert processes["mistral_ref window 4"]["logits_differ"] > 1e-3
 
 
+@pytest.mark.slow
 def test_llama_cpp_computes_the_same_from_our_gguf(tmp_path: Path) -> None:
     for module in ("llama_cpp", "gguf"):
         if importlib.util.find_spec(module) is None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES
+from support.errors import refused
 from support.paths import ROOT
 from support.tiny import BACKENDS, configs, model_of, tokens_for
 
@@ -214,17 +215,11 @@ def test_attention_is_flat_within_a_window_and_grows_without() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        ({"n_tokens": 0}, "n_tokens is 0"),
-        ({"start": -1}, "start is -1"),
-        ({"activation_bytes": 0}, "activation_bytes is 0"),
-        ({"cache_dtype": "int3"}, "cache_dtype is 'int3'"),
-    ],
+    "arguments", [{"n_tokens": 0}, {"start": -1}, {"activation_bytes": 0}, {"cache_dtype": "int3"}]
 )
-def test_wrong_arguments_are_named(arguments: dict[str, Any], problem: str) -> None:
+def test_wrong_arguments_are_named(arguments: dict[str, Any]) -> None:
     config = SHAPES["tiny"]
-    with pytest.raises(InputError, match=problem):
+    with refused(InputError, *arguments, *map(repr, arguments.values())):
         step_costs(config, hollow_weights(config), **{"n_tokens": 1} | arguments)
 
 
@@ -280,11 +275,11 @@ def test_measuring_leaves_the_cache_as_it_was(family: str, backend: str) -> None
 def test_what_cannot_be_measured_is_refused() -> None:
     model = model_of(FAMILIES["dense_windowed"].config)
     assert len(measure(model, [1, 2], repeats=np.int64(1))) == 1
-    with pytest.raises(InputError, match="repeats is 0"):
+    with refused(InputError, "repeats", 0):
         measure(model, [1, 2], repeats=0)
-    with pytest.raises(InputError, match="token id 101 is outside"):
+    with refused(InputError, "token id", 101, "0 to 100"):
         measure(model, [101])
-    with pytest.raises(CacheError, match="a pass of 2 tokens"):
+    with refused(CacheError, "2 tokens", 1, "chunk"):
         measure(model, [1, 2], model.new_cache(chunk=1))
 
 
