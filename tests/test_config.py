@@ -667,8 +667,7 @@ def read_in_bounds(directory: Path, name: str, content: bytes) -> str:
             (read_eos_ids if name == "generation_config.json" else read_config)(directory)
     except MistralRefError as error:
         message = str(error)
-        assert message.isprintable()
-        assert message.startswith(f"{path}: ")
+        assert_says(message, path)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

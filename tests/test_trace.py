@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.checkpoints import FAMILIES, rows_in_halves, to_bfloat16, write_tensor_file
-from support.errors import refused, warned
+from support.errors import refused, unsaid, warned
 from support.hostile import VALUES, other_bytes, other_json, tensor_file
 from support.tiny import BACKENDS, configs, model_of, tokens_for
 
@@ -661,8 +661,8 @@ def check(content: bytes) -> None:
                 trace.save(Path(folder) / "again")
                 Trace.load(Path(folder) / "again")
         except MistralRefError as error:
-            messages.append(str(error).removeprefix(f"{path}: "))
-            names_the_file = messages[-1] != str(error)
+            messages.append(str(error))
+            names_the_file = not unsaid(messages[-1], path)
         finally:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
