@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.errors import assert_complains, refused
 from support.paths import ROOT
 
 import mistral_ref
@@ -140,47 +141,47 @@ def test_quality_against_size(tmp_path: Path) -> None:
     assert results["int8 g32 int16"]["bits_a_weight"] == pytest.approx(8.5, abs=1e-4)
     has_gguf, has_llama = (importlib.util.find_spec(name) is not None for name in ("gguf", "llama_cpp"))
     assert ("Q4_0" in kl, "Q4_K" in kl) == (has_gguf, has_gguf and has_llama)
-    assert ("Q4_0 is left out" in done.stderr) == (not has_gguf)
+    assert any("Q4_0" in line and "gguf" in line for line in done.stderr.splitlines()) == (not has_gguf)
 
 
 def test_texts_that_cannot_be_measured_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "short").write_text("Hi")
     (tmp_path / "ids").write_text("[1, 2")
-    for options, said in [
-        ((), "expected a FILE with text, or --ids"),
-        ((tmp_path / "none",), "cannot be read"),
-        ((tmp_path / "short",), "expected at least 255, one window"),
-        (("--ids", tmp_path / "ids"), "expected a list of token ids"),
+    for options, facts in [
+        ((), ("FILE", "--ids")),
+        ((tmp_path / "none",), (tmp_path / "none", "No such file")),
+        ((tmp_path / "short",), (tmp_path / "short", "2 tokens", 255, "window")),
+        (("--ids", tmp_path / "ids"), (tmp_path / "ids", "token ids")),
     ]:
         done = script("quality", *options)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-        assert said in done.stderr
+        assert (done.returncode, done.stdout) == (2, "")
+        assert_complains(done.stderr, *facts, program="quality.py")
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "facts"),
     [
-        ("widths", ("--dims", 512, 700), "dims is 700; expected multiples of 512"),
-        ("widths", ("--dims", 512), "dims is one width; expected two at least"),
-        ("context", ("--shape", "giant"), "shape is 'giant'; expected one of"),
-        ("thread_scaling", (*TINY, "--threads", 0), "threads is 0; expected"),
-        ("memory", (*TINY, "--prompt", 0), "prompt is 0; expected"),
-        ("roofline", (*TINY, "--repeats", 0), "repeats is 0; expected"),
-        ("roofline", (*TINY, "--figure", "out.bmpp"), "out.bmpp: not a name for a figure"),
-        ("context", (*TINY, "--json", "nowhere/out.json"), "nowhere/out.json: cannot be written: no such folder"),
+        ("widths", ("--dims", 512, 700), ("dims", 700, 512)),
+        ("widths", ("--dims", 512), ("dims", "one", "two")),
+        ("context", ("--shape", "giant"), ("shape", "'giant'", "tiny")),
+        ("thread_scaling", (*TINY, "--threads", 0), ("threads", 0)),
+        ("memory", (*TINY, "--prompt", 0), ("prompt", 0)),
+        ("roofline", (*TINY, "--repeats", 0), ("repeats", 0)),
+        ("roofline", (*TINY, "--figure", "out.bmpp"), (Path("out.bmpp"), "figure")),
+        ("context", (*TINY, "--json", "nowhere/out.json"), (Path("nowhere/out.json"), "no such folder")),
     ],
 )
-def test_a_mistake_is_one_line(name: str, options: tuple[object, ...], said: str) -> None:
+def test_a_mistake_is_one_line(name: str, options: tuple[object, ...], facts: tuple[object, ...]) -> None:
     done = script(name, *options)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.startswith(f"{name}.py: {said}")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert_complains(done.stderr, *facts, program=f"{name}.py")
 
 
 def test_without_matplotlib_a_figure_is_one_line_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('matplotlib')\n")
     done = script("roofline", *TINY, "--figure", tmp_path / "out.png", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "roofline.py: figures need matplotlib: pip install 'mistral-ref[plots]'\n"
+    assert_complains(done.stderr, "figures", "matplotlib", "pip install 'mistral-ref[plots]'", program="roofline.py")
 
 
 @pytest.fixture
@@ -210,9 +211,7 @@ def test_a_filled_cache_is_as_long_as_asked_and_goes_on(common: Any) -> None:
 def test_too_large_a_model_is_one_line(common: Any) -> None:
     if available_memory() is None:
         return
-    with pytest.raises(
-        common.MistralRefError, match=r"^32 layers of dim 4096 take [^\n]* of memory are left; expected"
-    ):
+    with refused(common.MistralRefError, "32 layers", "dim 4096", "memory"):
         common.require_memory(shape("mistral-7b"), "bf16", copies=10**6)
 
 
