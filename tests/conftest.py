@@ -15,6 +15,9 @@ settings.load_profile("patient")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
+# Tests that share what is compiled. A worker takes all of them, so that no kernel is compiled twice at the same time.
+_COMPILED = ("tests/kernels/", "tests/test_compiled_ops.py")
+
 ALLOWED_SKIPS = {
     "../shared is absent",
     "Chromium is not installed",
@@ -35,6 +38,13 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is absent")
     return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker take all tests of a file, which share what is made and loaded for them."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("compiled" if file.startswith(_COMPILED) else file))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

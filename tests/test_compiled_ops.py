@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from support.cache_machine import run_cache_machine
 from support.checkpoints import FAMILIES, write_consolidated
 from support.errors import refused
+from support.marks import slow, slow_but
 from support.paths import ROOT
 from support.tiny import (
     ACCUMULATED_BOUND,
@@ -45,7 +46,7 @@ from mistral_ref.files.rounding import quantized
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.steps import step_names
-from mistral_ref.weights import Matrix, bf16_bits, repacked, with_matrices
+from mistral_ref.weights import Matrix, Weights, bf16_bits, repacked, with_matrices
 
 # Fused attention is one step, with the rounding of its scores in it: they are shown beside it, and the oracle, which
 # does not go on from what is only shown, has exact ones. Twice what was measured over 12 random models a family.
@@ -239,6 +240,7 @@ def test_a_token_without_any_expert(monkeypatch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------------------- caches
 
 
+@pytest.mark.slow
 def test_a_float16_cache_is_close_to_numpys() -> None:
     """Both round the same keys and values, or nearly: where they differ by an ulp of float16, logits do a little."""
     tokens = tokens_for(SMALL, 60)
@@ -253,7 +255,7 @@ def test_a_float16_cache_is_close_to_numpys() -> None:
     assert distance(logits["numba"], logits["numpy"]) < 0.01
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", *slow(["float16"])])
 @pytest.mark.parametrize(("saving", "loading"), [BACKENDS, BACKENDS[::-1], ("numba", "numba")])
 @pytest.mark.parametrize("n_before", [3, 300])
 def test_a_cache_saved_by_one_backend_is_taken_up_by_the_other(
@@ -451,6 +453,7 @@ print(arrays.mi_alloc > 100, arrays.mi_alloc - arrays.mi_free)
 """
 
 
+@pytest.mark.slow
 def test_kernels_leave_no_arrays_behind() -> None:
     """A part that borrows its arrays frees none, so one that makes an array after all would lose its memory."""
     assert lines_of(LEFT_BEHIND, NUMBA_NRT_STATS="1") == ["True 0"]
@@ -474,7 +477,8 @@ def rounding_model(config: ModelConfig, backend: str = "numba", seed: int = 0, *
     return Model(config, weights, ReferenceOps("float64" if backend == "oracle" else "float32", activations="bfloat16"))
 
 
-@pytest.mark.parametrize("repack", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("repack", [False, *slow([True])])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_every_step_with_inputs_in_bf16_stays_close_to_the_oracle(family: object, repack: bool) -> None:
     model = rounding_model(family.config, "numba", family.seed, repack=repack)
@@ -485,14 +489,17 @@ def test_every_step_with_inputs_in_bf16_stays_close_to_the_oracle(family: object
     assert distance(model.forward(tokens), plain.forward(tokens)) < CLOSE_BF16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("repack", [False, *slow([True])])
 @settings(max_examples=30)
-@given(wide_configs(), st.integers(1, 40), st.booleans())
-def test_every_step_of_any_configuration_with_inputs_in_bf16(config: ModelConfig, n_tokens: int, repack: bool) -> None:
+@given(wide_configs(), st.integers(1, 40))
+def test_every_step_of_any_configuration_with_inputs_in_bf16(repack: bool, config: ModelConfig, n_tokens: int) -> None:
     """Rows of an odd length among them, which are not taken as pairs."""
     model, oracle = (rounding_model(config, backend, repack=repack) for backend in ("numba", "oracle"))
     assert_each_step_is_close(model, oracle, tokens_for(config, n_tokens), slack=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_in_bf16_matter_as_much_as_they_should(backend: str) -> None:
     """The weights are the same, so what is left is the inputs' rounding: 2^-9 of each at most, in every product."""
@@ -506,6 +513,7 @@ def test_inputs_in_bf16_matter_as_much_as_they_should(backend: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_threads_steps_and_cache_do_not_change_inputs_in_bf16() -> None:
     model, tokens = rounding_model(LARGE), tokens_for(LARGE, 30)
     expected = model.forward(tokens)
@@ -531,14 +539,24 @@ def test_threads_steps_and_cache_do_not_change_inputs_in_bf16() -> None:
 CLOSE_QUANTIZED = {"int16": 1e-3, "int8": 0.05}
 
 each_bits = pytest.mark.parametrize("bits", [8, 4])
+# A window, experts, and YaRN with a query temperature: of what is tried with every kind of weights.
+each_usual_family = pytest.mark.parametrize(
+    "family", slow_but(["dense_windowed", "mixtral_windowed", "ministral3"], FAMILIES)
+)
 each_activations = pytest.mark.parametrize("activations", CLOSE_QUANTIZED)
+
+
+@functools.lru_cache(maxsize=16)
+def weights_in(config: ModelConfig, bits: int, seed: int, group_size: int) -> Weights:
+    """Return random weights rounded to 8 or 4 bits."""
+    return quantized_weights(model_of(config, seed).weights, Scheme(bits, group_size))
 
 
 def quantized_model(
     config: ModelConfig, bits: int, activations: str, backend: str = "numba", seed: int = 0, group_size: int = 32
 ) -> Model:
     """Return a random model with matrices of 8 or 4 bits; "oracle" for a backend is NumPy in float64."""
-    weights = quantized_weights(model_of(config, seed).weights, Scheme(bits, group_size))
+    weights = weights_in(config, bits, seed, group_size)
     if backend == "numba":
         return Model(config, weights, CompiledOps(threads=1, activations=activations))
     dtype = "float64" if backend == "oracle" else "float32"
@@ -556,7 +574,7 @@ def assert_each_step_is_close(model: Model, oracle: Model, tokens: list[int], *,
 
 @each_activations
 @each_bits
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@each_usual_family
 def test_every_step_with_quantized_weights_stays_close_to_the_oracle(
     family: object, bits: int, activations: str
 ) -> None:
@@ -567,14 +585,16 @@ def test_every_step_with_quantized_weights_stays_close_to_the_oracle(
     assert_each_step_is_close(model, oracle, tokens_for(family.config, 24, family.seed))
 
 
+@pytest.mark.parametrize("group_size", [32, *slow([64, 128])])
 @settings(max_examples=30)
-@given(wide_configs(), st.integers(8, 40), st.sampled_from([8, 4]), st.sampled_from([32, 64, 128]), st.booleans())
+@given(wide_configs(), st.integers(8, 40), st.sampled_from([8, 4]), st.booleans())
 def test_every_step_of_any_configuration_with_quantized_weights(
-    config: ModelConfig, n_tokens: int, bits: int, group_size: int, is_int8: bool
+    group_size: int, config: ModelConfig, n_tokens: int, bits: int, is_int8: bool
 ) -> None:
     """Of a step of few numbers all may be small where sums cancel, and ulps are those of the largest: hence the slack,
-    and some tokens.
+    some tokens, and a width of 8 at least.
     """
+    config = config.replace(dim=max(config.dim, 8))
     model, oracle = (
         quantized_model(config, bits, "int8" if is_int8 else "int16", backend, group_size=group_size)
         for backend in ("numba", "oracle")
@@ -584,7 +604,7 @@ def test_every_step_of_any_configuration_with_quantized_weights(
 
 @each_activations
 @each_bits
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@each_usual_family
 def test_the_logits_of_quantized_models(family: object, bits: int, activations: str) -> None:
     """Whole, in chunks, token by token and from a saved state of a cache: NumPy's, as far as rounded inputs allow."""
     tokens = tokens_for(family.config, 40, family.seed)
@@ -747,6 +767,7 @@ def test_edits_of_any_shape_and_dtype_are_errors_of_ours_unless_they_fit(
             model.forward([1, 2], edits={name: new})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["float16", "bfloat16", "dense_windowed"])
 def test_weights_may_lie_at_any_address(family: str, tmp_path: Path) -> None:
     """A header of an odd length, which the format allows and no writer makes, puts every tensor at an odd address."""
@@ -781,6 +802,7 @@ def test_one_backend_says_which_it_is() -> None:
     assert mistral_ref.load().ops.name == "numba"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "dense_windowed"])
 def test_repacked_weights_give_the_same_logits(name: str, tmp_path: Path) -> None:
     """Long prompts to the bit, on both backends. Matrices of 16 bits with rows of even length are copied, no others."""

@@ -60,6 +60,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_examples(name: str) -> None:
     done = script(name, "--help")
@@ -67,6 +68,7 @@ def test_help_shows_examples(name: str) -> None:
     assert f"examples:\n  python benchmarks/{name}.py" in done.stdout
 
 
+@pytest.mark.slow
 def test_widths_and_how_time_grows_with_them(tmp_path: Path) -> None:
     content = measured("widths", tmp_path)
     assert [row["dim"] for row in content["widths"]] == [512, 1024]
@@ -78,6 +80,7 @@ def test_widths_and_how_time_grows_with_them(tmp_path: Path) -> None:
     assert all(1.8 < found["counted"] < 2.05 for found in content["exponents"].values())
 
 
+@pytest.mark.slow
 def test_depths_with_a_window_and_without(tmp_path: Path) -> None:
     windows = measured("context", tmp_path)["windows"]
     assert list(windows) == ["16", "none"]
@@ -87,6 +90,7 @@ def test_depths_with_a_window_and_without(tmp_path: Path) -> None:
     assert all(len(row["seconds"]) == 2 for rows in windows.values() for row in rows)
 
 
+@pytest.mark.slow
 def test_speed_ups_beside_those_of_the_limits(tmp_path: Path) -> None:
     tests = measured("thread_scaling", tmp_path)["tests"]
     assert list(tests) == ["one token", "prompt of 8"]
@@ -98,6 +102,7 @@ def test_speed_ups_beside_those_of_the_limits(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_memory_after_each_stage(tmp_path: Path) -> None:
     content = measured("memory", tmp_path)
     assert [process["cache"] for process in content["processes"]] == ["float32", "float16", "int8"]
@@ -114,6 +119,7 @@ def test_memory_after_each_stage(tmp_path: Path) -> None:
     assert content["file_bytes"] == (tmp_path / "tiny-2-bf16" / "consolidated.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_steps_under_the_roof(tmp_path: Path) -> None:
     content = measured("roofline", tmp_path)
     assert list(content["passes"]) == ["One token after 8 others", "A prompt of 8 tokens"]
@@ -126,6 +132,7 @@ def test_steps_under_the_roof(tmp_path: Path) -> None:
         assert math.isclose(gate["predicted"], max(gate["flops"] / roof["peak"], gate["bytes"] / roof["bandwidth"]))
 
 
+@pytest.mark.slow
 def test_quality_against_size(tmp_path: Path) -> None:
     """More bits a weight, less divergence; and theirs are there as far as their packages are."""
     (tmp_path / "text").write_text("Once upon a time there was a little cat. She had a red ball and a friend. " * 20)
@@ -144,6 +151,7 @@ def test_quality_against_size(tmp_path: Path) -> None:
     assert any("Q4_0" in line and "gguf" in line for line in done.stderr.splitlines()) == (not has_gguf)
 
 
+@pytest.mark.slow
 def test_texts_that_cannot_be_measured_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "short").write_text("Hi")
     (tmp_path / "ids").write_text("[1, 2")
@@ -158,6 +166,7 @@ def test_texts_that_cannot_be_measured_are_one_line(tmp_path: Path) -> None:
         assert_complains(done.stderr, *facts, program="quality.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "facts"),
     [
@@ -177,6 +186,7 @@ def test_a_mistake_is_one_line(name: str, options: tuple[object, ...], facts: tu
     assert_complains(done.stderr, *facts, program=f"{name}.py")
 
 
+@pytest.mark.slow
 def test_without_matplotlib_a_figure_is_one_line_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('matplotlib')\n")
     done = script("roofline", *TINY, "--figure", tmp_path / "out.png", PYTHONPATH=str(tmp_path))
@@ -191,6 +201,7 @@ def common(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("common")
 
 
+@pytest.mark.slow
 def test_the_model_in_memory_is_the_one_that_files_hold(common: Any, tmp_path: Path) -> None:
     config, ops = shape("tiny"), CompiledOps(threads=1)
     for kind in ("bf16", "fp8"):
@@ -200,6 +211,7 @@ def test_the_model_in_memory_is_the_one_that_files_hold(common: Any, tmp_path: P
         assert model.weights.layers[0].wq.data.ctypes.data % 64 == 0
 
 
+@pytest.mark.slow
 def test_a_filled_cache_is_as_long_as_asked_and_goes_on(common: Any) -> None:
     config, ops = shape("tiny", window=8), CompiledOps(threads=1)
     model = common.random_model(config, "bf16", ops)

@@ -54,6 +54,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_the_script_prints_both_tables(tmp_path: Path) -> None:
     done = run("--bandwidth", 50, "--peak", 200, "--split", "small-24b", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
@@ -64,6 +65,7 @@ def test_the_script_prints_both_tables(tmp_path: Path) -> None:
     assert len(content["models"]) == len(SHAPES)  # the headings for the one that is nobody's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [("--split", "giant"), ("--bandwidth", "-1"), ("--us", "nan"), ("--gbit", "inf")])
 def test_a_mistake_is_one_line(wrong: tuple[str, str]) -> None:
     done = run(*wrong)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support.marks import slow_but
 from support.paths import ROOT
 
 COURSE = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "course").glob("*.md")))
@@ -18,7 +19,7 @@ LINKED = (*PAGES, "docs/architecture.md", "docs/benchmarks.md", "docs/kernels.md
 _EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", slow_but(["README.md"], {page: page for page in PAGES}))
 def test_python_examples_run_and_print_what_is_shown(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

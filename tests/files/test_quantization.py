@@ -25,8 +25,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES, Family, draw_weights, to_fp8, write_consolidated, write_hf, write_tensor_file
+from support.command import start
 from support.errors import refused
 from support.hostile import Files, attempt, fill, header_of, other_bytes, other_json, tensor_file
+from support.marks import slow, slow_but
 from support.tiny import BACKENDS, tokens_for
 from support.tiny_tokenizers import tiny_tokenizer
 
@@ -104,7 +106,7 @@ def assert_short(caught: pytest.ExceptionInfo[MistralRefError]) -> None:
 
 
 @each_bits
-@pytest.mark.parametrize("write", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("write", slow_but(["consolidated dense_windowed", "hf ministral3", "hf in fp8"], SOURCES))
 def test_a_quantized_directory_is_what_quantizing_in_memory_gives(write: Write, bits: int, tmp_path: Path) -> None:
     """To the bit with compiled kernels, which compute each row by itself, wherever it stands: files of Hugging Face's
     get another order of rows. In float64, where inputs are not rounded, NumPy agrees as well as its sums allow.
@@ -487,13 +489,13 @@ mistral_ref.quantize(sys.argv[1], sys.argv[2], progress=lambda done, total: prin
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     """A signal, while weights are rounded on several threads: the first matrix is done, and others take seconds."""
     source = tmp_path / "source"
     config = DENSE.config.replace(dim=1024, hidden_dim=8192, vocab_size=64, sliding_window=(None,) * 3)
     make_checkpoint(source, config)
-    command = [sys.executable, "-c", INTERRUPTED, str(source), str(tmp_path / "target")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with start(sys.executable, "-c", INTERRUPTED, source, tmp_path / "target", text=True) as process:
         done, total = map(int, process.stdout.readline().split())
         assert [name for name in names_in(tmp_path) if name.startswith(".target.")]
         process.send_signal(signal.SIGINT)
@@ -519,7 +521,7 @@ def test_a_quantized_model_is_not_quantized_again(bits: int, source: Path) -> No
 # ----------------------------------------------------------------------------------------------------- what is loaded
 
 
-@each_backend
+@pytest.mark.parametrize("backend", ["numpy", *slow(["numba"])])
 @each_bits
 def test_a_quantized_model_is_not_repacked(backend: str, bits: int, tmp_path: Path) -> None:
     """Its matrices lie in tiles already; a head of 16 bits is put into them. Rounding goes before repacking."""

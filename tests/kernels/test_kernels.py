@@ -15,9 +15,9 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numba
@@ -26,6 +26,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import to_bfloat16
+from support.marks import slow, slow_but
 from support.paths import ROOT
 
 from mistral_kernels import attention, elementwise, panels, quantized, threads
@@ -93,9 +94,17 @@ def ways(stored: str) -> tuple[str, ...]:
     return ("one", "many") if "tiled" in stored else ("one", "few", "many")
 
 
-each_product = pytest.mark.parametrize(
-    ("stored", "way"), [(stored, way) for stored in ALL_STORED for way in ways(stored)]
-)
+def every_way(all_stored: Iterable[str]) -> pytest.MarkDecorator:
+    """Try every way of products with matrices that are stored so.
+
+    Tiles and pairs are made only where somebody asks for them (repack=True, activations="bfloat16"), and are slow.
+    """
+    tried = [(stored, way) for stored in all_stored for way in ways(stored)]
+    marks = {stored: () if stored in KINDS else pytest.mark.slow for stored in all_stored}
+    return pytest.mark.parametrize(("stored", "way"), [pytest.param(*one, marks=marks[one[0]]) for one in tried])
+
+
+each_product = every_way(ALL_STORED)
 each_quantized_product = pytest.mark.parametrize("one_by_one", [True, False], ids=["one", "many"])
 
 
@@ -190,7 +199,7 @@ def test_threads_do_not_change_a_bit_of_a_product(
         np.testing.assert_array_equal(product(matrix, x_TI, n_threads, way=way), alone)
 
 
-@pytest.mark.parametrize("stored", ["f32", "bf16", "bf16 pairs", "f16 tiled"])
+@pytest.mark.parametrize("stored", ["f32", "bf16", *slow(["bf16 pairs", "f16 tiled"])])
 def test_inputs_of_many_tokens_go_in_chunks(stored: str) -> None:
     """Of so many tokens that a chunk is one panel deep, each has the bits that it has among a few."""
     n_tokens, n_in = KEPT // (2 * DEPTH) + 1, 4 * DEPTH + 6
@@ -225,9 +234,7 @@ def test_what_is_no_number_stays_in_its_row(
     assert not np.isfinite(found[t]).any()
 
 
-@pytest.mark.parametrize(
-    ("stored", "way"), [(stored, way) for stored in ("f16", "bf16", "fp8", *TILED) for way in ways(stored)]
-)
+@every_way(("f16", "bf16", "fp8", *TILED))
 @pytest.mark.parametrize("n_in", [1, 6, 8, 2 * LANES, 2 * LANES + 6])
 def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, way: str) -> None:
     """Row c holds code c and zeros, and is multiplied with ones, so that nothing is rounded; -0 becomes 0."""
@@ -310,8 +317,15 @@ class How(NamedTuple):
 EVERY_WAY = [How(*one) for one in itertools.product((8, 4), ("int16", "int8"), (32, 64, 128))]
 # All bits with all activations, and all sizes of groups: each takes seconds to compile. The first has the largest sums.
 SOME_WAYS = [How(8, "int16", 128), How(8, "int8", 32), How(4, "int16", 32), How(4, "int8", 64)]
-each_way = pytest.mark.parametrize("how", EVERY_WAY if EXAMPLES > 10 else SOME_WAYS, ids=str)
-each_of_some_ways = pytest.mark.parametrize("how", SOME_WAYS, ids=str)
+
+
+def usual_first(ways: list[How]) -> list[Any]:
+    """Return ways of which those with groups of 32, which all files have unless somebody asks, are tried each time."""
+    return slow_but([str(how) for how in ways if how.group == 32], {str(how): how for how in ways})
+
+
+each_way = pytest.mark.parametrize("how", usual_first(EVERY_WAY if EXAMPLES > 10 else SOME_WAYS))
+each_of_some_ways = pytest.mark.parametrize("how", usual_first(SOME_WAYS))
 quantized_input_counts = sizes(300, 32, 64, 128, quantized.DEPTH, 2 * quantized.DEPTH)
 
 
@@ -624,7 +638,7 @@ def attended_exactly(past: Past, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     return np.einsum("hts,shi->thi", weights, v), error[..., np.newaxis]
 
 
-each_store = pytest.mark.parametrize("dtype", ["float32", "float16"])
+each_store = pytest.mark.parametrize("dtype", ["float32", *slow(["float16"])])
 each_tile = pytest.mark.parametrize("n_rows", [attention.FEW_ROWS, attention.MANY_ROWS], ids=["few_rows", "many_rows"])
 
 
@@ -639,6 +653,7 @@ def test_attention(dtype: str, n_rows: int, past: Past, spare: int, n_threads: i
     assert_within(found, expected, error)
 
 
+@pytest.mark.slow
 @each_tile
 @given(pasts(), st.integers(0, 70), thread_counts)
 @some
@@ -849,6 +864,7 @@ def test_threads_do_not_change_a_bit_of_the_small_operations(n: int) -> None:
             np.testing.assert_array_equal(found, alone)
 
 
+@pytest.mark.slow
 def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
     """The tests above share the work out and let one thread do it; here as many run as there are."""
     x_TI, past = normal(3, 30, 700), Past(normal(4, 30, 6, 16), *normal(5, 2, 900, 3, 16), 700)
@@ -936,10 +952,13 @@ def run_to_the_ends() -> None:
         elementwise.rotate()(heads, angles, at_the_end(angles), at_the_end(heads), 1)
 
 
+@pytest.mark.slow
 def test_nothing_is_touched_beyond_the_end_of_an_array() -> None:
     """In a process of its own, which a step too far would kill."""
     if os.name == "posix":  # elsewhere memory is protected by other calls; what kernels read does not depend on it
-        done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, timeout=300)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
+        command = [sys.executable, __file__]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
         assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
@@ -965,7 +984,8 @@ for _name, _cpu, _features in (
 def test_the_kernels_of_other_machines(variant: dict[str, str], tmp_path: Path) -> None:
     """All of the above again, as compiled for a machine with other instructions or wider or narrower vectors."""
     environment = os.environ | variant | {"NUMBA_CACHE_DIR": str(tmp_path), "MISTRAL_REF_EXAMPLES": "10"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"]
+    chosen = ["-m", "not soak", "-k", "not of_other_machines", "tests/kernels/test_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -116,6 +116,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_json_has_llama_bench_s_keys_and_ours(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
     options = ("-p", 16, "-n", "4,2", "-d", "0,8", "-r", 2, "--threads", 1, "--cache-dtype", "float16", "-o", "json")
     records = json.loads(printed(capsys, "-m", tiny, *options))

@@ -340,6 +340,7 @@ def test_a_numba_model_is_broken_with_numpy() -> None:
     np.testing.assert_array_equal(wrong.forward(tokens), broken(model_of(NEMO), "tiled-heads").forward(tokens))
 
 
+@pytest.mark.slow
 def test_the_demonstration_model() -> None:
     model = mistral_ref.load(backend="numpy", threads=1)
     text = model.complete("Once upon a time", max_tokens=40)

@@ -37,6 +37,8 @@ from mistral_ref.study import lens, plots
 from mistral_ref.study.drawing import BLUE, ORANGE, VERMILLION, literal, spread
 from mistral_ref.trace import Trace
 
+pytestmark = pytest.mark.slow
+
 SENTENCE = "Once upon a time there was a little girl named Lily. She"
 HOSTILE = [
     "$\\frac{a}{b}$", "$x^2$", "$", "\\$", "a_b^c", "<b>", "&amp;", "%s {0}", "\N{ROCKET}", "中文", "שלום",
@@ -538,7 +540,7 @@ def test_pyplot_is_not_needed_and_matplotlib_only_here() -> None:
 def test_without_matplotlib_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in ("plots", "diagrams", "drawing"):
-        monkeypatch.delitem(sys.modules, f"mistral_ref.{name}")
+        monkeypatch.delitem(sys.modules, f"mistral_ref.study.{name}")
     with refused(InputError, "figures", "matplotlib", "pip install 'mistral-ref[plots]'"):
         importlib.import_module("mistral_ref.study.plots")
 

@@ -176,6 +176,7 @@ def test_more_than_a_browser_opens_is_refused(model: mistral_ref.Model) -> None:
         report.page(model, "Once", keep="nothing")
 
 
+@pytest.mark.slow
 def test_64_tokens_of_the_demonstration_model_are_less_than_5_mb(model: mistral_ref.Model) -> None:
     text = "Once upon a time there was a little girl named Lily. She had a red ball and a big dog. " * 4
     page = report.page(model, model.token_ids(text)[:64])
