@@ -40,7 +40,7 @@ from threadpoolctl import threadpool_limits
 from mistral_kernels.pairs import PAIRS_ARE_FASTER
 from mistral_ref.activations import Activations
 from mistral_ref.compiled_ops import CompiledOps
-from mistral_ref.config import ModelConfig
+from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_whole
 from mistral_ref.files.quantized_format import quantized_parts
@@ -103,16 +103,10 @@ class Bench:
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """The matrices of the model by name, (O, I) each."""
-        config = self.config
-        q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        return {
-            "w1": (config.hidden_dim, config.dim),
-            "w2": (config.dim, config.hidden_dim),
-            "wq": (q_out, config.dim),
-            "wk": (kv_out, config.dim),
-            "output": (config.vocab_size, config.dim),
-        }
+        """One matrix of each shape that the model has, by its last name, (O, I) each."""
+        shapes = {name.split(".")[-2]: shape for name, shape in tensor_shapes(self.config) if len(shape) == 2}
+        shapes.setdefault("output", shapes["tok_embeddings"])
+        return {name: shapes[name] for name in ("w1", "w2", "wq", "wk", "output")}
 
 
 def rotated(kind: Kind, n_out: int, n_in: int, n_bytes: int) -> list[Matrix]:

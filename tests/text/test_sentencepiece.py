@@ -21,7 +21,7 @@ from support.tiny_tokenizers import PARAGRAPH, VARIANTS, tiny_tokenizer
 
 from mistral_ref.errors import InputError, MistralRefError, TokenizerError
 from mistral_ref.text import find_tokenizer, load_tokenizer
-from mistral_ref.text.sentencepiece import MAX_FILE_BYTES, SentencePieceTokenizer
+from mistral_ref.text.sentencepiece import MAX_FILE_BYTES, MAX_PIECES, SentencePieceTokenizer, count_pieces
 
 try:
     from mistral_common.tokens.tokenizers import sentencepiece as mistral_common_sentencepiece
@@ -257,6 +257,21 @@ def test_what_is_not_a_model_is_refused_at_once(
     with refused(TokenizerError, path, *facts):
         load_tokenizer(path)
     assert time.perf_counter() - start < 1
+
+
+def test_pieces_are_counted_and_not_the_bytes_of_their_scores(tmp_path: Path) -> None:
+    """As many as SentencePiece finds; the first ones' scores are made of bytes that also stand before each piece."""
+    model = tiny_tokenizer()
+    n_others = count_pieces(model) - MISTRAL.vocab_size
+    assert 0 < n_others < 100  # texts in the other parts: symbols that the trainer was given, and its settings
+    content = b"\x0a\x01a\x15" + b"\x0a" * 4  # field 1, a text; field 2, a float
+    piece = b"\x0a" + bytes([len(content)]) + content
+    assert count_pieces(piece * 50) == 50
+    path = tmp_path / "tokenizer.model"
+    for n, facts in ((MAX_PIECES + 1, (MAX_PIECES + 1, MAX_PIECES)), (1, ("SentencePiece model",))):
+        path.write_bytes(piece * n)
+        with refused(TokenizerError, path, *facts):
+            load_tokenizer(path)
 
 
 def test_a_directory_that_cannot_be_listed_is_refused(tmp_path: Path) -> None:
