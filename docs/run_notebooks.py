@@ -2,7 +2,7 @@
 
 python docs/run_notebooks.py [NOTEBOOK ...]     # all of docs/notebooks, by default
 
-Needs nbclient and ipykernel: pip install 'mistral-ref[notebooks]'. tests/test_notebooks.py executes them in the same
+Needs nbclient and ipykernel: pip install 'mistral-ref[notebooks]'. tests/docs/test_notebooks.py executes them in the same
 way and compares what comes out with what is committed.
 """
 

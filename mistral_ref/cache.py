@@ -3,7 +3,8 @@
 A layer with a window of W keeps a ring of W + chunk - 1 slots, where chunk is the longest pass; a layer without one
 keeps everything and grows. The key of position p lies in slot p % capacity. A pass always writes its keys first and
 reads afterwards: with that many slots nothing that one of its queries may see has been overwritten, so a prompt and a
-single token follow one rule. This file holds all of that arithmetic; how the bytes lie is the operations' business.
+single token follow one rule. This file says where a key lies; which keys a query sees, reference_ops.attends; how the
+bytes lie is the operations' business.
 
 A window of 3 and passes of up to 2 tokens need 4 slots. Tokens 4 and 5 overwrite 0 and 1; token 4, the first query of
 that pass, sees 2, 3 and itself, and all three are there:

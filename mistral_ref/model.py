@@ -1,4 +1,4 @@
-"""Model: one object over weights, tokenizer and operations; and `load`, which makes one from a directory."""
+"""Model: one object over weights, tokenizer and operations. loading.py makes one from a directory."""
 
 from __future__ import annotations
 

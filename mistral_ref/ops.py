@@ -25,7 +25,7 @@ class KeyView(NamedTuple):
     store       what `new_store` returned
     slots       where the keys lie in it, oldest first
     key_positions, query_positions      of these keys, and of this pass's queries
-    window      how many keys a query sees, itself included; None: all
+    window      how many keys a query sees, itself included (reference_ops.attends); None: all
     """
 
     store: Any

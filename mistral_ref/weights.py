@@ -184,7 +184,7 @@ class Weights:
 
 
 def weights_of(tensors: Mapping[str, Any], config: ModelConfig) -> Weights:
-    """Return the weights that these tensors make: for each name of `tensor_shapes` a Matrix, or a norm's array (D,)."""
+    """Return the weights that these tensors make: for each name of config.tensor_shapes a Matrix, or a norm's (D,)."""
 
     def network(name: str) -> FeedForward:
         return FeedForward(*(tensors[f"{name}.{which}.weight"] for which in ("w1", "w2", "w3")))

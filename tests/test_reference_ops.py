@@ -14,7 +14,7 @@ from support.tiny import ACCUMULATED_BOUND, OWN_BOUND, configs, distances_in_ulp
 from mistral_ref import InputError, reference_ops
 from mistral_ref.config import ModelConfig
 from mistral_ref.ops import KeyView
-from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.steps import step_names
 from mistral_ref.weights import Matrix
 
@@ -24,6 +24,12 @@ seeds = st.integers(0, 2**32 - 1)
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.RandomState(seed).normal(size=shape)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.none() | st.integers(1, 12))
+def test_a_query_sees_itself_and_the_window_before_it(query: int, key: int, window: int | None) -> None:
+    first = 0 if window is None else query - window + 1
+    assert attends(query, key, window) == (key in range(first, query + 1))
 
 
 @given(seeds, st.integers(1, 5), st.integers(1, 9))

@@ -39,7 +39,10 @@ SPAN = 4 * BLOCK  # keys that go through a softmax together
 
 @part(borrows=True)
 def _seen(newest: int, window: int, low: int, high: int) -> tuple[int, int]:
-    """Return from which and up to which of the keys low, ..., high - 1 a query sees, whose own is the newest."""
+    """Return from which and up to which of the keys low, ..., high - 1 a query sees, whose own is the newest.
+
+    The rule that mistral_ref's `attends` states: 0 <= query - key < window.
+    """
     return max(low, newest - window + 1), min(high, newest + 1)
 
 

@@ -1,4 +1,4 @@
-"""How many threads to use, and what Numba has to run them.
+"""How many cores there are to run threads on, and what Numba has to run them. Who calls kernels says how many it wants.
 
 Numba runs parallel loops on one of three layers: OpenMP or TBB where their libraries are installed, else its own,
 "workqueue", which takes fifty times as long to start a loop and must not be entered by two Python threads at once.

@@ -1,4 +1,8 @@
-"""The command line: parse, call the library, print. Text goes to standard output, everything else to standard error."""
+"""The command line: parse, call the library, print. Text goes to standard output, everything else to standard error.
+
+Each command is a file here with two functions: `add_to(commands)` describes its options, `run(arguments)` does it.
+Options and helpers that several commands share are in common.py and pass_options.py.
+"""
 
 from __future__ import annotations
 

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +28,7 @@ from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_parts
 from mistral_ref.files.rounding import quantized
 from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
+from mistral_ref.files.whole_file import whole_directory
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES, QuantizedMatrix
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
 
@@ -130,28 +128,10 @@ def quantize(
         raise InputError(f"{target}: is there already; expected the name of a new directory")
     config, weights = open_model(source)
     scheme.check(weights)
-    with _new_directory(target) as directory:
+    with whole_directory(target) as directory:
         _copy_small_files(source, directory)
         _write(directory / "consolidated.safetensors", config, weights, scheme, progress)
     return target
-
-
-@contextmanager
-def _new_directory(target: Path) -> Iterator[Path]:
-    """Give a directory to fill, which gets its own name once that has gone well, and vanishes if it has not."""
-    if not target.absolute().parent.is_dir():
-        raise InputError(f"{target}: cannot be written: there is no directory {target.absolute().parent}")
-    try:
-        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        try:
-            directory.chmod(0o755)
-            yield directory
-            directory.rename(target)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
 def _copy_small_files(source: Path, directory: Path) -> None:

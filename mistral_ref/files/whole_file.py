@@ -1,15 +1,17 @@
-"""Writing a file all or nothing: it appears under its name only when it is complete."""
+"""Writing a file or a directory all or nothing: it appears under its name only when it is complete."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mistral_ref.errors import CheckpointError, MistralRefError, printable
+from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable
 
 
 @contextmanager
@@ -29,3 +31,24 @@ def whole_file(path: str | os.PathLike[str], error: type[MistralRefError] = Chec
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """Give a directory to fill, which gets its own name once that has gone well, and vanishes if it has not.
+
+    Raises InputError if it cannot be written.
+    """
+    if not target.absolute().parent.is_dir():
+        raise InputError(f"{target}: cannot be written: there is no directory {target.absolute().parent}")
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+        try:
+            directory.chmod(0o755)
+            yield directory
+            directory.rename(target)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from None

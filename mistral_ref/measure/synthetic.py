@@ -24,6 +24,7 @@ from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import InputError, Progress, checked_whole, shown
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_parts
 from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
+from mistral_ref.files.whole_file import whole_file
 from mistral_ref.quantized_matrix import GROUP_SIZE, scale_values
 from mistral_ref.weights import Kind, Matrix, Weights, bf16_bits, e4m3_values, weights_of
 
@@ -250,5 +251,6 @@ def make_checkpoint(
     if _made_of(path) != made_of:
         tensors = plan(config, kind, seed)
         write_planned(path, tensors, {_MADE_HERE: made_of} | plan_metadata(tensors, kind), progress)
-    (directory / "params.json").write_text(json.dumps(params_json(config), indent=2) + "\n", encoding="utf-8")
+    with whole_file(directory / "params.json", InputError) as partial:
+        partial.write_text(json.dumps(params_json(config), indent=2) + "\n", encoding="utf-8")
     return directory

@@ -11,6 +11,7 @@ from support.errors import assert_complains
 import mistral_ref
 
 TEXT = "Once upon a time"
+LONG_TEXT = "Lily and Tom went to the park. They saw a big red ball. " * 8  # longer than the window
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +79,25 @@ def test_the_verdict_outlives_a_reader_who_leaves() -> None:
     with start(*COMMAND, "compare", "demo", "demo", TEXT, "--broken", "theta", "--all") as process:
         process.stdout.close()
         assert (process.wait(60), process.stderr.read()) == (1, b"")
+
+
+def test_compare_tells_rounding_from_bugs() -> None:
+    done = run("compare", "demo", "demo", "--backend", "numba,numpy", TEXT)
+    assert (done.returncode, "agree within 2000 ulps" in done.stdout) == (0, True)
+    done = run("compare", "demo", "demo", "--dtype", "float32,float64", "--own", "--all", TEXT)
+    assert (done.returncode, "agree within 200 ulps" in done.stdout, done.stdout.count("\n| ")) == (0, True, 88)
+    done = run("compare", "demo", "demo", "--broken", "tiled-heads", TEXT, "--continue", "5", "--backend", "numpy")
+    out = done.stdout
+    assert (done.returncode, "the first is layers.0.scores" in out) == (1, True)
+    goes_on = [
+        line.removeprefix(f"{side} goes on: ") for side in "AB" for line in out.splitlines() if f"{side} goes" in line
+    ]
+    assert len(set(goes_on)) == len(goes_on) == 2
+    assert goes_on[1] == mistral_ref.load(backend="numpy").complete(TEXT, max_tokens=5)
+
+
+@pytest.mark.parametrize("bug", ["extra-key", "one-key-less", "no-window", "short-ring", "positions-restart"])
+def test_compare_over_a_cache_finds_bugs_that_need_one(bug: str) -> None:
+    done = run("compare", "demo", "demo", "--backend", "numpy", "--broken", bug, "--last", "4", LONG_TEXT)
+    first = "q_rotated" if bug == "positions-restart" else "scores"
+    assert (done.returncode, done.stderr, f"the first is layers.0.{first}" in done.stdout) == (1, "", True)

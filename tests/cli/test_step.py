@@ -1,4 +1,4 @@
-"""mistral-ref step, trace and compare: over a pipe, and in a terminal as a reader would type."""
+"""mistral-ref step: over a pipe, and in a terminal as a reader would type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -560,86 +559,6 @@ def test_closed_standard_input_is_one_line() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert_complains(done.stderr, "standard input", "closed")
-
-
-# ---- trace and compare
-
-
-def test_trace_lists_every_step(model: mistral_ref.Model) -> None:
-    done = run("trace", "--backend", "numpy", TEXT)
-    trace = model.trace(TEXT)
-    assert (done.returncode, done.stderr) == (0, "")
-    for name, step in trace.steps.items():
-        assert re.search(rf"^\| {re.escape(name)} .*{re.escape(str(step.statistics))} \|$", done.stdout, re.MULTILINE)
-
-
-def test_trace_writes_what_the_library_keeps(tmp_path: Path, model: mistral_ref.Model) -> None:
-    path = str(tmp_path / "trace.safetensors")
-    keep = ("--keep", "layers.0.*", "--keep", "logits")
-    done = run("trace", "--backend", "numpy", *keep, TEXT, "-o", path)
-    assert (done.returncode, done.stdout.startswith(f"{path}: 18 steps of 5 tokens")) == (0, True)
-    loaded = mistral_ref.Trace.load(path)
-    kept = model.trace(TEXT, keep=["layers.0.*", "logits"])
-    assert list(loaded) == list(kept)
-    assert all(np.array_equal(loaded[name], kept[name]) for name in kept)
-    # and back: a file against a model, with the file's own tokens
-    done = run("compare", path, "demo", "--backend", "numpy")
-    assert (done.returncode, "all 18 steps are equal" in done.stdout) == (0, True)
-
-
-def test_compare_tells_rounding_from_bugs() -> None:
-    done = run("compare", "demo", "demo", "--backend", "numba,numpy", TEXT)
-    assert (done.returncode, "agree within 2000 ulps" in done.stdout) == (0, True)
-    done = run("compare", "demo", "demo", "--dtype", "float32,float64", "--own", "--all", TEXT)
-    assert (done.returncode, "agree within 200 ulps" in done.stdout, done.stdout.count("\n| ")) == (0, True, 88)
-    done = run("compare", "demo", "demo", "--broken", "tiled-heads", TEXT, "--continue", "5", "--backend", "numpy")
-    out = done.stdout
-    assert (done.returncode, "the first is layers.0.scores" in out) == (1, True)
-    goes_on = [
-        line.removeprefix(f"{side} goes on: ") for side in "AB" for line in out.splitlines() if f"{side} goes" in line
-    ]
-    assert len(set(goes_on)) == len(goes_on) == 2
-    assert goes_on[1] == mistral_ref.load(backend="numpy").complete(TEXT, max_tokens=5)
-
-
-@pytest.mark.parametrize("bug", ["extra-key", "one-key-less", "no-window", "short-ring", "positions-restart"])
-def test_compare_over_a_cache_finds_bugs_that_need_one(bug: str) -> None:
-    done = run("compare", "demo", "demo", "--backend", "numpy", "--broken", bug, "--last", "4", LONG_TEXT)
-    first = "q_rotated" if bug == "positions-restart" else "scores"
-    assert (done.returncode, done.stderr, f"the first is layers.0.{first}" in done.stdout) == (1, "", True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "facts"),
-    [
-        (("compare", "demo", "demo"), ("no text",)),
-        (("compare", "demo", "nowhere", TEXT), ("'nowhere'", "no such directory")),
-        (("compare", "nowhere.safetensors", "demo"), (Path("nowhere.safetensors"), "No such file")),
-        (("compare", "demo", "demo", "--backend", "a,b,c", TEXT), ("--backend", "'a,b,c'")),
-        (("compare", "demo", "demo", "--backend", "cuda", TEXT), ("backend", "'cuda'", "'numba'", "'numpy'")),
-        (("compare", "demo", "demo", "--dtype", "float64", "--backend", "numba", TEXT), ("'float64'", "'float32'")),
-        (("compare", "demo", "demo", "--broken", "everything", TEXT), ("'everything'", "not-causal")),
-        (("compare", "demo", "demo", "--last", "0", TEXT), ("--last", 0)),
-        (("compare", "demo", "demo", "--continue", "0", TEXT), ("--continue", 0)),
-        (("step", "--last", "99", TEXT), ("--last", 99, "1 to 5")),
-        (("step", ""), ()),
-        (("trace", TEXT, "-o", "x.txt"), ("'x.txt'", ".html", ".safetensors")),
-        (("trace", TEXT, "-o", "nowhere/x.safetensors"), (Path("nowhere/x.safetensors"), "written")),
-        (("trace", TEXT, "--keep", "nothing"), ("step", "'nothing'")),
-    ],
-)
-def test_mistakes_in_arguments_are_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: tuple[str, ...],
-    facts: tuple[object, ...],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = run(*arguments)
-    if facts:
-        assert_complains(done.stderr, *facts)
-    assert (done.returncode, bool(done.stderr)) == ((2, True) if facts else (0, False))
-    assert not list(tmp_path.iterdir())
 
 
 def test_hostile_text_is_shown_and_not_obeyed() -> None:

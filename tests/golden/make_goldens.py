@@ -1,4 +1,4 @@
-"""Make the golden files: what transformers computes for the tiny families of tests/checkpoints.py.
+"""Make the golden files: what transformers computes for the tiny families of tests/support/checkpoints.py.
 
     pip install torch==2.13.0 transformers==5.23.0
     PYTHONPATH=.:tests python tests/golden/make_goldens.py [--out DIRECTORY] [--family NAME]

@@ -980,7 +980,9 @@ for _name, _cpu, _features in (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(one, id=name, marks=pytest.mark.xdist_group(name)) for name, one in VARIANTS.items()]
+)
 def test_the_kernels_of_other_machines(variant: dict[str, str], tmp_path: Path) -> None:
     """All of the above again, as compiled for a machine with other instructions or wider or narrower vectors."""
     environment = os.environ | variant | {"NUMBA_CACHE_DIR": str(tmp_path), "MISTRAL_REF_EXAMPLES": "10"}

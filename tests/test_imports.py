@@ -78,6 +78,11 @@ def test_every_module_of_measure_and_study_comes_from_the_package_by_name() -> N
         mistral_ref.nothing  # noqa: B018
 
 
+def test_kernels_know_nothing_of_models() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) mistral_ref", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
 def test_no_test_imports_another() -> None:
     imports_a_test = re.compile(r"^\s*(from|import) (\w+\.)*test_\w+", re.MULTILINE)
     for path in (ROOT / "tests").rglob("*.py"):

@@ -1,0 +1,130 @@
+"""mistral-ref bench: what is printed, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.errors import assert_complains
+
+from mistral_ref.cli import main
+from mistral_ref.measure.shapes import shape
+from mistral_ref.measure.synthetic import make_checkpoint
+
+# fmt: off
+LLAMA_BENCH_KEYS = {
+    "build_commit", "build_number", "cpu_info", "gpu_info", "backends", "model_filename", "model_type", "model_size",
+    "model_n_params", "n_batch", "n_ubatch", "n_threads", "type_k", "type_v", "n_prompt", "n_gen", "n_depth",
+    "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts",
+}
+OUR_KEYS = {
+    "dtype", "load_s", "first_token_s", "compile_s", "percent_of_limit", "peak_resident", "anonymous", "power_source",
+    "throttled", "numba", "numpy", "blas", "threading_layer",
+}
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), shape("tiny"))
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["bench", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_json_has_llama_bench_s_keys_and_ours(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    options = ("-p", 16, "-n", "4,2", "-d", "0,8", "-r", 2, "--threads", 1, "--cache-dtype", "float16", "-o", "json")
+    records = json.loads(printed(capsys, "-m", tiny, *options))
+    tests = ["pp16", "tg4", "tg2"]
+    assert [record["test"] for record in records] == [*tests, *(f"{test} @ d8" for test in tests)]
+    for record in records:
+        assert record.keys() >= (LLAMA_BENCH_KEYS | OUR_KEYS)
+        n = record["n_prompt"] or record["n_gen"]
+        rates = [1e9 * n / ns for ns in record["samples_ns"]]
+        assert record["samples_ts"] == pytest.approx(rates, rel=1e-4)
+        assert record["avg_ts"] == pytest.approx(np.mean(rates), rel=1e-4)
+        assert record["stddev_ts"] == pytest.approx(np.std(rates, ddof=1), rel=1e-3, abs=1e-9)
+        assert (record["type_k"], record["n_threads"]) == ("f16", 1)
+        assert record["percent_of_limit"] > 0
+        assert ("gbs" in record) == (record["n_gen"] > 0)
+        assert ("gflops" in record) == (record["n_prompt"] > 0)
+
+
+def test_markdown_and_csv(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    options = ("--model", tiny, "-p", 4, "-n", 2, "-r", 1, "--backend", "numpy")
+    text = printed(capsys, *options)
+    assert text.startswith("| model")
+    assert " pp4 " in text
+    assert " tg2 " in text
+    for line in ("load ", "memory: ", "throttled: ", "threads: ", "numba: ", "power source: "):
+        assert line in text
+    rows = list(csv.DictReader(io.StringIO(printed(capsys, *options, "-o", "csv"))))
+    assert [row["test"] for row in rows] == ["pp4", "tg2"]
+    assert float(rows[0]["avg_ts"]) > 0
+
+
+def test_a_shape_is_made_once_and_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--shape", "tiny", "--layers", 1, "--dtype", "f16", "--work-dir", tmp_path, "--quick")
+    first = printed(capsys, *options)
+    assert "tiny-1-f16 f16" in first
+    weights = tmp_path / "tiny-1-f16" / "consolidated.safetensors"
+    made_at = weights.stat().st_mtime_ns
+    printed(capsys, *options)
+    assert weights.stat().st_mtime_ns == made_at
+    monkeypatch.setattr("mistral_ref.cli.bench.available_memory", lambda: 1000)
+    assert main(["bench", *map(str, options)]) == 2
+    assert_complains(capsys.readouterr().err, "tiny", "1 layers", "1000 bytes", "--layers")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (("-p", "x"), ("--n-prompt", "'x'", "whole numbers")),
+        (("-d", "1,,2"), ("--n-depth", "'1,,2'")),
+        (("-n", "-5"), ("--n-gen", "'-5'")),
+        (("-p", "0", "-n", "0"), ("nothing to measure", "--n-prompt", "--n-gen")),
+        (("-r", "0"), ("--repetitions", 0)),
+        (("--shape", "giant"), ("shape", "'giant'", "tiny")),
+        (("--shape", "tiny", "--layers", "0"), ("layers", 0)),
+        (("--shape", "tiny", "--model", "x"), ("--model", "--shape")),
+        (("--model", "nowhere"), ("'nowhere'", "no such directory")),
+    ],
+)
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], facts: tuple[object, ...]
+) -> None:
+    command = ["bench", *arguments, "--work-dir", str(tmp_path)]
+    try:
+        status = main(command)
+    except SystemExit as exit:  # what argparse finds by itself
+        status = exit.code
+    assert status == 2
+    assert_complains(capsys.readouterr().err, *facts)
+
+
+def test_a_longer_run_than_the_model_is_meant_for_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make_checkpoint(tmp_path / "short", shape("tiny").replace(max_seq_len=100))
+    assert main(["bench", "--model", str(tmp_path / "short"), "-p", "90", "-d", "20"]) == 2
+    assert_complains(capsys.readouterr().err, "148 tokens", 100, "max_seq_len")
+
+
+def test_help_does_not_start_numba() -> None:
+    code = "import sys; from mistral_ref.cli import main\ntry: main(['bench', '--help'])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'numba' not in sys.modules"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mistral-ref bench --shape mistral-7b" in done.stdout
