@@ -16,7 +16,11 @@ settings.load_profile("patient")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 # Tests that share what is compiled. A worker takes all of them, so that no kernel is compiled twice at the same time.
-_COMPILED = ("tests/kernels/test_kernels.py", "tests/test_compiled_ops.py")
+_COMPILED = {
+    *(f"tests/kernels/test_{name}.py" for name in ("products", "quantized_products", "attention", "elementwise")),
+    "tests/kernels/test_every_kernel.py",
+    "tests/test_compiled_ops.py",
+}
 
 ALLOWED_SKIPS = {
     "../shared is absent",

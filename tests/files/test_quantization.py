@@ -1,6 +1,7 @@
 """quantize: from any directory that loads to a smaller one that loads like any, or nothing at all; and what is refused.
 
-How a matrix is rounded, test_quantized_matrix.py asks; how products with it come out, test_kernels.py.
+How a matrix is rounded, test_quantized_matrix.py asks; how products with it come out,
+kernels/test_quantized_products.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from support.errors import assert_says, unsaid
-from support.paths import ROOT
 
 import mistral_kernels
 
@@ -193,38 +192,6 @@ def test_kernels_that_separate_processes_compiled_do_not_mix_in_a_third(package:
         assert package.run(f"{CHECK}\ncheck({kind!r})")[-1] == f"{kind} 6.0"
     for order in (["f16", "bf16"], ["bf16", "f16"]):
         assert package.run(f"{CHECK}\nfor kind in {order}: check(kind)") == [f"{kind} 6.0" for kind in order]
-
-
-EVERY_KERNEL = [
-    *(
-        f"from mistral_kernels.matvec import *; matvec({kind!r}, {meeting})"
-        for kind in ("f32", "f16", "bf16", "fp8", "pairs")
-        for meeting in ("ONE", "FEW")
-    ),
-    *(f"from mistral_kernels.matvec import *; matvec_tiled({kind!r})" for kind in ("f16", "bf16", "pairs")),
-    *(f"from mistral_kernels.matmul import *; matmul({kind!r})" for kind in ("f32", "f16", "bf16", "fp8", "pairs")),
-    *(f"from mistral_kernels.matmul import *; matmul({kind!r}, True)" for kind in ("f16", "bf16", "pairs")),
-    *(
-        f"from mistral_kernels.attention import *; attention({kind!r}, {rows})"
-        for kind in ("f32", "f16")
-        for rows in ("FEW_ROWS", "MANY_ROWS")
-    ),
-    *(
-        f"from mistral_kernels.quantized import *; {product}(4, {activations!r}, 32)"
-        for product in ("matvec_quantized", "matmul_quantized")
-        for activations in ("int16", "int8")
-    ),
-]
-
-
-@pytest.mark.slow
-def test_kernels_that_were_each_compiled_in_a_process_of_its_own_pass_their_tests(tmp_path: Path) -> None:
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "MISTRAL_REF_EXAMPLES": "10"}
-    for code in EVERY_KERNEL:
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow

@@ -1,0 +1,301 @@
+"""What the tests of compiled kernels share: sizes, matrices stored in every way, products, and attention over a ring.
+
+MISTRAL_REF_EXAMPLES says how many examples each property gets; with ten or fewer not all kernels for quantized weights
+are compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from support.checkpoints import to_bfloat16
+from support.marks import slow, slow_but
+
+from mistral_kernels import attention, elementwise, panels, quantized
+from mistral_kernels.matmul import DEPTH, matmul, slab_shape
+from mistral_kernels.matvec import FEW, ONE, PART, matvec, matvec_tiled
+from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
+from mistral_kernels.simd import LANES
+from mistral_kernels.tile import WIDTH
+from mistral_ref.files.quantized_format import quantized_parts
+from mistral_ref.quantized_matrix import QuantizedMatrix
+from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, e4m3_values, tiled
+
+UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number
+EXAMPLES = int(os.environ.get("MISTRAL_REF_EXAMPLES", "40"))
+some = settings(max_examples=EXAMPLES)
+seeds = st.integers(0, 2**32 - 1)
+thread_counts = st.sampled_from([1, 2, 3, 7])
+
+
+def sizes(most: int, *borders: int) -> st.SearchStrategy[int]:
+    """Draw a size up to `most`, and as often one beside those at which a kernel changes its way."""
+    beside = sorted({border + more for border in borders for more in (-1, 0, 1) if border + more >= 1})
+    return st.integers(1, most) | st.sampled_from(beside)
+
+
+token_counts = sizes(40, 2, 4, 8)
+output_counts = sizes(70, 8, 16, WIDTH, 2 * WIDTH, FP8_BLOCK, 2 * FP8_BLOCK)
+input_counts = sizes(300, 8, LANES, 2 * LANES, 4 * LANES, FP8_BLOCK, DEPTH, PART)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.RandomState(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_within(found: np.ndarray, exact: np.ndarray, error: np.ndarray) -> None:
+    """Fail where `found` is further from `exact` than `error` allows, and say by what factor at most."""
+    factor = np.abs(found - exact) / np.maximum(error, np.finfo(np.float32).tiny)
+    assert factor.max(initial=0) <= 1, np.unravel_index(factor.argmax(), factor.shape)
+
+
+KINDS = ("f32", "f16", "bf16", "fp8", "fp8 blocks")
+TILED = ("f16 tiled", "bf16 tiled")
+PAIRS = ("bf16 pairs", "bf16 tiled pairs")  # whose inputs are rounded to bf16
+ALL_STORED = (*KINDS, *TILED, *PAIRS)
+
+
+def ways(stored: str) -> tuple[str, ...]:
+    """Return the ways to multiply with a matrix that is stored so: token by token, a few at once, or many."""
+    return ("one", "many") if "tiled" in stored else ("one", "few", "many")
+
+
+def every_way(all_stored: Iterable[str]) -> pytest.MarkDecorator:
+    """Try every way of products with matrices that are stored so.
+
+    Tiles and pairs are made only where somebody asks for them (repack=True, activations="bfloat16"), and are slow.
+    """
+    tried = [(stored, way) for stored in all_stored for way in ways(stored)]
+    marks = {stored: () if stored in KINDS else pytest.mark.slow for stored in all_stored}
+    return pytest.mark.parametrize(("stored", "way"), [pytest.param(*one, marks=marks[one[0]]) for one in tried])
+
+
+each_product = every_way(ALL_STORED)
+each_quantized_product = pytest.mark.parametrize("one_by_one", [True, False], ids=["one", "many"])
+
+
+def as_stored(stored: str, values: np.ndarray, seed: int = 0) -> Matrix:
+    """Return a matrix of a kind that holds about these values, the fp8 ones times scales of its own.
+
+    Its name says how it is stored, and whether products take pairs of it.
+    """
+    kind, _, variant = stored.partition(" ")
+    scale = None
+    if kind == "f32":
+        data = values
+    elif kind == "f16":
+        data = values.astype(np.float16)
+    elif kind == "bf16":
+        data = to_bfloat16(values)
+    else:
+        positive = e4m3_values()[:127]
+        codes = np.searchsorted((positive[1:] + positive[:-1]) / 2, np.abs(values))
+        codes = np.where(np.isnan(values), 127, codes)
+        data = np.where(values < 0, codes + 128, codes).astype(np.uint8)
+        grid = tuple(-(-size // FP8_BLOCK) for size in values.shape) if variant else (1, 1)
+        scale = np.random.RandomState(seed).uniform(0.5, 2, grid).astype(np.float32)
+    matrix = Matrix(stored, kind, data, scale)
+    return tiled(matrix) if variant.startswith("tiled") else matrix
+
+
+def random_matrix(stored: str, n_out: int, n_in: int, seed: int) -> Matrix:
+    """Return random numbers of very different sizes, some of them subnormal in 16 bits."""
+    spread = np.random.RandomState(seed ^ 1).choice([1, 1, 1, 2.0**-9, 2.0**-22], (n_out, n_in))
+    return as_stored(stored, normal(seed, n_out, n_in) * spread.astype(np.float32), seed)
+
+
+def product(
+    matrix: Matrix, x_TI: np.ndarray, n_threads: int = 1, *, way: str, into: np.ndarray | None = None
+) -> np.ndarray:
+    """Return x · Wᵀ by one of the ways."""
+    y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
+    scale = np.ones((1, 1), np.float32) if matrix.scale is None else matrix.scale
+    is_tiled, kind = isinstance(matrix, TiledMatrix), "pairs" if matrix.name in PAIRS else matrix.kind
+    if way == "few":
+        matvec(kind, FEW)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
+        return y_TO
+    if way == "many":
+        slabs = np.full(slab_shape(kind, *x_TI.shape), np.nan, np.float32)
+        matmul(kind, is_tiled)(matrix.as_bytes, scale, x_TI, slabs, y_TO, n_threads)
+        return y_TO
+    for t in range(len(x_TI)):
+        if is_tiled:
+            matvec_tiled(kind)(matrix.as_bytes, x_TI[t], y_TO[t], n_threads)
+        else:
+            matvec(kind, ONE)(matrix.as_bytes, scale, x_TI[t : t + 1], y_TO[t : t + 1], n_threads)
+    return y_TO
+
+
+def possible_inputs(stored: str, n_in: int) -> int:
+    """Return a number of inputs, n_in or the next, that rows stored so can have: whole vectors of tiles, and pairs."""
+    multiple = {"f16 tiled": 2, "bf16 tiled": 2, "bf16 pairs": 2, "bf16 tiled pairs": 4}.get(stored, 1)
+    return -(-n_in // multiple) * multiple
+
+
+class How(NamedTuple):
+    """What one of these kernels is made for."""
+
+    bits: int
+    activations: str
+    group: int
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+EVERY_WAY = [How(*one) for one in itertools.product((8, 4), ("int16", "int8"), (32, 64, 128))]
+# All bits with all activations, and all sizes of groups: each takes seconds to compile. The first has the largest sums.
+SOME_WAYS = [How(8, "int16", 128), How(8, "int8", 32), How(4, "int16", 32), How(4, "int8", 64)]
+
+
+def usual_first(ways: list[How]) -> list[Any]:
+    """Return ways of which those with groups of 32, which all files have unless somebody asks, are tried each time."""
+    return slow_but([str(how) for how in ways if how.group == 32], {str(how): how for how in ways})
+
+
+each_way = pytest.mark.parametrize("how", usual_first(EVERY_WAY if EXAMPLES > 10 else SOME_WAYS))
+each_of_some_ways = pytest.mark.parametrize("how", usual_first(SOME_WAYS))
+quantized_input_counts = sizes(300, 32, 64, 128, quantized.DEPTH, 2 * quantized.DEPTH)
+
+
+def any_quantized(how: How, n_out: int, n_in: int, seed: int) -> QuantizedMatrix:
+    """Return a matrix of any codes, zeros and scales: a file may hold them all."""
+    random = np.random.RandomState(seed)
+    parts = quantized_parts(n_out, n_in, how.bits, how.group)
+    both, data = (random.randint(0, 256, parts[name].shape).astype(np.uint8) for name in ("scales", "weight"))
+    unit = np.float32(random.choice([2.0**-9, 1, 2.0**5]))
+    return QuantizedMatrix("w", f"int{how.bits}", data, scales=both, unit=unit, n_out=n_out, n_in=n_in)
+
+
+def any_inputs(seed: int, n_tokens: int, n_in: int) -> np.ndarray:
+    """Return inputs some of which are much larger than their neighbours, and some of which are 0 for a while."""
+    random = np.random.RandomState(seed)
+    x_TI = random.normal(size=(n_tokens, n_in)) * random.choice([1, 1, 1, 1e-3, 40], (n_tokens, n_in))
+    start = random.randint(0, n_in)
+    x_TI[:, start : start + 70] *= random.choice([0, 1, 1, 1e-6], (n_tokens, 1))
+    return x_TI.astype(np.float32)
+
+
+def quantized_product(
+    how: How,
+    matrix: QuantizedMatrix,
+    x_TI: np.ndarray,
+    n_threads: int = 1,
+    *,
+    one_by_one: bool,
+    into: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return x · Wᵀ by matvec_quantized, token by token, or by matmul_quantized."""
+    y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
+    if not one_by_one:
+        q_shape, scales_shape = slab_shapes(how.group, *x_TI.shape)
+        q, scales_x = np.full(q_shape, 99, how.activations), np.full(scales_shape, np.nan, np.float32)
+        matmul_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_TI, q, scales_x, y_TO, n_threads)
+        return y_TO
+    for x_I, y_O in zip(x_TI, y_TO, strict=True):
+        matvec_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_I, y_O, n_threads)
+    return y_TO
+
+
+class Past(NamedTuple):
+    """What a pass of attention is given: queries at positions start, start + 1, ..., and all keys and values so far."""
+
+    q: np.ndarray  # (T, H, K)
+    k: np.ndarray  # (S, G, K)
+    v: np.ndarray  # (S, G, K)
+    window: int | None
+
+    @property
+    def positions(self) -> range:
+        return range(len(self.k) - len(self.q), len(self.k))
+
+    @property
+    def first_visible(self) -> int:
+        return 0 if self.window is None else max(0, self.positions.start - self.window + 1)
+
+    def visible(self) -> np.ndarray:
+        """Return which query sees which key, (T, S)."""
+        distance = np.array(self.positions)[:, np.newaxis] - np.arange(len(self.k))
+        return (distance >= 0) & (distance < (self.window or len(self.k)))
+
+
+@st.composite
+def pasts(draw: st.DrawFn, most_tokens: int = 40, most_before: int = 150) -> Past:
+    """Draw shapes that are multiples of nothing; scores from flat to so sharp that one key takes all."""
+    n_kv_heads, group, head_dim = draw(st.integers(1, 5)), draw(st.integers(1, 5)), 2 * draw(st.integers(1, 20))
+    n_tokens = draw(sizes(most_tokens, 1, attention.TOGETHER // group))
+    n_keys = n_tokens + draw(st.integers(0, most_before))
+    seed, sharpness = draw(seeds), draw(st.sampled_from([0.3, 1, 5]))
+    return Past(
+        normal(seed, n_tokens, n_kv_heads * group, head_dim) * np.float32(sharpness),
+        *normal(seed ^ 1, 2, n_keys, n_kv_heads, head_dim),
+        draw(st.none() | sizes(100, panels.BLOCK, panels.PANEL)),
+    )
+
+
+def filled(past: Past, spare: int, dtype: str) -> tuple[panels.PanelStore, np.ndarray]:
+    """Return a ring, with `spare` slots more than it needs, after all keys and values have gone through it, and the
+    slots of those that the queries see.
+    """
+    n_seen = len(past.k) - past.first_visible
+    capacity = spare + (n_seen if past.window is None else past.window + len(past.q) - 1)
+    store = panels.new_store(capacity, *past.k.shape[1:], np.dtype(dtype))
+    raw = "float32" if dtype == "float32" else "uint16"
+    slots = np.arange(len(past.k)) % capacity
+    if dtype == "int8":
+        panels.write_steps()(*store, slots, past.k, past.v)
+        return store, slots[past.first_visible :]
+    k, v = (part.astype(dtype).view(raw) for part in (past.k, past.v))
+    panels.write(raw)(store.k.view(raw), store.v.view(raw), slots, k, v)
+    return store, slots[past.first_visible :]
+
+
+def segments_of(slots: np.ndarray, first_position: int) -> np.ndarray:
+    """Return the runs of neighbouring slots as the kernel takes them; a ring has one or two."""
+    starts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist()]
+    ends = [*starts[1:], len(slots)]
+    return np.array([[slots[a], slots[b - 1] + 1, first_position + a] for a, b in zip(starts, ends, strict=True)])
+
+
+def attended(
+    past: Past,
+    store: panels.PanelStore,
+    slots: np.ndarray,
+    n_rows: int = attention.MANY_ROWS,
+    n_threads: int = 1,
+    into: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return heads (T, H, K) as the kernel computes them."""
+    heads = np.full_like(past.q, np.nan) if into is None else into
+    attention.attention({"float32": "f32", "float16": "f16", "int8": "int8"}[store.k.dtype.name], n_rows)(
+        past.q,
+        store.k.view(np.uint8).reshape(-1),
+        store.v.view(np.uint8).reshape(-1),
+        store.k_steps,
+        store.v_steps,
+        store.k.shape[0],
+        store.v.shape[1],
+        segments_of(slots, past.first_visible),
+        past.positions.start,
+        past.window or 2**62,
+        heads,
+        n_threads,
+    )
+    return heads
+
+
+each_store = pytest.mark.parametrize("dtype", ["float32", *slow(["float16"])])
+each_tile = pytest.mark.parametrize("n_rows", [attention.FEW_ROWS, attention.MANY_ROWS], ids=["few_rows", "many_rows"])
+
+
+def gated(gate: np.ndarray, up: np.ndarray, n_threads: int = 1) -> np.ndarray:
+    hidden = np.full_like(gate, np.nan)
+    elementwise.swiglu()(gate, up, hidden, n_threads)
+    return hidden
