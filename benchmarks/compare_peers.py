@@ -39,7 +39,7 @@ from peers.process import Runner, Test, Worker, start
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import checked_whole
+from mistral_ref.errors import checked_int
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.quantization import quantize
@@ -67,9 +67,9 @@ N_CHECKED = 16  # tokens whose logits are compared
 
 def chosen_tests(arguments: argparse.Namespace) -> list[Test]:
     """Return the tests that the options ask for."""
-    n_prompt = checked_whole("prompt", arguments.prompt, least=1)
-    n_generate = checked_whole("generate", arguments.generate, least=1)
-    depth = checked_whole("depth", arguments.depth, least=0)
+    n_prompt = checked_int("prompt", arguments.prompt, least=1)
+    n_generate = checked_int("generate", arguments.generate, least=1)
+    depth = checked_int("depth", arguments.depth, least=0)
     tests = [Test(f"pp{n_prompt}", n_prompt, 0, 512), Test(f"tg{n_generate}", n_generate, 0, 1)]
     return [*tests, Test(f"tg{n_generate} @ d{depth}", n_generate, depth, 1)] if depth else tests
 
@@ -318,7 +318,7 @@ def options_of(arguments: argparse.Namespace, config: ModelConfig) -> list[str]:
 def measure(arguments: argparse.Namespace) -> None:
     """Compare; print tables, and write the file."""
     arguments.threads = chosen_threads(arguments.threads)
-    checked_whole("repeats", arguments.repeats, least=1)
+    checked_int("repeats", arguments.repeats, least=1)
     tests = chosen_tests(arguments)
     directory, work = checkpoint_of(arguments)
     config = read_config(directory)

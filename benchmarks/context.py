@@ -19,7 +19,7 @@ from common import finish, notice, parser_for
 
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.measure.benchmark import Measurement, alternate, ratios, read_limit, spread
 from mistral_ref.measure.machine import machine, machine_lines
 from mistral_ref.measure.shapes import shape
@@ -55,9 +55,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Measure all depths in turn, with the window and without; print the table, and write the files."""
-    window = checked_whole("window", arguments.window, least=1)
+    window = checked_int("window", arguments.window, least=1)
     asked = arguments.depths or (QUICK_DEPTHS if arguments.quick else DEPTHS)
-    depths = sorted({checked_whole("depths", depth, least=0, most=2**20) for depth in asked} | {0})
+    depths = sorted({checked_int("depths", depth, least=0, most=2**20) for depth in asked} | {0})
     if len(depths) < 2:
         raise InputError("depths is 0 alone; expected others beside it")
     # No limit to the length: what is measured may be longer than what the shape was published for.

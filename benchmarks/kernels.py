@@ -42,7 +42,7 @@ from mistral_ref.activations import Activations
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import checked_whole
+from mistral_ref.errors import checked_int
 from mistral_ref.files.quantized_format import quantized_parts
 from mistral_ref.host import available_memory
 from mistral_ref.measure import benchmark
@@ -263,7 +263,7 @@ def measure(arguments: argparse.Namespace) -> None:
     available = available_memory()
     n_bytes = buffer_bytes() if available is None else min(buffer_bytes(), available // SHARES)
     if arguments.buffer_mib is not None:
-        n_bytes = checked_whole("buffer-mib", arguments.buffer_mib, least=1) * 2**20
+        n_bytes = checked_int("buffer-mib", arguments.buffer_mib, least=1) * 2**20
     bench = Bench(shape(arguments.shape), CompiledOps(threads=arguments.threads), n_bytes, arguments.quick)
     description = machine(bench.ops.threads) | {"shape": arguments.shape, "rotated_mib": n_bytes / 2**20}
     print("\n".join(machine_lines(description)))

@@ -29,7 +29,7 @@ from common import finish, notice, parser_for
 
 import mistral_ref
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.host import chosen_threads, process_memory
 from mistral_ref.measure.machine import cache_folder, machine, machine_lines
 from mistral_ref.measure.shapes import shape
@@ -115,8 +115,8 @@ def measure(arguments: argparse.Namespace) -> None:
     n_threads = arguments.threads = chosen_threads(arguments.threads)
     config = shape(arguments.shape, layers=arguments.layers)
     longest = config.max_seq_len or 2**20
-    checked_whole("prompt", arguments.prompt, least=1, most=longest)
-    checked_whole("depth", arguments.depth, least=1, most=longest - 1)
+    checked_int("prompt", arguments.prompt, least=1, most=longest)
+    checked_int("depth", arguments.depth, least=1, most=longest - 1)
     directory = checkpoint_folder(arguments.shape, config, arguments.kind, Path(arguments.work_dir))
     if arguments.child:
         observe(directory, arguments)

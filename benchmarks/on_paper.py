@@ -20,7 +20,7 @@ from common import finish, parser_for
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 from mistral_ref.host import chosen_threads
 from mistral_ref.measure.benchmark import write_json
 from mistral_ref.measure.cost import Limits, step_costs
@@ -126,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(arguments: argparse.Namespace) -> None:
     """Measure what is not given; print both tables."""
     if arguments.split not in SHAPES:
-        raise InputError(f"--split is {shown(arguments.split)}; expected one of {', '.join(SHAPES)}")
+        raise InputError(f"--split is {short_repr(arguments.split)}; expected one of {', '.join(SHAPES)}")
     for name in ("bandwidth", "peak", "gbit", "us"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):

@@ -24,7 +24,7 @@ import mistral_ref
 from mistral_kernels import attention, elementwise, panels
 from mistral_ref import compiled_ops
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import checked_whole
+from mistral_ref.errors import checked_int
 from mistral_ref.measure.benchmark import spread
 from mistral_ref.measure.machine import machine, machine_lines
 
@@ -110,10 +110,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Time tokens with and without clocks; print the table, and write the file."""
-    n_tokens, n_repeats = (checked_whole(name, getattr(arguments, name), least=1) for name in ("tokens", "repeats"))
+    n_tokens, n_repeats = (checked_int(name, getattr(arguments, name), least=1) for name in ("tokens", "repeats"))
     model = mistral_ref.load(arguments.model, threads=arguments.threads)
     before = model.new_cache()
-    model.forward([0] * checked_whole("depth", arguments.depth, least=1), before, last_only=True)
+    model.forward([0] * checked_int("depth", arguments.depth, least=1), before, last_only=True)
 
     def microseconds() -> float:
         cache = before.copy()

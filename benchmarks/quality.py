@@ -35,7 +35,7 @@ from common import finish, notice, parser_for
 import mistral_ref
 from mistral_ref.activations import Activations
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.files.quantization import Scheme, quantized_weights
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.measure.machine import machine, machine_lines
@@ -204,8 +204,8 @@ def windows_of(arguments: argparse.Namespace, model: Model) -> list[list[int]]:
             raise InputError(f"{path}: expected a list of token ids: {error}") from None
     n_tokens = QUICK_TOKENS if arguments.quick and arguments.tokens is None else arguments.tokens
     if n_tokens is not None:
-        ids = ids[: checked_whole("tokens", n_tokens, least=2)]
-    length = checked_whole("context", arguments.context, least=2, most=model.config.max_seq_len) - len(first)
+        ids = ids[: checked_int("tokens", n_tokens, least=2)]
+    length = checked_int("context", arguments.context, least=2, most=model.config.max_seq_len) - len(first)
     windows = [first + ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     if not windows:
         raise InputError(f"{path}: {len(ids)} tokens; expected at least {length}, one window")

@@ -18,7 +18,7 @@ from common import finish, notice, parser_for
 
 from mistral_ref.cache import KVCache
 from mistral_ref.compiled_ops import CompiledOps
-from mistral_ref.errors import checked_whole
+from mistral_ref.errors import checked_int
 from mistral_ref.measure.benchmark import multiply_add_limit, read_limit
 from mistral_ref.measure.cost import Limits, step_costs
 from mistral_ref.measure.cost_table import CostTable
@@ -54,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
 def measure(arguments: argparse.Namespace) -> None:
     """Measure limits and passes in turn; print the tables, and write the files."""
     n_tokens = arguments.prompt if arguments.prompt is not None else 128 if arguments.quick else 512
-    n_tokens = checked_whole("prompt", n_tokens, least=1, most=2**13)
-    repeats = checked_whole("repeats", arguments.repeats, least=1)
+    n_tokens = checked_int("prompt", n_tokens, least=1, most=2**13)
+    repeats = checked_int("repeats", arguments.repeats, least=1)
     repeats = min(3, repeats) if arguments.quick else repeats
     config, ops = shape(arguments.shape, layers=arguments.layers), CompiledOps(threads=arguments.threads)
     about = {"shape": arguments.shape, "layers": config.n_layers, "dtype": arguments.kind}

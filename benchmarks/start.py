@@ -28,7 +28,7 @@ from common import finish, notice, parser_for
 
 import mistral_ref
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.host import chosen_threads
 from mistral_ref.measure.benchmark import spread
 from mistral_ref.measure.machine import machine, machine_lines
@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Start the processes; print the table, and write the file."""
-    n_threads, n_runs = chosen_threads(arguments.threads), checked_whole("runs", arguments.runs, least=1)
+    n_threads, n_runs = chosen_threads(arguments.threads), checked_int("runs", arguments.runs, least=1)
     mistral_ref.load(arguments.model or None, backend="numpy")  # what is wrong with it is better said once, and here
     n_runs = min(3, n_runs) if arguments.quick else n_runs
     description = machine(n_threads)

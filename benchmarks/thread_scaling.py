@@ -17,7 +17,7 @@ from common import finish, notice, parser_for
 
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.host import chosen_threads
 from mistral_ref.measure.benchmark import Measurement, alternate, multiply_add_limit, ratios, read_limits, spread
 from mistral_ref.measure.machine import machine, machine_lines
@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace) -> None:
     if len(counts) < 2:
         raise InputError("threads is 1 alone; expected others beside it, and here is one core: --threads 1 2")
     n_prompt = arguments.prompt if arguments.prompt is not None else 128 if arguments.quick else 512
-    n_prompt = checked_whole("prompt", n_prompt, least=1, most=2**15)
+    n_prompt = checked_int("prompt", n_prompt, least=1, most=2**15)
     config = shape(arguments.shape, layers=arguments.layers)
     about = {"shape": arguments.shape, "layers": config.n_layers, "dtype": arguments.kind, "prompt": n_prompt}
     description = machine(counts[-1]) | about

@@ -23,7 +23,7 @@ from common import finish, notice, parser_for
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.measure.benchmark import Measurement, alternate, multiply_add_limit, read_limit, spread
 from mistral_ref.measure.machine import machine, machine_lines
 from mistral_ref.measure.synthetic import checkpoint_bytes
@@ -47,7 +47,7 @@ THEORY = 2
 
 def stack(dim: int, n_layers: int | None, kind: Kind) -> ModelConfig:
     """Return so many layers of a width; None: as many as no cache holds."""
-    if checked_whole("dims", dim, least=512, most=2**14) % 512:
+    if checked_int("dims", dim, least=512, most=2**14) % 512:
         raise InputError(f"dims is {dim}; expected multiples of 512: heads of 128, four for each key/value head")
     heads = dim // 128
     one = ModelConfig(
@@ -58,7 +58,7 @@ def stack(dim: int, n_layers: int | None, kind: Kind) -> ModelConfig:
         two = one.replace(n_layers=2, sliding_window=(None, None))
         layer_bytes = checkpoint_bytes(two, kind) - checkpoint_bytes(one, kind)
         n_layers = max(2, math.ceil(common.buffer_bytes() / layer_bytes))
-    n_layers = checked_whole("layers", n_layers, least=1)
+    n_layers = checked_int("layers", n_layers, least=1)
     return one.replace(n_layers=n_layers, sliding_window=(None,) * n_layers)
 
 
@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> None:
     if len(dims) < 2:
         raise InputError("dims is one width; expected two at least, for a slope")
     n_prompt = arguments.prompt if arguments.prompt is not None else 128 if arguments.quick else 512
-    n_prompt = checked_whole("prompt", n_prompt, least=1, most=2**15)
+    n_prompt = checked_int("prompt", n_prompt, least=1, most=2**15)
     configs = [stack(dim, arguments.layers, arguments.kind) for dim in dims]
     ops = CompiledOps(threads=arguments.threads)
     description = machine(ops.threads) | {"dtype": arguments.kind, "prompt": n_prompt}

@@ -2,8 +2,8 @@
 
 python docs/run_notebooks.py [NOTEBOOK ...]     # all of docs/notebooks, by default
 
-Needs nbclient and ipykernel: pip install 'mistral-ref[notebooks]'. tests/docs/test_notebooks.py executes them in the same
-way and compares what comes out with what is committed.
+Needs nbclient and ipykernel: pip install 'mistral-ref[notebooks]'. tests/docs/test_notebooks.py executes them in the
+same way and compares what comes out with what is committed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def shown(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str, str]]:
+def short_repr(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str, str]]:
     """Yield (cell's id, kind, text) of all that a notebook shows, without what depends on the machine.
 
     What is printed counts letter by letter. Of HTML the numbers are left out, of pictures all but that they are there.

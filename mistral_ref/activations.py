@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 
 Activations = Literal["int16", "int8", "bfloat16", "float"]
 
@@ -21,7 +21,9 @@ _LARGEST = {"int16": 32767, "int8": 127}
 def checked_activations(activations: str) -> Activations:
     """Return what inputs are rounded to if that is known; raise InputError if not."""
     if activations not in get_args(Activations):
-        raise InputError(f"activations is {shown(activations)}; expected one of {', '.join(get_args(Activations))}")
+        raise InputError(
+            f"activations is {short_repr(activations)}; expected one of {', '.join(get_args(Activations))}"
+        )
     return activations  # type: ignore[return-value]
 
 

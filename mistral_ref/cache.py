@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, checked_whole, shown
+from mistral_ref.errors import CacheError, InputError, checked_int, short_repr
 from mistral_ref.files.cache_file import not_a_cache, read_cache_file, write_cache_file
 from mistral_ref.ops import KeyView, Ops
 
 DEFAULT_CHUNK = 512
-STEP_BYTES = 4  # for each head's key and value of int8, what its steps are
+SCALE_BYTES = 4  # of the scale that each head's key and value of int8 has
 _FIRST_CAPACITY = 64
 
 
@@ -76,7 +76,8 @@ class KVCache:
     length      number of tokens that have gone through a complete pass
     chunk       the longest single pass; `model.forward` splits longer input
     max_tokens  bound on length, or None
-    dtype       what keys and values are stored as; "int8": in 127 steps either way, of a size for each key and value
+    dtype       what keys and values are stored as; "int8": whole numbers from -127 to 127, and for each head's key and
+                value a scale
 
     A pass that does not end (an exception, an abandoned walk) leaves `length` and all that later queries see as it was.
     Where a dtype of 16 bits is asked for, larger numbers than it holds (65504) become infinite.
@@ -91,13 +92,13 @@ class KVCache:
         max_tokens: int | None = None,
         dtype: str | None = None,
     ) -> None:
-        self.chunk = checked_whole("chunk", chunk, least=1)
-        self.max_tokens = None if max_tokens is None else checked_whole("max_tokens", max_tokens, least=1)
+        self.chunk = checked_int("chunk", chunk, least=1)
+        self.max_tokens = None if max_tokens is None else checked_int("max_tokens", max_tokens, least=1)
         self.dtype = ops.dtype.name if dtype is None else dtype
         if self.dtype == "int4":
-            raise InputError("dtype is 'int4'; expected more: 15 steps for a key change what a model says")
+            raise InputError("dtype is 'int4'; expected more bits: 15 values for a key change what a model says")
         if self.dtype not in ops.cache_dtypes:
-            raise InputError(f"dtype is {shown(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
+            raise InputError(f"dtype is {short_repr(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
         self.config, self.ops = config, ops
         self.length = 0
         self._n_passes = 0  # each pass knows its number, so that only the last one begun can go on
@@ -118,9 +119,9 @@ class KVCache:
     def bytes_for(self, length: int) -> int:
         """Return the memory that keys and values take once the cache holds `length` tokens."""
         kv_width = self.config.n_kv_heads * self.config.head_dim
-        steps = self.config.n_kv_heads * STEP_BYTES if self.dtype == "int8" else 0
+        scales = self.config.n_kv_heads * SCALE_BYTES if self.dtype == "int8" else 0
         return sum(2 * ring.capacity_for(length) for ring in self.rings) * (
-            kv_width * np.dtype(self.dtype).itemsize + steps
+            kv_width * np.dtype(self.dtype).itemsize + scales
         )
 
     def begin(self, n_tokens: int) -> Pass:
@@ -167,7 +168,7 @@ class KVCache:
         by `chunk` tokens from the furthest position that a pass has written, an abandoned pass included. Raises
         CacheError beyond that.
         """
-        length = checked_whole("length", length, least=0, most=self.length)
+        length = checked_int("length", length, least=0, most=self.length)
         for number, ring in enumerate(self.rings):
             # The next token will be at `length` and has to find all that it sees, itself apart.
             if ring.first_visible(length) < min(ring.oldest, length):

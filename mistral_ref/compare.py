@@ -18,7 +18,7 @@ from typing import overload
 import numpy as np
 
 from mistral_ref.display import html_table, markdown_table
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 from mistral_ref.steps import Step
 from mistral_ref.walk import Walk
 
@@ -68,7 +68,7 @@ def difference(
     (0.5, 0.2, 1048576.0, (1,))
     """
     if not bound >= 0:
-        raise InputError(f"bound is {shown(bound)}; expected a number of at least 0")
+        raise InputError(f"bound is {short_repr(bound)}; expected a number of at least 0")
     if value.shape != reference.shape:
         raise InputError(f"{name} has shape {value.shape} in one and {reference.shape} in the other")
     with np.errstate(invalid="ignore", over="ignore"):  # infinities; NaN with bits that processors warn of

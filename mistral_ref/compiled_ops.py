@@ -148,7 +148,7 @@ class CompiledOps(ReferenceOps):
     def write(self, store: panels.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
         slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else np.ascontiguousarray(slots)
         if store.k.dtype == np.int8:
-            panels.write_steps()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
+            panels.write_int8()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
             return
         raw = "float32" if store.k.dtype == np.float32 else "uint16"
         k_TGK, v_TGK = (np.ascontiguousarray(part, store.k.dtype).view(raw) for part in (k_TGK, v_TGK))
@@ -170,7 +170,7 @@ class CompiledOps(ReferenceOps):
 
     def _heads(self, q_THK: np.ndarray, view: KeyView) -> np.ndarray:
         q_THK = _floats(q_THK)
-        (k, v, k_steps, v_steps), heads_THK = view.store, self._pool.empty(q_THK.shape)
+        (k, v, k_scales, v_scales), heads_THK = view.store, self._pool.empty(q_THK.shape)
         n_tokens, n_heads, _ = q_THK.shape
         n_kv_heads, n_blocks = v.shape[:2]
         is_few = n_tokens * n_heads <= n_kv_heads * attention.FEW_ROWS
@@ -180,8 +180,8 @@ class CompiledOps(ReferenceOps):
             q_THK,
             k.view(np.uint8).reshape(-1),
             v.view(np.uint8).reshape(-1),
-            k_steps,
-            v_steps,
+            k_scales,
+            v_scales,
             n_kv_heads,
             n_blocks,
             _segments(view),

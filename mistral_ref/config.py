@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mistral_ref.errors import ConfigError, Field, shown
+from mistral_ref.errors import ConfigError, Field, short_repr
 
 RowOrder = Literal["interleaved", "halves"]
 
@@ -41,18 +41,18 @@ def checked_count(field: str, value: object) -> int:
     """
     limit = LIMITS[field.rpartition(".")[2]]
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-        raise ConfigError(Field(field), f" is {shown(value)}; expected a whole number from 1 to {limit}")
+        raise ConfigError(Field(field), f" is {short_repr(value)}; expected a whole number from 1 to {limit}")
     return value
 
 
 def checked_number(field: str, value: object, *, zero: bool = False) -> float:
     """Return `value` as a float if it is finite and positive (or zero, where allowed); raise ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(Field(field), f" is {shown(value)}; expected a number")
+        raise ConfigError(Field(field), f" is {short_repr(value)}; expected a number")
     # An integer too large for a float raises OverflowError, so it is compared before it is converted.
     if not (0 <= value <= 1e30) or (value == 0 and not zero) or not math.isfinite(float(value)):
         bound = "of at least" if zero else "above"
-        raise ConfigError(Field(field), f" is {shown(value)}; expected a finite number {bound} 0")
+        raise ConfigError(Field(field), f" is {short_repr(value)}; expected a finite number {bound} 0")
     return float(value)
 
 
@@ -174,7 +174,9 @@ class ModelConfig:
         if self.max_seq_len is not None:
             checked_count("max_seq_len", self.max_seq_len)
         if not isinstance(self.tied_embeddings, bool):
-            raise ConfigError(Field("tied_embeddings"), f" is {shown(self.tied_embeddings)}; expected true or false")
+            raise ConfigError(
+                Field("tied_embeddings"), f" is {short_repr(self.tied_embeddings)}; expected true or false"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 Field("n_kv_heads"),
@@ -188,12 +190,12 @@ class ModelConfig:
             )
         if self.rope_row_order not in get_args(RowOrder):
             raise ConfigError(
-                Field("rope_row_order"), f" is {shown(self.rope_row_order)}; expected one of {get_args(RowOrder)}"
+                Field("rope_row_order"), f" is {short_repr(self.rope_row_order)}; expected one of {get_args(RowOrder)}"
             )
         if not isinstance(self.sliding_window, tuple) or len(self.sliding_window) != self.n_layers:
             raise ConfigError(
                 Field("sliding_window"),
-                f" is {shown(self.sliding_window)}; expected one entry for each of {self.n_layers} layers",
+                f" is {short_repr(self.sliding_window)}; expected one entry for each of {self.n_layers} layers",
             )
         for window in self.sliding_window:
             if window is not None:

@@ -19,7 +19,7 @@ import numpy as np
 from rich.cells import cell_len
 
 _POSITIVE, _NEGATIVE, _UNSEEN, _BROKEN = " ░▒▓█", " -=≡#", "·", "!"
-_MOST_SUMMARISED = 2**26  # bytes that are looked through for a table in a notebook
+_MAX_SUMMARISED = 2**26  # bytes that are looked through for a table in a notebook
 _RED, _BLUE = np.array([178.0, 24.0, 43.0]), np.array([33.0, 102.0, 172.0])  # the ends of ColorBrewer's RdBu
 
 
@@ -307,7 +307,7 @@ def step_html(step: ShownStep) -> str:
 
 def steps_html(steps: Collection[ShownStep], caption: str) -> str:
     """Return what a notebook shows of several steps: a table, with statistics unless their values are too many."""
-    is_small = sum(step.value.nbytes for step in steps) <= _MOST_SUMMARISED
+    is_small = sum(step.value.nbytes for step in steps) <= _MAX_SUMMARISED
     rows = [
         [
             step.name,

@@ -88,10 +88,10 @@ _repr.maxlist = _repr.maxtuple = _repr.maxdict = 4
 _repr.maxlevel = 2
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return `value` as it appears in a message: its repr, cut to a length that keeps the message on one line.
 
-    >>> shown("a" * 100)
+    >>> short_repr("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
     """
     return re.sub(r"\s*\n\s*", " ", _repr.repr(value))  # NumPy shows arrays on several lines
@@ -107,10 +107,10 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in kept)
 
 
-def checked_whole(name: str, value: object, least: int, most: int | None = None) -> int:
+def checked_int(name: str, value: object, least: int, most: int | None = None) -> int:
     """Return an argument as an int if it is a whole number (NumPy's too) in bounds; otherwise raise InputError.
 
-    >>> checked_whole("max_tokens", 0, least=1)
+    >>> checked_int("max_tokens", 0, least=1)
     Traceback (most recent call last):
     mistral_ref.errors.InputError: max_tokens is 0; expected a whole number of at least 1
     """
@@ -119,4 +119,4 @@ def checked_whole(name: str, value: object, least: int, most: int | None = None)
         if least <= number and (most is None or number <= most):
             return number
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise InputError(f"{name} is {shown(value)}; expected a whole number {bounds}")
+    raise InputError(f"{name} is {short_repr(value)}; expected a whole number {bounds}")

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from mistral_ref.cache import KVCache
-from mistral_ref.errors import CacheError, InputError, Progress, checked_whole
+from mistral_ref.errors import CacheError, InputError, Progress, checked_int
 from mistral_ref.sampling import SamplingSettings, log_softmax, sample
 from mistral_ref.text.stream import TokenStream
 
@@ -77,7 +77,7 @@ def split_stops(stop: Stop, vocab_size: int) -> tuple[tuple[str, ...], frozenset
     stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else () if stop is None else (stop,)
     if "" in stops:
         raise InputError("stop holds an empty string; expected text, or token ids")
-    ids = (checked_whole("stop", one, least=0, most=vocab_size - 1) for one in stops if not isinstance(one, str))
+    ids = (checked_int("stop", one, least=0, most=vocab_size - 1) for one in stops if not isinstance(one, str))
     return tuple(one for one in stops if isinstance(one, str)), frozenset(ids)
 
 
@@ -122,9 +122,9 @@ class GenerationRequest:
     progress: Progress | None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_tokens", checked_whole("max_tokens", self.max_tokens, least=1))
+        object.__setattr__(self, "max_tokens", checked_int("max_tokens", self.max_tokens, least=1))
         if self.seed is not None:
-            object.__setattr__(self, "seed", checked_whole("seed", self.seed, least=0))
+            object.__setattr__(self, "seed", checked_int("seed", self.seed, least=0))
 
 
 def generate(

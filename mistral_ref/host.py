@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.errors import InputError, checked_int, short_repr
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 
@@ -15,15 +15,15 @@ THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 def chosen_threads(threads_asked: int | None) -> int:
     """Return how many threads to use: as asked, or as MISTRAL_REF_THREADS says, or one for each performance core."""
     if threads_asked is not None:
-        return checked_whole("threads", threads_asked, least=1, most=1024)
+        return checked_int("threads", threads_asked, least=1, most=1024)
     found = os.environ.get(THREADS_VARIABLE)
     if not found:
         from mistral_kernels.threads import performance_cores  # noqa: PLC0415 (imports Numba)
 
         return performance_cores()
     if not (found.isdecimal() and len(found) < 10):
-        raise InputError(f"{THREADS_VARIABLE} is {shown(found)}; expected a whole number of at least 1")
-    return checked_whole(THREADS_VARIABLE, int(found), least=1, most=1024)
+        raise InputError(f"{THREADS_VARIABLE} is {short_repr(found)}; expected a whole number of at least 1")
+    return checked_int(THREADS_VARIABLE, int(found), least=1, most=1024)
 
 
 def available_memory() -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mistral_ref.activations import Activations
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import ConfigError, InputError, Progress, TokenizerError, shown, warn
+from mistral_ref.errors import ConfigError, InputError, Progress, TokenizerError, short_repr, warn
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.checkpoint import checked_directory
 from mistral_ref.files.config_files import read_eos_ids
@@ -71,11 +71,11 @@ def _make_ops(
 ) -> ReferenceOps:
     """Return the operations of a backend: "numba", "numpy", or None for the first of the two that has the dtype."""
     if backend not in (None, "numba", "numpy"):
-        raise InputError(f"backend is {shown(backend)}; expected 'numba' or 'numpy'")
+        raise InputError(f"backend is {short_repr(backend)}; expected 'numba' or 'numpy'")
     if backend == "numpy" or (backend is None and dtype == "float64"):
         return ReferenceOps(dtype, threads=threads, angles=angles, activations=activations)
     if dtype != "float32":
-        raise InputError(f"dtype is {shown(dtype)}; expected 'float32' with backend='numba', which has no other")
+        raise InputError(f"dtype is {short_repr(dtype)}; expected 'float32' with backend='numba', which has no other")
     try:  # here, since Numba takes a third of a second, and NumPy alone goes without
         from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415
     except (ImportError, ValueError) as error:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, Progress, shown, warn
+from mistral_ref.errors import CacheError, InputError, Progress, short_repr, warn
 from mistral_ref.generation import GenerationRequest, Stop, Token, generate, split_stops
 from mistral_ref.ops import Ops
 from mistral_ref.sampling import SamplingSettings, log_softmax
@@ -89,7 +89,9 @@ class Model:
         except ValueError:  # rows of different lengths
             array = np.empty(0)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-            raise InputError(f"tokens are {shown(prompt)}; expected text, or a flat sequence of at least one token id")
+            raise InputError(
+                f"tokens are {short_repr(prompt)}; expected text, or a flat sequence of at least one token id"
+            )
         outside = array[(array < 0) | (array >= self.config.vocab_size)]
         if outside.size:
             raise InputError(
@@ -198,7 +200,7 @@ class Model:
         if cache is None:
             return
         if not isinstance(cache, KVCache):
-            raise InputError(f"cache is {shown(cache)}; expected one from this model's new_cache()")
+            raise InputError(f"cache is {short_repr(cache)}; expected one from this model's new_cache()")
         if cache.ops is not self.ops or cache.config != self.config:
             raise CacheError("the cache was made by another model; expected one from this model's new_cache()")
 

@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController
 
 from mistral_ref.activations import Activations, checked_activations, rounded
 from mistral_ref.config import ModelConfig, RowOrder
-from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.rope import AnglePrecision, Rotation, rotation
@@ -37,26 +37,25 @@ class Store(NamedTuple):
 
     k: np.ndarray
     v: np.ndarray
-    k_steps: np.ndarray
-    v_steps: np.ndarray
+    k_scales: np.ndarray
+    v_scales: np.ndarray
 
 
-def in_steps(x_TGK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return keys or values rounded to int8, and their steps (T, G): max |x| / 127 of each.
+def to_int8(x_TGK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return keys or values rounded to int8, and their scales (T, G): max |x| / 127 of each.
 
-    The last 8 bits of a step's mantissa are rounded up, so that what has been rounded is not changed by being rounded
-    again.
+    The last 8 bits of a scale's mantissa are rounded up: rounding a second time then changes nothing.
 
-    >>> q, steps = in_steps(np.float32([[[127.0, -1.4, 0.0]]]))
-    >>> q.tolist(), steps.tolist()
+    >>> q, scales = to_int8(np.float32([[[127.0, -1.4, 0.0]]]))
+    >>> q.tolist(), scales.tolist()
     ([[[127, -1, 0]]], [[1.0]])
     """
     x_TGK = x_TGK.astype(np.float32, copy=False)
-    steps_TG = np.abs(x_TGK).max(axis=-1) / np.float32(127)
-    steps_TG = ((steps_TG.view(np.uint32) + np.uint32(0xFF)) & np.uint32(0xFFFFFF00)).view(np.float32)
+    scales_TG = np.abs(x_TGK).max(axis=-1) / np.float32(127)
+    scales_TG = ((scales_TG.view(np.uint32) + np.uint32(0xFF)) & np.uint32(0xFFFFFF00)).view(np.float32)
     with np.errstate(all="ignore"):
-        q_TGK = np.nan_to_num(np.rint(x_TGK / steps_TG[..., np.newaxis]), posinf=0, neginf=0)
-    return np.where(np.abs(q_TGK) <= 127, q_TGK, 0).astype(np.int8), steps_TG
+        q_TGK = np.nan_to_num(np.rint(x_TGK / scales_TG[..., np.newaxis]), posinf=0, neginf=0)
+    return np.where(np.abs(q_TGK) <= 127, q_TGK, 0).astype(np.int8), scales_TG
 
 
 def attends(query: Any, key: Any, window: int | None) -> Any:
@@ -115,16 +114,16 @@ class ReferenceOps:
         activations: Activations | None = None,
     ) -> None:
         if dtype not in ("float32", "float64"):
-            raise InputError(f"dtype is {shown(dtype)}; expected 'float32' or 'float64'")
+            raise InputError(f"dtype is {short_repr(dtype)}; expected 'float32' or 'float64'")
         if angles not in ("float32", "float64"):
-            raise InputError(f"rope_angles is {shown(angles)}; expected 'float64' or 'float32'")
+            raise InputError(f"rope_angles is {short_repr(angles)}; expected 'float64' or 'float32'")
         self.dtype = np.dtype(dtype)
         self.cache_dtypes: tuple[str, ...] = (dtype, "float16", "int8")
         self.angles: AnglePrecision = angles
         default: Activations = "int16" if dtype == "float32" else "float"
         self.activations = checked_activations(default if activations is None else activations)
         self.quantized_activations = default if self.activations == "bfloat16" else self.activations
-        self.threads = None if threads is None else checked_whole("threads", threads, least=1)
+        self.threads = None if threads is None else checked_int("threads", threads, least=1)
         self._blas = None if threads is None else ThreadpoolController()
 
     @contextmanager
@@ -177,14 +176,14 @@ class ReferenceOps:
         return turned
 
     def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> Any:
-        shape, n_steps = (capacity, n_kv_heads, head_dim), capacity if dtype == "int8" else 0
-        steps = (np.zeros((n_steps, n_kv_heads), np.float32) for _ in range(2))
-        return Store(np.zeros(shape, dtype), np.zeros(shape, dtype), *steps)
+        shape, n_scales = (capacity, n_kv_heads, head_dim), capacity if dtype == "int8" else 0
+        scales = (np.zeros((n_scales, n_kv_heads), np.float32) for _ in range(2))
+        return Store(np.zeros(shape, dtype), np.zeros(shape, dtype), *scales)
 
     def write(self, store: Any, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
         if store.k.dtype == np.int8:
-            store.k[slots], store.k_steps[slots] = in_steps(k_TGK)
-            store.v[slots], store.v_steps[slots] = in_steps(v_TGK)
+            store.k[slots], store.k_scales[slots] = to_int8(k_TGK)
+            store.v[slots], store.v_scales[slots] = to_int8(v_TGK)
         else:
             store.k[slots] = k_TGK
             store.v[slots] = v_TGK
@@ -192,8 +191,8 @@ class ReferenceOps:
     def read(self, store: Any, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
         if store.k.dtype != np.int8:
             return store.k[slots], store.v[slots]
-        k_SGK = store.k[slots] * store.k_steps[slots][..., np.newaxis]
-        return k_SGK, store.v[slots] * store.v_steps[slots][..., np.newaxis]
+        k_SGK = store.k[slots] * store.k_scales[slots][..., np.newaxis]
+        return k_SGK, store.v[slots] * store.v_scales[slots][..., np.newaxis]
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))

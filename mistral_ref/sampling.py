@@ -23,7 +23,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 
 Floats = NDArray[np.float64]
 
@@ -53,10 +53,10 @@ class SamplingSettings:
             value = getattr(self, name)
             is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
             if not (is_number and low <= value <= high):
-                raise InputError(f"{name} is {shown(value)}; expected a number from {low:g} to {high:g}")
+                raise InputError(f"{name} is {short_repr(value)}; expected a number from {low:g} to {high:g}")
         k = self.top_k
         if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
-            raise InputError(f"top_k is {shown(k)}; expected a whole number of at least 1, or None")
+            raise InputError(f"top_k is {short_repr(k)}; expected a whole number of at least 1, or None")
 
 
 def sample(logits_V: ArrayLike, settings: SamplingSettings, rng: Generator, seen_ids: Iterable[int]) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import Statistics, size_text, statistics, step_html
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 
 
 class StepKind(NamedTuple):
@@ -154,7 +154,7 @@ class Step:
         try:
             new = np.array(new)
         except ValueError:  # rows of different lengths
-            raise InputError(f"step {self.name} was given {shown(new)}; expected an array") from None
+            raise InputError(f"step {self.name} was given {short_repr(new)}; expected an array") from None
         if new.shape != self._value.shape or new.dtype != self._value.dtype:
             raise InputError(
                 f"step {self.name} was given {new.dtype} of shape {new.shape}; "

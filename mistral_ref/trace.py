@@ -17,7 +17,7 @@ import numpy as np
 from mistral_ref.compare import DEFAULT_BOUND, Comparison, step_difference
 from mistral_ref.config import RowOrder
 from mistral_ref.display import steps_html
-from mistral_ref.errors import InputError, printable, shown
+from mistral_ref.errors import InputError, printable, short_repr
 from mistral_ref.files.dump import FORMAT, read_dump, step_order, tokens_of
 from mistral_ref.files.tensor_file import write_tensor_file
 from mistral_ref.steps import CATALOGUE, Step
@@ -57,7 +57,7 @@ class Trace(Mapping[str, np.ndarray]):
         except KeyError:
             held = ", ".join([*list(self)[:3], *["..."] * (len(self) > 3)]) or "nothing"
             raise MissingStepError(
-                f"this trace does not hold {shown(name)}; it holds {held}; model.trace(keep=...) chooses"
+                f"this trace does not hold {short_repr(name)}; it holds {held}; model.trace(keep=...) chooses"
             ) from None
 
     def __iter__(self) -> Iterator[str]:
@@ -141,7 +141,7 @@ class Trace(Mapping[str, np.ndarray]):
         Values in F64 and F32 stay mapped. Raises CheckpointError with the file and what is wrong with it.
         """
         if rope_row_order not in (None, "interleaved", "halves"):
-            raise InputError(f"rope_row_order is {shown(rope_row_order)}; expected 'interleaved' or 'halves'")
+            raise InputError(f"rope_row_order is {short_repr(rope_row_order)}; expected 'interleaved' or 'halves'")
         found = read_dump(Path(path), rope_row_order)
         return cls(found.steps, found.tokens, found.pieces, start=found.start, made_by=found.made_by)
 

@@ -12,7 +12,7 @@ from types import GeneratorType, TracebackType
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 from mistral_ref.ops import Ops
 from mistral_ref.steps import Step, Steps, step_names
 
@@ -113,12 +113,14 @@ def matching_steps(patterns: str | Iterable[str], config: ModelConfig) -> list[s
     Patterns are names or globs such as "layers.*.ffn_out". Raises InputError for one that matches none.
     """
     if not isinstance(patterns, Iterable):
-        raise InputError(f"{shown(patterns)} names no steps; expected names or globs such as 'layers.*.ffn_out'")
+        raise InputError(f"{short_repr(patterns)} names no steps; expected names or globs such as 'layers.*.ffn_out'")
     names, chosen = list(step_names(config)), set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [name for name in names if fnmatchcase(name, str(pattern))]
         if not matches:
-            raise InputError(f"no step is called {shown(pattern)}; names are like 'layers.0.q_rotated', or 'logits'")
+            raise InputError(
+                f"no step is called {short_repr(pattern)}; names are like 'layers.0.q_rotated', or 'logits'"
+            )
         chosen.update(matches)
     return [name for name in names if name in chosen]
 
@@ -131,5 +133,5 @@ def inside_attention(names: Iterable[str]) -> bool:
 def check_edits(edits: Mapping[str, Edit], config: ModelConfig) -> list[str]:
     """Return the names of the steps that edits touch; raise InputError for an edit of a step that does not exist."""
     if not isinstance(edits, Mapping):
-        raise InputError(f"edits is {shown(edits)}; expected a mapping from names of steps to values or functions")
+        raise InputError(f"edits is {short_repr(edits)}; expected a mapping from names of steps to values or functions")
     return matching_steps(edits, config)

@@ -40,7 +40,7 @@ from mistral_ref import CacheError, InputError, MistralRefError
 from mistral_ref.compare import compare_walks
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import shown
+from mistral_ref.errors import short_repr
 from mistral_ref.files.quantization import Scheme, quantized_weights
 from mistral_ref.files.rounding import quantized
 from mistral_ref.model import Model
@@ -302,7 +302,7 @@ def test_threads_do_not_change_a_bit() -> None:
 @pytest.mark.parametrize("bad", ["0", "-1", "1.5", "two", "1025", "1 2", "9" * 5000, "\N{SUPERSCRIPT TWO}"])
 def test_the_environments_number_of_threads_is_checked(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MISTRAL_REF_THREADS", bad)
-    with refused(InputError, "MISTRAL_REF_THREADS", shown(bad).strip("'"), "whole number") as caught:
+    with refused(InputError, "MISTRAL_REF_THREADS", short_repr(bad).strip("'"), "whole number") as caught:
         mistral_ref.load(backend="numba")
     assert len(str(caught.value)) < 200
     assert mistral_ref.load(backend="numba", threads=1).ops.threads == 1  # what is asked for goes before

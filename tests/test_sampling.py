@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.errors import refused
 
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 from mistral_ref.sampling import SamplingSettings, log_softmax, sample
 
 INF, NAN = math.inf, math.nan
@@ -207,5 +207,5 @@ def test_seen_ids_outside_the_vocabulary_are_refused(seen_ids: list[int]) -> Non
 )
 def test_settings_out_of_range_are_refused_by_name(name: str, values: list[object]) -> None:
     for value in values:
-        with refused(InputError, name, shown(value), "whole number" if name == "top_k" else "number"):
+        with refused(InputError, name, short_repr(value), "whole number" if name == "top_k" else "number"):
             SamplingSettings(**{name: value})

@@ -35,13 +35,13 @@ FEW_ROWS, MANY_ROWS = 4, {16: 12, 8: 6, 4: 4}[LANES]
 HEADS_OUT = types.Array(types.float32, 3, "C")
 PANELS = types.Array(types.uint8, 1, "C")
 SEGMENTS = types.Array(types.int64, 2, "C", readonly=True)
-STEPS = types.Array(types.float32, 2, "C", readonly=True)
+SCALES = types.Array(types.float32, 2, "C", readonly=True)
 SIGNATURE = types.void(
     HEADS_IN,
     PANELS,
     PANELS,
-    STEPS,
-    STEPS,
+    SCALES,
+    SCALES,
     types.intp,
     types.intp,
     SEGMENTS,
@@ -137,7 +137,7 @@ def _attend(kind: str, n_rows: int) -> Any:
         total the sum of exp(score - m), and acc that of exp(score - m) v. They have the rows of whole tiles, as `work`
         has, which is for scaled queries and scores.
         """
-        k, v, k_steps, v_steps = panels
+        k, v, k_scales, v_scales = panels
         m, total, acc = sums
         scaled, S = work
         n_heads, n_kv_heads, head_dim = shape
@@ -162,8 +162,8 @@ def _attend(kind: str, n_rows: int) -> Any:
                 low, high = max(start - block * BLOCK, 0), min(stop - block * BLOCK, SPAN)
                 score(scaled, head_dim, rows, k, (g * n_blocks + block) * (BLOCK // PANEL), low, high, S)
                 into_shares(
-                    S, last - first, group, first_query + first - base, window, low, high, (k_steps, v_steps),
-                    g * k_steps.shape[1] + block * BLOCK, sums, width, (q, next_ones), (heads, own),
+                    S, last - first, group, first_query + first - base, window, low, high, (k_scales, v_scales),
+                    g * k_scales.shape[1] + block * BLOCK, sums, width, (q, next_ones), (heads, own),
                     (of_token, head_dim),
                 )  # fmt: skip
                 add_values(S, rows, v, g * n_blocks + block, low, high, n_panels, acc)
@@ -217,15 +217,16 @@ def _turns(kind: str, n_rows: int) -> Any:
 
 @made_once
 def attention(kind: str, n_rows: int) -> Any:
-    """Return a kernel: attention(q, k, v, k_steps, v_steps, n_kv_heads, n_blocks, segments, first_query, window, heads,
-    n_threads).
+    """Return a kernel.
+
+    attention(q, k, v, k_scales, v_scales, n_kv_heads, n_blocks, segments, first_query, window, heads, n_threads)
 
     kind            of the numbers in the store: "f32", "f16", "bf16", "int8"
     n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
 
     q, heads        (T, H, K) float32
     k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
-    k_steps, v_steps    a PanelStore's, not read unless kind is "int8"
+    k_scales, v_scales    a PanelStore's, not read unless kind is "int8"
     segments        (n, 3): first slot, slot past the last one, and position of the key in the first, oldest key first
     first_query     position of q[0]
     window          how many keys a query sees, itself included
@@ -234,7 +235,7 @@ def attention(kind: str, n_rows: int) -> Any:
 
     @kernel(SIGNATURE, kind, n_rows)
     def attention(
-        q: Any, k: Any, v: Any, k_steps: Any, v_steps: Any, n_kv_heads: int, n_blocks: int, segments: Any,
+        q: Any, k: Any, v: Any, k_scales: Any, v_scales: Any, n_kv_heads: int, n_blocks: int, segments: Any,
         first_query: int, window: int, heads: Any, n_threads: int,
     ) -> None:  # fmt: skip
         n_tokens, n_heads, head_dim = q.shape
@@ -245,7 +246,7 @@ def attention(kind: str, n_rows: int) -> Any:
         # Few queries: their keys are split, and each piece keeps what it found. Many: all keys are one piece.
         n_splits = (newest - oldest + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
         split = SPLIT if n_splits > 1 else newest - oldest
-        panels = k, v, k_steps, v_steps
+        panels = k, v, k_scales, v_scales
         n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, n_queries) * group
         apart = most_rows + 64  # no two threads write to one cache line, nor to the one that is fetched with it
         m, total = np.empty((n_kept, apart), np.float32), np.empty((n_kept, apart), np.float32)

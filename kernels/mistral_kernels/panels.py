@@ -23,7 +23,7 @@ BLOCK = 64
 PANEL = 2 * LANES
 
 HEADS_IN = types.Array(types.float32, 3, "C", readonly=True)
-STEPS_OUT = types.Array(types.float32, 2, "C")
+SCALES_OUT = types.Array(types.float32, 2, "C")
 SLOTS = types.Array(types.int64, 1, "C", readonly=True)
 
 
@@ -32,19 +32,19 @@ class PanelStore(NamedTuple):
 
     k       (G, ceil(capacity / BLOCK) * BLOCK / PANEL, K, PANEL)
     v       (G, ceil(capacity / BLOCK), ceil(K / PANEL), BLOCK, PANEL)
-    k_steps, v_steps    what the int8 of each slot are multiplied by, float32 (G, ceil(capacity / BLOCK) * BLOCK)
+    k_scales, v_scales    what the int8 of each slot are multiplied by, float32 (G, ceil(capacity / BLOCK) * BLOCK)
     """
 
     k: np.ndarray
     v: np.ndarray
-    k_steps: np.ndarray
-    v_steps: np.ndarray
+    k_scales: np.ndarray
+    v_scales: np.ndarray
 
 
 def new_store(capacity: int, n_kv_heads: int, head_dim: int, dtype: np.dtype[Any]) -> PanelStore:
     """Return room for `capacity` slots, all zeros."""
     n_blocks, n_panels = -(-capacity // BLOCK), -(-head_dim // PANEL)
-    n_steps = n_blocks * BLOCK if dtype == np.int8 else 0
+    n_scales = n_blocks * BLOCK if dtype == np.int8 else 0
 
     def zeros(*shape: int) -> np.ndarray:
         return aligned(math.prod(shape) * dtype.itemsize, np.zeros).view(dtype).reshape(shape)
@@ -52,8 +52,8 @@ def new_store(capacity: int, n_kv_heads: int, head_dim: int, dtype: np.dtype[Any
     return PanelStore(
         zeros(n_kv_heads, n_blocks * (BLOCK // PANEL), head_dim, PANEL),
         zeros(n_kv_heads, n_blocks, n_panels, BLOCK, PANEL),
-        np.zeros((n_kv_heads, n_steps), np.float32),
-        np.zeros((n_kv_heads, n_steps), np.float32),
+        np.zeros((n_kv_heads, n_scales), np.float32),
+        np.zeros((n_kv_heads, n_scales), np.float32),
     )
 
 
@@ -65,7 +65,7 @@ def read(store: PanelStore, slots: np.ndarray | slice) -> tuple[np.ndarray, np.n
     k, v = store.k[:, slots // PANEL, :, slots % PANEL], v[..., :head_dim]
     if store.k.dtype != np.int8:
         return k, v
-    return k * store.k_steps[:, slots].T[..., np.newaxis], v * store.v_steps[:, slots].T[..., np.newaxis]
+    return k * store.k_scales[:, slots].T[..., np.newaxis], v * store.v_scales[:, slots].T[..., np.newaxis]
 
 
 @made_once
@@ -95,46 +95,46 @@ def write(dtype: str) -> Any:
 
 
 @made_once
-def write_steps() -> Any:
-    """Return a kernel: write_steps(k_store, v_store, k_steps, v_steps, slots, k, v) rounds k and v (T, G, K) to int8.
+def write_int8() -> Any:
+    """Return a kernel: write_int8(k_store, v_store, k_scales, v_scales, slots, k, v) rounds k and v (T, G, K) to int8.
 
-    A key or value is rounded to the nearest of 127 steps either way. A step is max |x| / 127, its last 8 bits of
-    mantissa rounded up, so that what has been rounded is not changed by being rounded again.
+    x becomes scale q, where q is the nearest whole number from -127 to 127 and scale is max |x| / 127 over a head. The
+    last 8 bits of a scale's mantissa are rounded up: rounding a second time then changes nothing.
     """
 
     @part()
-    def step_of(x: Any, steps: Any, bits: Any, g: int, slot: int) -> float:
+    def scale_of(x: Any, scales: Any, bits: Any, g: int, slot: int) -> float:
         largest = numba.float32(0)
         for i in range(len(x)):
             size = abs(x[i])
             if not size <= largest:  # or NaN
                 largest = size
-        steps[g, slot] = largest / numba.float32(127)
+        scales[g, slot] = largest / numba.float32(127)
         bits[g, slot] = (bits[g, slot] + numba.uint32(0xFF)) & numba.uint32(0xFFFFFF00)
-        return steps[g, slot]
+        return scales[g, slot]
 
     @part()
-    def steps_away(x: float, step: float) -> int:
-        q = np.rint(x / step)
+    def nearest(x: float, scale: float) -> int:
+        q = np.rint(x / scale)
         return numba.int8(q) if -127 <= q <= 127 else numba.int8(0)  # 0 / 0, or what is no number
 
     @kernel(
         types.void(
-            types.Array(types.int8, 4, "C"), types.Array(types.int8, 5, "C"), STEPS_OUT, STEPS_OUT, SLOTS, HEADS_IN,
+            types.Array(types.int8, 4, "C"), types.Array(types.int8, 5, "C"), SCALES_OUT, SCALES_OUT, SLOTS, HEADS_IN,
             HEADS_IN,
         ),
         parallel=False,
     )  # fmt: skip
-    def write_steps(k_store: Any, v_store: Any, k_steps: Any, v_steps: Any, slots: Any, k: Any, v: Any) -> None:
+    def write_int8(k_store: Any, v_store: Any, k_scales: Any, v_scales: Any, slots: Any, k: Any, v: Any) -> None:
         n_tokens, n_kv_heads, head_dim = k.shape
-        k_bits, v_bits = k_steps.view(np.uint32), v_steps.view(np.uint32)
+        k_bits, v_bits = k_scales.view(np.uint32), v_scales.view(np.uint32)
         for t in range(n_tokens):
             slot = slots[t]
             for g in range(n_kv_heads):
-                k_step = step_of(k[t, g], k_steps, k_bits, g, slot)
-                v_step = step_of(v[t, g], v_steps, v_bits, g, slot)
+                k_scale = scale_of(k[t, g], k_scales, k_bits, g, slot)
+                v_scale = scale_of(v[t, g], v_scales, v_bits, g, slot)
                 for i in range(head_dim):
-                    k_store[g, slot // PANEL, i, slot % PANEL] = steps_away(k[t, g, i], k_step)
-                    v_store[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL] = steps_away(v[t, g, i], v_step)
+                    k_store[g, slot // PANEL, i, slot % PANEL] = nearest(k[t, g, i], k_scale)
+                    v_store[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL] = nearest(v[t, g, i], v_scale)
 
-    return write_steps
+    return write_int8

@@ -4,7 +4,7 @@
 
 For each row m is the largest score so far. When a larger one turns up, what has been summed up is scaled down (Milakov
 and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), so that no score outlives its span. Of int8,
-a score is multiplied by the step of its key, a share by that of its value, before it meets the value.
+a score is multiplied by the scale of its key, a share by that of its value, before it meets the value.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def _seen(newest: int, window: int, low: int, high: int) -> tuple[int, int]:
 
 
 @part(borrows=True)
-def _scale(S: Any, row: int, low: int, high: int, steps: Any, first_step: int) -> None:
-    """Multiply what a row of S holds for the keys low, ..., high - 1 by their steps."""
+def _multiply_by_scales(S: Any, row: int, low: int, high: int, scales: Any, first_scale: int) -> None:
+    """Multiply what a row of S holds for the keys low, ..., high - 1 by their scales."""
     for j in range(low // LANES * LANES, high, LANES):
-        store(S, row * SPAN + j, multiply(load(S, row * SPAN + j), load(steps, first_step + j)))
+        store(S, row * SPAN + j, multiply(load(S, row * SPAN + j), load(scales, first_scale + j)))
 
 
 @part(borrows=True)
@@ -93,24 +93,24 @@ def _exponentials(S: Any, row: int, low: int, high: int, all_low: int, all_high:
     _nothing(S, row, last, all_high)
 
 
-def shares(has_steps: bool) -> Any:
+def shares(has_scales: bool) -> Any:
     """Return the part of a kernel that turns the scores of some tokens' queries into shares."""
 
-    @part(has_steps, borrows=True)
+    @part(has_scales, borrows=True)
     def into_shares(
-        S: Any, n_tokens: int, group: int, newest: int, window: int, low: int, high: int, steps: Any, first_step: int,
+        S: Any, n_tokens: int, group: int, newest: int, window: int, low: int, high: int, scales: Any, first_scale: int,
         sums: Any, width: int, first_asked: Any, then_asked: Any, apart: Any,
     ) -> None:  # fmt: skip
         """Turn each row's scores of the keys low, ..., high - 1 of a span into shares, those unseen into 0.
 
         The `group` rows of a token see the same keys, of which the first token's newest has the number `newest`.
 
-        steps           of keys and of values; those of this span start at first_step
+        scales          of keys and of values; those of this span start at first_scale
         sums            m, total and acc, of which a row has `width` numbers
         first_asked, then_asked     an array, and where in it the first row lies of what will be needed: a softmax
                         leaves the memory idle, so it is asked for here. `apart` is how far tokens and rows are apart
         """
-        k_steps, v_steps = steps
+        k_scales, v_scales = scales
         m, total, acc = sums
         of_token, of_row = apart
         for t in range(n_tokens):
@@ -119,8 +119,8 @@ def shares(has_steps: bool) -> Any:
                 ask_for(first_asked[0], first_asked[1] + t * of_token + r * of_row, of_row)
                 row = t * group + r
                 if t_low < t_high:
-                    if has_steps:
-                        _scale(S, row, t_low, t_high, k_steps, first_step)
+                    if has_scales:
+                        _multiply_by_scales(S, row, t_low, t_high, k_scales, first_scale)
                     _raise_largest(S, row, t_low, t_high, m, total, acc, width)
         # In a loop of its own: a row waits for its largest score, and meanwhile other rows' can be found.
         for t in range(n_tokens):
@@ -130,8 +130,8 @@ def shares(has_steps: bool) -> Any:
                 row = t * group + r
                 if t_low < t_high:
                     _exponentials(S, row, t_low, t_high, low, high, m, total)
-                    if has_steps:
-                        _scale(S, row, t_low, t_high, v_steps, first_step)
+                    if has_scales:
+                        _multiply_by_scales(S, row, t_low, t_high, v_scales, first_scale)
                 else:
                     _nothing(S, row, low // LANES * LANES, high)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.host import available_memory, chosen_threads, process_memory
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.measure.shapes import SHAPES, shape
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.quick:
         vars(arguments).update(_QUICK)
-    checked_whole("--repetitions", arguments.repetitions, least=1)
+    checked_int("--repetitions", arguments.repetitions, least=1)
     numbers = {name: getattr(arguments, name) for name in ("n_prompt", "n_gen", "n_depth")}
     tests = speed.speed_tests(*(_whole_numbers(name, text) for name, text in numbers.items()))
     if not tests:
@@ -152,7 +152,9 @@ def _whole_numbers(name: str, text: str) -> list[int]:
     """Return the numbers of a list such as "128,512"."""
     parts = text.split(",")
     if not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise InputError(f"--{name.replace('_', '-')} is {shown(text)}; expected whole numbers with commas between")
+        raise InputError(
+            f"--{name.replace('_', '-')} is {short_repr(text)}; expected whole numbers with commas between"
+        )
     return [int(part) for part in parts]
 
 

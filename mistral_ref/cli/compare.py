@@ -8,7 +8,7 @@ import os
 from mistral_ref.cli.common import as_text, model_directory, progress_bar
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.compare import compare_walks
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.loading import load
 from mistral_ref.model import Model
 from mistral_ref.steps import step_names
@@ -23,7 +23,7 @@ examples:
   mistral-ref compare MY_DUMP.safetensors DIR          the dump's own tokens through the model in DIR
 """
 
-_MOST_TOKENS = 100_000  # to go on with
+_MAX_TOKENS = 100_000  # to go on with
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,7 +69,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(arguments: argparse.Namespace) -> None:
     """Print how far A lies from B; the exit status is 1 if a step departs."""
-    n_more = None if arguments.n_more is None else checked_whole("--continue", arguments.n_more, 1, _MOST_TOKENS)
+    n_more = None if arguments.n_more is None else checked_int("--continue", arguments.n_more, 1, _MAX_TOKENS)
     sides = [_opened(arguments, index) for index in range(2)]
     models = [side for side in sides if isinstance(side, Model)]
     _check_options(arguments, sides)

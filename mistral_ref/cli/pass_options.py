@@ -6,7 +6,7 @@ import argparse
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.cli.common import progress_bar
-from mistral_ref.errors import checked_whole
+from mistral_ref.errors import checked_int
 from mistral_ref.model import Model, Prompt
 from mistral_ref.study.broken import BUGS, broken
 
@@ -52,7 +52,7 @@ def split_prompt(model: Model, prompt: Prompt, last: int | None) -> tuple[list[i
     ids = model.token_ids(prompt)
     if last is None:
         return ids, None
-    last = checked_whole("--last", last, least=1, most=len(ids))
+    last = checked_int("--last", last, least=1, most=len(ids))
     before, cache = ids[:-last], model.new_cache(chunk=last)
     with progress_bar("reading what comes before", is_long=len(before) > DEFAULT_CHUNK) as progress:
         for start in range(0, len(before), last):

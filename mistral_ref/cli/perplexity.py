@@ -12,7 +12,7 @@ from typing import Any
 
 from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar
 from mistral_ref.cli.pass_options import add_dtype_option
-from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.measure.perplexity import perplexity
 
 _DEFAULT_CONTEXT = 512
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.model}: holds no tokenizer; a text's perplexity needs one")
     ids, is_whole = model.tokenizer.encode(text), True
     if arguments.max_tokens is not None:
-        n_most = checked_whole("--max-tokens", arguments.max_tokens, least=2)
+        n_most = checked_int("--max-tokens", arguments.max_tokens, least=2)
         ids, is_whole = ids[:n_most], len(ids) <= n_most
     context, stride = arguments.context, arguments.stride
     if context is None:
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def read_text(file: str) -> str:
     """Return the text of a file, or of standard input for "-", to the last byte."""
-    name = "standard input" if file == "-" else shown(file)
+    name = "standard input" if file == "-" else short_repr(file)
     try:
         if file != "-":
             data = Path(file).read_bytes()

@@ -16,7 +16,7 @@ from mistral_ref.cli.pass_options import (
     split_prompt,
 )
 from mistral_ref.display import markdown_table, size_text
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
 from mistral_ref.study import report
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the steps of a pass, or write them."""
     output = arguments.output
     if output is not None and not output.endswith((".html", ".safetensors")):
-        raise InputError(f"-o is {shown(output)}; expected a name that ends in .html or .safetensors")
+        raise InputError(f"-o is {short_repr(output)}; expected a name that ends in .html or .safetensors")
     if arguments.no_cost and (output is None or not output.endswith(".html")):
         raise InputError("--no-cost is of a page; expected -o FILE.html beside it")
     model = maybe_broken(load_model(arguments), arguments.broken)

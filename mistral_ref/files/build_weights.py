@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mistral_ref.config import ModelConfig, tensor_shapes
-from mistral_ref.errors import CheckpointError, shown
+from mistral_ref.errors import CheckpointError, short_repr
 from mistral_ref.files.checkpoint import Checkpoint, checked_directory, open_checkpoint
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.quantized_format import bits_of, quantized_parts
@@ -41,7 +41,7 @@ def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
             taken |= untaken.take(name, shape, config)
     for tensor in untaken.tensors.values():
         raise CheckpointError(
-            f"{tensor.path}: {shown(tensor.name)} has no place in a model of {config.n_layers} layers"
+            f"{tensor.path}: {short_repr(tensor.name)} has no place in a model of {config.n_layers} layers"
             f" with{'' if config.moe else 'out'} experts"
         )
     return weights_of(taken, config)
@@ -71,8 +71,9 @@ class _Untaken:
         if tensor is None:
             raise CheckpointError(f"{self.checkpoint.directory}: {self._missing(name, shape)}")
         if tensor.shape != shape:
+            found = short_repr(tensor.shape)
             raise CheckpointError(
-                f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected {shape} by the configuration"
+                f"{tensor.path}: {tensor.name} has shape {found}; expected {shape} by the configuration"
             )
         return tensor
 
@@ -127,7 +128,7 @@ class _Untaken:
             raise CheckpointError(f"{tensor.path}: units is {tensor.dtype}; expected F32")
         units = tensor.mapped()[1]
         if not (np.isfinite(units) & (units > 0) & (np.frexp(units)[0] == 0.5)).all():
-            raise CheckpointError(f"{tensor.path}: units are {shown(units.tolist())}; expected powers of two")
+            raise CheckpointError(f"{tensor.path}: units are {short_repr(units.tolist())}; expected powers of two")
         return dict(zip(self.bits, map(np.float32, units), strict=True))
 
     def _fused_experts(self, stem: str, config: ModelConfig) -> Iterator[tuple[str, Matrix]]:
@@ -148,7 +149,7 @@ def _fp8_scale(tensor: Tensor, n_out: int, n_in: int) -> np.ndarray:
     blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
     if tensor.dtype == "F8_E4M3" or tensor.shape not in ((), (1,), (1, 1), blocks):
         raise CheckpointError(
-            f"{tensor.path}: {tensor.name} is {tensor.dtype} of shape {shown(tensor.shape)}; "
+            f"{tensor.path}: {tensor.name} is {tensor.dtype} of shape {short_repr(tensor.shape)}; "
             f"expected one float, or {blocks} of them"
         )
     kind, data = tensor.mapped()

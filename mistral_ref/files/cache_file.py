@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, CheckpointError, shown
+from mistral_ref.errors import CacheError, CheckpointError, short_repr
 from mistral_ref.files.json_file import parse_json
 from mistral_ref.files.tensor_file import open_with_metadata, write_tensor_file
 
@@ -61,13 +61,13 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
         settings = parse_json(metadata[_FORMAT])
         if not isinstance(settings, dict) or settings.keys() != _SETTINGS:
             raise CheckpointError(
-                f"{path}: its settings are {shown(settings)}; expected {', '.join(sorted(_SETTINGS))}"
+                f"{path}: its settings are {short_repr(settings)}; expected {', '.join(sorted(_SETTINGS))}"
             )
         if metadata["config"] != _config_json(config):
             raise CacheError(f"{path}: this cache belongs to a model of another configuration")
         length = settings["length"]
         if not isinstance(length, int) or not 0 <= length < _MAX_LENGTH:
-            raise CheckpointError(f"{path}: length is {shown(length)}; expected 0 to {_MAX_LENGTH - 1}")
+            raise CheckpointError(f"{path}: length is {short_repr(length)}; expected 0 to {_MAX_LENGTH - 1}")
         tensors = {tensor.name: tensor for tensor in found}
         names = [[f"layers.{number}.{which}" for which in "kv"] for number in range(config.n_layers)]
         if missing := [name for pair in names for name in pair if name not in tensors]:

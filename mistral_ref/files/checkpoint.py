@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_ref.config import RowOrder
-from mistral_ref.errors import CheckpointError, InputError, shown, warn
+from mistral_ref.errors import CheckpointError, InputError, short_repr, warn
 from mistral_ref.files.json_file import read_json
 from mistral_ref.files.tensor_file import Tensor, open_with_metadata
 from mistral_ref.files.tensor_names import is_unused, mistral_name, other_part
@@ -68,22 +68,24 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         metadata |= about
         for tensor in stored:
             if expected is not None and expected.pop(tensor.name, path.name) != path.name:
-                raise CheckpointError(f"{path}: {shown(tensor.name)} is in another file according to the index")
+                raise CheckpointError(f"{path}: {short_repr(tensor.name)} is in another file according to the index")
             if other_part(tensor.name) or is_unused(tensor.name):
                 skipped.append(tensor)
                 continue
             name = mistral_name(tensor.name)
             if name is None:
-                raise CheckpointError(f"{path}: {shown(tensor.name)} is a tensor of no model that is known here")
+                raise CheckpointError(f"{path}: {short_repr(tensor.name)} is a tensor of no model that is known here")
             if name in tensors:
-                raise CheckpointError(f"{path}: {shown(tensor.name)} is there twice, also in {tensors[name].path}")
+                raise CheckpointError(f"{path}: {short_repr(tensor.name)} is there twice, also in {tensors[name].path}")
             if len(tensors) >= _MAX_TENSORS:
                 raise CheckpointError(f"{path}: more than {_MAX_TENSORS} tensors in all; no model has as many")
             tensors[name] = tensor
             own_names += name == tensor.name
     if expected:
         missing = next(iter(expected))
-        raise CheckpointError(f"{directory / expected[missing]}: {shown(missing)} is missing, though the index has it")
+        raise CheckpointError(
+            f"{directory / expected[missing]}: {short_repr(missing)} is missing, though the index has it"
+        )
     if 0 < own_names < len(tensors):
         raise CheckpointError(f"{directory}: some tensors bear Mistral's own names, some Hugging Face's")
     if parts := sorted({part for tensor in skipped if (part := other_part(tensor.name))}):
@@ -98,7 +100,7 @@ def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     if not names:
         found = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".safetensors", *_PICKLES)]
         raise CheckpointError(
-            f"{directory}: found {shown(found) if found else 'no weights'}; expected consolidated.safetensors, "
+            f"{directory}: found {short_repr(found) if found else 'no weights'}; expected consolidated.safetensors, "
             "model.safetensors, or shards with model.safetensors.index.json; pickles can run code and are never opened"
         )
     if len(names) > 1:
@@ -108,10 +110,12 @@ def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         return [path], None
     weight_map = read_json(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{path}: weight_map is {shown(weight_map)}; expected file names by tensor")
+        raise CheckpointError(f"{path}: weight_map is {short_repr(weight_map)}; expected file names by tensor")
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and _SHARD.fullmatch(name)):
-            raise CheckpointError(f"{path}: {shown(tensor)} is in {shown(name)}; expected a safetensors file beside it")
+            raise CheckpointError(
+                f"{path}: {short_repr(tensor)} is in {short_repr(name)}; expected a safetensors file beside it"
+            )
     return [directory / name for name in sorted(set(weight_map.values()))], weight_map
 
 
@@ -120,7 +124,7 @@ def checked_directory(path: str | os.PathLike[str]) -> Path:
     if not os.path.isdir(path):
         file = os.path.exists(path)
         raise InputError(
-            f"{shown(os.fspath(path))}: "
+            f"{short_repr(os.fspath(path))}: "
             + ("not a directory; give the one that holds it" if file else "no such directory")
         )
     return Path(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, checked_count, checked_number
-from mistral_ref.errors import ConfigError, Field, shown
+from mistral_ref.errors import ConfigError, Field, short_repr
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -65,7 +65,7 @@ def value_at(file: object, dotted: str, default: object = None) -> Any:
         if file is None:
             return default
         if not isinstance(file, dict):
-            raise ConfigError(Field(".".join(path[:depth])), f" is {shown(file)}; expected an object")
+            raise ConfigError(Field(".".join(path[:depth])), f" is {short_repr(file)}; expected an object")
         if name not in file:
             return default
         file = file[name]
@@ -121,7 +121,7 @@ class Fields:
         """Return a field that has to be true or false, and to be there unless there is a default."""
         value = self.required(field) if default is None else self.values.get(field, default)
         if not isinstance(value, bool):
-            raise ConfigError(Field(field), f" is {shown(value)}; expected true or false")
+            raise ConfigError(Field(field), f" is {short_repr(value)}; expected true or false")
         return value
 
     def query_temperature(self, block: str) -> QueryTemperature | None:
@@ -148,4 +148,4 @@ def check_only(file: dict[str, Any], accepted: Mapping[str, object], level: str 
     for name, only in accepted.items():
         value = value_at(file, level + name)
         if value is not None and value != only:
-            raise ConfigError(Field(level + name), f" is {shown(value)}; only {json.dumps(only)} is supported")
+            raise ConfigError(Field(level + name), f" is {short_repr(value)}; only {json.dumps(only)} is supported")

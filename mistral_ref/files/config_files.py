@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ref.config import ModelConfig, Yarn, checked_number
-from mistral_ref.errors import ConfigError, Field, shown, warn
+from mistral_ref.errors import ConfigError, Field, short_repr, warn
 from mistral_ref.files.config_fields import NAMES, ORIGINAL, Fields, check_only, naming, spelled_as, value_at
 from mistral_ref.files.json_file import parse_json, read_json
 
@@ -77,7 +77,9 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
                 if (found := value_at(file, name)) is not None:
                     ids = found if isinstance(found, list) else [found]
                     if not all(type(token) is int and token >= 0 for token in ids):
-                        raise ConfigError(Field(name), f" is {shown(found)}; expected token ids, whole numbers from 0")
+                        raise ConfigError(
+                            Field(name), f" is {short_repr(found)}; expected token ids, whole numbers from 0"
+                        )
                     return tuple(ids)
     return ()
 
@@ -93,7 +95,7 @@ def _differences(config: ModelConfig, other: ModelConfig) -> str:
         pair = getattr(config, field), getattr(other, field)
         left_aside = field in ("rope_row_order", "tied_embeddings") or (field == "max_seq_len" and None in pair)
         if pair[0] != pair[1] and not left_aside:
-            ours, theirs = (shown(value) if field == "sliding_window" else repr(value) for value in pair)
+            ours, theirs = (short_repr(value) if field == "sliding_window" else repr(value) for value in pair)
             differences.append(f"{field} is {theirs}, in params.json {ours}")
     return "; ".join(differences)
 
@@ -134,7 +136,7 @@ def _from_params_json(path: Path, theta_beside: float | None) -> ModelConfig:
                 tied_embeddings=fields.flag("tied_embeddings", default=False),
             )
     if unknown := _unknown_in_params_json(file):
-        warn(f"{path}: unknown fields are left aside: {', '.join(shown(name) for name in unknown[:20])}")
+        warn(f"{path}: unknown fields are left aside: {', '.join(short_repr(name) for name in unknown[:20])}")
     return config
 
 
@@ -153,7 +155,7 @@ def _params_json_windows(fields: Fields) -> tuple[Any, ...]:
             window = parse_json(window.replace("None", "null"))
         except ValueError:
             expected = "a whole number, null or a list of these"
-            raise ConfigError(Field("sliding_window"), f" is {shown(window)}; expected {expected}") from None
+            raise ConfigError(Field("sliding_window"), f" is {short_repr(window)}; expected {expected}") from None
     windows = window if isinstance(window, list) else [window]
     if not windows or n_layers % len(windows):
         raise ConfigError(
@@ -188,7 +190,9 @@ def _from_config_json(path: Path) -> ModelConfig:
             model_type = fields.required("model_type")
             supported = _WRAPPED if level else (*_MEANING_OF_ABSENCE, _WRAPPER)
             if model_type not in supported:
-                raise ConfigError(Field("model_type"), f" is {shown(model_type)}; supported are {', '.join(supported)}")
+                raise ConfigError(
+                    Field("model_type"), f" is {short_repr(model_type)}; supported are {', '.join(supported)}"
+                )
             check_only(file, _CONFIG_JSON_ONLY, level)
             if any(isinstance(value, dict) for value in (value_at(file, rope) or {}).values()):
                 raise ConfigError(Field(rope), " differs by kind of layer; expected one RoPE for all layers")
@@ -234,7 +238,7 @@ def _config_json_windows(fields: Fields, model_type: str) -> tuple[int | None, .
     one_each = isinstance(layer_types, list) and len(layer_types) == n_layers
     if not one_each or any(kind not in kinds for kind in layer_types):
         expected = f"{' or '.join(kinds)} for each of {n_layers} layers"
-        raise ConfigError(Field("layer_types"), f" is {shown(layer_types)}; expected {expected}")
+        raise ConfigError(Field("layer_types"), f" is {short_repr(layer_types)}; expected {expected}")
     if window is None and kinds[1] in layer_types:
         raise ConfigError(
             Field("sliding_window"),
@@ -260,7 +264,7 @@ def _config_json_yarn(fields: Fields) -> Yarn | None:
     if rope_type == "default":
         return None
     if rope_type != "yarn":
-        raise ConfigError(Field("rope_type"), f" is {shown(rope_type)}; supported are default and yarn")
+        raise ConfigError(Field("rope_type"), f" is {short_repr(rope_type)}; supported are default and yarn")
     original, factor = fields.count(f"yarn.{ORIGINAL}"), fields.required("yarn.factor")
     factor = fields.count("max_seq_len") / original if factor is None else checked_number("yarn.factor", factor)
     attention_factor = fields.values.get("yarn.attention_factor")
@@ -284,5 +288,5 @@ def _config_json_tied(file: dict[str, Any], level: str) -> bool:
     said = {name: value_at(file, name) for name in (f"{level}tie_word_embeddings", "tie_word_embeddings")}
     for name, tied in said.items():
         if not isinstance(tied, bool | None):
-            raise ConfigError(Field(name), f" is {shown(tied)}; expected true or false")
+            raise ConfigError(Field(name), f" is {short_repr(tied)}; expected true or false")
     return True in said.values() or (bool(level) and False not in said.values())

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mistral_ref.config import RowOrder
-from mistral_ref.errors import CheckpointError, InputError, checked_whole, printable, shown, warn
+from mistral_ref.errors import CheckpointError, InputError, checked_int, printable, short_repr, warn
 from mistral_ref.files.json_file import parse_json
 from mistral_ref.files.tensor_file import Tensor, open_with_metadata
 from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
@@ -20,7 +20,7 @@ FORMAT = "mistral_ref.trace.v1"
 _NAME = re.compile(r"(?:layers\.(0|[1-9][0-9]{0,3})\.)?([a-z_]+)")
 _ENDS = ("embedding", "norm", "logits")  # the steps that belong to no layer
 _TURNED = ("q", "k", "q_rotated", "k_rotated")  # whose pairs lie side by side, or half a head apart
-_MOST_POSITIONS = 2**40
+_MAX_POSITIONS = 2**40
 _ID_DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4"}
 _ROUNDINGS = {"F16": 2.0**-11, "BF16": 2.0**-8}  # half an ulp, as a part of the value
 _MASKED = -3e4  # engines that mask by adding use -1e9, -3.4e38, or in f16 -65504
@@ -65,8 +65,8 @@ def _check_counts(path: Path, steps: Sequence[Step], tokens: Sequence[int]) -> N
         if counts.get(step.name, usual) != usual:
             hint = ", or are its axes in another order?" if usual in step.value.shape else ""
             raise CheckpointError(
-                f"{path}: {step.name} has shape {shown(step.value.shape)}, by its axes ({', '.join(step.axes)}) of "
-                f"{counts[step.name]} tokens; expected {usual}, as most steps{hint}"
+                f"{path}: {step.name} has shape {short_repr(step.value.shape)}, by its axes ({', '.join(step.axes)}) "
+                f"of {counts[step.name]} tokens; expected {usual}, as most steps{hint}"
             )
     if tokens and counts and len(tokens) != usual:
         raise CheckpointError(f"{path}: tokens holds {len(tokens)} ids; expected {usual}, as the steps have")
@@ -82,7 +82,7 @@ def _with_likely_names(names: Sequence[str]) -> str:
     for name in names:
         likely = difflib.get_close_matches(name.rpartition(".")[2].lower(), CATALOGUE, n=1)
         full = [kind if kind in _ENDS else f"layers.N.{kind}" for kind in likely]
-        texts.append(shown(name) + "".join(f" ({kind}?)" for kind in full))
+        texts.append(short_repr(name) + "".join(f" ({kind}?)" for kind in full))
     return ", ".join(texts)
 
 
@@ -109,12 +109,14 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}, "rope_row_order": None}
     try:
         about |= _checked("it", parse_json(metadata.get(FORMAT, "{}")), dict)
-        start = checked_whole("start", about["start"], 0, _MOST_POSITIONS)
+        start = checked_int("start", about["start"], 0, _MAX_POSITIONS)
         made_by = printable(_checked("made_by", about["made_by"], str))
         has_experts = _checked("has_experts", about["has_experts"], bool)
         sources = {kind: printable(str(source)) for kind, source in _checked("sources", about["sources"], dict).items()}
         if about["rope_row_order"] not in (None, "interleaved", "halves"):
-            raise InputError(f"rope_row_order is {shown(about['rope_row_order'])}; expected 'interleaved' or 'halves'")
+            raise InputError(
+                f"rope_row_order is {short_repr(about['rope_row_order'])}; expected 'interleaved' or 'halves'"
+            )
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata {FORMAT} cannot be read: {printable(str(error))}") from None
     fields = {"start": start, "made_by": made_by, "has_experts": has_experts, "sources": sources}
@@ -123,7 +125,7 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _checked(name: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
-        raise InputError(f"{name} is {shown(value)}; expected {kind.__name__}")
+        raise InputError(f"{name} is {short_repr(value)}; expected {kind.__name__}")
     return value
 
 
@@ -132,7 +134,7 @@ def _tokens(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
         return []
     tensor = tensors["tokens"]
     if tensor.dtype not in _ID_DTYPES or not (len(tensor.shape) == 1 or tensor.shape[:-1] == (1,)):
-        found = f"{tensor.dtype} {shown(tensor.shape)}"
+        found = f"{tensor.dtype} {short_repr(tensor.shape)}"
         raise CheckpointError(f"{path}: tokens is {found}; expected {', '.join(_ID_DTYPES)} of one axis")
     ids: list[int] = tensor.raw.view(_ID_DTYPES[tensor.dtype]).tolist()
     return ids
@@ -146,7 +148,7 @@ def _pieces(path: Path, tensors: Mapping[str, Tensor], tokens: Sequence[int]) ->
     except ValueError as error:
         raise CheckpointError(f"{path}: pieces cannot be read: {printable(str(error))}") from None
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-        raise CheckpointError(f"{path}: pieces is {shown(pieces)}; expected a list of texts")
+        raise CheckpointError(f"{path}: pieces is {short_repr(pieces)}; expected a list of texts")
     return pieces
 
 
@@ -160,7 +162,7 @@ def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder | None) 
     if kind in ("norm", "logits") and len(shape) == 1:
         shape = (1, *shape)  # the last token's alone
     is_turned = row_order == "halves" and kind in _TURNED
-    problem = f"{tensor.path}: {tensor.name} has shape {shown(tensor.shape)}; expected"
+    problem = f"{tensor.path}: {tensor.name} has shape {short_repr(tensor.shape)}; expected"
     if not _fits(shape, entry.axes):
         raise CheckpointError(f"{problem} the axes {', '.join(entry.axes)}")
     if is_turned and shape[2] % 2:
@@ -191,4 +193,4 @@ def _fits(shape: Sequence[int], axes: Sequence[str]) -> bool:
     """Return whether a step can have this shape. Only pairs may be none: where no expert has a share of any token."""
     if len(shape) != len(axes):
         return False
-    return all(0 < n < _MOST_POSITIONS or (n, axis) == (0, "pair") for n, axis in zip(shape, axes, strict=True))
+    return all(0 < n < _MAX_POSITIONS or (n, axis) == (0, "pair") for n, axis in zip(shape, axes, strict=True))

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from mistral_ref.errors import ConfigError, MistralRefError, shown
+from mistral_ref.errors import ConfigError, MistralRefError, short_repr
 
 # Python's objects are larger than their JSON: "[]" is 2 bytes in a file, about 100 in memory. The largest honest file,
 # the index of a mixture of experts, stays well within both limits, and parsing takes at most 16 MiB.
@@ -32,7 +32,7 @@ def read_json(path: Path, error: type[MistralRefError] = ConfigError) -> dict[st
     else:
         if isinstance(value, dict):
             return value
-        problem = f"it holds {shown(value)}; expected an object"
+        problem = f"it holds {short_repr(value)}; expected an object"
     raise error(f"{path}: cannot be read as JSON: {problem}")
 
 
@@ -52,5 +52,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         absent = object()
         twice = next(key for key, _ in pairs if values.pop(key, absent) is absent)
-        raise ValueError(f"key {shown(twice)} occurs twice")
+        raise ValueError(f"key {short_repr(twice)} occurs twice")
     return values

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from mistral_ref.config import ModelConfig, tensor_shapes
-from mistral_ref.errors import InputError, Progress, shown
+from mistral_ref.errors import InputError, Progress, short_repr
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_parts
 from mistral_ref.files.rounding import quantized
@@ -39,14 +39,14 @@ _LARGEST_COPY = 2**26  # bytes; a tokenizer has 20 MB at most
 def checked_bits(name: str, bits: int) -> int:
     """Return bits if they are 8 or 4; raise InputError if not."""
     if type(bits) is not int or bits not in BITS:
-        raise InputError(f"{name} is {shown(bits)}; expected 8 or 4")
+        raise InputError(f"{name} is {short_repr(bits)}; expected 8 or 4")
     return bits
 
 
 def checked_group_size(group_size: int) -> int:
     """Return a group size if it is one of GROUP_SIZES; raise InputError if not."""
     if type(group_size) is not int or group_size not in GROUP_SIZES:
-        raise InputError(f"group_size is {shown(group_size)}; expected one of {', '.join(map(str, GROUP_SIZES))}")
+        raise InputError(f"group_size is {short_repr(group_size)}; expected one of {', '.join(map(str, GROUP_SIZES))}")
     return group_size
 
 

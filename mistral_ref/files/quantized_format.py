@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistral_kernels.layout import TILE
-from mistral_ref.errors import CheckpointError, shown
+from mistral_ref.errors import CheckpointError, short_repr
 from mistral_ref.files.json_file import parse_json
 from mistral_ref.files.tensor_file import Part
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES
@@ -48,7 +48,7 @@ def bits_of(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, int], in
     """
     other = [key for key in metadata if key.startswith(FORMAT.rpartition(".")[0]) and key != FORMAT]
     if other:
-        raise CheckpointError(f"{path}: its weights are {shown(other[0])}; this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: its weights are {short_repr(other[0])}; this version reads {FORMAT}")
     if FORMAT not in metadata:
         return {}, GROUP_SIZE
     try:
@@ -61,6 +61,6 @@ def bits_of(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, int], in
             if not wrong:
                 return bits, group_size
     raise CheckpointError(
-        f"{path}: {FORMAT} in its metadata is {shown(about)}; expected a group_size of {GROUP_SIZES}, "
+        f"{path}: {FORMAT} in its metadata is {short_repr(about)}; expected a group_size of {GROUP_SIZES}, "
         "and 8 or 4 bits for each matrix"
     )

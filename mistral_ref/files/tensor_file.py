@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, shown
+from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, short_repr
 from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.files.whole_file import whole_file
 from mistral_ref.weights import Kind, Matrix
@@ -54,7 +54,7 @@ class Tensor:
         """
         if self.dtype not in _KINDS:
             raise CheckpointError(
-                f"{self.path}: {shown(self.name)} is {self.dtype}; expected one of {', '.join(_KINDS)}"
+                f"{self.path}: {short_repr(self.name)} is {self.dtype}; expected one of {', '.join(_KINDS)}"
             )
         kind, stored = _KINDS[self.dtype]
         return kind, self.raw.view(stored).reshape(self.shape)
@@ -205,4 +205,6 @@ def _tensor(path: Path, name: str, entry: object, data: np.ndarray) -> Tensor:
     match entry:
         case {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}:
             return Tensor(path, name, dtype, tuple(shape), data[begin:end])
-    raise CheckpointError(f"{path}: {shown(name)} is {shown(entry)}; expected its dtype, shape and data_offsets")
+    raise CheckpointError(
+        f"{path}: {short_repr(name)} is {short_repr(entry)}; expected its dtype, shape and data_offsets"
+    )

@@ -23,7 +23,7 @@ import numpy as np
 
 from mistral_kernels import limits, threads
 from mistral_kernels.instructions import LANES
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 
 _PEAK_SECONDS = 0.02  # roughly, for one measurement of the multiply-add peak
 
@@ -183,7 +183,7 @@ def alternate(
 
     `progress` is called with what is about to happen.
     """
-    repeats = checked_whole("repeats", repeats, least=1)
+    repeats = checked_int("repeats", repeats, least=1)
     report = progress or (lambda text: None)
     runs = []
     for candidate in candidates:

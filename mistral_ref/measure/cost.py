@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mistral_ref.cache import STEP_BYTES, Ring
+from mistral_ref.cache import SCALE_BYTES, Ring
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Layer, Matrix, Weights
 
 _CACHE_DTYPES = ("float32", "float16", "float64", "int8")
@@ -110,13 +110,13 @@ def step_costs(
     since tokens may share experts.
     """
     if cache_dtype not in _CACHE_DTYPES:
-        raise InputError(f"cache_dtype is {shown(cache_dtype)}; expected one of {', '.join(_CACHE_DTYPES)}")
+        raise InputError(f"cache_dtype is {short_repr(cache_dtype)}; expected one of {', '.join(_CACHE_DTYPES)}")
     this_pass = _Pass(
         config,
-        checked_whole("n_tokens", n_tokens, least=1),
-        checked_whole("start", start, least=0),
-        head_bytes=config.head_dim * np.dtype(cache_dtype).itemsize + (STEP_BYTES if cache_dtype == "int8" else 0),
-        activation_bytes=checked_whole("activation_bytes", activation_bytes, least=1),
+        checked_int("n_tokens", n_tokens, least=1),
+        checked_int("start", start, least=0),
+        head_bytes=config.head_dim * np.dtype(cache_dtype).itemsize + (SCALE_BYTES if cache_dtype == "int8" else 0),
+        activation_bytes=checked_int("activation_bytes", activation_bytes, least=1),
     )
     rows_read = min(this_pass.n_tokens, config.vocab_size)
     row_bytes = weights.tok_embeddings.nbytes * rows_read // config.vocab_size

@@ -14,7 +14,7 @@ import numpy as np
 
 from mistral_ref.cache import KVCache
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import Progress, checked_whole
+from mistral_ref.errors import Progress, checked_int
 from mistral_ref.host import chosen_threads
 from mistral_ref.measure.cost import Limits, StepCost, step_costs, total_cost
 from mistral_ref.model import Model, Prompt
@@ -33,7 +33,7 @@ def measure(
     No pass goes beyond its logits, so none counts: all do the same, and `cache.length` and all that later queries see
     stay as they were. The tokens must fit the cache's chunk. `progress` is called with (passes done, passes in all).
     """
-    repeats = checked_whole("repeats", repeats, least=1)
+    repeats = checked_int("repeats", repeats, least=1)
     ids = model.token_ids(tokens, cache)
     cache = model.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
     report = progress or (lambda done, total: None)

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistral_ref.errors import InputError, Progress, checked_whole
+from mistral_ref.errors import InputError, Progress, checked_int
 from mistral_ref.model import Model, Prompt
 
 
@@ -135,9 +135,9 @@ def perplexity(
 
     Raises InputError, before anything is computed, if an argument is out of range or the text too short for a window.
     """
-    context = checked_whole("context", context, least=3, most=model.config.max_seq_len)
+    context = checked_int("context", context, least=3, most=model.config.max_seq_len)
     if stride is not None:
-        stride = checked_whole("stride", stride, least=1, most=context)
+        stride = checked_int("stride", stride, least=1, most=context)
     ids = _checked_ids(model, tokens, context)
     if stride is None and len(ids) < context:
         raise InputError(f"the text has {len(ids)} tokens; expected at least {context}, one context, or a stride")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
-from mistral_ref.errors import InputError, checked_whole, shown
+from mistral_ref.errors import InputError, checked_int, short_repr
 
 
 def _shape(
@@ -68,10 +68,10 @@ def shape(name: str, *, layers: int | None = None, window: int | None = None) ->
     (None, None)
     """
     if name not in SHAPES:
-        raise InputError(f"shape is {shown(name)}; expected one of {', '.join(SHAPES)}")
+        raise InputError(f"shape is {short_repr(name)}; expected one of {', '.join(SHAPES)}")
     config = SHAPES[name]
-    n_layers = config.n_layers if layers is None else checked_whole("layers", layers, least=1)
+    n_layers = config.n_layers if layers is None else checked_int("layers", layers, least=1)
     windows = (config.sliding_window * n_layers)[:n_layers]
     if window is not None:
-        windows = (checked_whole("window", window, least=0) or None,) * n_layers
+        windows = (checked_int("window", window, least=0) or None,) * n_layers
     return config.replace(n_layers=n_layers, sliding_window=windows)

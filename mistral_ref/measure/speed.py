@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mistral_ref.cache import KVCache
-from mistral_ref.errors import checked_whole
+from mistral_ref.errors import checked_int
 from mistral_ref.measure.benchmark import Limit, ratios
 from mistral_ref.measure.cost import StepCost, step_costs
 from mistral_ref.model import Model
@@ -61,7 +61,7 @@ def speed_tests(n_prompt: Sequence[int], n_gen: Sequence[int], depths: Sequence[
     numbers = {"n-prompt": n_prompt, "n-gen": n_gen, "n-depth": depths}
     for name, values in numbers.items():
         for value in values:
-            checked_whole(name, value, least=0, most=2**24)
+            checked_int(name, value, least=0, most=2**24)
     tests = [SpeedTest(*((n, 0) if kind == "pp" else (0, n)), depth)
              for depth in depths for kind, several in (("pp", n_prompt), ("tg", n_gen)) for n in several]  # fmt: skip
     return [test for test in tests if test.n]
@@ -145,7 +145,7 @@ def measure_speed(
     seconds         that one test may take, about: it runs less often where a run is long, once at least
     progress        called with what is about to happen
     """
-    repeats = checked_whole("repeats", repeats, least=1)
+    repeats = checked_int("repeats", repeats, least=1)
     report = progress or (lambda text: None)
     results = []
     for test in tests:

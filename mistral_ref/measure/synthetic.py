@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig, tensor_shapes
-from mistral_ref.errors import InputError, Progress, checked_whole, shown
+from mistral_ref.errors import InputError, Progress, checked_int, short_repr
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_parts
 from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
 from mistral_ref.files.whole_file import whole_file
@@ -240,12 +240,12 @@ def make_checkpoint(
     disk has no room, or if the directory holds weights that were not made here.
     """
     if kind not in get_args(Kind):
-        raise InputError(f"kind is {shown(kind)}; expected one of {', '.join(get_args(Kind))}")
+        raise InputError(f"kind is {short_repr(kind)}; expected one of {', '.join(get_args(Kind))}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "consolidated.safetensors"
     fields = dataclasses.asdict(config.replace(sliding_window=(None,) * config.n_layers, max_seq_len=None))
-    made_of = json.dumps({"kind": kind, "seed": checked_whole("seed", seed, least=0), "config": fields})
+    made_of = json.dumps({"kind": kind, "seed": checked_int("seed", seed, least=0), "config": fields})
     if os.path.lexists(path) and _made_of(path) is None:
         raise InputError(f"{path}: weights that were not made here are not overwritten; expected another directory")
     if _made_of(path) != made_of:

@@ -22,7 +22,7 @@ import numpy as np
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache, Ring
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps, softmax
 from mistral_ref.rope import Rotation
@@ -224,7 +224,7 @@ def broken(model: Model, bug: str) -> Model:
     The given model stays as it is. Raises InputError if there is no such bug, or if the model cannot have it.
     """
     if bug not in list(BUGS):
-        raise InputError(f"bug is {shown(bug)}; expected one of {', '.join(BUGS)}")
+        raise InputError(f"bug is {short_repr(bug)}; expected one of {', '.join(BUGS)}")
     if isinstance(model, BrokenModel):
         raise InputError(f"{model!r} has a bug already; expected a right model")
     if not BUGS[bug]._fits(model.config):

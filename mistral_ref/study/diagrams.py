@@ -9,7 +9,7 @@ import numpy as np
 
 from mistral_ref.cache import Ring
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import checked_whole
+from mistral_ref.errors import checked_int
 from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.rope import inverse_frequencies, rotation
 from mistral_ref.study.drawing import (
@@ -32,7 +32,7 @@ from mistral_ref.study.drawing import (
     title,
 )
 
-_MOST_CELLS = 32  # of a ring, in either direction: more cannot be read
+_MAX_CELLS = 32  # of a ring, in either direction: more cannot be read
 _SEEN, _OLD, _LATER, _WRITTEN = "seen", "too old: not seen", "later: not seen yet", "written now, over the key in small"
 _SLOT_STYLES: dict[str, dict[str, Any]] = {
     _SEEN: {"facecolor": PALE_BLUE, "edgecolor": "white"},
@@ -94,25 +94,25 @@ def receptive_field(n_layers: int, window: int, n_tokens: int | None = None, *, 
 
     n_tokens    None: as many as the last token can be influenced by, and some more
     """
-    n_layers = checked_whole("n_layers", n_layers, least=1)
-    window = checked_whole("window", window, least=1)
+    n_layers = checked_int("n_layers", n_layers, least=1)
+    window = checked_int("window", window, least=1)
     reach = n_layers * (window - 1)
-    n_tokens = reach + 1 + max(2, reach // 10) if n_tokens is None else checked_whole("n_tokens", n_tokens, least=1)
+    n_tokens = reach + 1 + max(2, reach // 10) if n_tokens is None else checked_int("n_tokens", n_tokens, least=1)
     one_layer, last = Ring(window, None, 1), n_tokens - 1
     oldest = [last]  # position that reaches the last token, from the highest row down to the embedding
     for _ in range(n_layers):
         oldest.append(one_layer.first_visible(oldest[-1]))
-    rows, in_sight = np.arange(n_layers, -1, -1), np.array([last] + [one_layer.first_visible(last)] * n_layers)
+    rows, first_seen = np.arange(n_layers, -1, -1), np.array([last] + [one_layer.first_visible(last)] * n_layers)
 
     ax = axes_or_new(ax, 7.2, min(max(0.36 * (n_layers + 1), 1.8), 7) + 1.4)
     lefts = np.array(oldest) - 0.5
     ax.set(xlim=(-0.5, last + 0.5), ylim=(-0.6, n_layers + 0.6))
     ax.fill_betweenx(rows, lefts, last + 0.5, color=PALE_BLUE, alpha=0.35, lw=0)
     handles: list[Any] = [
-        ax.barh(rows, last - in_sight + 1, 0.62, in_sight - 0.5, color=BLUE, label="window of the last token"),
-        ax.barh(rows, in_sight - oldest, 0.62, lefts, color=PALE_BLUE, label="reached through others"),
+        ax.barh(rows, last - first_seen + 1, 0.62, first_seen - 0.5, color=BLUE, label="window of the last token"),
+        ax.barh(rows, first_seen - oldest, 0.62, lefts, color=PALE_BLUE, label="reached through others"),
     ]
-    if n_tokens <= 2 * _MOST_CELLS:
+    if n_tokens <= 2 * _MAX_CELLS:
         ax.vlines(np.arange(n_tokens - 1) + 0.5, -0.6, n_layers + 0.6, color="white", lw=0.8)
     handles += ax.plot(lefts, rows, color=VERMILLION, lw=1.5, marker="o", ms=3.5, clip_on=False, zorder=3,
                        label=f"edge: {window - 1:,} further back each layer")  # fmt: skip
@@ -137,9 +137,9 @@ def ring(window: int, chunk: int = 1, n_tokens: int = 12, *, ax: Axes | None = N
     looks. The key of position p lies in slot p % capacity, capacity = window + chunk - 1. A pass writes all of its keys
     before its first query looks; that is why passes of several tokens need more slots than the window has keys.
     """
-    window = checked_whole("window", window, 1, _MOST_CELLS)
-    chunk = checked_whole("chunk", chunk, 1, _MOST_CELLS + 1 - window)
-    n_tokens = checked_whole("n_tokens", n_tokens, 1, _MOST_CELLS)
+    window = checked_int("window", window, 1, _MAX_CELLS)
+    chunk = checked_int("chunk", chunk, 1, _MAX_CELLS + 1 - window)
+    n_tokens = checked_int("n_tokens", n_tokens, 1, _MAX_CELLS)
     slots = Ring(window, window + chunk - 1, window + chunk - 1)
     ax = axes_or_new(ax, max(0.5 * n_tokens, 5.4) + 0.8, 0.5 * slots.capacity + 1.3)
     held, kinds = np.full(slots.capacity, -1), set()
@@ -185,7 +185,7 @@ def rope(
 
     At position p pair j is turned by p * theta^(-2j/K) (RoFormer, arXiv:2104.09864), YaRN's change included.
     """
-    positions = [checked_whole("position", position, least=0) for position in positions]
+    positions = [checked_int("position", position, least=0) for position in positions]
     frequencies = inverse_frequencies(config.rope_theta, config.head_dim, config.yarn)
     pairs = sorted({0, (len(frequencies) - 1) // 2, len(frequencies) - 1})
     ax = axes_or_new(ax, max(0.85 * len(positions), 3.4) + 1.9, 1.1 * len(pairs) + 0.8)
@@ -227,9 +227,9 @@ def rope_scores(config: ModelConfig, *, n_distances: int = 64, seed: int = 0, ax
     The curves lie on each other, since R(i)q · R(j)k = q · R(j - i)k. Query temperature, which would scale the scores
     of late queries, is left out.
     """
-    n_distances = checked_whole("n_distances", n_distances, least=2)
+    n_distances = checked_int("n_distances", n_distances, least=2)
     config, ops = config.replace(query_temperature=None), ReferenceOps("float64")
-    rng = np.random.default_rng(checked_whole("seed", seed, least=0))
+    rng = np.random.default_rng(checked_int("seed", seed, least=0))
     q_1K, k_1K = rng.standard_normal((2, 1, config.head_dim))
     distances_S = np.arange(n_distances)
     ax = axes_or_new(ax, 6.4, 3.2)

@@ -18,7 +18,7 @@ import numpy as np
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import HeatMap, heat_image, heat_map, heat_text, html_table, legend, markdown_table
-from mistral_ref.errors import InputError, checked_whole
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import attends
 from mistral_ref.sampling import log_softmax
@@ -46,7 +46,7 @@ class AttentionMap:
 
     def top(self, query: int, n: int = 5) -> list[tuple[str, float]]:
         """Return the n keys that a query, counted from the first row, attends to most, with their weights."""
-        query = checked_whole("query", query, -len(self.queries), len(self.queries) - 1)
+        query = checked_int("query", query, -len(self.queries), len(self.queries) - 1)
         order = np.argsort(-self.weights_TS[query], kind="stable")[:n]
         return [(self.keys[key], float(self.weights_TS[query, key])) for key in order]
 
@@ -69,7 +69,7 @@ def attention(trace: Trace, layer: int, head: int) -> AttentionMap:
     """Return the attention weights of one query head; the trace has to hold the layer's `attention_weights`."""
     name = f"layers.{layer}.attention_weights"
     weights_HTS = trace[name]
-    head = checked_whole("head", head, 0, len(weights_HTS) - 1)
+    head = checked_int("head", head, 0, len(weights_HTS) - 1)
     end = trace.start + weights_HTS.shape[1]
     positions = range(end - weights_HTS.shape[2], end)
     return AttentionMap(
@@ -80,7 +80,7 @@ def attention(trace: Trace, layer: int, head: int) -> AttentionMap:
     )
 
 
-def in_sight(step: Step, config: ModelConfig) -> np.ndarray:
+def visible_keys(step: Step, config: ModelConfig) -> np.ndarray:
     """Return which keys each query sees, (T, S), where scores or attention weights were computed in a pass."""
     assert step.key_positions is not None
     window = config.sliding_window[int(step.name.split(".")[1])]
@@ -133,7 +133,7 @@ def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
     not of the last residual. The trace has to hold `embedding` or some of the `residual_after_...`; where it holds the
     last one, that row is the model's own prediction.
     """
-    top = checked_whole("top", top, least=1, most=model.config.vocab_size)
+    top = checked_int("top", top, least=1, most=model.config.vocab_size)
     names = residual_names(trace)
     winners_T1, rows = None, []
     for name in reversed(names):  # the last one first: what it finds likeliest is looked for in all
@@ -265,11 +265,11 @@ def attribution(model: Model, trace: Trace, *, token: int | None = None, index: 
     """
     weights, config = model.weights, model.config
     last_TD = _value(trace, f"layers.{config.n_layers - 1}.residual_after_ffn", config.dim)
-    index = checked_whole("index", index, -trace.n_tokens, trace.n_tokens - 1)
+    index = checked_int("index", index, -trace.n_tokens, trace.n_tokens - 1)
     last_D = last_TD[index].astype(np.float64)
     if token is None:
         token = int(residual_logits(model, last_D[np.newaxis])[0].argmax())
-    token = checked_whole("token", token, 0, config.vocab_size - 1)
+    token = checked_int("token", token, 0, config.vocab_size - 1)
     rms = np.sqrt(np.mean(last_D * last_D) + config.norm_eps)
     direction_D = weights.norm.astype(np.float64) * weights.output.rows(np.array([token]), np.float64)[0] / rms
     heads_LH = np.zeros((config.n_layers, config.n_heads))

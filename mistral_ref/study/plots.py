@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from mistral_ref.cache import Ring
-from mistral_ref.errors import checked_whole
+from mistral_ref.errors import checked_int
 from mistral_ref.measure.cost_table import CostTable
 from mistral_ref.reference_ops import attends
 from mistral_ref.study import lens
@@ -65,7 +65,7 @@ def attention(trace: Trace, layer: int, head: int, *, window: int | None, ax: Ax
 
     window      of the layer, model.config.sliding_window[layer]; None where it has none
     """
-    window = None if window is None else checked_whole("window", window, least=1)
+    window = None if window is None else checked_int("window", window, least=1)
     picture = lens.attention(trace, layer, head)
     weights_TS = picture.weights_TS
     n_queries, n_keys = weights_TS.shape
@@ -136,7 +136,7 @@ def logit_lens(predictions: lens.LogitLens, *, token: int | None = None, ax: Axe
         columns, xlabel = [literal(label) for label in predictions.labels], "token that was read"
         about = "what would come next after each token"
     else:
-        token = checked_whole("token", token, -n_tokens, n_tokens - 1)
+        token = checked_int("token", token, -n_tokens, n_tokens - 1)
         ids_RC, logprobs_RC = predictions.ids_RTN[:, token], predictions.logprobs_RTN[:, token]
         columns, xlabel = [str(choice + 1) for choice in range(n_choices)], "choice, the likeliest first"
         about = f"what would come next after {literal(predictions.labels[token])}"

@@ -43,9 +43,9 @@ _SCRIPTS = (
     "dom", "values", "heat", "charts", "diagram", "block", "attention", "ring", "ring_drawing", "field", "rope",
     "heads", "lens", "cost", "main",
 )  # fmt: skip
-_MOST_BY_DEFAULT = 2**22  # values kept whole, about 10 MB of page
-_MOST_EVER = 2**26  # about 160 MB: browsers end at strings of 512
-_MOST_ROWS, _MOST_COLUMNS, _LEVELS = 64, 96, 126  # of a picture, and of its cells either way
+_MAX_BY_DEFAULT = 2**22  # values kept whole, about 10 MB of page
+_MAX_EVER = 2**26  # about 160 MB: browsers end at strings of 512
+_MAX_ROWS, _MAX_COLUMNS, _LEVELS = 64, 96, 126  # of a picture, and of its cells either way
 _BINS = 48
 _N_CHOICES = 5  # of the logit lens
 
@@ -121,14 +121,14 @@ def _kept(config: ModelConfig, n_tokens: int, start: int, keep: str | Iterable[s
     if keep is not None:
         chosen = matching_steps(keep, config)
         n_values = _n_values(config, n_tokens, start, chosen)
-        if n_values > _MOST_EVER:
+        if n_values > _MAX_EVER:
             raise InputError(
-                f"keep chooses {n_values:,} values; expected at most {_MOST_EVER:,}, since browsers open no larger page"
+                f"keep chooses {n_values:,} values; expected at most {_MAX_EVER:,}, since browsers open no larger page"
             )
         return set(chosen)
     for patterns in _BY_DEFAULT:
         chosen = matching_steps(patterns, config)
-        if _n_values(config, n_tokens, start, chosen) <= _MOST_BY_DEFAULT:
+        if _n_values(config, n_tokens, start, chosen) <= _MAX_BY_DEFAULT:
             break
     return set(chosen)
 
@@ -148,8 +148,8 @@ def _n_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[st
 
 def _step_entry(step: Step, is_kept: bool, config: ModelConfig) -> dict[str, Any]:
     """Return what the page shows of a step."""
-    value, in_sight = step.value, _in_sight(step, config)
-    finite = in_sight[np.isfinite(in_sight)].astype(np.float64)
+    value, visible = step.value, _visible_values(step, config)
+    finite = visible[np.isfinite(visible)].astype(np.float64)
     counts = np.histogram(finite, _BINS)[0].tolist() if finite.size else []
     return {
         "name": step.name,
@@ -159,18 +159,18 @@ def _step_entry(step: Step, is_kept: bool, config: ModelConfig) -> dict[str, Any
         "source": step.source,
         "code": "".join(text.strip() for _, text in source_lines(step.source)),
         "firstKey": None if step.key_positions is None else step.key_positions.start,
-        "statistics": {name: _number(number) for name, number in statistics(in_sight)._asdict().items()},
+        "statistics": {name: _number(number) for name, number in statistics(visible)._asdict().items()},
         "histogram": counts,
         "whole": packed(value) if is_kept else None,
         "picture": None if is_kept or step.key_positions is not None else _picture(value),
     }
 
 
-def _in_sight(step: Step, config: ModelConfig) -> np.ndarray:
+def _visible_values(step: Step, config: ModelConfig) -> np.ndarray:
     """Return the values that say something: of scores and weights none of a query and a key that it does not see."""
     if step.key_positions is None:
         return step.value
-    return step.value[lens.in_sight(step, config) | ~np.isin(step.value, (0.0, -np.inf))]  # a wrong window shows
+    return step.value[lens.visible_keys(step, config) | ~np.isin(step.value, (0.0, -np.inf))]  # a wrong window shows
 
 
 def packed(values: np.ndarray) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def packed(values: np.ndarray) -> dict[str, Any]:
 
 def _picture(value: np.ndarray) -> dict[str, Any]:
     """Return a value as a heat map of few cells, a byte each: heads side by side, tokens one below the other."""
-    heat = heat_map(value.reshape(len(value), -1), _MOST_ROWS, _MOST_COLUMNS)
+    heat = heat_map(value.reshape(len(value), -1), _MAX_ROWS, _MAX_COLUMNS)
     levels = np.rint(np.where(np.isfinite(heat.cells), heat.cells, 0) * _LEVELS)
     levels[np.isnan(heat.cells)] = -_LEVELS - 2
     levels[np.isinf(heat.cells)] = _LEVELS + 1
@@ -228,13 +228,14 @@ def _kind_entries(config: ModelConfig) -> dict[str, Any]:
 
 def _rope_entry(config: ModelConfig, q_K: np.ndarray, k_K: np.ndarray) -> dict[str, Any]:
     """Return one query and one key, from before they were turned, and all that their turning depends on."""
-    warmth = config.query_temperature
+    temperature = config.query_temperature
     return {
         "q": _finite(q_K),
         "k": _finite(k_K),
         "frequencies": inverse_frequencies(config.rope_theta, config.head_dim, config.yarn).tolist(),
         "factor": 1.0 if config.yarn is None else config.yarn.attention_factor,
-        "temperature": warmth and {"beta": warmth.beta, "positions": warmth.original_max_position_embeddings},
+        "temperature": temperature
+        and {"beta": temperature.beta, "positions": temperature.original_max_position_embeddings},
     }
 
 

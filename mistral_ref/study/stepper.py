@@ -16,7 +16,7 @@ import numpy as np
 
 from mistral_ref.cache import KVCache
 from mistral_ref.compare import Comparison, compare_walks
-from mistral_ref.errors import InputError, Progress, checked_whole, printable, shown
+from mistral_ref.errors import InputError, Progress, checked_int, printable, short_repr
 from mistral_ref.model import Model, Prompt
 from mistral_ref.steps import Step, step_names
 from mistral_ref.trace import Trace
@@ -100,7 +100,7 @@ class Stepper:
         for index in (*range(self.index + 1, len(self.names)), *range(self.index + 1)):
             if fnmatchcase(self.names[index], text) or fnmatchcase(self.names[index], f"layers.*.{text}"):
                 return index
-        raise InputError(f"no step is called {shown(text)}; {self._hint(text)}")
+        raise InputError(f"no step is called {short_repr(text)}; {self._hint(text)}")
 
     def _hint(self, text: str) -> str:
         """Return what may have been meant by a name that no step has."""
@@ -147,7 +147,7 @@ class Stepper:
         What it chose by number it chooses still; a function that does not fit a longer pass ends in InputError, as does
         a Stepper over a cache, whose pass cannot begin earlier.
         """
-        n, config = checked_whole("n", n, least=1), self.model.config
+        n, config = checked_int("n", n, least=1), self.model.config
         if self.cache is not None:
             raise InputError("over a cache a pass cannot begin anew with the edits; walk through all tokens instead")
         tokens, stream = list(self.tokens), self.model.text_stream(self.tokens)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from mistral_ref.errors import InputError, TokenizerError, shown
+from mistral_ref.errors import InputError, TokenizerError, short_repr
 from mistral_ref.text.stream import TokenStream
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -116,7 +116,7 @@ class SentencePieceTokenizer:
             for first in range(0, self.vocab_size, 1024):  # all at once would take megabytes
                 self._processor.decode(list(range(first, min(first + 1024, self.vocab_size))))
         except Exception as error:  # the library's statuses arrive as a handful of unrelated built-in exceptions
-            raise TokenizerError(f"{origin}: is not a usable SentencePiece model: {shown(str(error))}") from error
+            raise TokenizerError(f"{origin}: is not a usable SentencePiece model: {short_repr(str(error))}") from error
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0 or self.bos_id == self.eos_id:
@@ -126,8 +126,8 @@ class SentencePieceTokenizer:
             )
         self._origin = origin
         # A piece that is text, and no part of a character: what follows it is not at the beginning (see TokenStream).
-        self.landmark = next((i for i in range(self.vocab_size) if self.decode([i]).strip("\ufffd")), -1)
-        if self.landmark < 0:
+        self.anchor_id = next((i for i in range(self.vocab_size) if self.decode([i]).strip("\ufffd")), -1)
+        if self.anchor_id < 0:
             raise TokenizerError(f"{origin}: has no piece that stands for text")
 
     def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
@@ -138,7 +138,7 @@ class SentencePieceTokenizer:
         Raises InputError if `text` is not a string that UTF-8 can express (it holds half of a surrogate pair).
         """
         if not isinstance(text, str):
-            raise InputError(f"text is {shown(text)}; expected a string")
+            raise InputError(f"text is {short_repr(text)}; expected a string")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -173,9 +173,9 @@ class SentencePieceTokenizer:
         ids = list(ids)
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
-                raise InputError(f"token id {shown(token_id)} is not an integer")
+                raise InputError(f"token id {short_repr(token_id)} is not an integer")
             if not 0 <= token_id < self.vocab_size:
-                raise InputError(f"token id {shown(token_id)} is not one of the tokenizer's {self.vocab_size}")
+                raise InputError(f"token id {short_repr(token_id)} is not one of the tokenizer's {self.vocab_size}")
         return [int(token_id) for token_id in ids]
 
     def __repr__(self) -> str:

@@ -10,11 +10,11 @@ from typing import Protocol
 class StreamedTokenizer(Protocol):
     """What a stream asks of its tokenizer.
 
-    landmark    the id of a piece that is text, and no part of a character
+    anchor_id   the id of a piece that is text, and no part of a character
     """
 
     vocab_size: int
-    landmark: int
+    anchor_id: int
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of these ids."""
@@ -42,7 +42,7 @@ class TokenStream:
 
     What a piece reads as depends on little of what came before: whether text has begun (before that, SentencePiece
     drops a leading space), and which bytes of a character are still open. So a push decodes the new ids behind a
-    landmark, a fixed piece that is text itself, and cuts the landmark's text off: constant work, whatever the length,
+    fixed piece that is text itself (`anchor_id`), and cuts that piece's text off: constant work, whatever the length,
     and SentencePiece remains the only judge of what a piece reads as.
 
         pushed      "▁Hi"   "<0xF0>"   "<0x9F>"   "<0x99>"   "<0x82>"   "▁!"
@@ -89,5 +89,5 @@ class TokenStream:
         ids = self._before + ids
         text = self.tokenizer.decode(ids)[len(self.tokenizer.decode(self._before)) :]
         # Without new text, the ids may still have mattered (one of them the space that is dropped), each of them once.
-        self._before = [self.tokenizer.landmark] if text else list(dict.fromkeys(ids))
+        self._before = [self.tokenizer.anchor_id] if text else list(dict.fromkeys(ids))
         return text

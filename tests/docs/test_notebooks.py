@@ -14,7 +14,7 @@ from support.paths import ROOT
 
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
-MOST_BYTES = 300_000
+MAX_BYTES = 300_000
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -51,7 +51,7 @@ def test_a_notebook_is_committed_with_what_it_shows(path: Path) -> None:
     assert not [cell["id"] for cell in notebook["cells"] if cell["metadata"]]
     assert notebook["metadata"].keys() == {"kernelspec", "language_info"}
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-    assert path.stat().st_size < MOST_BYTES
+    assert path.stat().st_size < MAX_BYTES
 
 
 @pytest.mark.slow

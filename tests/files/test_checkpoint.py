@@ -34,7 +34,7 @@ from support.checkpoints import (
 from support.errors import refused, warned
 
 import mistral_ref
-from mistral_ref.errors import CheckpointError, shown
+from mistral_ref.errors import CheckpointError, short_repr
 from mistral_ref.files.build_weights import build_weights
 from mistral_ref.files.checkpoint import open_checkpoint
 from mistral_ref.files.config_files import read_config
@@ -352,7 +352,7 @@ def test_a_tensor_in_two_shards(shard: int, other: int, shards: Path) -> None:
 )  # fmt: skip
 def test_an_index_names_files_beside_it_only(name: object, shards: Path) -> None:
     edit_index(shards, lambda index: index["weight_map"].update({"model.norm.weight": name}))
-    refusal(shards, shards / "model.safetensors.index.json", "'model.norm.weight'", shown(name), "safetensors")
+    refusal(shards, shards / "model.safetensors.index.json", "'model.norm.weight'", short_repr(name), "safetensors")
 
 
 @pytest.mark.parametrize(
@@ -611,7 +611,7 @@ def zeros(dtype: str, *shape: int) -> tuple[str, np.ndarray]:
         ({"{norm}.{scale}": zeros("F32")}, ("'{norm}.{scale}'", "3 layers", "without experts")),
         ({"{wq}.bias": zeros("F32", 56)}, ("'{wq}.bias'", "no model")),
         ({"{wq}\n\x1b.weight": zeros("F32")}, (r"'{wq}\n\x1b.weight'", "no model")),
-        ({"x" * 5000: zeros("F32")}, (shown("x" * 5000), "no model")),
+        ({"x" * 5000: zeros("F32")}, (short_repr("x" * 5000), "no model")),
     ],
 )  # fmt: skip
 def test_a_fault_in_a_tensor(

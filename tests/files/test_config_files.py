@@ -18,7 +18,7 @@ from support.errors import assert_says, refused, warned
 from support.paths import PUBLISHED_MODELS
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
-from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning, shown
+from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning, short_repr
 from mistral_ref.files.config_files import read_config, read_eos_ids
 from mistral_ref.files.json_file import MAX_JSON_BYTES, read_json
 
@@ -433,7 +433,7 @@ def test_layer_types(tmp_path: Path) -> None:
     ]
     for wrong in wrongs:
         message = refusal(tmp_path, "config.json", base, layer_types=wrong)
-        assert_says(message, "layer_types", shown(wrong), FULL, SLIDING, "4 layers")
+        assert_says(message, "layer_types", short_repr(wrong), FULL, SLIDING, "4 layers")
 
 
 # Refusals
@@ -466,7 +466,7 @@ def test_layer_types(tmp_path: Path) -> None:
 def test_what_would_be_silently_wrong_is_refused(
     name: str, base: Values, field: str, value: Any, tmp_path: Path
 ) -> None:
-    found = "kind of layer" if field == "rope_parameters" else shown(value)
+    found = "kind of layer" if field == "rope_parameters" else short_repr(value)
     assert_says(refusal(tmp_path, name, base, **{field: value}), field, found)
 
 
@@ -499,7 +499,7 @@ def test_model_type_refused(model_type: Any, tmp_path: Path) -> None:
     ("value", "found"),
     [
         *[(-1, "-1"), ("8.5", "8.5"), ([[1]], "[1]"), (float("nan"), "nan"), (float("inf"), "inf")],
-        pytest.param(10**400, shown(10**400), id="huge"),
+        pytest.param(10**400, short_repr(10**400), id="huge"),
     ],
 )
 @pytest.mark.parametrize(("name", "base"), FULL_FILES)
@@ -685,7 +685,7 @@ def filled(unit: str) -> bytes:
         (b"{", ("Expecting property name",)),
         (b"\xff\xfe", ("decode",)),
         (b"[]", ("[]", "object")),
-        (b'"' + b"a" * 1000 + b'"', (shown("a" * 1000), "object")),
+        (b'"' + b"a" * 1000 + b'"', (short_repr("a" * 1000), "object")),
         (b'{"dim": 1, "dim": 1}', ("'dim'", "twice")),
         (b'{"a": {"\\n": 1, "b": 1, "\\n": 2}}', (r"'\n'", "twice")),
         (b'{"dim": ' + b"9" * 5000 + b"}", ("Exceeds the limit",)),

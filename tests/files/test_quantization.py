@@ -36,7 +36,7 @@ from support.tiny_tokenizers import tiny_tokenizer
 import mistral_ref
 from mistral_ref import CheckpointError, InputError, MistralRefError, Model
 from mistral_ref.config import MixtureOfExperts, ModelConfig
-from mistral_ref.errors import shown
+from mistral_ref.errors import short_repr
 from mistral_ref.files.json_file import MAX_JSON_BYTES
 from mistral_ref.files.quantized_format import FORMAT, quantized_parts
 from mistral_ref.files.tensor_file import open_tensor_file
@@ -366,7 +366,7 @@ BAD = [
 @pytest.mark.parametrize("options", BAD, ids=lambda options: repr(options)[:30])
 def test_arguments_are_checked(options: dict[str, Any], source: Path, tmp_path: Path) -> None:
     (name,) = options
-    with refused(InputError, name, shown(options[name])) as caught:
+    with refused(InputError, name, short_repr(options[name])) as caught:
         mistral_ref.quantize(source, tmp_path / "target", **options)
     assert_short(caught)
     assert names_in(tmp_path) == ["models"]
@@ -704,7 +704,7 @@ REFUSED: dict[str, tuple[Callable[[], Files], tuple[object, ...]]] = {
     **{
         f"metadata {content!r}"[:40]: (
             lambda content=content: with_metadata(content),
-            (FORMAT, shown(None if content == "null" else content), "group_size"),
+            (FORMAT, short_repr(None if content == "null" else content), "group_size"),
         )
         for content in ([], {}, 8, None, "null", {"group_size": 32}, {"bits": {}}, {"group_size": 32, "bits": []})
     },

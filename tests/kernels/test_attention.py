@@ -22,7 +22,7 @@ from support.kernels import (
 
 from mistral_kernels import panels
 from mistral_ref.ops import KeyView
-from mistral_ref.reference_ops import ReferenceOps, in_steps
+from mistral_ref.reference_ops import ReferenceOps, to_int8
 
 
 def attended_exactly(past: Past, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +62,7 @@ def test_attention(dtype: str, n_rows: int, past: Past, spare: int, n_threads: i
 def test_attention_over_keys_of_int8(n_rows: int, past: Past, spare: int, n_threads: int) -> None:
     """The store holds what NumPy's rounding gives, to the bit, and attention is that over what it holds."""
     store, slots = filled(past, spare, "int8")
-    held = [(q * steps[..., np.newaxis]).astype(np.float32) for q, steps in map(in_steps, (past.k, past.v))]
+    held = [(q * scales[..., np.newaxis]).astype(np.float32) for q, scales in map(to_int8, (past.k, past.v))]
     for part, expected_part in zip(panels.read(store, slots), held, strict=True):
         np.testing.assert_array_equal(part, expected_part[past.first_visible :])
     expected, error = attended_exactly(past._replace(k=held[0], v=held[1]), "float32")

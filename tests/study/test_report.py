@@ -85,8 +85,8 @@ def test_every_step_is_there_with_its_values(model: mistral_ref.Model) -> None:
             assert entry["statistics"]["mean"] == pytest.approx(
                 len(trace.tokens) / n_pairs, rel=1e-5
             )  # rows add up to 1
-        in_sight = step.value.size if step.key_positions is None else model.config.n_heads * n_pairs
-        assert sum(entry["histogram"]) == in_sight
+        n_visible = step.value.size if step.key_positions is None else model.config.n_heads * n_pairs
+        assert sum(entry["histogram"]) == n_visible
         largest = np.abs(step.value[np.isfinite(step.value)]).max()
         np.testing.assert_allclose(
             unpacked(entry["whole"], entry["shape"]), step.value, rtol=2**-11, atol=largest / 2**30

@@ -14,7 +14,7 @@ from support.tiny import BACKENDS, configs, model_of, tokens_for
 
 from mistral_ref import InputError
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import shown
+from mistral_ref.errors import short_repr
 from mistral_ref.study.stepper import Stepper
 
 
@@ -167,7 +167,7 @@ def test_what_may_have_been_meant_by_a_name() -> None:
         "": "logits",
         "x" * 10000: "logits",
     }.items():
-        with refused(InputError, "step", shown(text), hint):
+        with refused(InputError, "step", short_repr(text), hint):
             stepper.find(text)
 
 

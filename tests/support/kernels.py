@@ -250,7 +250,7 @@ def filled(past: Past, spare: int, dtype: str) -> tuple[panels.PanelStore, np.nd
     raw = "float32" if dtype == "float32" else "uint16"
     slots = np.arange(len(past.k)) % capacity
     if dtype == "int8":
-        panels.write_steps()(*store, slots, past.k, past.v)
+        panels.write_int8()(*store, slots, past.k, past.v)
         return store, slots[past.first_visible :]
     k, v = (part.astype(dtype).view(raw) for part in (past.k, past.v))
     panels.write(raw)(store.k.view(raw), store.v.view(raw), slots, k, v)
@@ -278,8 +278,8 @@ def attended(
         past.q,
         store.k.view(np.uint8).reshape(-1),
         store.v.view(np.uint8).reshape(-1),
-        store.k_steps,
-        store.v_steps,
+        store.k_scales,
+        store.v_scales,
         store.k.shape[0],
         store.v.shape[1],
         segments_of(slots, past.first_visible),

@@ -193,7 +193,7 @@ def test_a_push_costs_the_same_however_long_the_text(monkeypatch: pytest.MonkeyP
     ids = random.Random(0).choices(range(tokenizer.vocab_size), k=3000) + [1, 2, 3] * 1000
     for token_id in ids:
         stream.push(token_id)
-    assert max(lengths) <= 9  # the landmark, four control pieces, a character's bytes and one more
+    assert max(lengths) <= 9  # the anchor, four control pieces, a character's bytes and one more
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

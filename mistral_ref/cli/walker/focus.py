@@ -106,4 +106,4 @@ class Focus:
     def visible_keys(self) -> np.ndarray:
         """Return which keys each query of the present scores or weights sees, in the value's shape."""
         step = self.stepper.step
-        return np.broadcast_to(lens.in_sight(step, self.model.config), step.value.shape)
+        return np.broadcast_to(lens.visible_keys(step, self.model.config), step.value.shape)

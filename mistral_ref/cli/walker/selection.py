@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mistral_ref.errors import InputError, shown
+from mistral_ref.errors import InputError, short_repr
 
 # What a reader may say for an axis, where a step has no axis of that very name.
 _OTHER_NAMES = {"head": "kv_head", "token": "query"}
@@ -22,7 +22,7 @@ def axis_called(text: str, axes: Sequence[str]) -> str:
     found = [axis for axis in axes if axis == text] or [axis for axis in axes if axis == _OTHER_NAMES.get(text)]
     found = found or [axis for axis in axes if axis.startswith(text)]
     if not found:
-        raise InputError(f"{shown(text)} is no axis of this step; it has {', '.join(axes)}")
+        raise InputError(f"{short_repr(text)} is no axis of this step; it has {', '.join(axes)}")
     return found[0]
 
 
@@ -36,7 +36,7 @@ def parsed_index(text: str, axis: str, size: int) -> Index:
     """
     match = re.fullmatch(r"(-?\d{1,9})?(:)?(-?\d{1,9})?", text)
     if match is None or not text or (match[2] is None and (match[1] is None) == (match[3] is None)):
-        raise InputError(f"{shown(text)} is no number or range such as 3, -1 or 0:4")
+        raise InputError(f"{short_repr(text)} is no number or range such as 3, -1 or 0:4")
     if match[2] is None:
         number = int(text)
         if not -size <= number < size:
@@ -60,7 +60,7 @@ def parsed_selection(text: str, axes: Sequence[str], shape: Sequence[int], group
     """
     words = text.split()
     if len(words) % 2:
-        raise InputError(f"{shown(text)} chooses nothing; expected an axis and a number, such as `head 3`")
+        raise InputError(f"{short_repr(text)} chooses nothing; expected an axis and a number, such as `head 3`")
     chosen: dict[str, Index] = {}
     for word, number in zip(words[::2], words[1::2], strict=True):
         axis = axis_called(word, axes)

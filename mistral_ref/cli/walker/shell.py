@@ -8,7 +8,7 @@ import re
 import sys
 from typing import ClassVar
 
-from mistral_ref.errors import InputError, MistralRefError, checked_whole, shown
+from mistral_ref.errors import InputError, MistralRefError, checked_int, short_repr
 
 
 class Shell(cmd.Cmd):
@@ -61,7 +61,7 @@ class Shell(cmd.Cmd):
             line = self._whole(line.strip())
             name, argument, _ = self.parseline(line)
             if name in self.order and argument and self._usage(name)[0] == name:
-                raise InputError(f"{name} takes nothing, found {shown(argument)}")
+                raise InputError(f"{name} takes nothing, found {short_repr(argument)}")
             return bool(super().onecmd(line))
         except (MistralRefError, KeyboardInterrupt) as error:
             if not self.is_terminal:
@@ -83,7 +83,7 @@ class Shell(cmd.Cmd):
 
     def default(self, line: str) -> None:
         """Refuse what is no command."""
-        raise InputError(f"{shown(line)} is no command; help lists them")
+        raise InputError(f"{short_repr(line)} is no command; help lists them")
 
     def completenames(self, text: str, *ignored: object) -> list[str]:
         """Complete the name of a command."""
@@ -94,7 +94,7 @@ class Shell(cmd.Cmd):
         if arg:
             name = self._whole(arg.strip())
             if name not in self.order:
-                raise InputError(f"{shown(arg)} is no command; help lists them")
+                raise InputError(f"{short_repr(arg)} is no command; help lists them")
             self.say(str(inspect.getdoc(getattr(self, f"do_{name}"))))
             return
         for name in self.order:
@@ -125,7 +125,7 @@ def count(text: str, default: int = 1) -> int:
     if not text.strip():
         return default
     number: object = int(text) if re.fullmatch(r"\s*[+-]?\d{1,9}\s*", text, re.ASCII) else text.strip()
-    return checked_whole("the count", number, least=1)
+    return checked_int("the count", number, least=1)
 
 
 def number(text: str, what: str) -> tuple[float, str]:
@@ -134,4 +134,4 @@ def number(text: str, what: str) -> tuple[float, str]:
     try:
         return float(first), rest
     except ValueError:
-        raise InputError(f"expected {what}, found {shown(first)}") from None
+        raise InputError(f"expected {what}, found {short_repr(first)}") from None

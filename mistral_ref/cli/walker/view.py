@@ -12,15 +12,15 @@ from rich.text import Text
 from mistral_ref.cli.walker.focus import Focus, Part
 from mistral_ref.cli.walker.selection import as_index
 from mistral_ref.display import cell_ranges, heat_map, legend, merged_text, numbers, shade, size_text
-from mistral_ref.errors import InputError, Progress, printable, shown
+from mistral_ref.errors import InputError, Progress, printable, short_repr
 from mistral_ref.measure.cost import step_costs
 from mistral_ref.measure.cost_table import cost_table
 from mistral_ref.study import lens
 from mistral_ref.study.stepper import Stepper
 from mistral_ref.walk import source_lines
 
-_MOST_PIECES = 40  # of a prompt, in the greeting
-_MOST_ROWS = 512  # of a heat map, each with its label; more are merged
+_MAX_PIECES = 40  # of a prompt, in the greeting
+_MAX_ROWS = 512  # of a heat map, each with its label; more are merged
 
 
 class _Console(Console):
@@ -47,8 +47,8 @@ class View:
         """Print what is walked through, and how to begin."""
         self.say(f"{self.model!r}")
         pieces, n = self.pieces, len(self.pieces)
-        if n > _MOST_PIECES:
-            half = _MOST_PIECES // 2
+        if n > _MAX_PIECES:
+            half = _MAX_PIECES // 2
             pieces = [*pieces[:half], f"... {n - 2 * half} more ...", *pieces[-half:]]
         self.say(f"{n} tokens from position {self.start}: {' '.join(pieces)}")
         self.say("Enter: next. into: into a layer. help: all commands. quit: leave.\n")
@@ -87,7 +87,7 @@ class View:
         """Draw a part of the value as a heat map."""
         part = self.focus.part(text, 2, always=True)
         matrix = np.atleast_2d(part.values)
-        rows = cell_ranges(len(matrix), _MOST_ROWS)
+        rows = cell_ranges(len(matrix), _MAX_ROWS)
         labels = self._row_labels(part, rows) if part.values.ndim == 2 else [""]
         margin = max(map(cell_len, labels)) + 1
         columns = cell_ranges(matrix.shape[1], max(self.console.width - margin - 1, 16))
@@ -126,7 +126,7 @@ class View:
         if kind in ("logits", "embedding") or kind.startswith("residual"):
             part = self.focus.part(text, 1, always=True)
             if part.axes != step.axes[1:]:
-                raise InputError(f"top takes whole tokens here, such as `top token 2`; found {shown(text)}")
+                raise InputError(f"top takes whole tokens here, such as `top token 2`; found {short_repr(text)}")
             logits_V = part.values if kind == "logits" else lens.residual_logits(self.model, part.values[np.newaxis])[0]
             self.say(
                 f"{step.name} {part.words}likeliest next{'' if kind == 'logits' else ', were the model to end here'}"
