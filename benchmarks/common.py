@@ -176,9 +176,9 @@ def random_model(config: ModelConfig, kind: Kind, ops: CompiledOps) -> Model:
     where, tensors = Path("memory"), {}
     all_planned = plan(config, kind, seed=0)
     for planned in all_planned:
-        buffer = np.empty(planned.part.nbytes + 64, np.uint8)
+        buffer = np.empty(planned.spec.nbytes + 64, np.uint8)
         start = -buffer.ctypes.data % 64  # as in the file: where vectors like it
-        raw, done = buffer[start : start + planned.part.nbytes], 0
+        raw, done = buffer[start : start + planned.spec.nbytes], 0
         for piece in planned.pieces():
             raw[done : done + piece.nbytes] = np.ascontiguousarray(piece).view(np.uint8).reshape(-1)
             done += piece.nbytes

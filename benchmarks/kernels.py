@@ -43,7 +43,7 @@ from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_int
-from mistral_ref.files.quantized_format import quantized_parts
+from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.host import available_memory
 from mistral_ref.measure import benchmark
 from mistral_ref.measure.benchmark import Candidate, Limit, Measurement
@@ -116,7 +116,7 @@ def rotated(kind: Kind, n_out: int, n_in: int, n_bytes: int) -> list[Matrix]:
     matrices: list[Matrix] = []
     bits = 4 if kind == "int4" else 8
     while kind in QUANTIZED and sum(matrix.nbytes for matrix in matrices) < n_bytes:
-        parts = quantized_parts(n_out, n_in, bits, GROUP_SIZE)
+        parts = quantized_tensors(n_out, n_in, bits, GROUP_SIZE)
         data, zeros = (
             rng.integers(0, 256, parts["weight"].shape, np.uint8),
             np.full(parts["scales"].shape, 128, np.uint8),

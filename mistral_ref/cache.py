@@ -36,9 +36,9 @@ _FIRST_CAPACITY = 64
 class Ring:
     """The slots of one layer: position p lies in slot p % capacity. `store` is whatever the operations made.
 
-    `limit` is the capacity at which positions begin to share slots; until then the ring grows by doubling.
+    `max_capacity` is the capacity at which positions begin to share slots; until then the ring grows by doubling.
 
-    >>> ring = Ring(window=3, limit=4, capacity=4)
+    >>> ring = Ring(window=3, max_capacity=4, capacity=4)
     >>> ring.slots(4, 6), ring.slots(3, 6)
     (slice(0, 2, None), array([3, 0, 1]))
     >>> ring.first_visible(4)
@@ -46,7 +46,7 @@ class Ring:
     """
 
     window: int | None
-    limit: int | None
+    max_capacity: int | None
     capacity: int
     oldest: int = 0  # positions below have been overwritten
     store: Any = None
@@ -63,10 +63,10 @@ class Ring:
         return 0 if self.window is None else max(0, query - self.window + 1)
 
     def capacity_for(self, length: int) -> int:
-        """Return the capacity to hold `length` positions: doubled until it suffices, the limit at most."""
+        """Return the capacity to hold `length` positions: doubled until it suffices, `max_capacity` at most."""
         capacity = self.capacity
-        while capacity < length and capacity != self.limit:
-            capacity = 2 * capacity if self.limit is None else min(2 * capacity, self.limit)
+        while capacity < length and capacity != self.max_capacity:
+            capacity = 2 * capacity if self.max_capacity is None else min(2 * capacity, self.max_capacity)
         return capacity
 
 
@@ -106,9 +106,9 @@ class KVCache:
 
     def _new_ring(self, window: int | None) -> Ring:
         in_ring = None if window is None else window + self.chunk - 1
-        limit = min((n for n in (in_ring, self.max_tokens) if n is not None), default=None)
-        capacity = _FIRST_CAPACITY if limit is None else min(_FIRST_CAPACITY, limit)
-        return Ring(window, limit, capacity, store=self._new_store(capacity))
+        max_capacity = min((n for n in (in_ring, self.max_tokens) if n is not None), default=None)
+        capacity = _FIRST_CAPACITY if max_capacity is None else min(_FIRST_CAPACITY, max_capacity)
+        return Ring(window, max_capacity, capacity, store=self._new_store(capacity))
 
     def _new_store(self, capacity: int) -> Any:
         return self.ops.new_store(capacity, self.config.n_kv_heads, self.config.head_dim, self.dtype)

@@ -139,7 +139,7 @@ class Comparison(Sequence[Difference]):
     bound       how many ulps a step may lie from its reference before it counts as departed
     unmatched   names of steps that only one of the two holds
     own         whether both passes went on from the same values at each step, so that each shows what it adds itself
-    apart       with `own`: the steps that could only be looked at, so that what follows them shows their difference too
+    fixed       with `own`: the steps that could only be looked at, so that what follows them shows their difference too
     rounding    the part of its size by which a value may differ besides, since a file held it in 16 bits
     """
 
@@ -147,7 +147,7 @@ class Comparison(Sequence[Difference]):
     bound: float
     unmatched: Sequence[str] = ()
     own: bool = False
-    apart: Sequence[str] = ()
+    fixed: Sequence[str] = ()
     rounding: float = 0.0
 
     @overload
@@ -200,9 +200,9 @@ class Comparison(Sequence[Difference]):
                     f"{first.value:.6g} where {first.expected:.6g} was expected"
                 )
             )
-        if self.apart:
+        if self.fixed:
             text += (
-                f"\n{len(self.apart)} steps could only be looked at, such as {self.apart[0]}, so those after them show "
+                f"\n{len(self.fixed)} steps could only be looked at, such as {self.fixed[0]}, so those after them show "
                 "their differences too; backend='numpy' can be entered everywhere"
             )
         return text
@@ -261,7 +261,7 @@ def compare_walks(
     Raises InputError if the two do not yield the same steps, or are of different positions.
     """
     bound = (OWN_BOUND if own else DEFAULT_BOUND) if bound is None else bound
-    differences, apart = [], []
+    differences, fixed = [], []
     with walk, reference:
         for ours, theirs in zip_longest(walk, reference):
             if ours is None or theirs is None or ours.name != theirs.name:
@@ -271,10 +271,10 @@ def compare_walks(
             if own and _can_be_exchanged(ours, theirs):
                 theirs.value = ours.value.astype(theirs.value.dtype)
             elif own:
-                apart.append(ours.name)
+                fixed.append(ours.name)
             if progress:
                 progress(len(differences))
-    return Comparison(differences, bound, own=own, apart=tuple(apart))
+    return Comparison(differences, bound, own=own, fixed=tuple(fixed))
 
 
 def _can_be_exchanged(step: Step, reference: Step) -> bool:

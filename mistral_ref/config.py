@@ -18,7 +18,7 @@ from mistral_ref.errors import ConfigError, Field, short_repr
 RowOrder = Literal["interleaved", "halves"]
 
 # No published model comes near these; a number beyond them is a broken file, refused before anything is allocated.
-LIMITS = {
+MAX_VALUES = {
     "dim": 2**20,
     "n_layers": 2**10,
     "n_heads": 2**12,
@@ -39,7 +39,7 @@ def checked_count(field: str, value: object) -> int:
 
     A field may have the name of what it is part of in front: "yarn.original_max_position_embeddings".
     """
-    limit = LIMITS[field.rpartition(".")[2]]
+    limit = MAX_VALUES[field.rpartition(".")[2]]
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
         raise ConfigError(Field(field), f" is {short_repr(value)}; expected a whole number from 1 to {limit}")
     return value

@@ -198,16 +198,16 @@ def heat_image(heat: HeatMap, cell_pixels: int = 6) -> str:
     )
 
 
-def heat_figure(values: np.ndarray, axes: Sequence[str], apart: str | None = None, *, is_root: bool = False) -> str:
+def heat_figure(values: np.ndarray, axes: Sequence[str], by_axis: str | None = None, *, is_root: bool = False) -> str:
     """Return a matrix as an HTML image of at most 32 by 96 cells, and below it what rows, columns and colours are.
 
-    Of a value with three axes `apart` is the one that gets an image for each index, all of one scale; at most 16.
+    Of a value with three axes `by_axis` is the one that gets an image for each index, all of one scale; at most 16.
     """
     most_rows, most_columns, most_images = 32, 96, 16
     parts, names = values[np.newaxis], list(axes)
-    if apart is not None:
-        parts = np.moveaxis(values, names.index(apart), 0)
-        names.remove(apart)
+    if by_axis is not None:
+        parts = np.moveaxis(values, names.index(by_axis), 0)
+        names.remove(by_axis)
     whole = heat_map(parts.reshape(-1, parts.shape[-1]), most_rows, most_columns, is_root=is_root)
     heats = [
         heat_map(part, most_rows, most_columns, is_root=is_root, scale=whole.scale) for part in parts[:most_images]
@@ -215,9 +215,9 @@ def heat_figure(values: np.ndarray, axes: Sequence[str], apart: str | None = Non
     sizes = dict(zip(names, parts.shape[1:], strict=True))
     words = [f"{which}: {axis} {sizes[axis]}" for which, axis in zip(("rows", "columns"), names, strict=True)]
     words += [merged_text(axis, sizes[axis], most) for axis, most in zip(names, (most_rows, most_columns), strict=True)]
-    if apart is not None:
+    if by_axis is not None:
         shown = f"the first {most_images} of " if len(parts) > most_images else ""
-        words.insert(0, f"a picture for each {apart}, {shown}{len(parts)}")
+        words.insert(0, f"a picture for each {by_axis}, {shown}{len(parts)}")
     words.append(f"white 0, red up to {whole.scale:.4g}, blue down to {-whole.scale:.4g}")
     words.append("square-root scale" if is_root else "")
     words.append("grey: out of sight" if any(np.isnan(heat.cells).any() for heat in heats) else "")

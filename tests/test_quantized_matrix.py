@@ -19,7 +19,7 @@ from support.errors import refused
 from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
 from mistral_ref.activations import rounded
 from mistral_ref.errors import CheckpointError
-from mistral_ref.files.quantized_format import quantized_parts
+from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.files.rounding import quantized
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZES, QuantizedMatrix, scale_values
 from mistral_ref.weights import Matrix
@@ -100,7 +100,7 @@ def test_each_code_is_at_its_place_in_the_file(bits: int, n_out: int, n_eights: 
 def any_matrix(n_out: int, n_in: int, bits: int, group_size: int, seed: int) -> QuantizedMatrix:
     """Return a matrix of any codes, zeros and scales: a file may hold them all."""
     random = np.random.RandomState(seed)
-    parts = quantized_parts(n_out, n_in, bits, group_size)
+    parts = quantized_tensors(n_out, n_in, bits, group_size)
     both, data = (random.randint(0, 256, parts[name].shape).astype(np.uint8) for name in ("scales", "weight"))
     unit = np.float32(random.choice([2.0**-9, 1, 2.0**5]))
     return QuantizedMatrix("w", f"int{bits}", data, scales=both, unit=unit, n_out=n_out, n_in=n_in)
@@ -352,7 +352,7 @@ def test_what_makes_tiles_and_groups_whole_is_as_the_module_says(
 ) -> None:
     weights = np.random.RandomState(seed).normal(size=(n_out, n_in))
     matrix = quantized(float_matrix(weights), bits, group_size)
-    parts = quantized_parts(n_out, n_in, bits, group_size)
+    parts = quantized_tensors(n_out, n_in, bits, group_size)
     assert (matrix.data.shape, matrix.scales.shape) == (parts["weight"].shape, parts["scales"].shape)
     beyond = matrix.scales.transpose(0, 3, 1, 2).reshape(-1, *parts["scales"].shape[1:3])[n_out:]
     assert not beyond.any()

@@ -248,8 +248,8 @@ def attention(kind: str, n_rows: int) -> Any:
         split = SPLIT if n_splits > 1 else newest - oldest
         panels = k, v, k_scales, v_scales
         n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, n_queries) * group
-        apart = most_rows + 64  # no two threads write to one cache line, nor to the one that is fetched with it
-        m, total = np.empty((n_kept, apart), np.float32), np.empty((n_kept, apart), np.float32)
+        row_size = most_rows + 64  # no two threads write to one cache line, nor to the one that is fetched with it
+        m, total = np.empty((n_kept, row_size), np.float32), np.empty((n_kept, row_size), np.float32)
         in_tiles = (most_rows + n_rows - 1) // n_rows * n_rows
         acc = floats(n_kept * in_tiles * width).reshape((n_kept, in_tiles * width))
         if n_threads == 1:

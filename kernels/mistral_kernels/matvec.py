@@ -84,10 +84,10 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
     @part(kind, n_rows, n_tokens)
     def multiply_rows(W: Any, scales: Any, x: Any, y: Any, n_x: int, first: int, last: int) -> None:
         """Compute the rows first, ..., last - 1 of n_x tokens; x and y are flat."""
-        n_in, n_out, apart = len(x) // n_x, len(y) // n_x, (last - first + n_rows - 1) // n_rows
+        n_in, n_out, stride = len(x) // n_x, len(y) // n_x, (last - first + n_rows - 1) // n_rows
         block = FP8_BLOCK if is_scaled else n_in  # inputs that share a scale
-        for o in range(first, first + apart):
-            rows = (o * n_in, apart * n_in, (last - 1) * n_in)
+        for o in range(first, first + stride):
+            rows = (o * n_in, stride * n_in, (last - 1) * n_in)
             for start in range(0, n_in, block):
                 stop = min(start + block, n_in)
                 for t in range(0, n_x, n_tokens):
@@ -100,7 +100,7 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
                         sums = add_products_part(sums, W, rows, x, tokens, i, min(stop - i, LANES))
                     y_rows = totals(sums)
                     for number in range(n_rows * n_tokens):
-                        row, token = o + number // n_tokens * apart, t + number % n_tokens
+                        row, token = o + number // n_tokens * stride, t + number % n_tokens
                         if row >= last or token >= n_x:
                             continue
                         place = token * n_out + row
@@ -152,10 +152,10 @@ def matvec_tiled(kind: str) -> Any:
     @part(kind)
     def multiply_tiles(W: Any, x: Any, y: Any, first: int, last: int) -> None:
         """Compute the rows of the tiles first, ..., last - 1, in streams as above."""
-        n_in, apart = len(x), (last - first + TILES - 1) // TILES
+        n_in, stride = len(x), (last - first + TILES - 1) // TILES
         totals = np.empty(TILES * TILE, np.float32)
-        for tile in range(first, first + apart):
-            tiles = (tile * TILE * n_in, apart * TILE * n_in, (last - 1) * TILE * n_in)
+        for tile in range(first, first + stride):
+            tiles = (tile * TILE * n_in, stride * TILE * n_in, (last - 1) * TILE * n_in)
             totals[:] = 0
             for start in range(0, n_in, PART):
                 sums = no_tile_sums()
@@ -163,8 +163,8 @@ def matvec_tiled(kind: str) -> Any:
                     sums = add_tile_products(sums, W, tiles, i, x)
                 store_tile_sums(sums, totals, 0)
             for number in range(TILES):
-                if tile + number * apart < last:
-                    o = (tile + number * apart) * TILE
+                if tile + number * stride < last:
+                    o = (tile + number * stride) * TILE
                     n = min(TILE, len(y) - o)
                     y[o : o + n] = totals[number * TILE : number * TILE + n]
 

@@ -58,20 +58,20 @@ def matvec_quantized(bits: int, activations: str, group: int) -> Any:
     @part(bits, activations, group)
     def multiply_tiles(W: Any, S: Any, q: Any, scales_x: Any, y: Any, first: int, last: int) -> None:
         """Compute the rows of the tiles first, ..., last - 1, in streams as in matvec.py."""
-        n_in, apart = len(q), (last - first + TILES - 1) // TILES
+        n_in, stride = len(q), (last - first + TILES - 1) // TILES
         of_tile, scales_of_tile = n_in * bits, n_in // group * 2 * TILE  # bytes
         sums_of_tiles = np.empty(TILES * TILE, np.float32)
-        for tile in range(first, first + apart):
-            tiles = (tile * of_tile, apart * of_tile, (last - 1) * of_tile)
-            scales = (tile * scales_of_tile, apart * scales_of_tile, (last - 1) * scales_of_tile)
+        for tile in range(first, first + stride):
+            tiles = (tile * of_tile, stride * of_tile, (last - 1) * of_tile)
+            scales = (tile * scales_of_tile, stride * scales_of_tile, (last - 1) * scales_of_tile)
             sums = no_group_sums()
             for i in range(0, n_in, group):
                 n = i // group * 2
                 sums = add_group(sums, W, tiles, S, scales, q, i, scales_x[n], scales_x[n + 1])
             store_group_sums(sums, sums_of_tiles, 0)
             for number in range(TILES):
-                if tile + number * apart < last:
-                    o = (tile + number * apart) * TILE
+                if tile + number * stride < last:
+                    o = (tile + number * stride) * TILE
                     n = min(TILE, len(y) - o)
                     y[o : o + n] = sums_of_tiles[number * TILE : number * TILE + n]
 

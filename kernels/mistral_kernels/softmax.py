@@ -99,7 +99,7 @@ def shares(has_scales: bool) -> Any:
     @part(has_scales, borrows=True)
     def into_shares(
         S: Any, n_tokens: int, group: int, newest: int, window: int, low: int, high: int, scales: Any, first_scale: int,
-        sums: Any, width: int, first_asked: Any, then_asked: Any, apart: Any,
+        sums: Any, width: int, first_asked: Any, then_asked: Any, strides: Any,
     ) -> None:  # fmt: skip
         """Turn each row's scores of the keys low, ..., high - 1 of a span into shares, those unseen into 0.
 
@@ -108,11 +108,12 @@ def shares(has_scales: bool) -> Any:
         scales          of keys and of values; those of this span start at first_scale
         sums            m, total and acc, of which a row has `width` numbers
         first_asked, then_asked     an array, and where in it the first row lies of what will be needed: a softmax
-                        leaves the memory idle, so it is asked for here. `apart` is how far tokens and rows are apart
+                        leaves the memory idle, so it is asked for here
+        strides         from token to token and from row to row, of what is asked for
         """
         k_scales, v_scales = scales
         m, total, acc = sums
-        of_token, of_row = apart
+        of_token, of_row = strides
         for t in range(n_tokens):
             t_low, t_high = _seen(newest + t, window, low, high)
             for r in range(group):

@@ -11,7 +11,7 @@ from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CheckpointError, short_repr
 from mistral_ref.files.checkpoint import Checkpoint, checked_directory, open_checkpoint
 from mistral_ref.files.config_files import read_config
-from mistral_ref.files.quantized_format import bits_of, quantized_parts
+from mistral_ref.files.quantized_format import bits_of, quantized_tensors
 from mistral_ref.files.tensor_file import Tensor
 from mistral_ref.files.tensor_names import huggingface_name
 from mistral_ref.quantized_matrix import QuantizedMatrix
@@ -112,10 +112,10 @@ class _Untaken:
             raise CheckpointError(f"{self.checkpoint.directory}: the metadata does not tell how {stem} is quantized")
         bits = self.bits[stem]
         found = {}
-        for ending, part in quantized_parts(n_out, n_in, bits, self.group_size).items():
-            tensor = self._tensor(f"{stem}.{ending}", part.shape)
-            if tensor.dtype != part.dtype:
-                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected {part.dtype}")
+        for ending, spec in quantized_tensors(n_out, n_in, bits, self.group_size).items():
+            tensor = self._tensor(f"{stem}.{ending}", spec.shape)
+            if tensor.dtype != spec.dtype:
+                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected {spec.dtype}")
             found[ending] = tensor.raw.reshape(tensor.shape)
         kind: Kind = "int8" if bits == 8 else "int4"
         codes, scales = found["weight"], found["scales"]

@@ -18,7 +18,7 @@ from mistral_ref.config import RowOrder
 from mistral_ref.errors import CheckpointError, InputError, short_repr, warn
 from mistral_ref.files.json_file import read_json
 from mistral_ref.files.tensor_file import Tensor, open_with_metadata
-from mistral_ref.files.tensor_names import is_unused, mistral_name, other_part
+from mistral_ref.files.tensor_names import is_unused, mistral_name, other_component
 
 # Several times what any model has. A tensor costs more in memory than its entry in a header does in a file.
 _MAX_TENSORS = 8_000
@@ -69,7 +69,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         for tensor in stored:
             if expected is not None and expected.pop(tensor.name, path.name) != path.name:
                 raise CheckpointError(f"{path}: {short_repr(tensor.name)} is in another file according to the index")
-            if other_part(tensor.name) or is_unused(tensor.name):
+            if other_component(tensor.name) or is_unused(tensor.name):
                 skipped.append(tensor)
                 continue
             name = mistral_name(tensor.name)
@@ -88,7 +88,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     if 0 < own_names < len(tensors):
         raise CheckpointError(f"{directory}: some tensors bear Mistral's own names, some Hugging Face's")
-    if parts := sorted({part for tensor in skipped if (part := other_part(tensor.name))}):
+    if parts := sorted({part for tensor in skipped if (part := other_component(tensor.name))}):
         warn(f"{directory}: only the text model is read, not {', '.join(parts)}")
     row_order: RowOrder = "interleaved" if own_names else "halves"
     return Checkpoint(directory, tuple(paths), tensors, row_order, tuple(skipped), metadata)

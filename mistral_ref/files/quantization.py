@@ -25,9 +25,9 @@ import numpy as np
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import InputError, Progress, short_repr
 from mistral_ref.files.build_weights import open_model
-from mistral_ref.files.quantized_format import quantized_metadata, quantized_parts
+from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
 from mistral_ref.files.rounding import quantized
-from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
+from mistral_ref.files.tensor_file import DTYPES, TensorSpec, pieces_of_tensor_file
 from mistral_ref.files.whole_file import whole_directory
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES, QuantizedMatrix
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
@@ -161,23 +161,23 @@ def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, pr
     """Write the tensors of a model: rounded where the scheme says so; else as they were, norms in float32."""
     norms, by_name = _norms(weights), {f"{matrix.name}.weight": matrix for matrix in matrices(weights)}
     bits = {matrix.name: bits for matrix in by_name.values() if (bits := scheme.bits_of(matrix.name))}
-    parts: dict[str, Part] = {}
+    specs: dict[str, TensorSpec] = {}
     kept: dict[str, np.ndarray] = {}
     for name, shape in tensor_shapes(config):
         if len(shape) == 1:
-            parts[name], kept[name] = Part("F32", shape), norms[name]
+            specs[name], kept[name] = TensorSpec("F32", shape), norms[name]
             continue
         matrix, stem = by_name[name], name.removesuffix(".weight")
         if stem in bits:
-            endings = quantized_parts(*matrix.shape, bits[stem], scheme.group_size)
-            parts |= {f"{stem}.{ending}": part for ending, part in endings.items()}
+            endings = quantized_tensors(*matrix.shape, bits[stem], scheme.group_size)
+            specs |= {f"{stem}.{ending}": spec for ending, spec in endings.items()}
             continue
-        parts[name], kept[name] = Part(DTYPES[matrix.kind], shape), matrix.data
+        specs[name], kept[name] = TensorSpec(DTYPES[matrix.kind], shape), matrix.data
         if matrix.scale is not None:
-            parts[f"{stem}.qscale_weight"] = Part("F32", matrix.scale.shape)
+            specs[f"{stem}.qscale_weight"] = TensorSpec("F32", matrix.scale.shape)
             kept[f"{stem}.qscale_weight"] = matrix.scale
-    parts["units"] = Part("F32", (len(bits),))
-    with pieces_of_tensor_file(path, parts, quantized_metadata(bits, scheme.group_size)) as write:
+    specs["units"] = TensorSpec("F32", (len(bits),))
+    with pieces_of_tensor_file(path, specs, quantized_metadata(bits, scheme.group_size)) as write:
         for name, array in kept.items():
             write(name, array)
         done, total = 0, sum(matrix.size for matrix in by_name.values())

@@ -17,18 +17,18 @@ from pathlib import Path
 from mistral_kernels.layout import TILE
 from mistral_ref.errors import CheckpointError, short_repr
 from mistral_ref.files.json_file import parse_json
-from mistral_ref.files.tensor_file import Part
+from mistral_ref.files.tensor_file import TensorSpec
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES
 
 FORMAT = "mistral_ref.quantized.v1"  # the entry in a file's metadata that says how its matrices are rounded
 
 
-def quantized_parts(n_out: int, n_in: int, bits: int, group_size: int) -> dict[str, Part]:
+def quantized_tensors(n_out: int, n_in: int, bits: int, group_size: int) -> dict[str, TensorSpec]:
     """Return what a file holds of a matrix: codes, and scales and zeros, by the endings of their names."""
     n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
     return {
-        "weight": Part("U8", (n_tiles, n_groups * group_size * bits // 32, TILE, 4)),
-        "scales": Part("U8", (n_tiles, n_groups, 2, TILE)),
+        "weight": TensorSpec("U8", (n_tiles, n_groups * group_size * bits // 32, TILE, 4)),
+        "scales": TensorSpec("U8", (n_tiles, n_groups, 2, TILE)),
     }
 
 

@@ -115,7 +115,7 @@ def write_tensor_file(
         save_file(tensors, partial, metadata=metadata)
 
 
-class Part(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor of a file to be written: its dtype as safetensors spells it, and its shape."""
 
     dtype: str
@@ -139,7 +139,7 @@ def require_space(path: Path, n_bytes: int) -> None:
 
 @contextmanager
 def pieces_of_tensor_file(
-    path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]
+    path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 ) -> Iterator[Callable[[str, np.ndarray], None]]:
     """Write a safetensors file of any size piece by piece; it appears under its name only when it is complete.
 
@@ -148,13 +148,13 @@ def pieces_of_tensor_file(
 
     Raises InputError if the disk has no room, CheckpointError if writing fails.
     """
-    require_space(path, sum(part.nbytes for part in parts.values()))
+    require_space(path, sum(spec.nbytes for spec in specs.values()))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     next_bytes, end = {}, 0
-    for name, part in sorted(parts.items(), key=lambda item: -item[1].nbytes):
+    for name, spec in sorted(specs.items(), key=lambda item: -item[1].nbytes):
         next_bytes[name] = end
-        end += part.nbytes
-        header[name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [next_bytes[name], end]}
+        end += spec.nbytes
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [next_bytes[name], end]}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % 64)
     with whole_file(path) as partial, open(partial, "wb") as file:

@@ -81,7 +81,7 @@ def huggingface_name(name: str) -> str:
     return f"model.{layer}{stem}.{theirs[ending]}"
 
 
-def other_part(name: str) -> str | None:
+def other_component(name: str) -> str | None:
     """Return which part other than the text model a tensor belongs to, such as "vision_tower"; None if to none."""
     match = _OTHER_PARTS.match(name)
     return match[2] if match else None

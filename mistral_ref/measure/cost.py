@@ -111,7 +111,7 @@ def step_costs(
     """
     if cache_dtype not in _CACHE_DTYPES:
         raise InputError(f"cache_dtype is {short_repr(cache_dtype)}; expected one of {', '.join(_CACHE_DTYPES)}")
-    this_pass = _Pass(
+    this_pass = _PassCost(
         config,
         checked_int("n_tokens", n_tokens, least=1),
         checked_int("start", start, least=0),
@@ -127,7 +127,7 @@ def step_costs(
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _PassCost:
     """The counts of one pass, laid out as in transformer.py; their formulas stand in `step_costs`."""
 
     config: ModelConfig

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import InputError, Progress, checked_int, short_repr
-from mistral_ref.files.quantized_format import quantized_metadata, quantized_parts
-from mistral_ref.files.tensor_file import DTYPES, Part, pieces_of_tensor_file
+from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
+from mistral_ref.files.tensor_file import DTYPES, TensorSpec, pieces_of_tensor_file
 from mistral_ref.files.whole_file import whole_file
 from mistral_ref.quantized_matrix import GROUP_SIZE, scale_values
 from mistral_ref.weights import Kind, Matrix, Weights, bf16_bits, e4m3_values, weights_of
@@ -80,9 +80,9 @@ class PlannedTensor:
     pieces: Callable[[], Iterable[np.ndarray]]
 
     @property
-    def part(self) -> Part:
+    def spec(self) -> TensorSpec:
         """Its dtype and shape."""
-        return Part(self.dtype, self.shape)
+        return TensorSpec(self.dtype, self.shape)
 
 
 def write_planned(
@@ -92,8 +92,8 @@ def write_planned(
 
     `progress` is called with (bytes written, bytes in all). Raises InputError if the disk has no room.
     """
-    written, total = 0, sum(tensor.part.nbytes for tensor in tensors)
-    with pieces_of_tensor_file(path, {tensor.name: tensor.part for tensor in tensors}, metadata) as write:
+    written, total = 0, sum(tensor.spec.nbytes for tensor in tensors)
+    with pieces_of_tensor_file(path, {tensor.name: tensor.spec for tensor in tensors}, metadata) as write:
         for tensor in tensors:
             for piece in tensor.pieces():
                 write(tensor.name, piece)
@@ -104,22 +104,22 @@ def write_planned(
 
 def _random_codes(name: str, n_out: int, n_in: int, bits: int, std: float, seed: int) -> Iterator[PlannedTensor]:
     """Yield the tensors of a matrix of 8 or 4 bits: any codes, all scales such as give the standard deviation."""
-    parts, most = quantized_parts(n_out, n_in, bits, GROUP_SIZE), 2**bits - 1
+    specs, most = quantized_tensors(n_out, n_in, bits, GROUP_SIZE), 2**bits - 1
     scale = np.searchsorted(scale_values(), std / math.sqrt((most + 1) ** 2 / 12)).astype(np.uint8)
 
     zero = most * 2 ** (8 - bits) // 2
 
     def pieces() -> Iterator[np.ndarray]:
         rng = np.random.default_rng([seed, *name.encode()])
-        for start in range(0, parts["weight"].nbytes, _PIECE):
-            yield rng.integers(0, 256, min(_PIECE, parts["weight"].nbytes - start), dtype=np.uint8)
+        for start in range(0, specs["weight"].nbytes, _PIECE):
+            yield rng.integers(0, 256, min(_PIECE, specs["weight"].nbytes - start), dtype=np.uint8)
 
     def scales_and_zeros() -> Iterator[np.ndarray]:
-        for _ in range(parts["scales"].shape[0]):
-            yield np.broadcast_to(np.array([[scale], [zero]], np.uint8), parts["scales"].shape[1:])
+        for _ in range(specs["scales"].shape[0]):
+            yield np.broadcast_to(np.array([[scale], [zero]], np.uint8), specs["scales"].shape[1:])
 
-    yield PlannedTensor(f"{name}.weight", *parts["weight"], pieces)
-    yield PlannedTensor(f"{name}.scales", *parts["scales"], scales_and_zeros)
+    yield PlannedTensor(f"{name}.weight", *specs["weight"], pieces)
+    yield PlannedTensor(f"{name}.scales", *specs["scales"], scales_and_zeros)
 
 
 def plan(config: ModelConfig, kind: Kind, seed: int) -> list[PlannedTensor]:
@@ -223,7 +223,7 @@ def checkpoint_folder(name: str, config: ModelConfig, kind: Kind, parent: Path) 
 
 def checkpoint_bytes(config: ModelConfig, kind: Kind) -> int:
     """Return the bytes of a checkpoint's tensors."""
-    return sum(tensor.part.nbytes for tensor in plan(config, kind, seed=0))
+    return sum(tensor.spec.nbytes for tensor in plan(config, kind, seed=0))
 
 
 def make_checkpoint(

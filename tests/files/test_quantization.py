@@ -38,7 +38,7 @@ from mistral_ref import CheckpointError, InputError, MistralRefError, Model
 from mistral_ref.config import MixtureOfExperts, ModelConfig
 from mistral_ref.errors import short_repr
 from mistral_ref.files.json_file import MAX_JSON_BYTES
-from mistral_ref.files.quantized_format import FORMAT, quantized_parts
+from mistral_ref.files.quantized_format import FORMAT, quantized_tensors
 from mistral_ref.files.tensor_file import open_tensor_file
 from mistral_ref.measure.synthetic import make_checkpoint, plan, plan_metadata
 from mistral_ref.quantized_matrix import GROUP_SIZES, QuantizedMatrix
@@ -176,7 +176,7 @@ def test_the_file_says_exactly_what_it_holds(bits: int, group_size: int, tmp_pat
     assert metadata == {"group_size": group_size, "bits": expected}
     for name, its_bits in expected.items():
         of_name = next(matrix for matrix in matrices(load(source).weights) if matrix.name == name)
-        for ending, part in quantized_parts(*of_name.shape, its_bits, group_size).items():
+        for ending, part in quantized_tensors(*of_name.shape, its_bits, group_size).items():
             entry = header.pop(f"{name}.{ending}")
             assert (entry["dtype"], tuple(entry["shape"])) == part
     assert header.pop("units")["shape"] == [len(expected)]

@@ -30,7 +30,7 @@ from mistral_kernels import quantized
 from mistral_kernels.matmul import KEPT
 from mistral_kernels.tile import WIDTH
 from mistral_ref.activations import rounded
-from mistral_ref.files.quantized_format import quantized_parts
+from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.quantized_matrix import QuantizedMatrix, scale_values
 
 
@@ -177,7 +177,7 @@ def test_the_largest_sums_of_integers_do_not_overflow(how: How, one_by_one: bool
     cancel exactly, also within a four and a pair.
     """
     n_out, n_in = 9, 256
-    parts = quantized_parts(n_out, n_in, how.bits, how.group)
+    parts = quantized_tensors(n_out, n_in, how.bits, how.group)
     data = np.full(parts["weight"].shape, 255, np.uint8)  # or twice 15
     for zero, scale in ((0, 8 * 16), (255, 8 * 16), (0, 255), (255, 0)):
         both = np.empty(parts["scales"].shape, np.uint8)

@@ -30,7 +30,7 @@ from mistral_ref.reference_ops import attends
 from mistral_ref.steps import Step, step_names
 from mistral_ref.weights import FeedForward, Matrix, repacked
 
-LIMITS = Limits(bandwidth=1e9, peak=4e9)
+MAX_VALUES = Limits(bandwidth=1e9, peak=4e9)
 WINDOWS = st.none() | st.integers(1, 50)
 
 
@@ -299,7 +299,7 @@ def test_the_totals_of_the_table_add_up(family: str) -> None:
     model = model_of(config)
     cache = model.new_cache(dtype="float16")
     model.forward(tokens_for(config, 9), cache)
-    table = cost_table(model, [1, 2], cache, repeats=3, limits=LIMITS)
+    table = cost_table(model, [1, 2], cache, repeats=3, limits=MAX_VALUES)
     costs = step_costs(config, model.weights, 2, 9, cache_dtype="float16")
     assert table.costs == costs
     *steps, total = table.rows(by_kind=False)
@@ -313,7 +313,7 @@ def test_the_totals_of_the_table_add_up(family: str) -> None:
         assert sum(row.predicted for row in rows) == pytest.approx(total.predicted)
         for repeat in range(3):
             assert sum(row.seconds[repeat] for row in rows) == pytest.approx(total.seconds[repeat])
-    assert total.ratio == pytest.approx(median(total.seconds) / sum(cost.predicted(LIMITS) for cost in costs))
+    assert total.ratio == pytest.approx(median(total.seconds) / sum(cost.predicted(MAX_VALUES) for cost in costs))
     assert len(str(table).splitlines()) == 2 + 2 + len(kinds) + 1
     assert len(str(dataclasses.replace(table, by_kind=False)).splitlines()) == 2 + 2 + len(steps) + 1
 
@@ -321,14 +321,14 @@ def test_the_totals_of_the_table_add_up(family: str) -> None:
 def test_a_table_without_a_cache_counts_from_the_start_in_the_dtype_of_the_operations() -> None:
     config = FAMILIES["dense_windowed"].config
     model = model_of(config, dtype="float64")
-    table = cost_table(model, [1, 2], repeats=1, limits=LIMITS)
+    table = cost_table(model, [1, 2], repeats=1, limits=MAX_VALUES)
     assert table.costs == step_costs(config, model.weights, 2, cache_dtype="float64", activation_bytes=8)
 
 
 def test_a_table_as_text() -> None:
     costs = [StepCost("layers.0.gate", 8000, 1500, 500), StepCost("layers.1.gate", 8000, 1500, 500)]
     costs.append(StepCost("logits", 16000, 800, 200))
-    table = CostTable(costs, [[4e-6, 4e-6, 8e-6], [2e-6, 3e-6, 8e-6], [4e-6, 5e-6, 6e-6]], LIMITS)
+    table = CostTable(costs, [[4e-6, 4e-6, 8e-6], [2e-6, 3e-6, 8e-6], [4e-6, 5e-6, 6e-6]], MAX_VALUES)
     limits, blank, headings, rule, *lines = str(table).splitlines()
     assert (limits, blank) == ("limits: 1.0 GB/s, 4.0 GFLOP/s", "")
     assert headings.startswith("| step   |   FLOP | bytes | FLOP/byte |   bound by | predicted us | measured us | ")
@@ -346,11 +346,11 @@ def test_a_table_measures_the_limits_itself(backend: str, monkeypatch: pytest.Mo
 
     def limits(n_threads: int, weights_bytes: int) -> Limits:
         asked.append((n_threads, weights_bytes))
-        return LIMITS
+        return MAX_VALUES
 
     monkeypatch.setattr("mistral_ref.measure.cost_table.machine_limits", limits)
     monkeypatch.setenv("MISTRAL_REF_THREADS", "3")
     model = model_of(FAMILIES["dense_no_window"].config, backend=backend)
     table = cost_table(model, [1, 2, 3], repeats=1)
-    assert table.limits == LIMITS
+    assert table.limits == MAX_VALUES
     assert asked == [(1 if backend == "numba" else 3, sum(cost.weight_bytes for cost in table.costs))]

@@ -270,8 +270,8 @@ def test_the_newest_key_lies_over_the_oldest(tmp_path: Path) -> None:
 def test_a_layer_without_a_window_keeps_everything() -> None:
     config = CONFIGS["interleaved_windows"]
     model = broken(model_of(config), "short-ring")
-    assert [ring.limit for ring in model.new_cache(chunk=4).rings] == [None, 8, 8, 8]
-    assert [ring.limit for ring in model.new_cache(chunk=4, max_tokens=7).rings] == [7] * 4
+    assert [ring.max_capacity for ring in model.new_cache(chunk=4).rings] == [None, 8, 8, 8]
+    assert [ring.max_capacity for ring in model.new_cache(chunk=4, max_tokens=7).rings] == [7] * 4
     for bug, windows in {
         "no-window": (None,) * 4,
         "extra-key": (None, 7, 7, 7),

@@ -24,7 +24,7 @@ from mistral_kernels.matvec import FEW, ONE, PART, matvec, matvec_tiled
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.simd import LANES
 from mistral_kernels.tile import WIDTH
-from mistral_ref.files.quantized_format import quantized_parts
+from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, e4m3_values, tiled
 
@@ -168,7 +168,7 @@ quantized_input_counts = sizes(300, 32, 64, 128, quantized.DEPTH, 2 * quantized.
 def any_quantized(how: How, n_out: int, n_in: int, seed: int) -> QuantizedMatrix:
     """Return a matrix of any codes, zeros and scales: a file may hold them all."""
     random = np.random.RandomState(seed)
-    parts = quantized_parts(n_out, n_in, how.bits, how.group)
+    parts = quantized_tensors(n_out, n_in, how.bits, how.group)
     both, data = (random.randint(0, 256, parts[name].shape).astype(np.uint8) for name in ("scales", "weight"))
     unit = np.float32(random.choice([2.0**-9, 1, 2.0**5]))
     return QuantizedMatrix("w", f"int{how.bits}", data, scales=both, unit=unit, n_out=n_out, n_in=n_in)

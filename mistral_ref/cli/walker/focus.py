@@ -16,7 +16,7 @@ _FOCUS_AXES = {"token": ("token", "query"), "head": ("head", "kv_head")}
 _LAST_OR_FIRST = {axis for axes in _FOCUS_AXES.values() for axis in axes}  # what is taken where nothing was said
 
 
-class Part(NamedTuple):
+class Selected(NamedTuple):
     """A part of a step's value: the axes that it still has, what was chosen of which, and that in words.
 
     at      for each axis the numbers, in the whole value, of what is left
@@ -68,7 +68,7 @@ class Focus:
         """Return which key/value heads were chosen, and by which query heads they are read; "" if none were."""
         return f", that is {in_words('kv_head', chosen['kv_head'], self.group)}" if "kv_head" in chosen else ""
 
-    def part(self, text: str, most_axes: int, *, always: bool = False) -> Part:
+    def selected(self, text: str, most_axes: int, *, always: bool = False) -> Selected:
         """Return the part of the present value that words choose, after what the reader looks at.
 
         Where more than `most_axes` axes are left, those that nothing was said of are taken one after the other: the
@@ -86,7 +86,7 @@ class Focus:
             if len(left) > most_axes and (always or axis not in chosen):
                 chosen[axis] = left.pop(axis)[0 if axis in _FOCUS_AXES["head"] else -1]
         words = "".join(f"{in_words(axis, index, self.group)}, " for axis, index in chosen.items())
-        return Part(step.value[as_index(chosen, step.axes)], tuple(left), chosen, left, words)
+        return Selected(step.value[as_index(chosen, step.axes)], tuple(left), chosen, left, words)
 
     def pieces_along(self, axis: str) -> list[str]:
         """Return the pieces along an axis of tokens or keys; of keys before this pass only the position is known."""

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from mistral_ref.cli.walker.focus import Focus, Part
+from mistral_ref.cli.walker.focus import Focus, Selected
 from mistral_ref.cli.walker.selection import as_index
 from mistral_ref.display import cell_ranges, heat_map, legend, merged_text, numbers, shade, size_text
 from mistral_ref.errors import InputError, Progress, printable, short_repr
@@ -79,13 +79,13 @@ class View:
 
     def show(self, text: str) -> None:
         """Print a part of the value as numbers."""
-        part = self.focus.part(text, 2)
+        part = self.focus.selected(text, 2)
         self.say(self._heading(part))
         self.say(numbers(part.values, self.console.width))
 
     def map(self, text: str) -> None:
         """Draw a part of the value as a heat map."""
-        part = self.focus.part(text, 2, always=True)
+        part = self.focus.selected(text, 2, always=True)
         matrix = np.atleast_2d(part.values)
         rows = cell_ranges(len(matrix), _MAX_ROWS)
         labels = self._row_labels(part, rows) if part.values.ndim == 2 else [""]
@@ -115,7 +115,7 @@ class View:
         known = [f"{number} {pieces[number]}" for number in at if number >= n_before]
         return [f"{before[0]} to {before[-1]} {pieces[before[0]]} to {pieces[before[-1]]}", *known] if before else known
 
-    def _row_labels(self, part: Part, rows: Sequence[range]) -> list[str]:
+    def _row_labels(self, part: Selected, rows: Sequence[range]) -> list[str]:
         """Return what stands before each row: a piece or a number, or the first and the last of those that it joins."""
         at, names = part.at[part.axes[0]], self.focus.names_along(part.axes[0])
         return [names[at[row.start]] if len(row) == 1 else f"{at[row.start]} to {at[row.stop - 1]}" for row in rows]
@@ -124,7 +124,7 @@ class View:
         """Print what stands out: the strongest keys, the likeliest next pieces, or the largest values."""
         step, kind = self.stepper.step, self.stepper.step.name.rpartition(".")[2]
         if kind in ("logits", "embedding") or kind.startswith("residual"):
-            part = self.focus.part(text, 1, always=True)
+            part = self.focus.selected(text, 1, always=True)
             if part.axes != step.axes[1:]:
                 raise InputError(f"top takes whole tokens here, such as `top token 2`; found {short_repr(text)}")
             logits_V = part.values if kind == "logits" else lens.residual_logits(self.model, part.values[np.newaxis])[0]
@@ -134,7 +134,7 @@ class View:
             self.say(self._likeliest(logits_V))
             return
         is_attention = kind in ("scores", "attention_weights")
-        part = self.focus.part(text, 1 if is_attention else 2)
+        part = self.focus.selected(text, 1 if is_attention else 2)
         self.say(f"{step.name} {part.words}{'strongest keys' if is_attention else 'largest values'}")
         is_seen = np.isfinite(part.values)
         if kind == "attention_weights":
@@ -212,7 +212,7 @@ class View:
         choices = lens.likeliest(self.model, logits_V)
         return "\n".join(f"  {percent(probability):>8}  {piece}" for piece, probability in choices)
 
-    def _heading(self, part: Part) -> str:
+    def _heading(self, part: Selected) -> str:
         return f"{self.stepper.step.name} {part.words}{size_text(part.axes, part.values.shape)}"
 
 
