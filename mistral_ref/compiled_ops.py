@@ -1,4 +1,4 @@
-"""CompiledOps: the operations of ops.py, where their formulas stand, over compiled kernels.
+"""CompiledOps: the operations of reference_ops.py, where their formulas stand, over compiled kernels.
 
 What takes time is compiled, the rest inherited. Kernels check nothing, so everything is checked or made to fit here:
 arrays are contiguous float32 of the shapes that kernels expect, and indices come from the cache or are checked before.

@@ -1,5 +1,7 @@
 """ReferenceOps: the mathematics of the model in NumPy. The truth that everything faster is measured against.
 
+Each operation has its formula right above the lines that compute it.
+
 `ReferenceOps("float32")` is the plain backend, `ReferenceOps("float64")` the oracle: float64 in every step.
 """
 
@@ -94,7 +96,7 @@ def _blocks(n: int, row_elements: int, most_elements: int) -> Iterator[slice]:
 
 
 class ReferenceOps:
-    """The operations of ops.py, where their formulas stand, in NumPy; every array of one dtype, "float32" or "float64".
+    """The operations of ops.py in NumPy; every array of one dtype, "float32" or "float64".
 
     threads     BLAS threads while a pass runs; None leaves them as they are
     angles      "float32" rounds RoPE's angles as the published implementations do
@@ -128,6 +130,7 @@ class ReferenceOps:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Return the context in which steps are computed: the number of BLAS threads, and how overflow is treated."""
         # exp overflows to the right limit in swiglu; NaN from broken weights is reported by whoever draws a token.
         with ExitStack() as stack:
             stack.enter_context(np.errstate(all="ignore"))
@@ -137,21 +140,31 @@ class ReferenceOps:
             yield
 
     def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation:
+        """Return RoPE's cosines and sines at these positions; rope.py has the formulas."""
         return rotation(positions_T, config, self.dtype, self.angles)
 
     def embed(self, tokens_T: np.ndarray, tok_embeddings: Matrix) -> np.ndarray:
+        """Return each token's row of the embedding matrix, x_TD."""
+        # x = tok_embeddings[tokens]
         return tok_embeddings.rows(tokens_T, self.dtype)
 
     def rms_norm(self, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+        """Return tokens scaled to unit root mean square, then each dimension times its weight (arXiv:1910.07467)."""
+        # y = x / sqrt(mean(x²) + eps) * weight
         mean_square = np.mean(x_TD * x_TD, axis=-1, keepdims=True)
         return x_TD / np.sqrt(mean_square + self.dtype.type(eps)) * weight_D.astype(self.dtype)
 
     def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
+        """Return the product of every token with a matrix, y_TO; its rows are widened a block at a time.
+
+        Inputs of quantized matrices are rounded first, as the kernels round them (activations.py).
+        """
         n_out, n_in = weight_OI.shape
         if isinstance(weight_OI, QuantizedMatrix):
             x_TI = rounded(x_TI, self.quantized_activations, weight_OI.group_size)
         elif self.rounds_to_bf16(weight_OI):
             x_TI = bf16_values(bf16_bits(x_TI)).astype(self.dtype)
+        # y = x · weightᵀ
         y_TO = np.empty((len(x_TI), n_out), self.dtype)
         for rows in _blocks(n_out, n_in, _WIDENED_ELEMENTS):
             y_TO[:, rows] = x_TI @ weight_OI.rows(rows, self.dtype).T
@@ -162,12 +175,21 @@ class ReferenceOps:
         return weight_OI.kind == "bf16" and self.activations == "bfloat16"
 
     def split_heads(self, x_TO: np.ndarray, n_heads: int, row_order: RowOrder) -> np.ndarray:
+        """Return (T, heads, K), in which the pairs that RoPE turns are neighbours.
+
+        Mistral's own layout has them so. In Hugging Face's the first halves of all pairs come before the second halves:
+
+            interleaved     a0 a1 b0 b1 c0 c1
+            halves          a0 b0 c0 a1 b1 c1
+        """
         n_tokens = len(x_TO)
         if row_order == "interleaved":
             return x_TO.reshape(n_tokens, n_heads, -1)
         return x_TO.reshape(n_tokens, n_heads, 2, -1).swapaxes(2, 3).reshape(n_tokens, n_heads, -1)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """Return every pair of neighbours turned by its angle (arXiv:2104.09864)."""
+        # (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)
         x0, x1 = x_THK[..., 0::2], x_THK[..., 1::2]
         cos, sin = cos[:, np.newaxis], sin[:, np.newaxis]
         turned = np.empty_like(x_THK)
@@ -176,11 +198,13 @@ class ReferenceOps:
         return turned
 
     def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> Any:
+        """Return room for the keys and values of `capacity` positions of one layer."""
         shape, n_scales = (capacity, n_kv_heads, head_dim), capacity if dtype == "int8" else 0
         scales = (np.zeros((n_scales, n_kv_heads), np.float32) for _ in range(2))
         return Store(np.zeros(shape, dtype), np.zeros(shape, dtype), *scales)
 
     def write(self, store: Any, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
+        """Put keys and values in these slots, rounded to what the store holds."""
         if store.k.dtype == np.int8:
             store.k[slots], store.k_scales[slots] = to_int8(k_TGK)
             store.v[slots], store.v_scales[slots] = to_int8(v_TGK)
@@ -189,12 +213,19 @@ class ReferenceOps:
             store.v[slots] = v_TGK
 
     def read(self, store: Any, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+        """Return keys and values (S, G, K) of these slots; of int8 the numbers that they stand for."""
         if store.k.dtype != np.int8:
             return store.k[slots], store.v[slots]
         k_SGK = store.k[slots] * store.k_scales[slots][..., np.newaxis]
         return k_SGK, store.v[slots] * store.v_scales[slots][..., np.newaxis]
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
+        """Attend: a generator that returns heads_THK (arXiv:1706.03762; grouped queries: arXiv:2305.13245).
+
+        With `observed` it yields the steps "scores" and "attention_weights" (H, T, S) on its way.
+        """
+        # score[h,t,s] = q[t,h] · k[s,g] / sqrt(K), g = h // (H/G), and -inf where token t does not see key s
+        # heads[t,h] = sum over s of softmax(score)[h,t,s] v[s,g]
         k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))
         queries_T, keys_S = np.array(view.query_positions), np.array(view.key_positions)
         blocks = list(_blocks(len(q_THK), q_THK.shape[1] * len(keys_S), _SCORE_ELEMENTS))
@@ -237,9 +268,13 @@ class ReferenceOps:
         return gathered.reshape(n_heads, n_queries, head_dim).transpose(1, 0, 2)
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """Return the hidden units: each `up` as far as its gate is open (arXiv:2002.05202)."""
+        # h = silu(gate) * up = gate * sigmoid(gate) * up = gate / (1 + exp(-gate)) * up
         return gate / (1 + np.exp(-gate)) * up
 
     def route(self, router_logits_TE: np.ndarray, n_chosen: int) -> np.ndarray:
+        """Return the experts' shares (T, E) of each token; of equal logits the first one wins (arXiv:2401.04088)."""
+        # weights[t] = softmax over the n largest of router_logits[t], 0 elsewhere
         chosen = np.argsort(-router_logits_TE, axis=-1, kind="stable")[:, :n_chosen]
         weights_TE = np.zeros_like(router_logits_TE)
         shares = softmax(np.take_along_axis(router_logits_TE, chosen, axis=-1))
@@ -247,6 +282,8 @@ class ReferenceOps:
         return weights_TE
 
     def expert_linear(self, x_NI: np.ndarray, experts_N: np.ndarray, weights: Sequence[Matrix]) -> np.ndarray:
+        """Return the product of each row with the matrix of its expert, y_NO."""
+        # y[n] = x[n] · weights[experts[n]]ᵀ
         y_NO = np.empty((len(x_NI), weights[0].shape[0]), self.dtype)
         for expert in np.unique(experts_N):
             rows = experts_N == expert
@@ -256,6 +293,8 @@ class ReferenceOps:
     def mix_experts(
         self, y_ND: np.ndarray, tokens_N: np.ndarray, experts_N: np.ndarray, weights_TE: np.ndarray
     ) -> np.ndarray:
+        """Return the outputs of each token's experts, mixed by their shares, in the experts' order."""
+        # z[t] = sum over the rows n of token t of weights[t, experts[n]] * y[n]
         z_TD = np.zeros((len(weights_TE), y_ND.shape[1]), self.dtype)
         np.add.at(z_TD, tokens_N, weights_TE[tokens_N, experts_N, np.newaxis] * y_ND)
         return z_TD
