@@ -2,11 +2,12 @@
 
     heads[t, h] = sum over s of softmax(q[t, h] . k[s, g] / sqrt(K)) v[s, g]        g = h // (H/G)
 
-over the keys s that t sees. The H/G query heads that share a key/value head are rows of one small matrix, so that each
-key is read once for all of them. Their scores go through softmax.py, SPAN keys at a time. Keys and values lie as
-panels.py says.
+over the keys s that token t sees. The H/G query heads that share a key/value head are rows of one small matrix, so each
+key is read once for all of them. softmax.py takes their scores, SPAN keys at a time. panels.py says how keys and values
+lie in memory.
 
-Work is cut by key/value head, queries and keys, never by the number of threads, so the result does not depend on it.
+The work is cut by key/value head, by queries and by keys, never by the number of threads. So the result does not depend
+on how many threads there are.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from mistral_kernels.simd import floats, load, multiply, splat, store
 from mistral_kernels.softmax import SPAN, shares
 from mistral_kernels.tile import tile
 
-TOGETHER = 24  # rows of a prompt that go through the keys together: few enough for the first cache
-SPLIT = 512  # keys that one piece of work goes through, for few queries
-AHEAD = 8192  # bytes; how far ahead keys and values are asked for: one token uses them as fast as memory gives them
+TOGETHER = 24  # rows of a prompt that meet a key at the same time: few enough for the first cache
+SPLIT = 512  # keys in one piece of work, where there are few queries
+AHEAD = 8192  # bytes to prefetch ahead: one token uses keys and values as fast as memory delivers them
 
 # Rows of a tile: the query heads of one token, or those of several, as many as the registers hold.
 FEW_ROWS, MANY_ROWS = 4, {16: 12, 8: 6, 4: 4}[LANES]
@@ -64,13 +65,13 @@ def _multiplied(source: Any, start: int, n: int, factor: float, target: Any, at:
 
 @part(borrows=True)
 def _queries_together(group: int) -> int:
-    """Return how many tokens go through the keys together, of which each is `group` rows."""
+    """Return how many tokens meet a key at the same time; each has `group` rows."""
     return max(1, TOGETHER // group)
 
 
 @part(borrows=True)
 def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, heads: Any, n_kv_heads: int) -> None:
-    """Put together what the pieces g * n_splits, ..., (g + 1) * n_splits - 1 have found, each for keys of its own."""
+    """Merge the results of the pieces g * n_splits, ..., (g + 1) * n_splits - 1; each piece had keys of its own."""
     n_tokens, n_heads, head_dim = heads.shape
     group = n_heads // n_kv_heads
     for row in range(n_tokens * group):
@@ -90,7 +91,7 @@ def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, head
 
 
 def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
-    """Return two parts of a kernel: the product of some queries with keys, and that of their shares with values."""
+    """Return two functions: the product of some queries with keys, and the product of their shares with values."""
     multiply_tile = tile(n_rows, 2, kind, ahead=AHEAD)
     multiply_half = tile(n_rows, 1, kind, of_vectors=2, ahead=AHEAD)
 
@@ -122,7 +123,7 @@ def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
 
 
 def _attend(kind: str, n_rows: int) -> Any:
-    """Return the part of a kernel that takes some queries through some keys of one key/value head."""
+    """Return the function that lets some queries attend to some keys of one key/value head."""
     score, add_values = _products(kind, n_rows)
     into_shares = shares(kind == "int8")
 
@@ -171,12 +172,12 @@ def _attend(kind: str, n_rows: int) -> Any:
     return attend
 
 
-def _turns(kind: str, n_rows: int) -> Any:
-    """Return the part of a kernel that does a thread's share of the work."""
+def _thread_share(kind: str, n_rows: int) -> Any:
+    """Return the function that does one thread's share of the work."""
     attend = _attend(kind, n_rows)
 
     @part(kind, n_rows)
-    def take_turns(
+    def do_share(
         q: Any, panels: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         heads: Any, n_splits: int, split: int, m: Any, total: Any, acc: Any, thread: int, n_threads: int,
     ) -> None:  # fmt: skip
@@ -212,7 +213,7 @@ def _turns(kind: str, n_rows: int) -> Any:
             if n_splits > 1 and takes_heads:
                 _merge(m, total, acc, width, turn, n_splits, heads, n_kv_heads)
 
-    return take_turns
+    return do_share
 
 
 @made_once
@@ -231,7 +232,7 @@ def attention(kind: str, n_rows: int) -> Any:
     first_query     position of q[0]
     window          how many keys a query sees, itself included
     """
-    take_turns = _turns(kind, n_rows)
+    do_share = _thread_share(kind, n_rows)
 
     @kernel(SIGNATURE, kind, n_rows)
     def attention(
@@ -253,13 +254,13 @@ def attention(kind: str, n_rows: int) -> Any:
         in_tiles = (most_rows + n_rows - 1) // n_rows * n_rows
         acc = floats(n_kept * in_tiles * width).reshape((n_kept, in_tiles * width))
         if n_threads == 1:
-            take_turns(
+            do_share(
                 q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total, acc,
                 0, 1,
             )  # fmt: skip
         else:
             for index in numba.prange(n_threads):  # unsigned numbers, which become floats beside signed ones
-                take_turns(
+                do_share(
                     q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total,
                     acc, numba.intp(index), n_threads,
                 )  # fmt: skip

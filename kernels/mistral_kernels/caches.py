@@ -1,4 +1,4 @@
-"""The processor's caches, as the system tells of them: what kernels cut their work to fit."""
+"""The sizes of the processor's caches, as the system reports them. Kernels cut their work to fit."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """How every kernel here is compiled: once for this machine, before it is first called, and kept on disk.
 
-Numba keeps compiled functions, but does not notice when what a function calls in another file has changed, lets the
-variants that one factory makes share a file, and gives their inner functions the same symbol in different processes, so
-that code loaded from two of them mixes. So names carry here what tells kernels apart: the variant, and a fingerprint of
-all sources of this package, the width of vectors, the caches, and the processor compiled for.
+Numba keeps compiled functions on disk, with three gaps. It does not notice a change in another file that a function
+calls. The variants that one factory makes share a file. Inner functions get the same symbol in different processes, so
+code loaded from two processes mixes. Therefore names here carry all that kernels differ in: the variant, and a
+fingerprint of this package's sources, the width of vectors, the caches and the processor.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from mistral_kernels import KernelWarning
 from mistral_kernels.caches import data_caches
 from mistral_kernels.instructions import LANES
 
-# No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so that a kernel gives the same bits
-# on any number of threads. Not even "contract", which leaves it to LLVM which of two products a sum is fused with:
-# copies of one part in two kernels then differ, and which is called depends on whether a process compiled or read them.
+# No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so a kernel gives the same bits on
+# any number of threads. Not even "contract": with it LLVM chooses which of two products a sum is fused with. Copies of
+# one function in two kernels would then differ, and a process calls one or the other by whether it compiled or read
+# them.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 
 
 def _fingerprint() -> str:
-    """Return a short hash of all that compiled code depends on, but for what Numba looks after itself."""
+    """Return a short hash of everything that compiled code depends on and Numba does not check itself."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     content = b"".join(file.name.encode() + file.read_bytes() for file in files)
     machine = repr((LANES, data_caches(), cpu_target.target_context.codegen().magic_tuple())).encode()
@@ -48,7 +49,7 @@ def _named(function: Callable[..., Any], variant: tuple[object, ...]) -> Callabl
 
 
 def made_once(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a factory of kernels that makes each only once, also when two threads ask for it at the same time."""
+    """Return a factory of kernels that makes each kernel once, also when two threads ask at the same time."""
     made: dict[tuple[object, ...], Any] = {}
     making = threading.Lock()
 
@@ -99,11 +100,11 @@ class _KernelCache(FunctionCache):
 
 
 def part(*variant: object, borrows: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Return the decorator for a part of a kernel, which is compiled into each kernel that calls it.
+    """Return the decorator for a part: a function that is compiled into each kernel that calls it.
 
-    `variant` is what the part depends on beside its own text: all that the factory around it was given. A part that
-    borrows all its arrays from its caller counts no references to them, which takes longer than a few dozen numbers do;
-    it must neither make arrays nor return any, nor call what does.
+    variant     what the part depends on beside its own text: all arguments of the factory around it
+    borrows     the part makes no arrays, returns none, and calls nothing that does. It then counts no references to its
+                caller's arrays; counting takes longer than the arithmetic of a few dozen numbers
     """
     options = _OPTIONS | {"_nrt": False} if borrows else _OPTIONS
 

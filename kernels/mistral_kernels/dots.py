@@ -1,13 +1,13 @@
-"""The inner loops of products with codes of 8 or 4 bits: integers, exact until a group of inputs is summed up.
+"""The inner loops of products with codes of 8 or 4 bits: integer arithmetic, exact within a group of inputs.
 
-Inputs come in groups. A weight is scale * (code - zero), a rounded input scale_x * q, with one scale and one zero for
-all codes of a row's group, and one scale_x for all q of a group. Over a group
+Inputs come in groups. A weight is scale * (code - zero), with one scale and one zero for each group of a row. A rounded
+input is scale_x * q, with one scale_x for each group. Over a group
 
     sum of weight * x = scale * scale_x * (sum of code * q - zero * sum of q)
 
-and both sums on the right are sums of integers, of which processors multiply and add two int16 or four bytes at once.
-Only then come floats. Where q are int16 they lie as 0, 2, 1, 3 in each four, so that neighbours meet the codes of the
-even and of the odd bytes.
+Both sums on the right are sums of integers. Processors multiply and add two int16 or four bytes at once. Floats come
+only after a group. int16 inputs lie in the order 0, 2, 1, 3 in each four, so that neighbours meet the codes of the even
+and of the odd bytes.
 
     scale = a byte times a unit of the whole matrix: 4 bits of exponent e and 4 of mantissa m, bits of a float16,
             (1 + m/16) 2^(e - 15), or m/16 2^-14 where e is 0

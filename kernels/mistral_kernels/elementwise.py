@@ -1,7 +1,7 @@
 """The small operations around the products: RMSNorm, RoPE, SwiGLU, and the mixing of experts.
 
-None of them takes long. They are compiled so that a token of a small model is not spent in NumPy's calls, and so that a
-long prompt uses all threads for them.
+None of them takes long. They are compiled for two reasons. Without that, a token of a small model would spend its time
+in NumPy's calls. And a long prompt uses all threads for them.
 """
 
 from __future__ import annotations

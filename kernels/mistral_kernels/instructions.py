@@ -1,12 +1,12 @@
-"""LLVM's instructions, by the handful: what the intrinsics of simd.py, rows.py and tile.py are built of.
+"""Small groups of LLVM's instructions: the intrinsics of simd.py, rows.py and tile.py are built of them.
 
-Each function writes a few instructions and returns their value. They are generic: LLVM turns them into whatever the
-machine has. Nothing in this package depends on the processor but what is asked here, and in pairs.py.
+Each function writes a few instructions and returns their value. They are generic: LLVM translates them for the machine.
+Only this file and pairs.py ask which processor this is.
 
     LANES       floats of a vector: 16 with AVX-512, 8 with AVX2, else 4; MISTRAL_KERNELS_LANES=4, 8 or 16 overrides
     KINDS       how numbers may be stored, and their bytes: f32, f16, bf16 (the upper half of a float32), fp8 (e4m3),
-                int8 (for whoever knows what to multiply it by), pairs (two bf16 that are neighbours, multiplied and
-                added up at once; in registers they have a float32's place)
+                int8 (the caller knows its scale), pairs (two neighbours of bf16, multiplied and added at once; in
+                registers a pair takes the place of a float32)
 """
 
 from __future__ import annotations

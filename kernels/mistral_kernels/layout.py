@@ -1,15 +1,15 @@
-"""Tile order: a matrix (O, I) as tiles of eight rows that lie side by side. NumPy only.
+"""Tile order: a matrix (O, I) as tiles of eight rows, interleaved. NumPy only.
 
     tiles[o // 8, i, o % 8] = W[o, i]                       (ceil(O/8), I, 8), rows beyond O are 0
 
-A kernel that has a row in each lane reads it in one long stream and never adds up lanes; and a part of a tile already
-is the panel that a product with many vectors needs.
+A kernel with a row in each lane reads a tile as one long stream, and never sums lanes. A piece of a tile is already the
+panel that a product with many vectors needs.
 
 >>> to_tiles(np.array([[1, 2], [3, 4]]))[0].tolist()
 [[1, 3, 0, 0, 0, 0, 0, 0], [2, 4, 0, 0, 0, 0, 0, 0]]
 
-Codes of 8 or 4 bits keep four neighbours of a row together, which a processor multiplies and adds up at once; of 4 bits
-a byte holds two, four inputs apart. I is a multiple of 8:
+Codes of 8 or 4 bits keep four neighbours of a row together, for processors that multiply and add four at once. With 4
+bits a byte holds two codes, i and i + 4. I is a multiple of 8:
 
     tiles[o // 8, i // 4, o % 8, i % 4] = code[o, i]                                      8 bits: (ceil(O/8), I/4, 8, 4)
     tiles[o // 8, i // 8, o % 8, i % 4] = code[o, i] + 16 code[o, i + 4]   i % 8 < 4      4 bits: (ceil(O/8), I/8, 8, 4)

@@ -1,4 +1,4 @@
-"""The machine's two limits, measured as the kernels meet them: bytes read, and multiply-adds done, in a second."""
+"""Two kernels that measure the machine's limits: bytes read in a second, and multiply-adds in a second."""
 
 from __future__ import annotations
 

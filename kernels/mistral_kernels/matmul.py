@@ -1,8 +1,8 @@
 """Matrix times matrix, for prompts: y[t, o] = sum over i of x[t, i] W[o, i], with W as it lies in the file.
 
-A block of W (WIDTH rows, DEPTH inputs) is widened to float32 and transposed into a panel that stays in the cache next
-to the core, and all rows of x are multiplied with it, tile by tile. Widening costs about 1/T of the whole, and reading
-x again for every block 1/WIDTH.
+A block of W (WIDTH rows, DEPTH inputs) is widened to float32 and transposed into a panel. The panel stays in the core's
+own cache while all rows of x are multiplied with it, tile by tile. Widening costs about 1/T of the work, and reading x
+again for every block about 1/WIDTH.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mistral_kernels.pairs import PAIRS_ARE_FASTER
 from mistral_kernels.simd import floats, load_part, rounded, store
 from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
 
-# Of a panel, which stays in the first cache; what takes vectors in halves gets it from the second one in time.
+# Inputs of a panel. It fits the first cache; processors that take vectors in halves can wait for the second cache.
 DEPTH = 256 if data_caches()[0] >= 4 * 256 * WIDTH or TAKES_HALVES else 128
-# Numbers of x that all blocks go through before the next ones: what stays in the last cache, which others use too.
+# Numbers of x that meet all blocks before the next numbers do: they stay in the last cache, which others use too.
 KEPT = max(2**20, data_caches()[-1] // 32)
 
 SLABS = types.Array(types.float32, 3, "C")
@@ -34,7 +34,7 @@ def _takes_pairs(kind: str) -> bool:
 
 
 def whole_slabs(n_tokens: int, n_in: int, depth: int) -> tuple[int, int, int]:
-    """Return the shape of x cut into slabs of so many inputs, with the rows of whole tiles."""
+    """Return the shape of x cut into slabs of `depth` inputs, with its rows rounded up to whole tiles."""
     return -(-n_in // depth), -(-n_tokens // ROWS) * ROWS, depth
 
 
@@ -45,7 +45,7 @@ def slab_shape(kind: str, n_tokens: int, n_in: int) -> tuple[int, int, int]:
 
 @part()
 def _copy(x: Any, start: int, n: int, slabs: Any, at: int) -> None:
-    """Put n numbers of x from a flat offset on into slabs[at:], which ends at a whole vector."""
+    """Copy n numbers of x from a flat offset to slabs[at:], in whole vectors."""
     for i in range(0, n, LANES):
         store(slabs, at + i, load_part(x, start + i, min(n - i, LANES)))
 
@@ -58,7 +58,7 @@ def _copy_rounded(x: Any, start: int, n: int, slabs: Any, at: int) -> None:
 
 
 def _way(kind: str) -> tuple[Any, int, str, str]:
-    """Return what copies x, how many inputs are counted as one, and what numbers of a panel and of W are taken for."""
+    """Return the function that copies x, the inputs that count as one, and the kinds of a panel's and W's numbers."""
     if _takes_pairs(kind):
         return round_to_pairs, 2, "pairs", "pairs"
     if kind == "pairs":
@@ -67,7 +67,7 @@ def _way(kind: str) -> tuple[Any, int, str, str]:
 
 
 def _panel_filler(kind: str, is_tiled: bool) -> Any:
-    """Return the part of a kernel that widens a block of W into a panel."""
+    """Return the function that widens a block of W into a panel."""
     n_columns, transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
     widen_tile = widen(kind)
     is_scaled = kind == "fp8"
@@ -98,18 +98,19 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
 
 
 def over_blocks(multiply_slab: Any, new_panel: Any, depth: int, *variant: object) -> Any:
-    """Return the part of a kernel that takes all inputs through some blocks of WIDTH outputs.
+    """Return the function that multiplies all inputs with some blocks of WIDTH outputs.
 
-    multiply_slab(W, x, n_in, start, stop, o, n_out, panel, sums, n_rows, continues) puts what the inputs start, ...,
-    stop - 1 give into the sums (n_rows, WIDTH) of the outputs from o on, or adds it if it continues them. What W and x
-    are is its business; new_panel() is its workspace, with room for `depth` inputs.
+    multiply_slab(W, x, n_in, start, stop, o, n_out, panel, sums, n_rows, continues) multiplies the inputs start, ...,
+    stop - 1. It writes the result into `sums` (n_rows, WIDTH) of the outputs from o on, or adds it where `continues` is
+    true. Only multiply_slab knows what W and x hold. new_panel() makes its workspace, with room for `depth` inputs.
     """
 
     @part(*variant)
     def multiply_blocks(W: Any, x: Any, n_rows: int, n_in: int, y: Any, first: int, last: int) -> None:
         """Compute the blocks first, ..., last - 1."""
         n_tokens, n_out = y.shape
-        # Rows of y, often a multiple of 4 KiB apart, would push each other out of the caches.
+        # Sums are kept here: the distance between rows of y is often a multiple of 4 KiB, and such rows push each
+        # other out of the caches.
         panel, sums = new_panel(), floats(n_rows * WIDTH)
         chunk = max(KEPT // n_rows // depth, 1) * depth
         for of_chunk in range(0, n_in, chunk):
@@ -133,8 +134,8 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
     x, y        (T, I) and (T, O) float32, T at least 1
     slabs       float32 of any content, of the shape slab_shape(kind, T, I)
 
-    Of "pairs" x is rounded to bf16. Where the processor is faster with them, everything but x counts pairs of inputs:
-    panels, slabs, and I itself; else both are widened to float32.
+    With "pairs" x is rounded to bf16. Where the processor is faster with pairs, panels, slabs and I count pairs of
+    inputs. Elsewhere both matrices are widened to float32.
     """
     copy, at_once, kind_of_panel, kind_of_W = _way(kind)
     multiply_tile = tile(ROWS, VECTORS, kind_of_panel, steps=2, asks_for_next_rows=True)
@@ -169,7 +170,7 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
 
     @kernel(types.void(BYTES, SCALES, MATRIX_IN, SLABS, MATRIX_OUT, types.intp), kind, is_tiled)
     def matmul(W: Any, scales: Any, x: Any, slabs: Any, y: Any, n_threads: int) -> None:
-        # Rows of x whose starts are a power of two apart would push each other out of the cache.
+        # Slabs are copies: rows of x whose distance is a power of two push each other out of the cache.
         n_slabs, n_rows = slabs.shape[:2]
         n_in, n_blocks = x.shape[1] // at_once, (y.shape[1] + WIDTH - 1) // WIDTH
         if n_threads == 1:

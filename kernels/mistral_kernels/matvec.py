@@ -1,16 +1,15 @@
 """Matrix times one vector, or a few, for decoding: y[o] = sum over i of W[o, i] x[i], with W as it lies in the file.
 
-The memory's speed is the limit, so all that counts is to read W once, in long streams, and to be done with each number
-before the next arrives. Each thread reads its rows in eight streams, an eighth of them each, one row after the other:
-eight sums that do not wait for each other, each vector of x loaded once for all of them, and streams that hardly ever
-end, since one that has just begun is slow; what comes next in each is asked for ahead of time.
+The limit is the memory's speed. So W is read once, in long streams, and each number is used up before the next arrives.
+Each thread cuts its rows into eight parts and reads them as eight streams, each one row after the other. That gives
+eight sums that do not wait for each other, and one load of x serves all eight. The streams are long because a new
+stream is slow at first. Each stream prefetches.
 
-A few tokens are taken along: four rows meet four tokens, so that a number of W is widened once for four products, and
-the tokens after the first four find the rows in the cache. W is still read once, so up to four tokens cost what one
-does.
+A few tokens can share one read of W. Four rows meet four tokens, so each number of W is widened once for four products.
+Tokens after the first four find the rows in the cache. Up to four tokens cost about as much as one.
 
-A matrix of bf16 may be taken as pairs of its numbers, and x rounded to bf16: half the work for processors that multiply
-and add up pairs (pairs.pair_products).
+A bf16 matrix can be multiplied as pairs of numbers, with x rounded to bf16. That halves the work on processors that
+multiply and add pairs (pairs.pair_products).
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ SCALES = types.Array(types.float32, 2, "C", readonly=True)
 
 
 def are_few(kind: str, n_tokens: int) -> bool:
-    """Return whether so many tokens are faster taken along, by matvec, than with W transposed, by matmul.
+    """Return whether matvec is faster than matmul, which transposes W, for this number of tokens.
 
-    Widening fp8 takes as long as several products, so that it should be done once for all tokens.
+    Widening fp8 takes as long as several products, so it pays early to do it once for all tokens.
     """
     return n_tokens <= (4 if kind == "fp8" else 24)
 
@@ -74,9 +73,9 @@ def as_it_is(x: Any) -> Any:
 
 
 def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
-    """Return the part of a kernel that takes all tokens through some rows of a matrix of a kind.
+    """Return the function that multiplies some rows of a matrix with all tokens.
 
-    So many rows and tokens meet at once, in a sum for each of their pairs.
+    n_rows rows meet n_tokens tokens at a time, with a sum for each pair of a row and a token.
     """
     no_sums, add_products, add_products_part, totals = row_sums(kind, n_rows, n_tokens)
     is_scaled = kind == "fp8"
@@ -115,10 +114,11 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
 
 @made_once
 def matvec(kind: str, meeting: tuple[int, int]) -> Any:
-    """Return a kernel: matvec(W, scales, x, y, n_threads), for a kind; so many rows and tokens meet as ONE or FEW says.
+    """Return a kernel: matvec(W, scales, x, y, n_threads).
 
+    meeting     ONE or FEW: how many rows and tokens meet at a time
     W           O * I numbers of the kind, row after row, as bytes (uint8); "pairs" are bf16, and I is even
-    scales      what fp8 weights are multiplied by, float32 (1, 1) or (ceil(O/128), ceil(I/128)); else not read
+    scales      of fp8 weights: float32 (1, 1) or (ceil(O/128), ceil(I/128)); not read for other kinds
     x, y        (T, I) and (T, O) float32, T at least 1
     """
     inputs = in_pairs if kind == "pairs" else as_it_is
@@ -137,7 +137,7 @@ def matvec(kind: str, meeting: tuple[int, int]) -> Any:
 
 
 TILES = 4  # read at once
-PART = 512  # inputs that are summed up by themselves, so that long sums lose less
+PART = 512  # inputs with a sum of their own: a long sum in pieces rounds less
 
 
 @made_once

@@ -1,7 +1,7 @@
-"""Neighbours that are multiplied and added up at once: two bf16, two int16, or four bytes.
+"""Neighbours that one instruction multiplies and adds: two bf16, two int16, or four bytes.
 
-As in instructions.py, each function writes a few instructions. Processors have one for each of these, or some of them;
-without it the same comes out of several.
+As in instructions.py, each function writes a few instructions. Not every processor has an instruction for each of
+these. Without it, several instructions give the same result.
 """
 
 from __future__ import annotations

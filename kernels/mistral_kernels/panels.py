@@ -1,9 +1,9 @@
-"""How keys and values of one layer lie in memory: in panels, as `tile` reads them, one key/value head after the other.
+"""How the keys and values of one layer lie in memory: in panels, as `tile` reads them, one head after the other.
 
     k[g, slot // PANEL, i, slot % PANEL]                        i < K
     v[g, slot // BLOCK, i // PANEL, slot % BLOCK, i % PANEL]    i < K, rounded up to whole panels
 
-Of int8 each key and each value is one number, its step, times whole numbers of up to 127 either way.
+An int8 store holds whole numbers from -127 to 127, and for each head's key and value a scale to multiply them by.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PanelStore(NamedTuple):
 
     k       (G, ceil(capacity / BLOCK) * BLOCK / PANEL, K, PANEL)
     v       (G, ceil(capacity / BLOCK), ceil(K / PANEL), BLOCK, PANEL)
-    k_scales, v_scales    what the int8 of each slot are multiplied by, float32 (G, ceil(capacity / BLOCK) * BLOCK)
+    k_scales, v_scales    the scale of each slot's int8 numbers, float32 (G, ceil(capacity / BLOCK) * BLOCK)
     """
 
     k: np.ndarray

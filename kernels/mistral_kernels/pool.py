@@ -1,7 +1,7 @@
 """Large arrays whose memory is used again.
 
-Memory that comes from the system is mapped when it is first touched, 4 KiB at a time, and a prompt's arrays are
-megabytes that live for a step or two: with fresh ones, prompts of a small model take twice as long.
+The system maps new memory when it is first touched, 4 KiB at a time. A prompt's arrays are megabytes that live for a
+step or two. With new memory for each, prompts of a small model take twice as long.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from mistral_kernels.instructions import LINE
 
-LEAST = 2**16  # bytes; smaller arrays are left to NumPy
-MOST = 2**28  # bytes that are kept while nobody holds them
+MIN_BYTES = 2**16  # bytes; smaller arrays are left to NumPy
+MAX_KEPT_BYTES = 2**28  # bytes that are kept while nobody holds them
 
 
 def aligned(n_bytes: int, make: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
@@ -31,7 +31,7 @@ def aligned(n_bytes: int, make: Callable[..., np.ndarray] = np.empty) -> np.ndar
 
 
 class _Lease:
-    """Memory that an array, and whatever is made of it, has until the last of them is gone."""
+    """Memory of an array and its views; it is given back when the last of them is gone."""
 
     def __init__(self, memory: np.ndarray, give_back: Callable[[np.ndarray], None]) -> None:
         self._memory, self._give_back = memory, give_back
@@ -59,19 +59,19 @@ class ArrayPool:
         True
         """
         n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        if n_bytes < LEAST:
+        if n_bytes < MIN_BYTES:
             return np.empty(shape, dtype)
         array = np.asarray(_Lease(self._take(n_bytes), self._free.append))
         return array[:n_bytes].view(dtype).reshape(shape)
 
     def _take(self, n_bytes: int) -> np.ndarray:
-        """Return at least so many bytes: the smallest memory that is free and not twice as large, or new memory."""
+        """Return at least n bytes: the smallest free memory that is less than twice as large, or new memory."""
         step = 1 << n_bytes.bit_length() - 3
         size = -(-n_bytes // step) * step  # one of four between powers of two, so that what grows finds memory, too
         with self._taking:  # memory may come back meanwhile, at the end
             places = [i for i in reversed(range(len(self._free))) if size <= len(self._free[i]) < 2 * size]
             if places:
                 return self._free.pop(min(places, key=lambda i: len(self._free[i])))
-            while sum(map(len, self._free)) > MOST:
+            while sum(map(len, self._free)) > MAX_KEPT_BYTES:
                 self._free.pop(0)
         return aligned(size)

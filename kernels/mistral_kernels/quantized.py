@@ -1,8 +1,9 @@
 """Products with matrices of 8 or 4 bits in tile order: for decoding, and for prompts.
 
-As in matvec.py and matmul.py; only the numbers differ. Inputs are rounded to int16 or int8 a group at a time, products
-are summed up as integers, a group at a time (dots.py), and what is read is half or a quarter of 16 bits. A product of
-integers is exact and each group's sum is rounded once, so both ways to multiply agree up to the order of the groups.
+The loops are those of matvec.py and matmul.py; only the numbers differ. Inputs are rounded to int16 or int8, a group at
+a time. Products are summed as integers, a group at a time (dots.py). Memory delivers half or a quarter of the bytes of
+16 bits. Integer sums are exact and each group's sum is rounded once. So decoding and prompts agree up to the order of
+groups.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The inner loops of a matrix times a vector, or a few: several rows at once, as they are stored or in tile order.
 
-Rows as stored: a vector holds neighbours of one row, and is summed up at the end. Tile order (layout.py): a vector
-holds one number of each of eight rows, and nothing has to be summed up. Vectors of 16 lanes take two inputs of a tile
-at once, and TILE_LANES is at least 8, whatever the machine has.
+Rows as stored: a vector holds neighbours of one row, and its lanes are summed at the end. Tile order (layout.py): a
+vector holds one number of each of eight rows, and its lanes are separate sums. A vector of 16 lanes takes two inputs of
+a tile at once. TILE_LANES is at least 8 on every machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Vectors as Numba values, so that a kernel above reads like its mathematics.
+"""Vectors as Numba values, so that kernels read like their mathematics.
 
-A vector is LANES float32 numbers. Numba is taught the type, and here a few operations; kernels name no machine. Offsets
-count elements, and nothing is checked. A product and the sum after it are rounded once where the machine can.
+A vector is LANES float32 numbers. This file teaches Numba the type and a few operations, so that kernels name no
+machine. Offsets count elements, and nothing is checked. multiply_add rounds once where the machine has an instruction
+for it.
 """
 
 from __future__ import annotations

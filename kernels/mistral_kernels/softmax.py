@@ -1,10 +1,10 @@
-"""The online softmax of attention: the scores of some rows become shares, SPAN keys at a time.
+"""The online softmax of attention: it turns the scores of some rows into shares, SPAN keys at a time.
 
     share[r, s] = exp(score[r, s] - m[r])        total[r] = sum over s of share[r, s]        acc[r] = share[r] V
 
-For each row m is the largest score so far. When a larger one turns up, what has been summed up is scaled down (Milakov
-and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), so that no score outlives its span. Of int8,
-a score is multiplied by the scale of its key, a share by that of its value, before it meets the value.
+m[r] is the largest score of row r so far. When a larger score turns up, the sums are scaled down (Milakov and
+Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). So the scores of a span can be dropped after that
+span. With int8 keys and values, a score is multiplied by its key's scale, and a share by its value's scale.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ SPAN = 4 * BLOCK  # keys that go through a softmax together
 
 @part(borrows=True)
 def _seen(newest: int, window: int, low: int, high: int) -> tuple[int, int]:
-    """Return from which and up to which of the keys low, ..., high - 1 a query sees, whose own is the newest.
+    """Return the first key and the end of the keys that a query sees, within low, ..., high - 1.
 
-    The rule that mistral_ref's `attends` states: 0 <= query - key < window.
+    `newest` is the query's own key. The rule is that of mistral_ref's `attends`: 0 <= query - key < window.
     """
     return max(low, newest - window + 1), min(high, newest + 1)
 
 
 @part(borrows=True)
 def _multiply_by_scales(S: Any, row: int, low: int, high: int, scales: Any, first_scale: int) -> None:
-    """Multiply what a row of S holds for the keys low, ..., high - 1 by their scales."""
+    """Multiply a row's numbers in S for the keys low, ..., high - 1 by the scales of these keys."""
     for j in range(low // LANES * LANES, high, LANES):
         store(S, row * SPAN + j, multiply(load(S, row * SPAN + j), load(scales, first_scale + j)))
 
 
 @part(borrows=True)
 def _nothing(S: Any, row: int, low: int, high: int) -> None:
-    """Turn the vectors of a row of S from `low` on, where one begins, up to `high` into 0."""
+    """Set a row of S to 0 from `low`, where a vector begins, up to `high`."""
     for j in range(low, high, LANES):
         store(S, row * SPAN + j, zeros())
 
 
 @part(borrows=True)
 def _raise_largest(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
-    """Let m[row] grow to the largest of a row's scores low, ..., high - 1, and scale down what total and acc hold."""
+    """Raise m[row] to the largest of a row's scores low, ..., high - 1, and scale the row's total and acc down."""
     is_whole = high - low == SPAN  # as nearly all are where there is no window
     maximum = splat(-np.inf)
     for j in range(low // LANES * LANES, high, LANES):
@@ -79,7 +79,7 @@ def _raise_largest(S: Any, row: int, low: int, high: int, m: Any, total: Any, ac
 
 @part(borrows=True)
 def _exponentials(S: Any, row: int, low: int, high: int, all_low: int, all_high: int, m: Any, total: Any) -> None:
-    """Turn the scores low, ..., high - 1 of a row into shares, the others from all_low to all_high into 0."""
+    """Turn a row's scores low, ..., high - 1 into shares, and set its others from all_low to all_high to 0."""
     first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES  # whole vectors around them
     is_whole = high - low == SPAN
     summed = zeros()
@@ -94,7 +94,7 @@ def _exponentials(S: Any, row: int, low: int, high: int, all_low: int, all_high:
 
 
 def shares(has_scales: bool) -> Any:
-    """Return the part of a kernel that turns the scores of some tokens' queries into shares."""
+    """Return the function that turns the scores of some tokens' queries into shares."""
 
     @part(has_scales, borrows=True)
     def into_shares(

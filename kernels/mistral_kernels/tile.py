@@ -2,9 +2,9 @@
 
     C[r, lane] += sum over k of A[r, k] B[k, lane]        r < ROWS, lane < n_vectors * LANES
 
-B is a panel: row k of it is n_vectors vectors that lie side by side, and rows follow each other without a gap. Each
-number of A is multiplied with all of them, and each of the ROWS * n_vectors sums lives in a register from the first k
-to the last, so that a step of k loads n_vectors vectors and ROWS numbers for ROWS * n_vectors multiply-adds.
+B is a panel: a row k of it is n_vectors vectors side by side, and rows follow each other without a gap. Each number of
+A is multiplied with all vectors of its row of B. Each of the ROWS * n_vectors sums stays in a register from the first k
+to the last. So each k loads n_vectors vectors and ROWS numbers for ROWS * n_vectors multiply-adds.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_kernels.pool import LEAST, LINE, MOST, ArrayPool
+from mistral_kernels.pool import LINE, MAX_KEPT_BYTES, MIN_BYTES, ArrayPool
 
-LARGE = LEAST // 4  # float32 numbers
+LARGE = MIN_BYTES // 4  # float32 numbers
 
 
 def place(array: np.ndarray) -> int:
@@ -40,8 +40,8 @@ def test_arrays_that_live_at_the_same_time_share_nothing(data: st.DataObject) ->
 
 @pytest.mark.parametrize("dtype", ["float32", "int16", "int8"])
 def test_an_array_is_like_any_other(dtype: str) -> None:
-    array = ArrayPool().empty((3, LEAST, 5), dtype)
-    assert (array.shape, array.dtype) == ((3, LEAST, 5), np.dtype(dtype))
+    array = ArrayPool().empty((3, MIN_BYTES, 5), dtype)
+    assert (array.shape, array.dtype) == ((3, MIN_BYTES, 5), np.dtype(dtype))
     assert array.flags.c_contiguous
     assert array.flags.writeable
     assert place(array) % LINE == 0
@@ -91,8 +91,8 @@ def test_what_nobody_holds_stays_within_bounds() -> None:
     for size in range(16, 1, -1):
         several = [pool.empty((size * 2**20,)) for _ in range(8)]
         del several
-    held = pool.empty((MOST // 4,))
-    assert kept_bytes(pool) <= MOST < kept_bytes(pool) + held.nbytes
+    held = pool.empty((MAX_KEPT_BYTES // 4,))
+    assert kept_bytes(pool) <= MAX_KEPT_BYTES < kept_bytes(pool) + held.nbytes
 
 
 def test_threads_may_take_and_let_go_at_once() -> None:
