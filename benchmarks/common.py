@@ -158,7 +158,7 @@ def buffer_bytes() -> int:
 
 
 def require_memory(config: ModelConfig, kind: Kind, copies: int = 1) -> None:
-    """Raise InputError if there is no memory for so many copies of a model's weights."""
+    """Raise InputError if memory has no room for this number of copies of a model's weights."""
     n_bytes, available = copies * checkpoint_bytes(config, kind), available_memory()
     if available is not None and n_bytes > available:
         raise InputError(

@@ -63,7 +63,7 @@ examples:
 KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8", "int8", "int4")
 QUANTIZED: tuple[Kind, ...] = ("int8", "int4")
 ROUNDINGS: dict[Kind, tuple[Activations, ...]] = {"bf16": ("bfloat16",)} | dict.fromkeys(QUANTIZED, ("int16", "int8"))
-SHARES = 48  # of memory: more than the candidates of a group, each of which holds as many bytes as are rotated through
+SHARES = 48  # of memory: more than a group has candidates; each candidate holds the bytes that are rotated through
 TOKENS = (2, 4, 8, 15, 16, 32, 128, 512, 2048)
 BLAS_REST = 0.3  # seconds; OpenBLAS's threads go on spinning after a product
 
@@ -110,7 +110,7 @@ class Bench:
 
 
 def rotated(kind: Kind, n_out: int, n_in: int, n_bytes: int) -> list[Matrix]:
-    """Return random matrices that together have at least so many bytes."""
+    """Return random matrices that together have at least n_bytes."""
     rng, std = np.random.default_rng(0), n_in**-0.5
     scale = fp8_scale(std).reshape(1, 1) if kind == "fp8" else None
     matrices: list[Matrix] = []

@@ -61,7 +61,7 @@ def counts_of(config: ModelConfig, depth: int) -> Counts:
 
 
 def decode_rate(counts: Counts, bits: float, limits: Limits, machines: int = 1) -> float:
-    """Return the tokens a second at most, with weights and cache divided by so many machines."""
+    """Return the tokens a second at most, with weights and cache divided by a number of machines."""
     return machines * limits.bandwidth / (counts.weights * bits / 8 + counts.cache_bytes)
 
 

@@ -46,7 +46,7 @@ THEORY = 2
 
 
 def stack(dim: int, n_layers: int | None, kind: Kind) -> ModelConfig:
-    """Return so many layers of a width; None: as many as no cache holds."""
+    """Return a model of a width with n layers; None: with weights that no cache holds."""
     if checked_int("dims", dim, least=512, most=2**14) % 512:
         raise InputError(f"dims is {dim}; expected multiples of 512: heads of 128, four for each key/value head")
     heads = dim // 128

@@ -197,7 +197,7 @@ def group(model: mistral_ref.Model) -> Axes:
 
 
 def _gate_cost(n_tokens: int) -> StepCost:
-    """Return what w1 of a layer of Mistral 7B costs for so many tokens at once."""
+    """Return what w1 of a layer of Mistral 7B costs for a number of tokens at once."""
     config = shape("mistral-7b", layers=1)
     costs = step_costs(config, hollow_weights(config), n_tokens)
     return next(cost for cost in costs if cost.name == "layers.0.gate")

@@ -2,7 +2,7 @@
 
 simd.py has vectors as Numba values, made of instructions.py and pairs.py; rows.py and tile.py the inner loops of
 products; compiling.py how kernels are compiled and kept, threads.py what runs them, pool.py memory that is used again,
-caches.py and limits.py what the machine has and can do. Kernels check nothing; whoever calls them does.
+caches.py and limits.py what the machine has and can do. Kernels check nothing: their callers do.
 """
 
 

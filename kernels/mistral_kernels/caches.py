@@ -23,5 +23,5 @@ def _data_caches_of_linux(root: Path = CPUS) -> tuple[int, ...]:
 
 @cache
 def data_caches() -> tuple[int, ...]:
-    """Return the bytes of each cache for data, nearest first; 32 KiB and 32 MiB where the system tells of none."""
+    """Return the bytes of each cache for data, nearest first; 32 KiB and 32 MiB where the system reports none."""
     return _data_caches_of_linux() or _UNKNOWN

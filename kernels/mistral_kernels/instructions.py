@@ -73,7 +73,7 @@ def load_vector(builder: Any, address: Any, element: ir.Type, n: int) -> Any:
 
 
 def load_first(builder: Any, address: Any, element: ir.Type, n: int, count: Any) -> Any:
-    """Return n elements of which only the first `count` are read; the others are 0."""
+    """Return n elements: the first `count` are read, the others are 0."""
     vector_type, mask_type = ir.VectorType(element, n), ir.VectorType(ir.IntType(1), n)
     lanes = ir.Constant(ir.VectorType(I64, n), list(range(n)))
     mask = builder.icmp_signed("<", lanes, splat_of(builder, count, n))

@@ -66,7 +66,7 @@ def operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], A
     """
 
     def make(write: Callable[..., Any]) -> Any:
-        @functools.wraps(write)  # Numba takes the names of the arguments from there, the first apart
+        @functools.wraps(write)  # Numba takes the names of all arguments but the first from there
         def typed(typing: Any, *given: Any) -> Any:
             wanted = [have if want is ARRAY else want for have, want in zip(given, parameters, strict=True)]
 

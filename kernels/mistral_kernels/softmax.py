@@ -103,10 +103,10 @@ def shares(has_scales: bool) -> Any:
     ) -> None:  # fmt: skip
         """Turn each row's scores of the keys low, ..., high - 1 of a span into shares, those unseen into 0.
 
-        The `group` rows of a token see the same keys, of which the first token's newest has the number `newest`.
+        The `group` rows of a token see the same keys. `newest` is the number of the first token's own key.
 
         scales          of keys and of values; those of this span start at first_scale
-        sums            m, total and acc, of which a row has `width` numbers
+        sums            m, total and acc; a row of acc has `width` numbers
         first_asked, then_asked     an array, and where in it the first row lies of what will be needed: a softmax
                         leaves the memory idle, so it is asked for here
         strides         from token to token and from row to row, of what is asked for

@@ -46,7 +46,7 @@ def run_process(
 
 
 def start(*command: object, **options: Any) -> subprocess.Popen[Any]:
-    """Start a process that Ctrl-C ends, also where whoever started the tests ignores it (`nohup`, a background job)."""
+    """Start a process that Ctrl-C ends, also where the tests themselves ignore it (`nohup`, a background job)."""
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([str(part) for part in command], preexec_fn=heed_ctrl_c, **(piped | options))  # noqa: PLW1509
 

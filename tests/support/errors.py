@@ -1,4 +1,4 @@
-"""What a message says, apart from how it says it: tests pin facts, and sentences stay free to change."""
+"""Facts in a message: tests pin these, and the sentence around them stays free to change."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def refused(kind: type[MistralRefError], *facts: object) -> Iterator[pytest.Exce
 
 @contextmanager
 def warned(*facts: object) -> Iterator[pytest.WarningsRecorder]:
-    """Expect warnings of ours, of one line each, of which one says each of these facts."""
+    """Expect warnings of ours, of one line each; one of them says each of these facts."""
     with pytest.warns(MistralRefWarning) as caught:
         yield caught
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, MistralRefWarning)]

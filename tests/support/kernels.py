@@ -156,7 +156,7 @@ SOME_WAYS = [How(8, "int16", 128), How(8, "int8", 32), How(4, "int16", 32), How(
 
 
 def usual_first(ways: list[How]) -> list[Any]:
-    """Return ways of which those with groups of 32, which all files have unless somebody asks, are tried each time."""
+    """Return ways as parameters. Groups of 32, the default of `quantize`, are tried each time; the others are slow."""
     return slow_but([str(how) for how in ways if how.group == 32], {str(how): how for how in ways})
 
 
@@ -175,7 +175,7 @@ def any_quantized(how: How, n_out: int, n_in: int, seed: int) -> QuantizedMatrix
 
 
 def any_inputs(seed: int, n_tokens: int, n_in: int) -> np.ndarray:
-    """Return inputs some of which are much larger than their neighbours, and some of which are 0 for a while."""
+    """Return inputs: some are much larger than their neighbours, and some stretches are 0."""
     random = np.random.RandomState(seed)
     x_TI = random.normal(size=(n_tokens, n_in)) * random.choice([1, 1, 1, 1e-3, 40], (n_tokens, n_in))
     start = random.randint(0, n_in)
