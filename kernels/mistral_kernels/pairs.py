@@ -89,7 +89,7 @@ def products(builder: Any, a: Any, b: Any, sums: Any, kind: str) -> Any:
 
 
 def widened_tile(builder: Any, stored: Any, kind: str) -> Any:
-    """As widened, for numbers in tile order: there the two numbers of a pair are not neighbours: eight numbers lie between their starts."""
+    """As `widened`, for numbers in tile order: the second number of a pair lies eight numbers after the first."""
     if kind != "pairs":
         return widened(builder, stored, kind)
     n = stored.type.count
