@@ -1,4 +1,4 @@
-"""What a pass costs: counted, predicted and measured; how surprised a model is by a text.
+"""What a pass costs (counted, predicted and measured), and how surprised a model is by a text.
 
-It may import the model, files/ and text/, not study/ (tests/test_imports.py).
+This package may import the model, files/ and text/. It may not import study/ (tests/test_imports.py checks it).
 """

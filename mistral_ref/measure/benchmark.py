@@ -1,9 +1,11 @@
-"""What the benchmarks share: the machine and its limits, fair timing, ratios taken run by run, tables.
+"""What the benchmarks share: the limits of the machine, fair timing, ratios of paired runs, and tables.
 
-A machine's speed drifts by tens of percent within minutes, with heat and with its neighbours. So several candidates are
-measured in turn, never one after the other, and each sample is paired with a limit of the machine measured just before
-it: what is reported is the share of that limit, which drifts far less. Medians, with the smallest and the largest;
-every sample is kept.
+The speed of a machine drifts by tens of percent within minutes: it heats up, and other programs use it too. Therefore:
+
+- Several candidates are measured in turn: one sample of each, then the next sample of each.
+- A limit of the machine is measured just before each sample. The result is the share of that limit that the sample
+  reached. This share drifts far less than the time does.
+- A result is a median, with the smallest and the largest sample beside it. Every sample is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from mistral_kernels import limits, threads
 from mistral_kernels.instructions import LANES
 from mistral_ref.errors import InputError, checked_int
 
-_PEAK_SECONDS = 0.02  # roughly, for one measurement of the multiply-add peak
+_PEAK_SECONDS = 0.02  # about how long one measurement of the multiply-add peak takes
 
 
 class Spread(NamedTuple):
@@ -36,7 +38,7 @@ class Spread(NamedTuple):
     high: float
 
     def text(self, digits: int = 1) -> tuple[str, str]:
-        """Return the median, and the range, as two cells of a table.
+        """Return two cells of a table: the median, and the range.
 
         >>> Spread(0.5, 0.25, 0.75).text(2)
         ('0.50', '0.25 to 0.75')
@@ -54,7 +56,7 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Return the ratio of each pair of samples: two things measured in turn are compared run by run.
+    """Return the ratio of each pair of samples: run i of one candidate over run i of the other.
 
     >>> ratios([2, 9], [1, 3])
     [2.0, 3.0]
@@ -64,19 +66,19 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 
 @dataclass(frozen=True)
 class Limit:
-    """What bounds a kernel: `measure()` returns how much the machine can do a second, right now, in `unit`."""
+    """What the machine can do at most: `measure()` measures it now and returns an amount per second, in `unit`."""
 
     unit: str
     measure: Callable[[], float]
 
 
 def read_limit(n_threads: int, n_bytes: int) -> Limit:
-    """Return the limit "GB/s": plain reads of an array of so many bytes, to be larger than all caches."""
+    """Return the limit in GB/s: plain reads of an array of n_bytes, which should be larger than all caches."""
     return read_limits([n_threads], n_bytes)[0]
 
 
 def read_limits(counts: Sequence[int], n_bytes: int) -> list[Limit]:
-    """Return that limit for each of some numbers of threads, all reading the same array."""
+    """Return the read limit for each number of threads in `counts`; all of them read the same array."""
     floats = np.ones(n_bytes // 4, np.float32)
     kernel = limits.plain_read()
 
@@ -90,9 +92,9 @@ def read_limits(counts: Sequence[int], n_bytes: int) -> list[Limit]:
 
 
 def multiply_add_limit(n_threads: int, kind: Literal["f32", "pairs"] = "f32") -> Limit:
-    """Return the limit "GFLOP/s": vector multiply-adds on registers, each counted as two operations.
+    """Return the limit in GFLOP/s: vector multiply-adds on registers, each counted as two operations.
 
-    A lane does one of float32, or of "pairs" of bf16 two.
+    In one instruction a lane does one multiply-add of float32 ("f32"), or two multiply-adds of bf16 ("pairs").
     """
     kernel = limits.multiply_add_peak(kind)
     rounds = 10**5
@@ -114,9 +116,9 @@ def multiply_add_limit(n_threads: int, kind: Literal["f32", "pairs"] = "f32") ->
 class Candidate:
     """Something to be measured.
 
-    run     does it once
-    work    what one run does, in units of the limit times seconds: GB read, or GFLOP
-    rest    seconds to wait after a sample, for what leaves threads spinning, as BLAS does
+    run     a function that does it once
+    work    how much one run does, in the limit's unit times seconds: GB read, or GFLOP
+    rest    seconds to wait after a sample; needed after BLAS, whose threads keep the cores busy for a while
     """
 
     name: str
@@ -128,7 +130,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All samples of one candidate: the seconds of a run, and the limit measured just before each."""
+    """All samples of one candidate: the seconds of a run, and the limit measured just before each sample."""
 
     name: str
     unit: str
@@ -138,7 +140,7 @@ class Measurement:
 
     @property
     def rates(self) -> list[float]:
-        """Work a second, in the unit of the limit."""
+        """The work per second of each sample, in the unit of the limit."""
         return [self.work / seconds for seconds in self.seconds]
 
     @property
@@ -147,14 +149,14 @@ class Measurement:
         return ratios(self.rates, self.limits)
 
     def cells(self) -> list[str]:
-        """Return the row of a table under HEADINGS."""
+        """Return one row of the table whose headings are HEADINGS."""
         milliseconds = spread([1e3 * seconds for seconds in self.seconds]).median
         rate, share = spread(self.rates), spread([100 * share for share in self.shares])
         limit = f"{median(self.limits):.1f} {self.unit}"
         return [self.name, f"{milliseconds:.3g}", *rate.text(), self.unit, limit, *share.text()]
 
     def as_json(self) -> dict[str, Any]:
-        """Return every sample, and the figures that come of them."""
+        """Return every sample, and the figures computed from them."""
         figures = {name: getattr(self, name) for name in ("name", "unit", "work", "seconds", "limits")}
         return figures | {"rates": self.rates, "shares": self.shares, "median_share": median(self.shares)}
 
@@ -163,7 +165,7 @@ HEADINGS = ["what", "ms", "rate", "min to max", "unit", "limit", "% of it", "min
 
 
 def _runs_for(candidate: Candidate, seconds: float) -> int:
-    """Warm up, and return how many runs a sample needs to take at least so many seconds."""
+    """Warm up, and return how many runs a sample needs to last at least this number of seconds."""
     candidate.run()
     start = time.perf_counter()
     candidate.run()
@@ -179,9 +181,10 @@ def alternate(
     seconds: float = 0.1,
     progress: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
-    """Measure candidates in turn, `repeats` times each, every sample after its limit and at least `seconds` long.
+    """Measure the candidates in turn, `repeats` samples of each; a sample lasts at least `seconds`.
 
-    `progress` is called with what is about to happen.
+    The limit of a candidate is measured just before each of its samples. `progress` is called with a text that says
+    what is about to happen.
     """
     repeats = checked_int("repeats", repeats, least=1)
     report = progress or (lambda text: None)
@@ -203,7 +206,7 @@ def alternate(
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write figures as a JSON file; raise InputError if that is not possible."""
+    """Write figures as a JSON file; raise InputError if the file cannot be written."""
     try:
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

@@ -1,9 +1,12 @@
 """What every step of a forward pass costs: counted, and predicted from the machine's limits.
 
-A step can be done no faster than its arithmetic at the machine's peak, nor than its bytes at the machine's bandwidth:
-the roofline model (Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785). Which of the two holds it back
-is a matter of its intensity, FLOP per byte: decoding one token is bound by memory, since each weight is read for two
-operations, and a long prompt by arithmetic, since each weight that was read serves all of its tokens.
+A machine has two limits: its peak (arithmetic per second) and its bandwidth (bytes per second). A step takes at least
+as long as its arithmetic takes at the peak, and at least as long as its bytes take at the bandwidth. This is the
+roofline model (Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785).
+
+The intensity of a step, FLOP per byte, decides which of the two takes longer. Decoding one token is bound by memory:
+each weight is read for only two operations. A long prompt is bound by arithmetic: each weight is read once and serves
+all tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ _CACHE_DTYPES = ("float32", "float16", "float64", "int8")
 
 
 class Limits(NamedTuple):
-    """What a machine can do in a second: bytes read from memory, and floating-point operations."""
+    """What a machine can do per second at most: bytes read from memory, and floating-point operations."""
 
     bandwidth: float
     peak: float
@@ -31,11 +34,11 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one step takes, at least.
+    """The least that one step must compute, read and write.
 
     flops           additions, multiplications, divisions and exponentials, each counted as one
-    weight_bytes    of the weights that must be read, as stored
-    other_bytes     of activations, and of keys and values in the cache, read and written
+    weight_bytes    bytes of the weights that the step reads, as they are stored
+    other_bytes     bytes that the step reads and writes of activations, and of keys and values in the cache
     """
 
     name: str
@@ -45,7 +48,7 @@ class StepCost:
 
     @property
     def bytes(self) -> int:
-        """All bytes that are read or written."""
+        """All bytes that the step reads or writes."""
         return self.weight_bytes + self.other_bytes
 
     @property
@@ -62,15 +65,15 @@ class StepCost:
         return max(self.flops / limits.peak, self.bytes / limits.bandwidth)
 
     def bound(self, limits: Limits) -> Literal["arithmetic", "memory"]:
-        """Return which of the two takes longer."""
+        """Return which of the two takes longer at the machine's limits."""
         return "arithmetic" if self.flops / limits.peak > self.bytes / limits.bandwidth else "memory"
 
 
 def visible_pairs(n_tokens: int, start: int, window: int | None) -> int:
-    """Return how many (query, key) pairs `attends` lets through, for queries start to start + n_tokens - 1.
+    """Return for how many (query, key) pairs `attends` is true, for the queries start to start + n_tokens - 1.
 
-    The query at position p sees min(p + 1, W) keys: p + 1 while the window fills, which sum to a difference of two
-    triangular numbers, then W.
+    The query at position p sees min(p + 1, W) keys. While the window fills, the counts are p + 1, and their sum is a
+    difference of two triangular numbers. After that, every query sees W keys.
 
     >>> visible_pairs(5, 0, window=3)  # 1 + 2 + 3 + 3 + 3
     12
@@ -85,10 +88,11 @@ def step_costs(
     config: ModelConfig, weights: Weights, n_tokens: int, start: int = 0, *,
     cache_dtype: str = "float32", activation_bytes: int = 4,
 ) -> list[StepCost]:  # fmt: skip
-    """Return the cost of every step of one unobserved pass, in its order: T = n_tokens from position `start`.
+    """Return the cost of every step of a pass of T = n_tokens from position `start`, in the order of the pass.
 
-    A step reads what it is made of once and writes its value once. In one layer, with S keys visible to any query and P
-    pairs of a query and a key that it sees:
+    The pass is one that nobody observes, so all of attention is one step, `heads`. A step reads each of its inputs once
+    and writes its value once. In one layer, S is the number of keys that at least one query sees, and P is the number
+    of pairs of a query and a key that it sees:
 
         step                FLOPs       weights         activations             cache
         embedding                       T rows          T D
@@ -99,15 +103,15 @@ def step_costs(
         ffn_hidden          5 T F                       3 T F
         residuals           T D                         3 T D
 
-    `heads` is all of attention. A pair takes 2 K for its score and 2 K to gather its value, in each query head; softmax
-    adds little and is left out, as are scores in memory, which need not be there. The pass writes its keys and values
-    to the cache between `k_rotated` and `heads`, so they count in `heads`. Making RoPE's cosines and sines, once a
-    pass, is not counted. Logits are those of all T tokens.
+    Attention: in each query head a pair takes 2 K FLOPs for its score and 2 K to gather its value. Softmax adds little
+    and is not counted. Scores are not counted as memory, since a kernel need not store them. The pass writes its keys
+    and values to the cache between `k_rotated` and `heads`; these bytes count in `heads`. RoPE's cosines and sines are
+    computed once per pass and are not counted. Logits are computed for all T tokens.
 
-    With experts, gate, up, ffn_hidden and ffn_out have a row for each of N = T * (experts per token) pairs; ffn_out
-    mixes them besides (2 N D FLOPs, N D + T D activations); expert_weights takes 4 N FLOPs and 2 T E activations. At
-    most min(E, N) experts' weights are read, and that is what counts: exact for one token, above that an upper bound,
-    since tokens may share experts.
+    Experts: a pair is a token and one of its experts, and there are N = T * (experts per token) pairs. gate, up,
+    ffn_hidden and ffn_out have a row for each pair. ffn_out also mixes the experts of a token: 2 N D FLOPs, N D + T D
+    activations. expert_weights takes 4 N FLOPs and 2 T E activations. The weights of min(E, N) experts are counted as
+    read. This is exact for one token. For several tokens it is a maximum, since tokens may share experts.
     """
     if cache_dtype not in _CACHE_DTYPES:
         raise InputError(f"cache_dtype is {short_repr(cache_dtype)}; expected one of {', '.join(_CACHE_DTYPES)}")
@@ -128,28 +132,31 @@ def step_costs(
 
 @dataclass(frozen=True)
 class _PassCost:
-    """The counts of one pass, laid out as in transformer.py; their formulas stand in `step_costs`."""
+    """Counts the steps of one pass, in the order of transformer.py; the docstring of `step_costs` has the formulas."""
 
     config: ModelConfig
     n_tokens: int
     start: int
-    head_bytes: int  # of a head's key in the cache, or its value
-    activation_bytes: int  # of any other
+    head_bytes: int  # of one key of one head in the cache; a value takes the same
+    activation_bytes: int  # of any other activation
 
     def elementwise(self, name: str, width: int, flops: int, arrays: int, weight_bytes: int = 0) -> StepCost:
-        """So many FLOPs for each number of (T, width), and so many arrays of that shape read and written."""
+        """`flops` for each number of (T, width); `arrays` is how many arrays of that shape are read and written."""
         size = self.n_tokens * width
         return StepCost(name, flops * size, weight_bytes, arrays * size * self.activation_bytes)
 
     def norm(self, name: str, weight_D: np.ndarray) -> StepCost:
+        """Return the cost of an RMSNorm."""
         return self.elementwise(name, self.config.dim, 4, 2, weight_D.nbytes)
 
     def product(self, name: str, matrix: Matrix) -> StepCost:
+        """Return the cost of a product with a weight matrix."""
         n_out, n_in = matrix.shape
         activations = self.n_tokens * (n_in + n_out)
         return StepCost(name, 2 * self.n_tokens * n_out * n_in, matrix.nbytes, activations * self.activation_bytes)
 
     def block(self, layer: Layer, window: int | None) -> Iterator[StepCost]:
+        """Yield the costs of all steps of one layer."""
         config = self.config
         yield self.norm("attention_norm", layer.attention_norm)
         yield self.product("q", layer.wq)
@@ -171,6 +178,7 @@ class _PassCost:
         yield self.elementwise("residual_after_ffn", config.dim, 1, 3)
 
     def heads(self, window: int | None) -> StepCost:
+        """Return the cost of attention, from queries, keys and values to `heads`."""
         q_width, kv_width = (n * self.config.head_dim for n in (self.config.n_heads, self.config.n_kv_heads))
         n_keys = self.start + self.n_tokens - Ring(window, None, 1).first_visible(self.start)
         activations, cached = 2 * self.n_tokens * (q_width + kv_width), 2 * (n_keys + self.n_tokens)
@@ -178,6 +186,7 @@ class _PassCost:
         return StepCost("heads", 4 * visible_pairs(self.n_tokens, self.start, window) * q_width, 0, other_bytes)
 
     def experts(self, weights: ExpertFeedForward) -> Iterator[StepCost]:
+        """Yield the costs of a feed-forward with experts, the router included."""
         config, moe = self.config, self.config.moe
         assert moe is not None
         pairs = replace(self, n_tokens=self.n_tokens * moe.num_experts_per_tok)
@@ -197,6 +206,6 @@ class _PassCost:
 
 
 def total_cost(name: str, costs: Sequence[StepCost]) -> StepCost:
-    """Return the cost of several steps one after the other, under a name of its own."""
+    """Return the sum of several steps' costs, under a new name."""
     counts = [(cost.flops, cost.weight_bytes, cost.other_bytes) for cost in costs]
     return StepCost(name, *map(sum, zip(*counts, strict=True)))

@@ -1,4 +1,4 @@
-"""What the steps of a pass cost by the clock, beside what the machine's limits allow."""
+"""How long each step of a pass takes, beside the time that the machine's limits predict."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ _N_SAMPLES = 5  # of each limit
 def measure(
     model: Model, tokens: Prompt, cache: KVCache | None = None, *, repeats: int = 5, progress: Progress | None = None
 ) -> list[list[float]]:
-    """Return for each repeat the seconds of every step of one unobserved pass, in its order; one pass before warms up.
+    """Time several passes. Return a list for each: the seconds of every step, in the order of the pass.
 
-    A step's time goes from sending back the value before it to receiving it, so what happens between two steps counts
-    with the later one: RoPE's cosines and sines with the embedding, writing to the cache with `heads`.
+    One more pass runs first, as a warm-up. A step's time begins when the value before it is sent back, and ends when
+    the step's own value arrives. So work between two steps counts with the later step: computing RoPE's cosines and
+    sines counts with the embedding, and writing to the cache counts with `heads`.
 
-    No pass goes beyond its logits, so none counts: all do the same, and `cache.length` and all that later queries see
-    stay as they were. The tokens must fit the cache's chunk. `progress` is called with (passes done, passes in all).
+    Every pass stops at its logits, before it adds its tokens to the cache. So all passes do the same work, and both
+    `cache.length` and the keys that later queries see stay unchanged. The tokens must fit the cache's chunk.
+    `progress` is called with (passes done, passes in all).
     """
     repeats = checked_int("repeats", repeats, least=1)
     ids = model.token_ids(tokens, cache)
@@ -59,12 +61,12 @@ def _timed_pass(model: Model, tokens_T: np.ndarray, cache: KVCache) -> list[floa
 
 
 def machine_limits(n_threads: int, weights_bytes: int) -> Limits:
-    """Measure what so many threads can do right now: the best of a few plain reads, and of float32 multiply-adds.
+    """Measure what this number of threads can do right now: the best of a few plain reads and of a few peaks.
 
-    What is read is as large as the weights within 1 GiB, but four times the largest cache at least. So weights that fit
-    the caches beat this limit: a small model may take less time than is predicted.
+    The peak is that of float32 multiply-adds. `uncached_bytes` says how many bytes are read: more than any cache holds.
+    So a small model, whose weights fit the caches, may take less time than is predicted.
     """
-    # Here, since they import Numba, and counting goes without.
+    # Imported here, since they import Numba and counting costs does not need it.
     from mistral_ref.measure.benchmark import multiply_add_limit, read_limit  # noqa: PLC0415
     from mistral_ref.measure.machine import uncached_bytes  # noqa: PLC0415
 
@@ -75,11 +77,11 @@ def machine_limits(n_threads: int, weights_bytes: int) -> Limits:
 
 
 class CostRow(NamedTuple):
-    """One step, or several done one after the other.
+    """The figures of one step, or of several steps together.
 
-    predicted   seconds by the machine's limits, of several the sum
-    bound       what the step is bound by, of several the one that is predicted to take longest
-    seconds     measured in each repeat
+    predicted   seconds that the machine's limits predict; of several steps the sum
+    bound       what bounds the step, "arithmetic" or "memory"; of several steps that of the one predicted to be longest
+    seconds     the seconds measured in each repeat; of several steps the sum
     """
 
     cost: StepCost
@@ -97,10 +99,10 @@ class CostRow(NamedTuple):
 class CostTable:
     """Costs, predictions and measurements of a pass.
 
-    costs       of each step, in the order of the pass
-    runs        the seconds of each step, for each repeat
-    limits      what the predictions are made from
-    by_kind     whether `str` shows a row for each kind of step, or for each step
+    costs       the cost of each step, in the order of the pass
+    runs        for each repeat, the seconds of each step
+    limits      the machine's limits, from which the predictions are computed
+    by_kind     True: `str` shows a row for each kind of step; False: a row for each step
     """
 
     costs: list[StepCost]
@@ -109,7 +111,7 @@ class CostTable:
     by_kind: bool = True
 
     def rows(self, *, by_kind: bool) -> list[CostRow]:
-        """Return a row for each step, or for each kind ("gate", "heads", ...) over all layers; the last is "total"."""
+        """Return a row for each step, or for each kind of step ("gate", ...) over all layers; the last is "total"."""
         groups = defaultdict(list)
         for step, cost in enumerate(self.costs):
             groups[cost.name.rpartition(".")[2] if by_kind else cost.name].append(step)
@@ -139,10 +141,11 @@ def cost_table(
     model: Model, tokens: Prompt, cache: KVCache | None = None, *,
     repeats: int = 5, by_kind: bool = True, limits: Limits | None = None, progress: Progress | None = None,
 ) -> CostTable:  # fmt: skip
-    """Return what a pass of these tokens costs, predicted and measured; the arguments are those of `measure`.
+    """Return what a pass of these tokens costs, predicted and measured; `measure` explains the other arguments.
 
-    limits      of the machine; None: measured first, with the threads of the model's operations. NumPy's leave theirs
-                to BLAS: the limits are then those of the threads that compiled operations would use
+    by_kind     True: the table is printed with a row for each kind of step; False: with a row for each step
+    limits      the limits of the machine. None: they are measured first, with as many threads as the model uses. For
+                the NumPy backend, which uses BLAS's threads, they are measured with as many as Numba would use.
     """
     ids, ops = model.token_ids(tokens, cache), model.ops
     start, dtype = (0, ops.dtype.name) if cache is None else (cache.length, cache.dtype)

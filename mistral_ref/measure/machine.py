@@ -1,4 +1,4 @@
-"""The machine, described: what every figure of a benchmark depends on, from the processor to the versions."""
+"""A description of the machine: everything that a benchmark's figures depend on, from processor to versions."""
 
 from __future__ import annotations
 
@@ -45,20 +45,21 @@ def _physical_cores() -> int | None:
 
 
 def cache_bytes() -> int:
-    """Return the size of the largest cache that the system tells of; 32 MiB where it tells of none."""
+    """Return the size of the largest cache that the system reports; 32 MiB where it reports none."""
     return max(data_caches())
 
 
 def uncached_bytes(n_bytes: int) -> int:
-    """Return how much to read for the speed of memory: as much as weights of n bytes, 1 GiB at most, but four caches.
+    """Return how many bytes to read to measure the speed of memory and not that of the caches.
 
-    So weights that fit the caches are read faster than this limit.
+    It is the size of the weights (n_bytes) with a maximum of 1 GiB, and always at least four times the largest cache.
+    Weights that fit the caches are read faster than the limit measured in this way.
     """
     return max(4 * cache_bytes(), min(n_bytes, _LARGEST_READ))
 
 
 def _commit() -> str | None:
-    """Return the checkout's commit, with a mark if files have changed since; None outside of a checkout."""
+    """Return the commit of the checkout, marked "dirty" if files have changed since; None outside of a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -66,12 +67,12 @@ def _commit() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Return where what can be made again is kept: synthetic checkpoints, and what peers read."""
+    """Return the folder of files that can be made again: synthetic checkpoints, and their copies for other engines."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mistral_ref" / "benchmarks"
 
 
 def power_source() -> str | None:
-    """Return "mains" or "battery", on which many laptops compute more slowly; None where the system does not tell."""
+    """Return "mains" or "battery" (many laptops are slower on battery); None where the system does not report it."""
     if sys.platform == "darwin":
         found = command_output("/usr/bin/pmset", "-g", "batt") or ""
         return "mains" if "AC Power" in found else "battery" if "Battery Power" in found else None
@@ -86,7 +87,7 @@ def power_source() -> str | None:
 
 
 def throttle_count() -> int | None:
-    """Return how often cores have been slowed down for heat since the start; None where the system does not tell."""
+    """Return how often heat has slowed down cores since the machine started; None where this is not known."""
     counts = []
     for path in CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
         try:
@@ -97,7 +98,7 @@ def throttle_count() -> int | None:
 
 
 def machine(n_threads: int) -> dict[str, Any]:
-    """Return what figures depend on: processor, threads, versions, date. What the system does not tell is None."""
+    """Return what figures depend on: processor, threads, versions, date. A value that is not known is None."""
     libraries = [info for info in threadpool_info() if info["user_api"] == "blas"]
     blas = [
         f"{info['internal_api']} {info['version']} ({info.get('architecture') or 'unknown'}), "
@@ -126,7 +127,7 @@ def machine(n_threads: int) -> dict[str, Any]:
 
 
 def machine_lines(description: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a description as lines of "name: value".
+    """Yield the lines "name: value" of a description.
 
     >>> list(machine_lines({"vector_lanes": 8, "blas": ["a", "b"], "commit": None}))
     ['vector lanes: 8', 'blas: a; b', 'commit: unknown']

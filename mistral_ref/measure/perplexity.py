@@ -1,20 +1,24 @@
-"""Perplexity: how surprised a model is by a text, exp of the mean negative log-probability of its tokens.
+"""Perplexity: how surprised a model is by a text.
 
-A text is longer than what a model reads at once, so it is cut into windows, and it matters how. Two ways, both of which
-others use, so that figures can be compared:
+It is exp of the mean negative log-probability of the text's tokens. To score a token is to compute its log-probability,
+given the tokens before it in the same window.
 
-    halves      pieces of `context` tokens side by side, the first token of each replaced by BOS; what follows the
-                middle of a piece is scored, and what is left over at the end is not used. llama.cpp's llama-perplexity
-                does so, and gives the same standard error.
-    strided     windows of `context` tokens, each `stride` further on; a window scores the tokens that none before it
-                has scored, so all but the first one are scored, given at least context - stride tokens before them.
-                A smaller stride gives more context and costs more: context / stride passes of the whole text. A stride
-                equal to the context cuts the text into pieces, whose first tokens nothing precedes: they are not
-                scored. The windows are those of Hugging Face's recipe (transformers, "Perplexity of fixed-length
-                models"), whose mean counts one token too few for each window that overlaps the one before it.
+A text is longer than what a model reads at once, so the text is cut into windows. How it is cut changes the result.
+There are two ways here. Other engines use both, so their figures can be compared with these:
+
+    halves      The text is cut into windows of `context` tokens that do not overlap. The first token of each window is
+                replaced by BOS. The tokens after the middle one are scored. Tokens left over at the end of the text
+                are not used. llama.cpp's llama-perplexity does the same, and gives the same standard error.
+    strided     Each window of `context` tokens begins `stride` tokens after the one before it. A window scores the
+                tokens that no earlier window has scored. So every token but the first is scored, given at least
+                context - stride tokens before it. A smaller stride gives the tokens more context, but costs more: the
+                whole text goes through the model context / stride times. If the stride equals the context, windows do
+                not overlap, and the first token of each is not scored, since no token of the window is before it.
+                Hugging Face's recipe has the same windows (transformers, "Perplexity of fixed-length models"). Its
+                mean counts one token too few for each window that overlaps the one before it.
 
     tokens              0 1 2 3 4 5 6 7 8 9
-    halves of 4         B 1 2[3]                the brackets are what is scored
+    halves of 4         B 1 2[3]                (the scored tokens are in brackets, B is BOS)
                                 B 5 6[7]
     strided, 4 by 2     0[1 2 3]
                             2 3[4 5]
@@ -39,7 +43,7 @@ from mistral_ref.model import Model, Prompt
 
 
 class Window(NamedTuple):
-    """Tokens start to stop - 1 go through the model; those from `scored` on are scored."""
+    """Tokens start to stop - 1 go through the model; tokens `scored` to stop - 1 are scored."""
 
     start: int
     stop: int
@@ -48,10 +52,11 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Perplexity:
-    """What a text came to.
+    """The result of scoring a text.
 
     nlls            negative log-probability of each scored token (n_scored,), in nats, in the order of the text
-    n_evaluated     tokens that went through the model: of each window all but the last, after which nothing is asked
+    n_evaluated     how many tokens went through the model; the last token of a window does not: nothing is scored
+                    after it
     """
 
     nlls: np.ndarray
@@ -71,7 +76,7 @@ class Perplexity:
     def nll_error(self) -> float:
         """The standard error of that mean, s / sqrt(n), where s² = sum (nll_i - nll)² / (n - 1); NaN for one token.
 
-        It takes the tokens for independent, which those of a text are not quite.
+        The formula assumes that the tokens are independent. The tokens of a text are not quite independent.
         """
         return float(self.nlls.std(ddof=1) / math.sqrt(self.n_scored)) if self.n_scored > 1 else math.nan
 
@@ -87,12 +92,12 @@ class Perplexity:
         return self.perplexity * self.nll_error
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """Sum of nlls / ln 2 / bytes of the text: comparable between tokenizers, where all of the text was scored."""
+        """Sum of nlls / ln 2 / bytes of the text. If all of the text was scored, tokenizers can be compared by it."""
         return float(self.nlls.sum()) / math.log(2) / n_bytes
 
 
 def half_windows(n_tokens: int, context: int) -> Iterator[Window]:
-    """Yield the pieces of which what follows the middle is scored; see the module.
+    """Yield the windows of the way "halves", which the module's docstring explains.
 
     >>> [tuple(window) for window in half_windows(10, context=4)]
     [(0, 4, 3), (4, 8, 7)]
@@ -102,7 +107,7 @@ def half_windows(n_tokens: int, context: int) -> Iterator[Window]:
 
 
 def strided_windows(n_tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """Yield the windows of the strided way; see the module.
+    """Yield the windows of the way "strided", which the module's docstring explains.
 
     >>> [tuple(window) for window in strided_windows(9, context=4, stride=2)]
     [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 9, 8)]
@@ -125,22 +130,25 @@ def perplexity(
     stride: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Return the perplexity of a text or of token ids, which may be longer than what the model is meant for.
+    """Return the perplexity of a text or of token ids; they may be longer than the model's max_seq_len.
 
-    context     tokens of a window, 3 at least
-    stride      how far apart windows begin, for the strided way; None: the second halves of pieces
+    context     how many tokens a window has, at least 3
+    stride      the way "strided": how many tokens after the one before it a window begins; None: the way "halves"
     progress    called with (tokens before the window, tokens in all)
 
-    Memory: logits exist for one chunk of a window at a time. With the text grow its ids, and a number for each of them.
+    Memory: logits exist for one chunk of a window at a time. Only two things grow with the text: the list of its token
+    ids, and one number for each scored token.
 
-    Raises InputError, before anything is computed, if an argument is out of range or the text too short for a window.
+    Raises InputError, before anything is computed, if an argument is out of range or the text is too short.
     """
     context = checked_int("context", context, least=3, most=model.config.max_seq_len)
     if stride is not None:
         stride = checked_int("stride", stride, least=1, most=context)
     ids = _checked_ids(model, tokens, context)
     if stride is None and len(ids) < context:
-        raise InputError(f"the text has {len(ids)} tokens; expected at least {context}, one context, or a stride")
+        raise InputError(
+            f"the text has {len(ids)} tokens; expected at least {context}, the context (or a stride, for a short text)"
+        )
     if len(ids) < 2:
         raise InputError("the text has 1 token; expected at least 2")
     windows = half_windows(len(ids), context) if stride is None else strided_windows(len(ids), context, stride)
@@ -157,7 +165,7 @@ def perplexity(
 
 
 def _checked_ids(model: Model, tokens: Prompt, context: int) -> list[int]:
-    """Return the ids of a text, checked a window's length at a time, since all together may be longer than allowed."""
+    """Return the ids of a text. A window's length of them is checked at a time: all together may be too long."""
     if isinstance(tokens, str) and model.tokenizer is not None:
         tokens = model.tokenizer.encode(tokens)
     ids: list[int] = []

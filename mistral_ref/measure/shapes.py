@@ -1,4 +1,4 @@
-"""The shapes of published models by name, whole or a few layers of them, for measuring and trying out."""
+"""The shapes of published models, by name. They are for measuring and trying out, with all layers or with a few."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MINISTRAL_3: dict[str, Any] = {
 _EIGHT_EXPERTS = MixtureOfExperts(num_experts=8, num_experts_per_tok=2)
 
 # fmt: off
-# From the published params.json and config.json; "tiny" is nobody's, and has every size unlike the others.
+# From the published params.json and config.json. "tiny" is made up: each of its sizes differs from its other sizes.
 SHAPES: Mapping[str, ModelConfig] = {
     #                        dim layers   heads  head hidden   vocab theta
     "tiny":           _shape(64,      2, (4, 2),  32,   160,    320, 1e4, windows=(24,)),
@@ -59,10 +59,10 @@ SHAPES: Mapping[str, ModelConfig] = {
 
 
 def shape(name: str, *, layers: int | None = None, window: int | None = None) -> ModelConfig:
-    """Return the configuration of a published model, by one of the names in SHAPES.
+    """Return the configuration of a published model; `name` is one of the names in SHAPES.
 
-    layers      take only so many, or more; None: as published
-    window      for every layer; 0: none; None: as published
+    layers      how many layers, fewer or more than published; None: as many as published
+    window      the sliding window of every layer; 0: no layer has a window; None: as published
 
     >>> shape("mistral-7b", layers=2, window=0).sliding_window
     (None, None)

@@ -1,12 +1,13 @@
-"""How fast a model is on this machine, by the conventions of llama.cpp's llama-bench, and what limits it.
+"""How fast a model is on this machine, and what limits it. The tests follow llama.cpp's llama-bench:
 
-    pp512           512 random tokens as a prompt, 512 at once, logits of the last
-    tg128           128 random tokens one by one
-    tg128 @ d4096   the same after 4096 others
+    pp512           prompt processing: 512 random tokens, 512 at a time, with the logits of the last one
+    tg128           text generation: 128 random tokens, one at a time
+    tg128 @ d4096   the same, after 4096 other tokens
 
-Tokenizing, sampling and reading the file are not part of it. Each test runs once to warm up, then some times; every
-sample stands beside a limit of the machine measured just before it: generating reads every weight once a token and is
-held against plain reads of memory, a prompt multiplies all weights with many tokens and is held against multiply-adds.
+Tokenizing, sampling and reading the file are not measured. Each test runs once as a warm-up, and then several times.
+A limit of the machine is measured just before each run, and the run is compared with it. Generation reads every weight
+once for each token, so its limit is plain reads of memory. A prompt multiplies all weights with many tokens, so its
+limit is multiply-adds.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from mistral_ref.measure.benchmark import Limit, ratios
 from mistral_ref.measure.cost import StepCost, step_costs
 from mistral_ref.model import Model
 
-CHUNK = 512  # tokens that a prompt is read in
+CHUNK = 512  # how many tokens of a prompt go through the model at a time
 _SEED = 0
 
 
 class SpeedTest(NamedTuple):
-    """n tokens after `depth` others: a prompt, or generated one by one."""
+    """One test: n tokens after `depth` others. They are a prompt, or are generated one at a time."""
 
     n_prompt: int
     n_gen: int
@@ -38,12 +39,12 @@ class SpeedTest(NamedTuple):
 
     @property
     def n(self) -> int:
-        """How many tokens a run takes."""
+        """How many tokens one run of the test has."""
         return self.n_prompt or self.n_gen
 
     @property
     def name(self) -> str:
-        """As llama-bench calls it.
+        """The name of the test in llama-bench.
 
         >>> SpeedTest(0, 128, 4096).name
         'tg128 @ d4096'
@@ -53,7 +54,7 @@ class SpeedTest(NamedTuple):
 
 
 def speed_tests(n_prompt: Sequence[int], n_gen: Sequence[int], depths: Sequence[int]) -> list[SpeedTest]:
-    """Return a test for each number of tokens at each depth; 0 tokens are no test.
+    """Return a test for each number of tokens at each depth. For 0 tokens there is no test.
 
     >>> [test.name for test in speed_tests([512], [0, 8], [0, 64])]
     ['pp512', 'tg8', 'pp512 @ d64', 'tg8 @ d64']
@@ -71,9 +72,10 @@ def speed_tests(n_prompt: Sequence[int], n_gen: Sequence[int], depths: Sequence[
 class SpeedResult:
     """Every sample of one test.
 
-    seconds     of each run
-    limits      of the machine, measured just before each, in `unit`
-    work        what a run does at least: GB read to generate a token, times tokens, or GFLOP of a prompt
+    unit        the unit of the limit: GB/s for generation, GFLOP/s for a prompt
+    work        the least that one run must do: the GB that it reads to generate its tokens, or the GFLOP of its prompt
+    seconds     the time of each run
+    limits      the limit of the machine in `unit`, measured just before each run
     """
 
     test: SpeedTest
@@ -84,34 +86,35 @@ class SpeedResult:
 
     @property
     def rates(self) -> list[float]:
-        """Tokens a second of each run."""
+        """Tokens per second of each run."""
         return [self.test.n / seconds for seconds in self.seconds]
 
     @property
     def mean(self) -> float:
-        """Tokens a second, the mean over the runs."""
+        """Tokens per second: the mean over the runs."""
         return mean(self.rates)
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of tokens a second over the runs; 0 for a single one."""
+        """Tokens per second: the standard deviation over the runs; 0 for a single run."""
         return stdev(self.rates) if len(self.rates) > 1 else 0.0
 
     @property
     def work_rates(self) -> list[float]:
-        """GB or GFLOP a second of each run."""
+        """GB/s or GFLOP/s of each run."""
         return [self.work / seconds for seconds in self.seconds]
 
     @property
     def shares(self) -> list[float]:
-        """What each run reached of the limit before it."""
+        """The share of its limit that each run reached."""
         return ratios(self.work_rates, self.limits)
 
 
 def work_of(model: Model, test: SpeedTest, cache_dtype: str) -> tuple[int, int]:
-    """Return the FLOP of a run, and the bytes that it reads and writes at least; see cost.py.
+    """Return how many FLOP a run needs, and how many bytes it reads and writes at least; see cost.py.
 
-    A prompt gives the logits of its last token alone; generated tokens are counted at the middle of the run.
+    For a prompt, norm and logits are counted for one token of each chunk. For generation, each token is counted with
+    as many tokens before it as the token in the middle of the run has.
     """
 
     def costs(n_tokens: int, start: int) -> list[StepCost]:
@@ -139,11 +142,14 @@ def measure_speed(
     warm_up: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> list[SpeedResult]:
-    """Return the results of all tests, one after the other, from the shallowest depth to the deepest.
+    """Run the tests one after the other, in the order given, and return their results.
 
-    read, peak      limits in GB/s and GFLOP/s, as benchmark.py makes them
-    seconds         that one test may take, about: it runs less often where a run is long, once at least
-    progress        called with what is about to happen
+    repeats         how many runs of each test are measured
+    read, peak      the limits in GB/s and in GFLOP/s, made by benchmark.py
+    cache_dtype     the dtype of keys and values in the cache; None: the cache's default
+    seconds         about how long the runs of one test may take: if a run is long, there are fewer, but at least one
+    warm_up         whether each test first runs once without being measured
+    progress        called with a text that says what is about to happen
     """
     repeats = checked_int("repeats", repeats, least=1)
     report = progress or (lambda text: None)
@@ -174,8 +180,8 @@ def measure_speed(
 
 
 def _run(model: Model, cache: KVCache, test: SpeedTest, ids: np.ndarray) -> float:
-    """Return the seconds that a run takes; the cache is as long afterwards as it was before."""
-    used = cache if len(ids) <= cache.chunk else cache.copy()  # a ring can take back as many tokens as its chunk
+    """Return the seconds that a run takes; after the run the cache is as long as before it."""
+    used = cache if len(ids) <= cache.chunk else cache.copy()  # a ring can take back at most one chunk of tokens
     start = time.perf_counter()
     _append(model, used, ids, CHUNK if test.n_prompt else 1)
     took = time.perf_counter() - start

@@ -1,7 +1,8 @@
-"""Checkpoints of random weights in the shapes of published models, for measuring: speed does not ask what weights say.
+"""Checkpoints of random weights in the shapes of published models, for measuring speed and memory.
 
-They are real directories, params.json and consolidated.safetensors, written a piece at a time, so that a model of any
-size can be made in a few MiB of memory.
+Speed depends on the shapes of the weights and not on their values. A checkpoint made here is a directory like any
+other, with params.json and consolidated.safetensors. It is written a piece at a time, so that a model of any size can
+be made in a few MiB of memory.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from mistral_ref.files.whole_file import whole_file
 from mistral_ref.quantized_matrix import GROUP_SIZE, scale_values
 from mistral_ref.weights import Kind, Matrix, Weights, bf16_bits, e4m3_values, weights_of
 
-_MADE_HERE = "mistral_ref.synthetic.v1"  # the entry in a file's metadata that says what it was made of
-_PIECE = 2**20  # weights in memory at a time
+_MADE_HERE = "mistral_ref.synthetic.v1"  # key in a file's metadata; its value is what the file was made from
+_PIECE = 2**20  # how many weights are in memory at a time
 _N_QUANTILES = 2**16
-_FP8_PER_STD = 64.0  # an fp8 weight of one standard deviation; the largest of all, 4.3 of them, stays below 448
+_FP8_PER_STD = 64.0  # the fp8 number for one standard deviation; the largest weight, 4.3 times this, stays below 448
 
 
 def encoded(values: np.ndarray, kind: Kind) -> np.ndarray:
-    """Return float32 values rounded to the nearest numbers of a kind, as files hold them: bf16 as uint16, fp8 as uint8.
+    """Return float32 values rounded to the nearest numbers of a kind; bf16 is returned as uint16, fp8 as uint8.
 
     >>> encoded(np.float32([1.0, -448.0]), "fp8").tolist()
     [56, 254]
@@ -56,14 +57,14 @@ def _quantiles() -> np.ndarray:
 
 
 def fp8_scale(std: float) -> np.float32:
-    """Return what random fp8 weights are multiplied by to have this standard deviation."""
+    """Return the scale that gives random fp8 weights this standard deviation."""
     return np.float32(std / _FP8_PER_STD)
 
 
 def random_weights(rng: np.random.Generator, n: int, std: float, kind: Kind) -> Iterator[np.ndarray]:
-    """Yield n weights of a kind in pieces: drawn evenly from 65536 quantiles of a normal distribution.
+    """Yield n weights of a kind in pieces. Each is one of 65536 quantiles of a normal distribution, all equally likely.
 
-    Numbers of 8 and 16 bits hold no more than that, and looking them up is several times faster than drawing floats.
+    A type of 8 or 16 bits has no more numbers than that, and a look-up is several times faster than drawing floats.
     """
     table = encoded(_quantiles() * np.float32(_FP8_PER_STD if kind == "fp8" else std), kind)
     for start in range(0, n, _PIECE):
@@ -72,7 +73,13 @@ def random_weights(rng: np.random.Generator, n: int, std: float, kind: Kind) -> 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: name, dtype as safetensors spells it, shape, and a function that makes it in pieces."""
+    """A tensor to be written.
+
+    name        its name in the file
+    dtype       its dtype, as safetensors spells it
+    shape       its shape
+    pieces      a function that makes its values, piece by piece
+    """
 
     name: str
     dtype: str
@@ -88,7 +95,7 @@ class PlannedTensor:
 def write_planned(
     path: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str], progress: Progress | None = None
 ) -> None:
-    """Write a safetensors file piece by piece; it appears under its name only when it is complete.
+    """Write a safetensors file piece by piece. The file appears at `path` only when it is complete.
 
     `progress` is called with (bytes written, bytes in all). Raises InputError if the disk has no room.
     """
@@ -103,7 +110,7 @@ def write_planned(
 
 
 def _random_codes(name: str, n_out: int, n_in: int, bits: int, std: float, seed: int) -> Iterator[PlannedTensor]:
-    """Yield the tensors of a matrix of 8 or 4 bits: any codes, all scales such as give the standard deviation."""
+    """Yield the tensors of a matrix of 8 or 4 bits: random codes, with one scale that gives the standard deviation."""
     specs, most = quantized_tensors(n_out, n_in, bits, GROUP_SIZE), 2**bits - 1
     scale = np.searchsorted(scale_values(), std / math.sqrt((most + 1) ** 2 / 12)).astype(np.uint8)
 
@@ -123,10 +130,11 @@ def _random_codes(name: str, n_out: int, n_in: int, bits: int, std: float, seed:
 
 
 def plan(config: ModelConfig, kind: Kind, seed: int) -> list[PlannedTensor]:
-    """Return the tensors of a model under Mistral's own names: matrices of standard deviation 1/sqrt(I), norms of ones.
+    """Return the tensors of a model under Mistral's own names.
 
-    In an fp8 model embedding, output, routers and norms are bf16, as they are in published ones. In one of 8 or 4 bits
-    routers and norms are bf16, embedding and output have 8 bits, as `quantize` makes them.
+    The matrices have standard deviation 1/sqrt(I), and the norms are ones. In an fp8 model the embedding, the output,
+    the routers and the norms are bf16, as in published fp8 models. In a model of 8 or 4 bits the routers and the norms
+    are bf16, and the embedding and the output have 8 bits, as in models made by `quantize`.
     """
     tensors = list(_plan(config, kind, seed))
     n_rounded = sum(tensor.name.endswith(".scales") for tensor in tensors)
@@ -145,7 +153,7 @@ def _plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]
             return
 
         def pieces() -> Iterator[np.ndarray]:
-            rng = np.random.default_rng([seed, *name.encode()])  # of its own, so that no tensor depends on others
+            rng = np.random.default_rng([seed, *name.encode()])  # one for each tensor, so that none depends on others
             return random_weights(rng, n_out * n_in, std, kind)
 
         yield PlannedTensor(f"{name}.weight", DTYPES[kind], (n_out, n_in), pieces)
@@ -167,7 +175,7 @@ def _plan(config: ModelConfig, kind: Kind, seed: int) -> Iterator[PlannedTensor]
 
 
 def plan_metadata(tensors: Iterable[PlannedTensor], kind: Kind) -> dict[str, str]:
-    """Return the metadata that a file of these tensors needs to be read."""
+    """Return the metadata that a file with these tensors needs, so that it can be read."""
     if kind not in ("int8", "int4"):
         return {}
     names = (tensor.name.removesuffix(".scales") for tensor in tensors if tensor.name.endswith(".scales"))
@@ -176,7 +184,7 @@ def plan_metadata(tensors: Iterable[PlannedTensor], kind: Kind) -> dict[str, str
 
 
 def params_json(config: ModelConfig) -> dict[str, Any]:
-    """Return what params.json says of a configuration."""
+    """Return the content of params.json for a configuration."""
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps")
     file = {name: getattr(config, name) for name in (*names, "rope_theta", "tied_embeddings")}
     optional = {"max_seq_len": config.max_seq_len, "sliding_window": list(config.sliding_window)}
@@ -197,7 +205,7 @@ def params_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def hollow_weights(config: ModelConfig) -> Weights:
-    """Return bf16 weights of a configuration's shape that take no memory, to be counted and not computed with."""
+    """Return bf16 weights of a configuration that take no memory; costs can be counted with them, nothing computed."""
 
     def tensor(name: str, shape: tuple[int, ...]) -> Matrix | np.ndarray:
         if len(shape) == 1:
@@ -208,7 +216,7 @@ def hollow_weights(config: ModelConfig) -> Weights:
 
 
 def _made_of(path: Path) -> str | None:
-    """Return what a file made here says it was made of; None for any other file."""
+    """Return the metadata entry that says what a file was made from; None for a file that was not made here."""
     try:
         with safe_open(path, framework="np") as file:
             return (file.metadata() or {}).get(_MADE_HERE)
@@ -217,12 +225,12 @@ def _made_of(path: Path) -> str | None:
 
 
 def checkpoint_folder(name: str, config: ModelConfig, kind: Kind, parent: Path) -> Path:
-    """Return the folder for a checkpoint of a shape by its name: one for each number of layers and kind of weights."""
+    """Return the folder for a checkpoint; there is one for each shape, number of layers and kind of weights."""
     return parent / f"{name}-{config.n_layers}-{kind}"
 
 
 def checkpoint_bytes(config: ModelConfig, kind: Kind) -> int:
-    """Return the bytes of a checkpoint's tensors."""
+    """Return how many bytes the tensors of a checkpoint take."""
     return sum(tensor.spec.nbytes for tensor in plan(config, kind, seed=0))
 
 
@@ -234,10 +242,11 @@ def make_checkpoint(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
-    """Make the directory of a model with random weights, or leave the weights that are there if they are the same.
+    """Make the directory of a model with random weights, and return it.
 
-    Windows and the longest sequence are no part of the weights: they only change params.json. Raises InputError if the
-    disk has no room, or if the directory holds weights that were not made here.
+    If the directory already holds the same weights, they stay. Windows and max_seq_len do not matter for this: they
+    only change params.json. Raises InputError if the disk has no room, or if the directory holds weights that were not
+    made here.
     """
     if kind not in get_args(Kind):
         raise InputError(f"kind is {short_repr(kind)}; expected one of {', '.join(get_args(Kind))}")
@@ -247,7 +256,9 @@ def make_checkpoint(
     fields = dataclasses.asdict(config.replace(sliding_window=(None,) * config.n_layers, max_seq_len=None))
     made_of = json.dumps({"kind": kind, "seed": checked_int("seed", seed, least=0), "config": fields})
     if os.path.lexists(path) and _made_of(path) is None:
-        raise InputError(f"{path}: weights that were not made here are not overwritten; expected another directory")
+        raise InputError(
+            f"{path}: these weights were not made here, so they are not overwritten; expected another directory"
+        )
     if _made_of(path) != made_of:
         tensors = plan(config, kind, seed)
         write_planned(path, tensors, {_MADE_HERE: made_of} | plan_metadata(tensors, kind), progress)
