@@ -1,11 +1,16 @@
-"""Two passes side by side: how far each step of one lies from the same step of the other, and which departs first.
+"""Compare two passes: how far does each step lie from the same step of the other pass, and which step departs first?
 
-Distances are in float32 ulps of the step's largest value: max |a - b| / spacing(max |reference|), where spacing(x) is
-the gap between x and the next float32. One ulp is one rounding, whatever the scale of the step. What separates two
-correct passes in float32 is a few ulps in the first steps and grows from layer to layer, to some hundreds for models
-with sharp attention (docs/architecture.md has measured figures); most bugs are a jump to tens of thousands and more.
-The default bound lies between. What is as small as rounding escapes it, an epsilon of 1e-6 for 1e-5 in the last norm
-for one; a lower bound, or `own`, which takes away what has come together before, finds smaller ones.
+A distance is measured in float32 ulps of the largest value of the step: max |a - b| / spacing(max |reference|).
+spacing(x) is the gap between x and the next float32. One ulp is about one rounding, whether the values of the step are
+large or small.
+
+Two correct passes in float32 differ by a few ulps in the first steps. The distance grows from layer to layer, to some
+hundreds of ulps in models with sharp attention (docs/architecture.md has measured figures). Most bugs make it jump to
+tens of thousands of ulps or more. The default bound lies between the two.
+
+Some bugs are as small as rounding: for example an epsilon of 1e-6 in place of 1e-5 in the last norm. The default bound
+misses them. Two settings find smaller bugs: a lower bound, and `own`. With `own` each step starts from the same values
+in both passes, so no distance comes from earlier steps.
 """
 
 from __future__ import annotations
@@ -22,21 +27,22 @@ from mistral_ref.errors import InputError, short_repr
 from mistral_ref.steps import Step
 from mistral_ref.walk import Walk
 
-DEFAULT_BOUND = 2000.0  # ulps, for what has come together since the embedding
-OWN_BOUND = 200.0  # and for what one step adds by itself
+DEFAULT_BOUND = 2000.0  # ulps, for the distance that all steps since the embedding have added
+OWN_BOUND = 200.0  # ulps, for the distance that one step adds
 
 
 @dataclass(frozen=True)
 class Difference:
     """How far one step lies from the same step of a reference.
 
-    max_abs         the largest |a - b|; infinite where only one is NaN, or where an infinity meets anything else
-    max_rel         the largest |a - b| / max(|a|, |b|), 2 at most if both are finite; small values count as large ones
+    name            the step's name
+    max_abs         the largest |a - b|; infinite if only one of the two is NaN, or if an infinity meets another value
+    max_rel         the largest |a - b| / max(|a|, |b|), at most 2 if both are finite; values of any size count alike
     ulps            max_abs in float32 ulps of the reference's largest value
-    worst           index of the largest difference; None where nothing differs
-    first           index of the first element, in the order in which they lie, that differs by more than the bound
-    value, expected     the two values at `worst`
-    problem         why the values cannot be compared, such as unlike shapes; "" where they can
+    worst           index of the largest difference; None if nothing differs
+    first           index of the first element in memory order that differs by more than the bound; None if none does
+    value, expected     the step's value and the reference's value at `worst`
+    problem         why the values cannot be compared, for example different shapes; "" if they can be compared
     """
 
     name: str
@@ -51,17 +57,18 @@ class Difference:
 
     @property
     def departs(self) -> bool:
-        """Whether an element differs by more than the bound, or none can be compared."""
+        """Whether an element differs by more than the bound, or the values cannot be compared."""
         return self.first is not None or bool(self.problem)
 
 
 def difference(
     name: str, value: np.ndarray, reference: np.ndarray, bound: float, *, rounding: float = 0.0
 ) -> Difference:
-    """Return the Difference of a step from its reference; InputError if shapes differ or the bound is none.
+    """Return the Difference of a step from its reference. Raises InputError if the shapes differ or the bound is < 0.
 
-    rounding    what each element may differ by besides the bound, as a part of its size: values that were stored in 16
-                bits have lost 2^-11 (f16) or 2^-8 (bf16) of it
+    bound       how many ulps an element may differ by
+    rounding    how much more an element may differ by, as a share of its size: a value that was stored in 16 bits has
+                lost up to 2^-11 (f16) or 2^-8 (bf16) of its size
 
     >>> d = difference("x", np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.5, 4.0]), bound=1000)
     >>> d.max_abs, d.max_rel, d.ulps, d.worst
@@ -70,8 +77,8 @@ def difference(
     if not bound >= 0:
         raise InputError(f"bound is {short_repr(bound)}; expected a number of at least 0")
     if value.shape != reference.shape:
-        raise InputError(f"{name} has shape {value.shape} in one and {reference.shape} in the other")
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities; NaN with bits that processors warn of
+        raise InputError(f"{name} has shape {value.shape} in one pass and {reference.shape} in the other")
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities, and NaN bit patterns that processors warn about
         ours, theirs = value.astype(np.float64), reference.astype(np.float64)
         distance = np.abs(ours - theirs)
     distance[(ours == theirs) | (np.isnan(ours) & np.isnan(theirs))] = 0.0
@@ -101,19 +108,19 @@ def difference(
 
 
 def step_difference(step: Step, reference: Step, bound: float) -> Difference:
-    """Return the Difference of a step from its reference, scores and attention weights laid side by side by position.
+    """Return the Difference of a step from its reference. Scores and attention weights are matched by key position.
 
-    Two passes may see different keys, as when one has a wrong window: a key that only one of them sees has a score of
-    -inf and a weight of 0 in the other.
+    Two passes may see different keys, for example if one has a wrong window. A key that only one pass sees gets a
+    score of -inf and a weight of 0 in the other pass. Raises InputError if the last keys are at different positions.
     """
     value, expected = step.value, reference.value
-    if step.name in ("norm", "logits") and 1 in (len(value), len(expected)):  # many engines keep the last token's alone
+    if step.name in ("norm", "logits") and 1 in (len(value), len(expected)):  # many engines keep only the last token's
         value, expected = value[-1:], expected[-1:]
     keys, expected_keys = step.key_positions, reference.key_positions
     if keys is not None and expected_keys is not None and keys != expected_keys:
-        if keys.stop != expected_keys.stop:  # the last one is the last query's own
-            ends = f"{keys.stop - 1} in one and {expected_keys.stop - 1} in the other"
-            raise InputError(f"{step.name} ends at position {ends}; expected passes of the same positions")
+        if keys.stop != expected_keys.stop:  # the last key belongs to the last query's own token
+            ends = f"{keys.stop - 1} in one pass and {expected_keys.stop - 1} in the other"
+            raise InputError(f"{step.name} ends at position {ends}; expected passes over the same positions")
         first = min(keys.start, expected_keys.start)
         unseen = 0.0 if step.name.endswith(".attention_weights") else -np.inf
 
@@ -136,11 +143,13 @@ def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 class Comparison(Sequence[Difference]):
     """The differences of all steps that two passes share, in the order of the pass.
 
-    bound       how many ulps a step may lie from its reference before it counts as departed
-    unmatched   names of steps that only one of the two holds
-    own         whether both passes went on from the same values at each step, so that each shows what it adds itself
-    fixed       with `own`: the steps that could only be looked at, so that what follows them shows their difference too
-    rounding    the part of its size by which a value may differ besides, since a file held it in 16 bits
+    differences one Difference for each shared step
+    bound       a step departs if it lies more ulps than this from its reference
+    unmatched   names of the steps that only one of the two passes holds
+    own         whether both passes went on from the same values at each step: each Difference is then the step's own
+    fixed       with `own`: names of the steps whose values could not be exchanged; the steps after them show their
+                difference too
+    rounding    how much more a value may differ by, as a share of its size, because a file stored it in 16 bits
     """
 
     differences: list[Difference]
@@ -162,16 +171,16 @@ class Comparison(Sequence[Difference]):
 
     @property
     def departed(self) -> list[Difference]:
-        """The differences beyond the bound."""
+        """The differences of the steps that depart."""
         return [difference for difference in self if difference.departs]
 
     @property
     def first(self) -> Difference | None:
-        """The first step that departs; None where none does."""
+        """The difference of the first step that departs; None if no step departs."""
         return next(iter(self.departed), None)
 
     def furthest_by_layer(self) -> Comparison:
-        """Return a shorter one: the first step that departs, and of each layer the step that is furthest."""
+        """Return a shorter Comparison: the first step that departs, and the furthest step of each layer."""
         furthest: dict[str, Difference] = {}
         for difference in self:
             place = difference.name.rpartition(".")[0] or difference.name
@@ -180,7 +189,7 @@ class Comparison(Sequence[Difference]):
         return replace(self, differences=[d for d in self if d is self.first or d in furthest.values()])
 
     def verdict(self) -> str:
-        """Return in a sentence or two what the comparison came to."""
+        """Return the result of the comparison in one or two sentences."""
         n_steps = f"all {len(self)} steps" if len(self) > 1 else f"the one step, {self[0].name},"
         bound = f"{self.bound:g} ulps"
         bound += f" and the rounding to 16 bits, {self.rounding:.2g} of each value" if self.rounding else ""
@@ -202,13 +211,13 @@ class Comparison(Sequence[Difference]):
             )
         if self.fixed:
             text += (
-                f"\n{len(self.fixed)} steps could only be looked at, such as {self.fixed[0]}, so those after them show "
-                "their differences too; backend='numpy' can be entered everywhere"
+                f"\n{len(self.fixed)} steps could only be looked at, such as {self.fixed[0]}, so the steps after them "
+                "show their differences too; with backend='numpy' every step can be exchanged"
             )
         return text
 
     def rows(self) -> list[list[str]]:
-        """Return the rows of a table under HEADINGS."""
+        """Return one row of texts for each difference; HEADINGS are the headings of the columns."""
         return [
             [
                 ("* " if difference.departs else "  ") + difference.name,
@@ -225,7 +234,7 @@ class Comparison(Sequence[Difference]):
         return self.text()
 
     def text(self, *, every: bool = True) -> str:
-        """Return table and verdict: a row for every step, or for the furthest of each layer."""
+        """Return the table and the verdict: a row for every step, or (`every=False`) as in `furthest_by_layer`."""
         rows = self.rows() if every else self.furthest_by_layer().rows()
         lines = [markdown_table(HEADINGS, rows), self.verdict()]
         if self.unmatched:
@@ -248,17 +257,17 @@ def compare_walks(
     own: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Comparison:
-    """Take two walks to their end, side by side, and return how far each step lies from the reference's.
+    """Take two walks to their ends, side by side; return a Comparison of each step with the reference's step.
 
-    Nothing is kept but the differences, so that any two models can be compared.
+    Only the differences are kept, so memory is enough for any two models.
 
-    own     at every step the reference goes on from the other's value, so that each row shows what that step adds by
-            itself, and every faulty step is found, not the first alone. Steps that can only be looked at, or that see
-            other keys, are left out of the exchange
-    bound   in ulps; by default 2000, or 200 with `own`
+    bound   in ulps; the default is 2000, or 200 with `own`
+    own     at every step the reference takes over the value of `walk` and goes on from it. Each row then shows the
+            distance that this one step adds, so every faulty step is found, not only the first. Two kinds of steps are
+            not exchanged: steps whose value cannot be replaced, and steps that see different keys
     progress    called with the number of steps compared so far
 
-    Raises InputError if the two do not yield the same steps, or are of different positions.
+    Raises InputError if the two walks do not yield the same steps, or if they cover different positions.
     """
     bound = (OWN_BOUND if own else DEFAULT_BOUND) if bound is None else bound
     differences, fixed = [], []

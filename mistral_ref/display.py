@@ -1,7 +1,8 @@
-"""How values are shown: statistics, numbers, tables and heat maps, as text and as HTML. It knows arrays, not models.
+"""Show values as text and as HTML: statistics, numbers, tables and heat maps. This module knows arrays, not models.
 
-Texts that come from a model or its reader (pieces of a tokenizer, names in a file) are shown and never obeyed: whoever
-takes them in makes them safe for terminals by `errors.printable`; for pages `html_text` escapes them here.
+Some texts come from outside: pieces of a tokenizer, names in a file. They must not act as commands of a terminal or as
+HTML. The module that reads such a text makes it safe for terminals with `errors.printable`. For HTML pages `html_text`
+escapes it here.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ import numpy as np
 from rich.cells import cell_len
 
 _POSITIVE, _NEGATIVE, _UNSEEN, _BROKEN = " ░▒▓█", " -=≡#", "·", "!"
-_MAX_SUMMARISED = 2**26  # bytes that are looked through for a table in a notebook
+_MAX_SUMMARISED = 2**26  # bytes of values; above this a table in a notebook has no statistics, to stay fast
 _RED, _BLUE = np.array([178.0, 24.0, 43.0]), np.array([33.0, 102.0, 172.0])  # the ends of ColorBrewer's RdBu
 
 
 class Statistics(NamedTuple):
-    """What an array's finite values are like, and how many are none. `rms` is the root of the mean square.
+    """Statistics of an array: four of its finite values, and the numbers of NaN and infinite values.
 
-    Without a finite value the first four are NaN.
+    low, high   the smallest and the largest finite value
+    mean        their mean
+    rms         the square root of the mean of their squares
+    n_nan, n_infinite   how many values are NaN, and how many are infinite
+
+    If no value is finite, the first four are NaN.
     """
 
     low: float
@@ -59,7 +65,7 @@ def statistics(values: np.ndarray) -> Statistics:
 
 
 def size_text(axes: Sequence[str], shape: Sequence[int]) -> str:
-    """Return axes with their sizes.
+    """Return the names of the axes with their sizes, as one text.
 
     >>> size_text(("token", "dim"), (4, 224))
     'token 4, dim 224'
@@ -68,7 +74,10 @@ def size_text(axes: Sequence[str], shape: Sequence[int]) -> str:
 
 
 def numbers(values: np.ndarray, width: int = 100) -> str:
-    """Return an array as numbers of four digits, its middle left out where it would take more than 40 lines."""
+    """Return an array as text with four decimals. If it needs more than 40 lines, its middle is left out.
+
+    width   characters a line
+    """
     per_line = max(width // 10, 1)
     n_lines = math.prod(values.shape[:-1]) * -(-values.shape[-1] // per_line) if values.ndim else 1
     return np.array2string(
@@ -82,12 +91,12 @@ def numbers(values: np.ndarray, width: int = 100) -> str:
 
 
 class HeatMap(NamedTuple):
-    """A matrix made small enough to look at.
+    """A matrix made small enough to look at. Neighbouring values share a cell.
 
-    cells   (rows, columns) from -1 to 1: of the values that share a cell the one that is largest without its sign,
-            divided by `scale`; NaN where a cell holds none (all -inf, out of sight), inf where it holds NaN or +inf
-    scale   the largest finite value of the matrix without its sign, or what was asked for
-    is_root     the cells are square roots, signs kept: what is small can be seen beside what is large
+    cells   (rows, columns), from -1 to 1: the value of the cell with the largest magnitude, divided by `scale`. NaN if
+            all values of the cell are -inf (keys out of sight), inf if one of them is NaN or +inf
+    scale   the largest magnitude of a finite value, or the `scale` given to `heat_map`
+    is_root     whether the cells are square roots, with their signs kept; small values are then visible beside large
     """
 
     cells: np.ndarray
@@ -96,7 +105,7 @@ class HeatMap(NamedTuple):
 
 
 def cell_ranges(size: int, most: int) -> list[range]:
-    """Return what of an axis shares a cell, where there may be at most so many cells.
+    """Return for each cell the indices of an axis of `size` that share it. There are at most `most` cells.
 
     >>> cell_ranges(5, 2), cell_ranges(2, 9)
     ([range(0, 2), range(2, 5)], [range(0, 1), range(1, 2)])
@@ -109,18 +118,19 @@ def cell_ranges(size: int, most: int) -> list[range]:
 def heat_map(
     matrix: np.ndarray, most_rows: int, most_columns: int, *, is_root: bool = False, scale: float | None = None
 ) -> HeatMap:
-    """Return a HeatMap of a matrix with at most so many rows and columns.
+    """Return a HeatMap of a matrix, with at most `most_rows` rows and `most_columns` columns of cells.
 
-    is_root     cells are square roots of what they would be, as fits weights that add up to 1
-    scale       what a cell of 1 stands for, at least the largest value; it makes several maps comparable
+    is_root     take the square root of every cell; this suits attention weights, which add up to 1
+    scale       the value that a cell of 1 stands for; it must be at least the largest magnitude. Maps of one scale can
+                be compared. None: the largest magnitude
 
     >>> heat_map(np.array([[1.0, -4.0, 2.0, -np.inf]]), 1, 2)
     HeatMap(cells=array([[-1. ,  0.5]]), scale=4.0, is_root=False)
     """
-    with np.errstate(invalid="ignore"):  # NaN with bits that processors warn of
+    with np.errstate(invalid="ignore"):  # NaN bit patterns that processors warn about
         matrix = np.atleast_2d(matrix).astype(np.float64)
     is_broken = np.isnan(matrix) | (matrix == np.inf)
-    magnitudes = np.where(np.isfinite(matrix), np.abs(matrix), -1.0)  # -1: nothing to be seen
+    magnitudes = np.where(np.isfinite(matrix), np.abs(matrix), -1.0)  # -1: no finite value
     scale = float(magnitudes.max(initial=0.0)) if scale is None else scale
     values = np.where(np.isfinite(matrix), matrix, 0.0)
     for axis, most in enumerate((most_rows, most_columns)):
@@ -136,7 +146,7 @@ def heat_map(
 
 
 def merged_text(axis: str, size: int, most: int) -> str:
-    """Return what to say of an axis that is shown with at most so many cells; "" where each has its own.
+    """Return a text that says how many indices of an axis share a cell; "" if each index has its own cell.
 
     >>> merged_text("dim", 224, 56), merged_text("dim", 224, 100), merged_text("dim", 224, 224)
     ('each cell the largest of 4 (dim)', 'each cell the largest of 2 or 3 (dim)', '')
@@ -146,7 +156,7 @@ def merged_text(axis: str, size: int, most: int) -> str:
 
 
 def shade(cell: float) -> str:
-    """Return a cell of a heat map as one character; negative values have characters of their own.
+    """Return a cell of a heat map as one character. Negative and positive cells have different characters.
 
     >>> "".join(shade(cell) for cell in (0.0, 0.2, 0.4, 0.6, 1.0, -0.3, -1.0, np.nan, np.inf))
     ' ░▒▓█=#·!'
@@ -157,7 +167,10 @@ def shade(cell: float) -> str:
 
 
 def colours(cells: np.ndarray) -> np.ndarray:
-    """Return cells of a heat map as colours (..., 3), uint8: white at 0, red at 1, blue at -1, grey out of sight."""
+    """Return cells (...) of a heat map as colours (..., 3), uint8.
+
+    White is 0, red 1, blue -1, grey NaN (keys out of sight), black inf (a NaN or +inf in the matrix).
+    """
     strength = np.abs(np.where(np.isfinite(cells), cells, 0.0))[..., np.newaxis]
     ends = np.where((cells < 0)[..., np.newaxis], _BLUE, _RED)
     rgb = 255 + (ends - 255) * strength
@@ -167,12 +180,12 @@ def colours(cells: np.ndarray) -> np.ndarray:
 
 
 def heat_text(heat: HeatMap) -> list[str]:
-    """Return a heat map as lines of characters, one a cell."""
+    """Return a heat map as lines of text, one character a cell."""
     return ["".join(map(shade, row)) for row in heat.cells.tolist()]
 
 
 def legend(heat: HeatMap) -> str:
-    """Return what the characters of a heat map stand for.
+    """Return a line that says which values the characters of a heat map stand for.
 
     >>> print(legend(heat_map(np.array([0.8, 0.05]), 1, 2, is_root=True)))
     ░▒▓█ up to 0.05, 0.2, 0.45, 0.8 (square-root scale)
@@ -186,7 +199,7 @@ def legend(heat: HeatMap) -> str:
 
 
 def heat_image(heat: HeatMap, cell_pixels: int = 6) -> str:
-    """Return a heat map as an HTML image that holds its own data; "" for one without cells."""
+    """Return a heat map as an HTML image with its data inside; "" if the heat map has no cells."""
     if heat.cells.size == 0:
         return ""
     n_rows, n_columns = heat.cells.shape
@@ -199,9 +212,11 @@ def heat_image(heat: HeatMap, cell_pixels: int = 6) -> str:
 
 
 def heat_figure(values: np.ndarray, axes: Sequence[str], by_axis: str | None = None, *, is_root: bool = False) -> str:
-    """Return a matrix as an HTML image of at most 32 by 96 cells, and below it what rows, columns and colours are.
+    """Return an array as HTML images of at most 32 by 96 cells, with a text below that explains rows and colours.
 
-    Of a value with three axes `by_axis` is the one that gets an image for each index, all of one scale; at most 16.
+    axes        the names of the array's axes
+    by_axis     for an array of three axes: the axis that gets one image for each index, at most 16 images of one scale
+    is_root     as in `heat_map`
     """
     most_rows, most_columns, most_images = 32, 96, 16
     parts, names = values[np.newaxis], list(axes)
@@ -227,7 +242,10 @@ def heat_figure(values: np.ndarray, axes: Sequence[str], by_axis: str | None = N
 
 
 def _png(rgb: np.ndarray) -> bytes:
-    """Return (rows, columns, 3) uint8 as a PNG: signature, then chunks of length, name, data, checksum (RFC 2083)."""
+    """Return an image (rows, columns, 3), uint8, as the bytes of a PNG file (RFC 2083).
+
+    A PNG file is a signature and then chunks. A chunk is a length, a name, data and a checksum.
+    """
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -240,7 +258,9 @@ def _png(rgb: np.ndarray) -> bytes:
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table that reads well as plain text too: first column to the left, others to the right.
+    """Return a Markdown table that is also readable as plain text.
+
+    The first column is aligned to the left, the others to the right.
 
     >>> print(markdown_table(["what", "ms"], [["read", "1.5"]]))
     | what |  ms |
@@ -260,7 +280,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """Return an HTML table; every text in it is escaped, and one that runs from right to left disturbs no other.
+    """Return an HTML table. Every text in it goes through `html_text`.
 
     >>> html_table(["piece"], [["<b>"]])
     '<table><thead><tr><th><bdi>piece</bdi></th></tr></thead><tbody><tr><td><bdi>&lt;b&gt;</bdi></td></tr></tbody></table>'
@@ -275,7 +295,7 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: 
 
 
 class ShownStep(Protocol):
-    """What a table or a picture in a notebook asks of a step."""
+    """The attributes of a step that tables and pictures in a notebook need."""
 
     @property
     def name(self) -> str: ...
@@ -292,7 +312,10 @@ class ShownStep(Protocol):
 
 
 def step_html(step: ShownStep) -> str:
-    """Return what a notebook shows of a step: all that is known of it, and its values as pictures, one a head."""
+    """Return the HTML that a notebook shows for a step: a table of its facts, and its values as images.
+
+    A value with a head axis gets one image for each head.
+    """
     rows = [
         ["value", f"{size_text(step.axes, step.value.shape)}, {step.value.dtype}"],
         ["formula", step.formula],
@@ -306,7 +329,7 @@ def step_html(step: ShownStep) -> str:
 
 
 def steps_html(steps: Collection[ShownStep], caption: str) -> str:
-    """Return what a notebook shows of several steps: a table, with statistics unless their values are too many."""
+    """Return the HTML table that a notebook shows for several steps; it has no statistics above 64 MiB of values."""
     is_small = sum(step.value.nbytes for step in steps) <= _MAX_SUMMARISED
     rows = [
         [
@@ -323,5 +346,5 @@ def steps_html(steps: Collection[ShownStep], caption: str) -> str:
 
 
 def html_text(text: str) -> str:
-    """Return a text for a page: escaped, and a world of its own as to its direction."""
+    """Return a text as HTML: escaped, and inside <bdi>, so that right-to-left text does not reorder its neighbours."""
     return f"<bdi>{html.escape(text)}</bdi>"

@@ -1,7 +1,7 @@
-"""The one family of errors, how a found value is shown in a message, and the one type of progress callbacks.
+"""The errors and warnings of this library, helpers for their messages, and the type of progress callbacks.
 
-Every message is one line and says which file, which tensor or field, what was found and what was expected. A user who
-catches `MistralRefError` has caught everything that this library raises on purpose.
+Every message is one line. It names the file, the tensor or field, the value that was found and the value that was
+expected. All errors that this library raises on purpose are MistralRefErrors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import SupportsIndex
 
-Progress = Callable[[int, int], None]  # called with (done, in all) while something long goes on
+Progress = Callable[[int, int], None]  # called with (amount done, total amount) during long work
 
 
 class MistralRefError(ValueError):
@@ -22,15 +22,15 @@ class MistralRefError(ValueError):
 
 
 class Field(str):
-    """The name of a configuration's field, as a part of a ConfigError."""
+    """The name of a field of a configuration, as one part of a ConfigError's message."""
 
     __slots__ = ()
 
 
 class ConfigError(MistralRefError):
-    """A configuration (params.json, config.json or a ModelConfig) is missing something or contradicts itself.
+    """A configuration (params.json, config.json or a ModelConfig) is incomplete, wrong or contradicts itself.
 
-    The message is made of parts. Those that are Fields can be replaced by what a file calls them.
+    The message is the parts joined. A part that is a Field can be replaced by the name that a file uses for it.
 
     >>> error = ConfigError(Field("n_layers"), " is 0; expected a whole number from 1")
     >>> str(error.spelled_as({"n_layers": "num_hidden_layers"}))
@@ -46,16 +46,16 @@ class ConfigError(MistralRefError):
 
     @property
     def field(self) -> str | None:
-        """The field that is wrong; None where the error is of no field."""
+        """The name of the wrong field; None if the error is not about a field."""
         return next((str(part) for part in self.parts if isinstance(part, Field)), None)
 
     def spelled_as(self, names: Mapping[str, str]) -> ConfigError:
-        """Return the same error with other names for its fields."""
+        """Return the same error; each field gets the name that `names` holds for it."""
         return ConfigError(*(Field(names.get(part, part)) if isinstance(part, Field) else part for part in self.parts))
 
 
 class CheckpointError(MistralRefError):
-    """A directory of weights cannot be read: a file, an index or a tensor is not what it should be."""
+    """The weights of a model cannot be read or written: a file, an index or a tensor is missing or wrong."""
 
 
 class TokenizerError(MistralRefError):
@@ -63,19 +63,19 @@ class TokenizerError(MistralRefError):
 
 
 class InputError(MistralRefError):
-    """An argument of a call is out of range: token ids, a prompt, an edit, a sampling parameter."""
+    """An argument of a call cannot be used: token ids, a prompt, an edit, a sampling setting."""
 
 
 class CacheError(MistralRefError):
-    """A cache is used with a model, a length or an order that it was not made for."""
+    """A cache does not fit its use: another model made it, it is full, or another pass has used it."""
 
 
 class MistralRefWarning(UserWarning):
-    """Something was assumed or left aside while loading, and the result may depend on it."""
+    """The library assumed or ignored something, and the result may depend on it."""
 
 
 def warn(message: str) -> None:
-    """Give a MistralRefWarning that points at the line of the user's that called into this package."""
+    """Give a MistralRefWarning that points at the line of the user's code that called this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("mistral_ref."):
         level, frame = level + 1, frame.f_back
@@ -89,7 +89,7 @@ _repr.maxlevel = 2
 
 
 def short_repr(value: object) -> str:
-    """Return `value` as it appears in a message: its repr, cut to a length that keeps the message on one line.
+    """Return the repr of a value for a message, on one line and cut to a short length.
 
     >>> short_repr("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
@@ -98,7 +98,9 @@ def short_repr(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return foreign text, such as another library's message, as part of ours: on one line, escaped, not too long.
+    r"""Return text from outside, for example another library's message, made safe for a message of ours.
+
+    Characters that cannot be printed are escaped, line breaks too. At most 200 characters are kept.
 
     >>> printable("unknown variant `\x1b[2J\n`")
     'unknown variant `\\x1b[2J\\n`'
@@ -108,7 +110,9 @@ def printable(text: str) -> str:
 
 
 def checked_int(name: str, value: object, least: int, most: int | None = None) -> int:
-    """Return an argument as an int if it is a whole number (NumPy's too) in bounds; otherwise raise InputError.
+    """Return an argument as an int; raise InputError unless it is a whole number from `least` to `most`.
+
+    NumPy's integers count as whole numbers. Without `most` there is no maximum.
 
     >>> checked_int("max_tokens", 0, least=1)
     Traceback (most recent call last):

@@ -1,16 +1,17 @@
 """Matrices of 8 or 4 bits a weight.
 
-A row is cut into groups of neighbours, which share a scale and a zero:
+Each row is cut into groups of neighbouring weights. The weights of a group share a scale and a zero:
 
     weight = scale * (code - zero)
 
-    code    bits wide, 0 to 2^bits - 1
-    zero    a byte in units of 2^(bits - 8): a whole number for 8 bits, sixteenths for 4
-    scale   a byte, 4 bits of exponent e and 4 of mantissa m, times a unit, a power of two for the whole matrix:
-            (1 + m/16) 2^(e - 15) unit, or m/16 2^-14 unit where e is 0
+    code    a whole number from 0 to 2^bits - 1, stored in `bits` bits
+    zero    one byte, in units of 2^(bits - 8): whole numbers for 8 bits, sixteenths for 4 bits
+    scale   one byte, 4 bits of exponent e and 4 bits of mantissa m. The scale is (1 + m/16) 2^(e - 15) unit, or
+            m/16 2^-14 unit if e is 0. The unit is a power of two; the whole matrix has one unit
 
-so groups of 32 cost half a bit a weight, as in llama.cpp's Q8_0 and Q4_0, which have a scale of 16 bits and no zero.
-How weights are rounded, files/rounding.py says; how the inputs that they are multiplied with are, activations.py.
+A group of 32 has 16 bits of scale and zero: half a bit a weight. llama.cpp's Q8_0 and Q4_0 also need half a bit a
+weight, for a scale of 16 bits; they have no zero. files/rounding.py rounds the weights. activations.py rounds the
+inputs that the weights are multiplied with.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from mistral_ref.weights import Matrix, Rows
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)
-GROUP_SIZE = 32  # unless another is asked for
+GROUP_SIZE = 32  # the default
 
 
 @cache
 def scale_values() -> np.ndarray:
-    """Return what the 256 codes of a scale stand for, in units, float32.
+    """Return the scale that each of the 256 codes stands for, in units: float32 (256,).
 
     >>> scale_values()[[0, 1, 8 * 16, 255]].tolist() == [0.0, 2.0**-18, 2.0**-7, 1.9375]
     True
@@ -43,10 +44,10 @@ def scale_values() -> np.ndarray:
 class QuantizedMatrix(Matrix):
     """A matrix of 8 or 4 bits a weight, in tile order.
 
-    data    codes, uint8 (ceil(O/8), groups * group_size * bits / 32, 8, 4), as mistral_kernels.layout describes
-    scales  codes of scales and zeros, uint8 (ceil(O/8), groups, 2, 8)
-    unit    what scales are multiplied by, a power of two
-    n_out, n_in     O and I
+    data    the codes, uint8 (ceil(O/8), groups * group_size * bits / 32, 8, 4); mistral_kernels.layout has the order
+    scales  for each group of each row the byte of its scale and the byte of its zero, uint8 (ceil(O/8), groups, 2, 8)
+    unit    a power of two; all scales are multiplied by it
+    n_out, n_in     O and I, the numbers of outputs and inputs
     """
 
     scales: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
@@ -66,23 +67,23 @@ class QuantizedMatrix(Matrix):
 
     @cached_property
     def group_size(self) -> int:
-        """How many neighbours in a row share a scale."""
+        """How many neighbouring weights in a row share a scale and a zero."""
         return self.data.shape[1] * 32 // self.bits // self.scales.shape[1]
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes in the file, those of the scales included."""
+        """Number of bytes in the file, with the bytes of the scales and zeros."""
         return self.data.nbytes + self.scales.nbytes
 
     @cached_property
     def scale_bytes(self) -> np.ndarray:
-        """`scales` as it lies in memory, as one read-only array of bytes."""
+        """The bytes of `scales` in the order of memory, as one flat read-only array."""
         flat = np.ascontiguousarray(self.scales).reshape(-1)
         flat.flags.writeable = False
         return flat
 
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
-        """Return the rows at `index` as floats (R, I): exact, also in float32."""
+        """Return the rows at `index` as floats (R, I) of `dtype`; float32 holds every weight exactly."""
         rows = np.arange(self.n_out)[index]
         codes = codes_of_tiles(self.data, rows, self.bits).reshape(len(rows), self.scales.shape[1], self.group_size)
         scales = self.scales[rows // TILE, :, :, rows % TILE]

@@ -1,9 +1,11 @@
-"""From a directory to mapped tensors under Mistral's own names, whichever of the two published layouts it has.
+"""Open the weights in a directory: every tensor is mapped into memory and gets Mistral's own name.
+
+Two layouts are published. This module reads both:
 
     consolidated    consolidated.safetensors; tok_embeddings, layers.0.attention.wq, ...; rows of wq, wk interleaved
     huggingface     model.safetensors, or shards with an index; model.embed_tokens, ...; rows of wq, wk in halves
 
-Nothing is copied, unpickled or executed.
+No weights are copied, and no pickle is opened, because a pickle can run code.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from mistral_ref.files.json_file import read_json
 from mistral_ref.files.tensor_file import Tensor, open_with_metadata
 from mistral_ref.files.tensor_names import is_unused, mistral_name, other_component
 
-# Several times what any model has. A tensor costs more in memory than its entry in a header does in a file.
+# Several times the number in the largest model. A tensor takes more bytes in memory than its entry takes in a file,
+# so a hostile file could use up the memory.
 _MAX_TENSORS = 8_000
 
-# In order of preference: either layout in one file, or in shards with an index.
+# In order of preference. Each layout comes in one file, or in shards with an index.
 _FILES = tuple(f"{stem}.safetensors{ending}" for stem in ("consolidated", "model") for ending in ("", ".index.json"))
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
@@ -33,10 +36,12 @@ _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 class Checkpoint:
     """The mapped tensors of one directory.
 
-    tensors     by Mistral's own names; each Tensor keeps the name it has in its file
-    row_order   which rows of wq and wk form RoPE's pairs, by whose names the tensors bear
-    skipped     tensors that belong to other parts (vision), or that the forward pass has no use for
-    metadata    what the files say of themselves
+    directory   the directory
+    files       paths of the files that were opened
+    tensors     each Tensor by Mistral's own name; the Tensor keeps the name that it has in its file
+    row_order   which rows of wq and wk form RoPE's pairs; it follows from the layout of the tensors' names
+    skipped     tensors of other parts of the model (vision), and tensors that the forward pass does not use
+    metadata    the entries of "__metadata__" of all files
     """
 
     directory: Path
@@ -48,15 +53,15 @@ class Checkpoint:
 
     @property
     def layout(self) -> str:
-        """By whose names the tensors bear: "consolidated" is Mistral's own layout, the other is "huggingface"."""
+        """Which layout the tensors' names belong to: "consolidated" (Mistral's own) or "huggingface"."""
         return "consolidated" if self.row_order == "interleaved" else "huggingface"
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Map the weights of a directory and name every tensor.
+    """Map the weights of a directory into memory and return them as a Checkpoint.
 
-    Where both layouts are present the consolidated one is read, with a warning. Raises CheckpointError if there are no
-    safetensors, a shard is missing, a file is broken, or a tensor is unknown or named twice.
+    If the directory holds both layouts, the consolidated one is read, with a warning. Raises CheckpointError if there
+    is no safetensors file, if a shard is missing, if a file is broken, or if a tensor is unknown or occurs twice.
     """
     paths, expected = _choose_files(directory)
     tensors: dict[str, Tensor] = {}
@@ -74,20 +79,22 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                 continue
             name = mistral_name(tensor.name)
             if name is None:
-                raise CheckpointError(f"{path}: {short_repr(tensor.name)} is a tensor of no model that is known here")
+                raise CheckpointError(f"{path}: {short_repr(tensor.name)} belongs to no model that is known here")
             if name in tensors:
-                raise CheckpointError(f"{path}: {short_repr(tensor.name)} is there twice, also in {tensors[name].path}")
+                raise CheckpointError(f"{path}: {short_repr(tensor.name)} occurs twice, also in {tensors[name].path}")
             if len(tensors) >= _MAX_TENSORS:
-                raise CheckpointError(f"{path}: more than {_MAX_TENSORS} tensors in all; no model has as many")
+                raise CheckpointError(f"{path}: the model has too many tensors; expected at most {_MAX_TENSORS}")
             tensors[name] = tensor
             own_names += name == tensor.name
     if expected:
         missing = next(iter(expected))
         raise CheckpointError(
-            f"{directory / expected[missing]}: {short_repr(missing)} is missing, though the index has it"
+            f"{directory / expected[missing]}: {short_repr(missing)} is missing; the index places it in this file"
         )
     if 0 < own_names < len(tensors):
-        raise CheckpointError(f"{directory}: some tensors bear Mistral's own names, some Hugging Face's")
+        raise CheckpointError(
+            f"{directory}: {own_names} of {len(tensors)} tensors have Mistral's own names, the others Hugging Face's"
+        )
     if parts := sorted({part for tensor in skipped if (part := other_component(tensor.name))}):
         warn(f"{directory}: only the text model is read, not {', '.join(parts)}")
     row_order: RowOrder = "interleaved" if own_names else "halves"
@@ -95,13 +102,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Return the files to open, and the index's map from tensor to file name where there is an index."""
-    names = [name for name in _FILES if os.path.lexists(directory / name)]  # a link that leads nowhere is told later
+    """Return the paths of the files to open, and the index's map from tensor to file name (None without an index)."""
+    names = [name for name in _FILES if os.path.lexists(directory / name)]  # opening a broken link raises later
     if not names:
         found = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".safetensors", *_PICKLES)]
         raise CheckpointError(
             f"{directory}: found {short_repr(found) if found else 'no weights'}; expected consolidated.safetensors, "
-            "model.safetensors, or shards with model.safetensors.index.json; pickles can run code and are never opened"
+            "model.safetensors, or shards with model.safetensors.index.json (pickles can run code and are never opened)"
         )
     if len(names) > 1:
         warn(f"{directory}: {names[0]} is read, not {' or '.join(names[1:])}")
@@ -110,21 +117,21 @@ def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         return [path], None
     weight_map = read_json(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{path}: weight_map is {short_repr(weight_map)}; expected file names by tensor")
+        raise CheckpointError(f"{path}: weight_map is {short_repr(weight_map)}; expected file names of the tensors")
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and _SHARD.fullmatch(name)):
             raise CheckpointError(
-                f"{path}: {short_repr(tensor)} is in {short_repr(name)}; expected a safetensors file beside it"
+                f"{path}: {short_repr(tensor)} is in {short_repr(name)}; expected a safetensors file in this directory"
             )
     return [directory / name for name in sorted(set(weight_map.values()))], weight_map
 
 
 def checked_directory(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a directory; raise InputError if it is none."""
+    """Return `path` as a Path; raise InputError if it is not a directory."""
     if not os.path.isdir(path):
         file = os.path.exists(path)
         raise InputError(
             f"{short_repr(os.fspath(path))}: "
-            + ("not a directory; give the one that holds it" if file else "no such directory")
+            + ("a file, not a directory; give the directory that holds it" if file else "no such directory")
         )
     return Path(path)
