@@ -1,7 +1,8 @@
-"""The command line: parse, call the library, print. Text goes to standard output, everything else to standard error.
+"""The command line: it parses the arguments, calls the library, and prints the result.
 
-Each command is a file here with two functions: `add_to(commands)` describes its options, `run(arguments)` does it.
-Options and helpers that several commands share are in common.py and pass_options.py.
+Results go to standard output. Errors, notices and progress bars go to standard error. Each command is a file in this
+folder with two functions: `add_to(commands)` describes the options, and `run(arguments)` runs the command. Options and
+helpers that several commands share are in common.py and pass_options.py.
 """
 
 from __future__ import annotations
@@ -19,25 +20,26 @@ from mistral_ref.cli import bench, compare, generate, info, perplexity, quantize
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like those of the library."""
+    """A parser whose errors are one line, like the errors of the library."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line and exit with status 2."""
+        """Print one line that says what is wrong, and exit with status 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 class CommandParser(OneLineParser):
-    """A parser of one command, whose options may stand anywhere among its other arguments.
+    """A parser of one command. Its options may stand anywhere among its other arguments.
 
-    By itself argparse takes an argument that may be left out for left out as soon as an option comes before it.
+    argparse by itself drops an optional positional argument that follows an option.
     """
 
     _is_intermixed = False
 
     def parse_known_args(self, args: Any, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse options first and the rest after, except where "--" says that what follows is no option.
+        """Parse the options first, and then the other arguments. Arguments with "--" are parsed in argparse's own way.
 
-        Called again, by what does so, for each of the two.
+        parse_known_intermixed_args calls this method again, once for the options and once for the other arguments.
+        `_is_intermixed` marks these calls.
         """
         if self._is_intermixed or "--" in args:
             return super().parse_known_args(args, namespace)
@@ -53,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="mistral-ref",
         description="The Mistral transformer, written to be read and stepped through.",
-        epilog="mistral-ref COMMAND --help tells more of each command.",
+        epilog="Run mistral-ref COMMAND --help to read about one command.",
     )
     parser.add_argument("--version", action="version", version=f"mistral-ref {mistral_ref.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=CommandParser)
@@ -63,15 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or what it says; 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run one command and return its exit status.
+
+    It is 0, or another status that the command has set; 1 if memory or the output is full; 2 for a user's mistake; 130
+    for Ctrl-C.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
     parser = build_parser()
-    parser.set_defaults(run=lambda _: parser.print_help(), status=0)  # a command may set another
+    parser.set_defaults(run=lambda _: parser.print_help(), status=0)  # a command may set another status
     arguments, extra = parser.parse_known_args(argv)
     if extra:
         needs_quotes = not any(word.startswith("-") for word in extra)
-        hint = "; a text of several words stands in quotes" if needs_quotes else ""
+        hint = "; put a text of several words in quotes" if needs_quotes else ""
         parser.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
     try:
         with warnings.catch_warnings():
@@ -89,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except OSError as error:
-        # Standard output is closed or full. Python would complain again when it flushes at exit.
+        # Standard output is closed or full. Python flushes it at exit: without this line it would print an error then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # whoever read it has seen enough, as `head` does
+        if not isinstance(error, BrokenPipeError):  # a reader such as `head` may stop early: this is no error
             print(f"mistral-ref: {error}", file=sys.stderr)
             return 1
     status: int = arguments.status

@@ -1,4 +1,4 @@
-"""mistral-ref bench: how fast a model is on this machine, and what limits it."""
+"""mistral-ref bench: measure how fast a model is on this machine, and what limits it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  mistral-ref bench                                          the demonstration model
-  mistral-ref bench --quick --model DIR                      within a minute
-  mistral-ref bench --shape mistral-7b --layers 8            random weights of that shape, no download
-  mistral-ref bench --shape mistral-7b -p 0 -n 32 -d 0,4096,8192      the window keeps decoding flat
+  # the demonstration model
+  mistral-ref bench
+  # ends within a minute
+  mistral-ref bench --quick --model DIR
+  # random weights in the shape of a published model; nothing is downloaded
+  mistral-ref bench --shape mistral-7b --layers 8
+  # generation at three depths: beyond its window a model gets no slower
+  mistral-ref bench --shape mistral-7b -p 0 -n 32 -d 0,4096,8192
   mistral-ref bench --model DIR -o json > results.json
 """
 _QUICK = {"n_prompt": "64", "n_gen": "16", "repetitions": 3}
-_QUICK_SECONDS = 10.0  # of samples of each test
+_QUICK_SECONDS = 10.0  # about how long the runs of one test take with --quick
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,10 +48,24 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser(
         "bench",
         help="measure how fast a model is, and what limits it",
-        description="Measure prompt processing (pp) and generation (tg) by llama-bench's conventions: random tokens, "
-        "no tokenizer, no sampling; a warm-up, then repetitions, mean ± standard deviation. Every run stands beside a "
-        "limit of this machine, measured just before it: plain reads of memory for generation, multiply-adds for "
-        "prompts. Numbers may be lists: -p 128,512.",
+        description="""\
+Measure how many tokens per second a model processes on this machine. There are
+two kinds of tests, as in llama-bench:
+  pp512    prompt processing: 512 tokens, 512 at a time
+  tg128    text generation: 128 tokens, one at a time
+With "@ d4096" in its name a test begins after 4096 other tokens.
+
+Tokens are random; tokenizer and sampling are not measured. Each test runs once
+as a warm-up, and then several times. The table shows the mean and the standard
+deviation of tokens per second (t/s).
+
+Each run is compared with a limit of this machine, which is measured just
+before the run. For generation the limit is how many GB/s the machine can read
+from memory. For prompts it is how many GFLOP/s of multiply-adds it can do. The
+table shows the GB/s or GFLOP/s that the model reached, and how many percent of
+the limit that is.
+
+-p, -n and -d take one number or a list such as 128,512.""",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,35 +76,84 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         metavar="DIR",
         type=model_directory,
         default=DEMO_MODEL,
-        help="default: the demonstration model",
+        help="directory with the weights (default: the demonstration model)",
     )
-    which.add_argument("--shape", metavar="NAME", help=f"random weights in a published shape: {', '.join(SHAPES)}")
+    which.add_argument(
+        "--shape",
+        metavar="NAME",
+        help="make random weights in the shape of a published model, and measure these. NAME is one of: "
+        f"{', '.join(SHAPES)}",
+    )
     shapes = parser.add_argument_group("with --shape")
-    shapes.add_argument("--layers", type=int, metavar="N", help="so many layers of it (default: all)")
     shapes.add_argument(
-        "--dtype", dest="kind", choices=get_args(Kind), default="bf16", help="of the weights (default: %(default)s)"
+        "--layers", type=int, metavar="N", help="number of layers (default: as many as the published model has)"
     )
-    shapes.add_argument("--work-dir", metavar="DIR", help="where the weights are kept for the next time")
+    shapes.add_argument(
+        "--dtype",
+        dest="kind",
+        choices=get_args(Kind),
+        default="bf16",
+        help="the type of the weights (default: %(default)s)",
+    )
+    shapes.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="folder in which the weights are kept, so that the next bench need not make them again "
+        "(default: mistral_ref/benchmarks in the user's cache folder)",
+    )
     add_compute_options(parser)
     tests = parser.add_argument_group("tests")
-    tests.add_argument("-p", "--n-prompt", default="512", metavar="N", help="tokens of a prompt (default: %(default)s)")
-    tests.add_argument("-n", "--n-gen", default="128", metavar="N", help="tokens to generate (default: %(default)s)")
-    tests.add_argument("-d", "--n-depth", default="0", metavar="N", help="tokens before them (default: %(default)s)")
-    tests.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="(default: %(default)s)")
-    tests.add_argument("--no-warmup", action="store_true", help="without the first run, which does not count")
     tests.add_argument(
-        "--cache-dtype", choices=["float32", "float16", "int8"], help="of keys and values (default: float32)"
+        "-p",
+        "--n-prompt",
+        default="512",
+        metavar="N",
+        help="number of tokens in the prompt; 0: no prompt test (default: %(default)s)",
     )
-    tests.add_argument("--quick", action="store_true", help="pp64 and tg16, a few seconds each")
+    tests.add_argument(
+        "-n",
+        "--n-gen",
+        default="128",
+        metavar="N",
+        help="number of tokens to generate; 0: no generation test (default: %(default)s)",
+    )
+    tests.add_argument(
+        "-d",
+        "--n-depth",
+        default="0",
+        metavar="N",
+        help="number of tokens that are in the cache before a test begins (default: %(default)s)",
+    )
+    tests.add_argument(
+        "-r",
+        "--repetitions",
+        type=int,
+        default=5,
+        metavar="N",
+        help="number of measured runs of each test (default: %(default)s)",
+    )
+    tests.add_argument("--no-warmup", action="store_true", help="leave out the first run, which is not measured")
+    tests.add_argument(
+        "--cache-dtype",
+        choices=["float32", "float16", "int8"],
+        help="the type of keys and values in the cache (default: float32)",
+    )
+    tests.add_argument(
+        "--quick", action="store_true", help="measure pp64 and tg16 with 3 runs of each, about 10 seconds for each test"
+    )
     parser.add_argument(
-        "-o", "--output", choices=["md", "json", "csv"], default="md", help="what to print (default: %(default)s)"
+        "-o",
+        "--output",
+        choices=["md", "json", "csv"],
+        default="md",
+        help="the format of the results: a Markdown table, JSON with every sample, or CSV (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, and print the results."""
-    # Imported here and below: it starts Numba, and --help goes without.
+    # Imported here and in the functions below, since it starts Numba and --help does not need it.
     from mistral_ref.measure import benchmark, machine, speed  # noqa: PLC0415
 
     if arguments.quick:
@@ -128,7 +195,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what llama-bench's records say of a model and of how it is run, threads apart."""
+    """Return the fields of llama-bench's records that describe the model and its settings, but not the threads."""
     from mistral_ref.measure.speed import CHUNK  # noqa: PLC0415 (starts Numba)
 
     weights = matrices(model.weights)
@@ -159,7 +226,10 @@ def _whole_numbers(name: str, text: str) -> list[int]:
 
 
 def _synthetic(arguments: argparse.Namespace) -> Path:
-    """Return the directory of random weights that the options ask for, made if it is not there and fits in memory."""
+    """Return the directory of random weights in the shape of the options. Make it if it is not there yet.
+
+    Raises InputError if the weights do not fit in memory.
+    """
     from mistral_ref.measure import machine, synthetic  # noqa: PLC0415
 
     config = shape(arguments.shape, layers=arguments.layers)
@@ -167,8 +237,8 @@ def _synthetic(arguments: argparse.Namespace) -> Path:
     n_bytes *= 2 if arguments.repack else 1
     if available is not None and n_bytes > available:
         raise InputError(
-            f"{arguments.shape} with {config.n_layers} layers takes {size(n_bytes)}, but {size(available)} of memory "
-            "are left, and what does not fit would be read from the disk for every token; --layers takes fewer"
+            f"{arguments.shape} with {config.n_layers} layers takes {size(n_bytes)}, but only {size(available)} of "
+            "memory is free. The rest would be read from the disk for every token. Use --layers for fewer layers"
         )
     parent = Path(arguments.work_dir) if arguments.work_dir else machine.cache_folder()
     folder = synthetic.checkpoint_folder(arguments.shape, config, arguments.kind, parent)
@@ -177,7 +247,7 @@ def _synthetic(arguments: argparse.Namespace) -> Path:
 
 
 def _started(arguments: argparse.Namespace, n_tokens: int) -> tuple[Model, dict[str, float]]:
-    """Return the model, and how many seconds it took to load, to a first token, and of that to compile kernels."""
+    """Return the model and three times in seconds: to load it, to its first token, and to compile kernels."""
     import numba.core.event  # noqa: PLC0415
 
     compiling: list[float] = []
@@ -186,11 +256,13 @@ def _started(arguments: argparse.Namespace, n_tokens: int) -> tuple[Model, dict[
     loaded = time.perf_counter()
     longest = model.config.max_seq_len
     if longest is not None and n_tokens > longest:
-        raise InputError(f"{n_tokens} tokens; the model is meant for at most {longest} (max_seq_len)")
+        raise InputError(
+            f"the longest test has {n_tokens} tokens; expected at most {longest}, the max_seq_len of the model"
+        )
     with numba.core.event.install_timer("numba:compile", compiling.append):
         model.forward([0], last_only=True)
         first_token = time.perf_counter()
-        model.forward([0, 0], last_only=True)  # several tokens take other kernels
+        model.forward([0, 0], last_only=True)  # several tokens need other kernels than one token
     return model, {"load_s": loaded - start, "first_token_s": first_token - loaded, "compile_s": sum(compiling)}
 
 
@@ -199,7 +271,7 @@ def _threads_of(model: Model, arguments: argparse.Namespace) -> int:
 
 
 def _record(result: SpeedResult, about: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-    """Return a result under llama-bench's names, and what it has none for under ours."""
+    """Return a result as a record: fields that llama-bench has under its names, other fields under names of ours."""
     work = "gbs" if result.test.n_gen else "gflops"
     return {
         "build_commit": description["commit"],
@@ -266,5 +338,5 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 
 _HEADINGS = ["model", "size", "params", "backend", "threads", "test", "t/s", "reached", "limit"]
-_MEMORY = {"peak_resident": "resident at most", "anonymous": "of it no file's"}
+_MEMORY = {"peak_resident": "resident at most", "anonymous": "not mapped from a file"}
 _CACHE_TYPES = {"float32": "f32", "float16": "f16", "float64": "f64", "int8": "i8"}

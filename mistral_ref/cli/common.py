@@ -18,7 +18,7 @@ from mistral_ref.quantized_matrix import BITS
 
 
 def model_directory(name: str) -> str | Path:
-    """Return the directory of a model; "demo" is the demonstration model, unless there is such a directory."""
+    """Return the directory of a model. "demo" means the demonstration model, unless a directory has that name."""
     return DEMO_MODEL if name == "demo" and not os.path.isdir(name) else name
 
 
@@ -34,41 +34,45 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = None) -> None:
-    """Add the options that say what computes; `backend` is what does where nothing is said."""
+    """Add the options that choose how values are computed; `backend` is the default of --backend."""
     parser.add_argument(
         "--backend",
         choices=["numba", "numpy"],
         default=backend,
-        help=f"what computes: compiled kernels, or the plain mathematics (default: {backend or 'numba'})",
+        help="what computes the values: numba uses compiled kernels, numpy uses the plain mathematics "
+        f"(default: {backend or 'numba'})",
     )
     parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
-        help="threads (default: MISTRAL_REF_THREADS, or one for each physical performance core)",
+        help="number of threads (default: the environment variable MISTRAL_REF_THREADS, or one thread for each "
+        "physical performance core)",
     )
     parser.add_argument(
         "--repack",
         action="store_true",
-        help="copy 16-bit weights into the order that decodes fastest; takes as much memory as they do",
+        help="copy 16-bit weights into the order in which tokens are generated fastest; the copy takes as much memory "
+        "as these weights (default: no copy)",
     )
     parser.add_argument(
         "--quantize",
         type=int,
         choices=BITS,
-        help="round the weights to 8 or 4 bits after loading (mistral-ref quantize does it for good)",
+        help="round the weights to 8 or 4 bits after loading; mistral-ref quantize writes rounded weights to a "
+        "directory (default: no rounding)",
     )
     parser.add_argument(
         "--activations",
         choices=get_args(Activations),
-        help="what inputs of quantized weights are rounded to (default: int16; int8 is faster and less exact; float: "
-        "not at all, with numpy); bfloat16: those of bf16 weights, whose prompts are then twice as fast on AMD's "
-        "processors with AVX512_BF16, and less exact",
+        help="the type to which the inputs of products are rounded. For weights of 8 or 4 bits: int16 (the default), "
+        "int8 (faster, less exact), or float (no rounding; needs --backend numpy). For bf16 weights: bfloat16 rounds "
+        "their inputs too; results are less exact, and prompts twice as fast on AMD processors with AVX512_BF16",
     )
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
-    """Return the prompt from the argument, or from standard input without the newline that ends its last line."""
+    """Return the prompt: the argument, or else standard input without the newline at its end."""
     if arguments.prompt is not None:
         return as_text(arguments.prompt)
     if sys.stdin is None or sys.stdin.isatty():
@@ -80,7 +84,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
 
 
 def as_text(argument: str) -> str:
-    """Return an argument as the UTF-8 that it was typed as, whatever the locale made of it."""
+    """Return an argument as the UTF-8 text that was typed; Python may have decoded it with another locale."""
     try:
         return os.fsencode(argument).decode()
     except UnicodeError:
@@ -88,7 +92,7 @@ def as_text(argument: str) -> str:
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
-    """Return the model that the options ask for, with a bar while its weights are repacked."""
+    """Return the model that the options choose; show a progress bar while its weights are rounded or repacked."""
     doing = "rounding weights" if arguments.quantize else "repacking"
     with progress_bar(doing, is_long=arguments.repack or bool(arguments.quantize)) as progress:
         return load(
@@ -104,18 +108,21 @@ def load_model(arguments: argparse.Namespace) -> Model:
 
 
 class Bar(Protocol):
-    """Moves a bar, and may say what goes on now."""
+    """A function that moves a progress bar and can change the text beside it."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
 
 
 @contextmanager
 def progress_bar(description: str, *, is_long: bool) -> Iterator[Bar | None]:
-    """Show a bar on a terminal's standard error while something long goes on; give what moves it, or None."""
+    """Show a progress bar on standard error during a long task, and yield the function that moves it.
+
+    Without a terminal, or if the task is not long, there is no bar, and None is yielded.
+    """
     if not is_long or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
-    # Imported here: a tenth of a second that --help and every short prompt would otherwise wait for.
+    # Imported here, since it takes a tenth of a second and --help and short prompts do not need it.
     import rich.console  # noqa: PLC0415
     import rich.progress  # noqa: PLC0415
 
@@ -129,7 +136,7 @@ def progress_bar(description: str, *, is_long: bool) -> Iterator[Bar | None]:
 
 
 def size(n_bytes: int) -> str:
-    """Return a number of bytes in the largest unit of which there is at least one.
+    """Return a number of bytes in words, in the largest unit in which it is at least 1.
 
     >>> size(7_241_732_096 * 2)
     '13.49 GiB'

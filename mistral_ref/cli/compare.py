@@ -1,4 +1,4 @@
-"""mistral-ref compare: two passes side by side, and the first step that departs."""
+"""mistral-ref compare: compare two passes step by step, and find the first step that departs."""
 
 from __future__ import annotations
 
@@ -17,58 +17,101 @@ from mistral_ref.trace import Trace
 
 _EXAMPLES = """\
 examples:
+  # compiled kernels against the plain mathematics
   mistral-ref compare demo demo --backend numba,numpy "Once upon a time"
+  # the error that each step of float32 adds by itself
   mistral-ref compare demo demo --dtype float32,float64 --own "Once upon a time"
+  # what a bug changes, in the values and in the text
   mistral-ref compare demo demo --broken tiled-heads --continue 20 "Once upon a time"
-  mistral-ref compare MY_DUMP.safetensors DIR          the dump's own tokens through the model in DIR
+  # a dump of another engine against a model, over the tokens in the dump
+  mistral-ref compare MY_DUMP.safetensors DIR
 """
 
-_MAX_TOKENS = 100_000  # to go on with
+_MAX_TOKENS = 100_000  # for --continue
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to the command line."""
     parser = commands.add_parser(
         "compare",
-        help="lay two passes side by side and find the first step that departs",
-        description="Take a text through A and through B, and tell for every step how far A lies from B: in absolute "
-        "and relative terms, and in float32 ulps of the step's largest value. A and B are each a model's directory, "
-        "`demo` for the demonstration model, or a file: a trace of mistral-ref trace, or of another engine. "
-        "Exit status 0 where all steps agree, 1 where one departs.",
+        help="compare two passes and find the first step that departs",
+        description="""\
+Compare a pass of A with a pass of B over the same text. The command computes
+for every step how far A lies from B, and finds the first step that departs.
+The distance is given in three ways: the largest absolute difference, the
+largest relative difference, and the largest absolute difference in float32
+ulps of the step's largest value (1 ulp is about one rounding).
+
+A and B are each one of these:
+  DIR     the directory of a model
+  demo    the demonstration model
+  FILE    a trace: written by mistral-ref trace, or dumped by another engine
+
+The exit status is 0 if all steps agree, 1 if a step departs, and 2 for a
+mistake in the arguments.""",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("a", metavar="A", help="what is looked at")
-    parser.add_argument("b", metavar="B", help="what it is measured against")
-    parser.add_argument("prompt", nargs="?", help="the text (default: the tokens that a trace holds)")
-    parser.add_argument("--backend", metavar="A,B", default="", help="numba or numpy, one for both or one for each")
-    parser.add_argument("--dtype", metavar="A,B", default="", help="float32 or float64, one for both or one for each")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of both")
+    parser.add_argument("a", metavar="A", help="the model or trace that is checked")
+    parser.add_argument("b", metavar="B", help="the model or trace that A is compared with")
+    parser.add_argument("prompt", nargs="?", help="the text (default: the tokens in the trace, if A or B is a trace)")
+    parser.add_argument(
+        "--backend",
+        metavar="A,B",
+        default="",
+        help="numba or numpy: one for both models, or one for each with a comma between (default: numba; numpy for "
+        "float64, --own and --broken)",
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="A,B",
+        default="",
+        help="float32 or float64: one for both models, or one for each with a comma between (default: float32)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of threads of each model (default: the environment variable MISTRAL_REF_THREADS, or one thread "
+        "for each physical performance core)",
+    )
     add_broken_option(parser, "A")
     add_last_option(parser)
     parser.add_argument(
         "--own",
         action="store_true",
-        help="at every step let B go on from A's value, so that each row shows what that step adds by itself; NumPy "
-        "computes, unless --backend says otherwise",
+        help="after every step B takes over A's value, so that a row shows only the difference that this step adds; "
+        "NumPy computes the values unless --backend chooses another",
     )
     parser.add_argument(
-        "--bound", type=float, metavar="ULPS", help="what counts as departing (default: 2000, with --own 200)"
+        "--bound",
+        type=float,
+        metavar="ULPS",
+        help="a step departs if its distance is more than this number of ulps (default: 2000, with --own 200)",
     )
-    parser.add_argument("--all", action="store_true", help="print every step, not the furthest of each layer")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="print every step (default: the step of each layer with the largest distance)",
+    )
     parser.add_argument(
         "--rope-row-order",
         choices=["interleaved", "halves"],
-        help="in traces that do not say so: halves where pairs lie half a head apart, as in Hugging Face's layout",
+        help="which numbers of a head RoPE turns together, for a trace that does not record it: halves if they are "
+        "half a head apart, as in Hugging Face's layout; interleaved if they are neighbours (default: interleaved)",
     )
     parser.add_argument(
-        "--continue", dest="n_more", type=int, metavar="N", help="print N more tokens of the text as each writes it"
+        "--continue",
+        dest="n_more",
+        type=int,
+        metavar="N",
+        help="also let each model continue the text by N tokens, and print both texts",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print how far A lies from B; the exit status is 1 if a step departs."""
+    """Print how far A lies from B; set the exit status to 1 if a step departs."""
     n_more = None if arguments.n_more is None else checked_int("--continue", arguments.n_more, 1, _MAX_TOKENS)
     sides = [_opened(arguments, index) for index in range(2)]
     models = [side for side in sides if isinstance(side, Model)]
@@ -82,11 +125,11 @@ def run(arguments: argparse.Namespace) -> None:
             comparison = compare_walks(a, b, bound=arguments.bound, own=arguments.own, progress=report)
     else:
         if arguments.own:
-            raise InputError("--own needs two models: nothing can be sent into a trace")
+            raise InputError("--own needs two models: a trace cannot take over a value")
         bound = {} if arguments.bound is None else {"bound": arguments.bound}
         ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
         comparison = ours.compare(theirs, **bound)
-    arguments.status = 1 if comparison.departed else 0  # also for a reader who leaves before the last line
+    arguments.status = 1 if comparison.departed else 0  # before printing: a reader such as `head` may stop early
     print(comparison.text(every=arguments.all))
     if arguments.broken and not comparison.departed and BUGS[arguments.broken].shows:
         print(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")
@@ -95,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
-    """Return what A or B names: a trace, or a model with the options that are meant for it."""
+    """Return A (index 0) or B (index 1): a trace, or a model loaded with the options for this side."""
     path = (arguments.a, arguments.b)[index]
     if os.path.isfile(path) or path.endswith(".safetensors"):
         return Trace.load(path, rope_row_order=arguments.rope_row_order)
@@ -109,12 +152,12 @@ def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
 
 
 def _usual_backend(arguments: argparse.Namespace) -> str | None:
-    """Return what computes where nothing is said: NumPy where every step has to be entered, or is broken in A."""
+    """Return the backend without --backend: NumPy for --own, which must set every step, and for --broken."""
     return "numpy" if arguments.own or arguments.broken else None
 
 
 def _check_options(arguments: argparse.Namespace, sides: list[Model | Trace]) -> None:
-    """Raise InputError for an option that the sides leave without a meaning."""
+    """Raise InputError for an option that has no meaning for these two sides."""
     if arguments.broken and isinstance(sides[0], Trace):
         raise InputError("--broken plants a bug in A, and A is a trace; expected a model")
     if not any(isinstance(side, Model) for side in sides):
@@ -124,7 +167,7 @@ def _check_options(arguments: argparse.Namespace, sides: list[Model | Trace]) ->
 
 
 def _one_of_two(option: str, text: str, index: int) -> str:
-    """Return the part of "A,B" that is meant for one side; a text without comma is meant for both.
+    """Return the half of "A,B" for one side; a text without a comma is for both sides.
 
     >>> _one_of_two("--backend", "numba,numpy", 1), _one_of_two("--backend", "numpy", 1)
     ('numpy', 'numpy')
@@ -141,11 +184,11 @@ def _prompt(arguments: argparse.Namespace, sides: list[Model | Trace]) -> str | 
     for side in sides:
         if isinstance(side, Trace) and (side.tokens or all(isinstance(other, Trace) for other in sides)):
             return side.tokens
-    raise InputError("no text: give it as the third argument, or a trace that holds its tokens")
+    raise InputError("no text: give it as the third argument, or compare with a trace that holds its tokens")
 
 
 def _traced(side: Model | Trace, prompt: str | list[int], last: int | None, sides: list[Model | Trace]) -> Trace:
-    """Return a side as a trace, with no more steps than the other side has."""
+    """Return a side as a trace; a model keeps only the steps that the trace on the other side holds."""
     if isinstance(side, Trace):
         return side
     kept = next(list(other) for other in sides if isinstance(other, Trace))

@@ -25,7 +25,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser(
         "generate",
         help="continue a text",
-        description="Continue a text. The prompt and what follows it go to standard output as they come.",
+        description="""\
+Continue a text with a model. The prompt and its continuation are printed to
+standard output, token by token. The continuation ends after --max-tokens
+tokens, before a --stop text, or when the model ends it.""",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -33,28 +36,60 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_model_option(parser)
     add_compute_options(parser)
     parser.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="tokens at most (default: %(default)s)"
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="maximum number of tokens in the continuation (default: %(default)s)",
     )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
-    parser.add_argument("--no-echo", action="store_true", help="print only what follows the prompt")
-    parser.add_argument("--stats", action="store_true", help="print times and rates to standard error at the end")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the continuation before TEXT; the option may be given several times",
+    )
+    parser.add_argument("--no-echo", action="store_true", help="print only the continuation, not the prompt")
+    parser.add_argument(
+        "--stats", action="store_true", help="at the end print times and tokens per second to standard error"
+    )
     sampling = parser.add_argument_group(
-        "sampling", "Applied in this order; log-probabilities are from before all of it."
+        "sampling",
+        "How the next token is drawn from the model's probabilities.\nThe options are applied in this order.",
     )
     sampling.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: seen tokens less (default: 1)"
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1: make tokens less likely that were in the text before; 1: no change (default: 1)",
     )
     sampling.add_argument(
-        "--temperature", type=float, default=0.7, metavar="T", help="0: always the likeliest token (default: 0.7)"
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="above 1: make unlikely tokens likelier; below 1: less likely; 0: always take the likeliest token "
+        "(default: 0.7)",
     )
-    sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest (default: all)")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens (default: all)")
     sampling.add_argument(
-        "--top-p", type=float, default=0.9, metavar="P", help="only the likeliest that together reach P (default: 0.9)"
+        "--top-p",
+        type=float,
+        default=0.9,
+        metavar="P",
+        help="draw only from the likeliest tokens whose probabilities together reach P (default: 0.9)",
     )
     sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only those at least P times the likeliest (default: 0)"
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="draw only from tokens that are at least P times as probable as the likeliest one (default: 0)",
     )
-    sampling.add_argument("--seed", type=int, metavar="N", help="makes the draws reproducible (default: random)")
+    sampling.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed draws the same tokens again (default: a random seed)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -78,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
             stop=[as_text(stop) for stop in arguments.stop],
             progress=progress,
         )
-        first = next(tokens)  # before anything is printed: a bar or a notice would come in the middle of the text
+        first = next(tokens)  # before the prompt is printed: a bar or a notice would appear in the middle of the text
     print(("" if arguments.no_echo else prompt) + first.text, end="", flush=True)
     first_at, count, last = time.perf_counter(), 1, first
     for last in tokens:
@@ -91,7 +126,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:
-    """Print what took how long, to standard error. Times: start, loaded, first token, end."""
+    """Print how long loading and generating took, to standard error; `at` is when they began and ended.
+
+    Its times are: the start, the model is loaded, the first token, the end.
+    """
     load_s, first_s, rest_s = (later - earlier for earlier, later in pairwise(at))
     rest = f"{count - 1} tokens in {rest_s:.3f} s, {(count - 1) / rest_s:.1f} tokens/s" if count > 1 else "no tokens"
     print(

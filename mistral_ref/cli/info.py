@@ -1,4 +1,4 @@
-"""mistral-ref info: what a directory holds, without computing anything."""
+"""mistral-ref info: show what a model's directory holds; nothing is computed."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add this command to the command line."""
     parser = commands.add_parser(
         "info",
-        help="what a directory holds",
-        description="Show a model's architecture, its files and tensors, its tokenizer, and the memory that it needs.",
+        help="show what a model's directory holds",
+        description="Show a model's architecture, its files and the types of its weights, the memory that it needs, "
+        "and its tokenizer. Nothing is computed.",
     )
     add_model_option(parser)
-    parser.add_argument("--tensors", action="store_true", help="list every tensor with its name in both layouts")
+    parser.add_argument(
+        "--tensors", action="store_true", help="also list every tensor with its names, dtype, shape and file"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print everything about a directory."""
+    """Print what a model's directory holds."""
     model = mistral_ref.load(arguments.model, backend="numpy")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has said it all
+        warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has already shown them
         checkpoint = open_checkpoint(Path(arguments.model))
     print_rows("architecture", architecture(model.config))
     print_rows("checkpoint", files(checkpoint, model))
@@ -46,14 +49,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def print_rows(title: str, rows: dict[str, object]) -> None:
-    """Print a title and its rows, values aligned."""
+    """Print a title, and below it rows of names and values; the values are aligned."""
     print(title)
     for name, value in rows.items():
         print(f"  {name:<20}{value}")
 
 
 def architecture(config: ModelConfig) -> dict[str, object]:
-    """Return what the configuration says, in the order in which one would ask."""
+    """Return the rows about the configuration, the most important first."""
     rows: dict[str, object] = {
         "layers": config.n_layers,
         "width": f"{config.dim}, feed-forward {config.hidden_dim}",
@@ -62,7 +65,7 @@ def architecture(config: ModelConfig) -> dict[str, object]:
         "window": windows(config),
         "RoPE": f"theta {config.rope_theta:g}, pairs {config.rope_row_order} in the rows of wq and wk",
         "norm eps": f"{config.norm_eps:g}",
-        "longest sequence": config.max_seq_len or "not said",
+        "longest sequence": config.max_seq_len or "not given",
     }
     if config.yarn:
         rows["YaRN"] = (
@@ -80,7 +83,7 @@ def architecture(config: ModelConfig) -> dict[str, object]:
 
 
 def windows(config: ModelConfig) -> str:
-    """Return the windows as runs of layers: "4096 keys in all layers", or "all keys in 1, 32768 keys in 3, ..."."""
+    """Return the windows in words, such as "4096 keys in every layer" or "all keys in 1, 32768 keys in 3 layers"."""
     runs = [(window, len(list(layers))) for window, layers in groupby(config.sliding_window)]
     words = [("all keys" if window is None else f"{window} keys", n) for window, n in runs]
     if len(words) == 1:
@@ -91,7 +94,7 @@ def windows(config: ModelConfig) -> str:
 
 
 def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]:
-    """Return the layout, the files and what they add up to."""
+    """Return the rows about the files: their layout, their sizes, and the parameters in them."""
     every, names = matrices(model.weights), [path.name for path in checkpoint.files]
     n_bits, n_weights = 8 * sum(matrix.nbytes for matrix in every), sum(matrix.size for matrix in every)
     stored = Counter[str]()
@@ -112,7 +115,7 @@ def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]
 
 
 def memory(model: mistral_ref.Model, checkpoint: Checkpoint) -> dict[str, object]:
-    """Return what the weights take, and the cache at several lengths."""
+    """Return the rows about memory: what the weights take, and what the cache takes at several lengths."""
     longest = model.config.max_seq_len or _LENGTHS[-1]
     lengths = sorted({n for n in _LENGTHS if n < longest} | {min(longest, _LENGTHS[-1])})
     cache = model.new_cache()
@@ -122,7 +125,7 @@ def memory(model: mistral_ref.Model, checkpoint: Checkpoint) -> dict[str, object
 
 
 def tokenizer(model: mistral_ref.Model) -> dict[str, object]:
-    """Return what the tokenizer is, if there is one."""
+    """Return the rows about the tokenizer; without a tokenizer there is one row that says so."""
     if model.tokenizer is None:
         return {"kind": "none; prompts are token ids"}
     return {
@@ -134,7 +137,7 @@ def tokenizer(model: mistral_ref.Model) -> dict[str, object]:
 
 
 def hugging_name(name: str, tensor: Tensor, checkpoint: Checkpoint) -> str:
-    """Return Hugging Face's name of a tensor: the one in the file, if the file has that layout."""
+    """Return Hugging Face's name of a tensor: the name in the file, if the file has Hugging Face's layout."""
     return huggingface_name(name) if checkpoint.layout == "consolidated" else tensor.name
 
 

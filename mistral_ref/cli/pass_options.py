@@ -1,4 +1,4 @@
-"""Options of the commands that look into a pass: which part of a text is looked at, and by a model of which kind."""
+"""Options of the commands that look into a pass: --last, --dtype and --broken."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ from mistral_ref.study.broken import BUGS, broken
 
 
 def add_last_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says how much of the text goes through a cache first."""
+    """Add the option that puts the beginning of the text into a cache first."""
     parser.add_argument(
         "--last",
         type=int,
         metavar="K",
-        help="look at the pass of the last K tokens; those before them go through a cache first, K at a time "
+        help="look at a pass of only the last K tokens; the tokens before them go into a cache first, K at a time "
         "(default: one pass of all tokens)",
     )
 
 
 def add_dtype_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says how exactly to compute."""
+    """Add the option that chooses the precision."""
     parser.add_argument(
         "--dtype",
         choices=["float32", "float64"],
         default="float32",
-        help="of all activations; float64 is the oracle, by NumPy alone (default: %(default)s)",
+        help="the dtype of all activations; float64 gives reference values and needs NumPy (default: %(default)s)",
     )
 
 
 def add_broken_option(parser: argparse.ArgumentParser, which: str) -> None:
     """Add the option that plants a bug."""
-    names = "; ".join(f"{name}: {bug.sentence}" for name, bug in BUGS.items())
+    names = " ".join(f"{name}: {bug.sentence}" for name, bug in BUGS.items())
     parser.add_argument(
         "--broken",
         metavar="BUG",
-        help=f"plant a bug in {which}, computed by NumPy, to see what it does. {names}".replace("%", "%%"),
+        help=f"plant a bug in {which} to see what it does; NumPy computes the values then. BUG is one of these. "
+        f"{names}".replace("%", "%%"),
     )
 
 
 def maybe_broken(model: Model, bug: str | None) -> Model:
-    """Return the model, or one with a bug in it."""
+    """Return the model itself, or the model with this bug."""
     return model if bug is None else broken(model, bug)
 
 
 def split_prompt(model: Model, prompt: Prompt, last: int | None) -> tuple[list[int], KVCache | None]:
-    """Return the tokens of the pass to look at, and the cache that holds those before them, or None."""
+    """Return the tokens of the pass to look at, and a cache with the tokens before them; without `last` no cache."""
     ids = model.token_ids(prompt)
     if last is None:
         return ids, None

@@ -1,4 +1,4 @@
-"""mistral-ref perplexity: how surprised a model is by a text."""
+"""mistral-ref perplexity: measure how surprised a model is by a text."""
 
 from __future__ import annotations
 
@@ -16,31 +16,45 @@ from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.measure.perplexity import perplexity
 
 _DEFAULT_CONTEXT = 512
-_LONG = 4096  # tokens to evaluate from which a bar is shown
+_LONG = 4096  # a bar is shown if more tokens than this are evaluated
 
 _DESCRIPTION = """\
-Tell how surprised a model is by a text: exp of the mean negative log-probability of its tokens. A model that knew
-nothing would be at the size of its vocabulary. Figures can be compared only between models with the same tokenizer, for
-the same text, and scored in the same way:
+Measure how surprised a model is by a text. The perplexity is exp of the mean
+negative log-probability of the text's tokens. Lower is better: a model that
+knows nothing has the size of its vocabulary as its perplexity.
 
-  without --stride   Pieces of N tokens side by side, the first token of each replaced by BOS; the second half of each
-                     is scored. This is what llama-perplexity does, by default with the same context of 512; it asks for
-                     at least two pieces, leaves a newline at the end of the file out, and keeps keys and values in
-                     16 bits.
-  --stride S         Windows of N tokens, each S further on, which score what none before them has: Hugging Face's
-                     recipe for perplexity, whose own mean counts one token too few for each window that overlaps. All
-                     tokens but the first are scored, given at least N - S before them. A smaller S gives tokens more
-                     context, so that the perplexity falls, and costs N/S passes of the text; N/2 is usual. An S of N
-                     costs one pass, begins each window knowing nothing, and does not score its first token.
+Two perplexities can be compared only if the text, the tokenizer and the way of
+scoring are the same. There are two ways. To score a token is to compute its
+log-probability, given the tokens before it. N is --context.
 
-Bits per byte, which can be compared between tokenizers too, are told where all of the text is scored: with a stride
-less than N, and without --max-tokens.
+without --stride
+  The text is cut into windows of N tokens that do not overlap. The first token
+  of each window is replaced by BOS. The second half of each window is scored.
+  llama-perplexity scores a text in the same way, by default with the same
+  context of 512. It differs in three points: it needs at least two windows, it
+  leaves out a newline at the end of the file, and it keeps keys and values in
+  16 bits.
+
+--stride S
+  Each window of N tokens begins S tokens after the one before it. A window
+  scores the tokens that no earlier window has scored. So every token of the
+  text but the first is scored. After the first window each of them has at
+  least N - S tokens before it. A smaller S gives the tokens more context, so
+  the perplexity falls. But it takes more time: the text goes through the model
+  N/S times. N/2 is a usual stride. If S is N, windows do not overlap, and the
+  first token of each window is not scored.
+  Hugging Face's recipe for perplexity has the same windows. Its mean counts
+  one token too few for each window that overlaps the one before it.
+
+Bits per byte can be compared between tokenizers too. They are printed if all
+of the text is scored: with a stride less than N and without --max-tokens.
 """
 _EXAMPLES = """\
 examples:
   mistral-ref generate --seed 5 --max-tokens 300 "Once upon a time" | mistral-ref perplexity --context 64
   mistral-ref generate --seed 5 --max-tokens 300 "Once upon a time" | mistral-ref perplexity --stride 32 --context 64
-  mistral-ref perplexity --model DIR wiki.test.raw                               as llama-perplexity -f wiki.test.raw
+  # in the same way as llama-perplexity -f wiki.test.raw
+  mistral-ref perplexity --model DIR wiki.test.raw
   mistral-ref perplexity --model DIR --context 2048 --stride 1024 --json wiki.test.raw
 """
 
@@ -49,21 +63,34 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add this command to the command line."""
     parser = commands.add_parser(
         "perplexity",
-        help="how surprised a model is by a text",
+        help="measure how surprised a model is by a text",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="UTF-8 text (default: standard input)")
+    parser.add_argument(
+        "file", nargs="?", default="-", metavar="FILE", help="a file with UTF-8 text (default: standard input)"
+    )
     add_model_option(parser)
     parser.add_argument(
-        "--context", type=int, metavar="N", help=f"tokens of a window (default: {_DEFAULT_CONTEXT}, or max_seq_len)"
+        "--context",
+        type=int,
+        metavar="N",
+        help=f"number of tokens in a window (default: {_DEFAULT_CONTEXT}, or the model's max_seq_len if that is less)",
     )
-    parser.add_argument("--stride", type=int, metavar="S", help="tokens from window to window; see above")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="take only the first N tokens of the text")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="S",
+        help="number of tokens from the beginning of a window to the beginning of the next one (default: windows do "
+        "not overlap, as described above)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="score only the first N tokens of the text (default: all)"
+    )
     add_compute_options(parser)
     add_dtype_option(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     parser.set_defaults(run=run)
 
 
@@ -72,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.file)
     model = load_model(arguments)
     if model.tokenizer is None:
-        raise InputError(f"{arguments.model}: holds no tokenizer; a text's perplexity needs one")
+        raise InputError(f"{arguments.model}: holds no tokenizer; a tokenizer is needed for the perplexity of a text")
     ids, is_whole = model.tokenizer.encode(text), True
     if arguments.max_tokens is not None:
         n_most = checked_int("--max-tokens", arguments.max_tokens, least=2)
@@ -108,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_text(file: str) -> str:
-    """Return the text of a file, or of standard input for "-", to the last byte."""
+    """Return the whole text of a file, or of standard input if the file is "-"."""
     name = "standard input" if file == "-" else short_repr(file)
     try:
         if file != "-":
@@ -128,13 +155,13 @@ def read_text(file: str) -> str:
 
 
 def as_json(figures: dict[str, Any]) -> str:
-    """Return the figures as one JSON object, null for what is no number."""
+    """Return the figures as one JSON object; NaN and infinity become null."""
     is_number = {name: not isinstance(value, float) or math.isfinite(value) for name, value in figures.items()}
     return json.dumps({name: value if is_number[name] else None for name, value in figures.items()}, allow_nan=False)
 
 
 def as_rows(figures: dict[str, Any]) -> str:
-    """Return the figures as lines."""
+    """Return the figures as lines to be read."""
     method = "pieces of {context} tokens, the second half of each scored, as llama-perplexity does"
     if figures["method"] == "strided":
         method = "windows of {context} tokens, {stride} apart, each token scored once, as in Hugging Face's recipe"

@@ -1,4 +1,4 @@
-"""mistral-ref quantize: a directory in, a smaller directory out."""
+"""mistral-ref quantize: write a copy of a model with smaller weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ examples:
   mistral-ref quantize path/to/Mistral-7B path/to/Mistral-7B-int4
   mistral-ref quantize path/to/Mistral-7B path/to/Mistral-7B-int8 --bits 8
   mistral-ref quantize demo small --bits 4 && mistral-ref generate --model small "Once upon a time"
-  mistral-ref compare demo small "Once upon a time"      how far every step departs
+  # how far every step of the rounded model departs
+  mistral-ref compare demo small "Once upon a time"
 """
 
 
@@ -25,31 +26,46 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser(
         "quantize",
         help="round a model's weights to 8 or 4 bits",
-        description="Round a model's weights to 8 or 4 bits, into a new directory that loads like any other. It is\n"
-        "mapped as it is, so it takes as much memory as disk, and decodes about as many times faster as it\n"
-        "is smaller. 8 bits change hardly anything; what 4 bits cost, docs/quantization.md has measured.",
+        description="""\
+Round a model's weights to 8 or 4 bits, and write them to a new directory. The
+new directory is loaded like that of any other model. Its weights take as much
+memory as they take on the disk. If they are three times smaller, the model
+generates tokens about three times faster.
+
+Rounding makes a model less exact. With 8 bits the difference is very small.
+docs/quantization.md shows the difference measured with 4 bits.""",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="IN", help="directory of the model; `demo` for the demonstration model")
-    parser.add_argument("target", metavar="OUT", help="the new directory")
-    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="of a weight (default: %(default)s)")
+    parser.add_argument("source", metavar="IN", help="directory of the model, or `demo` for the demonstration model")
+    parser.add_argument("target", metavar="OUT", help="the new directory; it must not exist yet")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=BITS,
+        default=4,
+        help="bits per weight in the matrices of the layers (default: %(default)s)",
+    )
     parser.add_argument(
         "--group-size",
         type=int,
         choices=GROUP_SIZES,
         default=GROUP_SIZE,
-        help="weights that share a scale: fewer are more exact, and cost 16 bits a group (default: %(default)s)",
+        help="number of weights in a row that are rounded with the same scale. A smaller group is more exact, but each "
+        "group takes 16 more bits (default: %(default)s)",
     )
     for name, words in (("embedding", "the embedding"), ("head", "the output matrix")):
         parser.add_argument(
-            f"--{name}", choices=["8", "4", "keep"], default="8", help=f"bits of {words} (default: %(default)s)"
+            f"--{name}",
+            choices=["8", "4", "keep"],
+            default="8",
+            help=f"bits per weight in {words}; keep: do not round it (default: %(default)s)",
         )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Quantize, and say what has become of the model."""
+    """Quantize a model, and print how much smaller it has become."""
     source = model_directory(arguments.source)
     around = {
         name: None if getattr(arguments, name) == "keep" else int(getattr(arguments, name))

@@ -1,4 +1,4 @@
-"""mistral-ref step: walk through a forward pass in the terminal, look at every tensor, change it, and go on."""
+"""mistral-ref step: walk through a forward pass in the terminal, look at every tensor, and change it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from mistral_ref.study.stepper import Stepper
 _EXAMPLES = """\
 examples:
   mistral-ref step "Once upon a time"
-  mistral-ref step --last 4 "Once upon a time there was a little girl"     the last 4 tokens, over a cache
-  mistral-ref step --broken tiled-heads "Tom had a red ball"               with a bug in it
+  # the pass of the last 4 tokens; the tokens before them are in a cache
+  mistral-ref step --last 4 "Once upon a time there was a little girl"
+  # a model with a bug
+  mistral-ref step --broken tiled-heads "Tom had a red ball"
+  # commands from a pipe
   printf 'jump 2\\njump heads\\nzero head 3\\npredict\\n' | mistral-ref step "Lily saw a"
 """
 
@@ -25,9 +28,14 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser(
         "step",
         help="walk through a pass, tensor by tensor",
-        description="Walk through the forward pass of a text: next, back, into a layer and out of it; look at every "
-        "value as numbers or as a heat map; change it, and see what becomes of the prediction. `help` lists the "
-        "commands, which may come over a pipe as well.",
+        description="""\
+Walk through the forward pass of a text. You go from step to step, or from
+layer to layer, forwards and backwards. At each step you can look at its value
+as numbers or as a heat map. You can change the value, and see how the
+prediction of the next token changes.
+
+You type commands at a prompt; the command `help` lists them. Standard input
+may also be a pipe with one command on each line.""",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,9 +48,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Walk until the reader has seen enough."""
+    """Run the commands of a walk until the last one."""
     if sys.stdin is None:
-        raise InputError("standard input is closed, and the commands of a walk are read from there")
+        raise InputError("standard input is closed; the commands of a walk are read from it")
     model = maybe_broken(load_model(arguments), arguments.broken)
     tokens, cache = split_prompt(model, as_text(arguments.prompt), arguments.last)
     walker = Walker(Stepper(model, tokens, cache))

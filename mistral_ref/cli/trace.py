@@ -1,4 +1,4 @@
-"""mistral-ref trace: the values of a pass, listed, written to a file, or shown as a page."""
+"""mistral-ref trace: list the values of a pass, write them to a file, or show them as a page."""
 
 from __future__ import annotations
 
@@ -35,10 +35,16 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add this command to the command line."""
     parser = commands.add_parser(
         "trace",
-        help="show the values of a pass as a page, list them, or write them to a file",
-        description="Take a text through the model and list every step with its axes and statistics; or make a page of "
-        "them, one HTML file to click through in a browser, without a network; or write the values to a safetensors "
-        "file, which mistral_ref.Trace.load and mistral-ref compare read.",
+        help="list the values of a pass, write them to a file, or show them as a page",
+        description="""\
+Run one forward pass over a text and show the values of its steps. The output
+depends on -o:
+
+  without -o            a list of all steps, with their axes and statistics
+  -o NAME.html          a page to click through in a browser; it is one file
+                        and needs no network
+  -o NAME.safetensors   a file with the values; mistral_ref.Trace.load and
+                        mistral-ref compare read it""",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,28 +53,32 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_compute_options(parser)
     add_dtype_option(parser)
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="FILE.html: a page; FILE.safetensors: the values (default: a list)"
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the file to write; its name ends in .html or .safetensors (default: print a list)",
     )
     parser.add_argument(
         "--keep",
         action="append",
         metavar="STEP",
-        help='steps to keep, such as "layers.*.heads"; a page has the statistics and a small picture of the others '
-        "(default: all; in a page of a large model those that have room, attention first)",
+        help='name or glob of steps whose values are kept, such as "layers.*.heads"; the option may be given several '
+        "times. A page shows statistics and a small picture of the other steps (default: all steps; if a page would be "
+        "too large, only the steps that fit, attention weights first)",
     )
-    parser.add_argument("--no-cost", action="store_true", help="in a page, do not measure what each step costs")
+    parser.add_argument("--no-cost", action="store_true", help="for a page: do not measure how long each step takes")
     add_last_option(parser)
     add_broken_option(parser, "the model")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the steps of a pass, or write them."""
+    """Print the steps of a pass, or write them to a file."""
     output = arguments.output
     if output is not None and not output.endswith((".html", ".safetensors")):
         raise InputError(f"-o is {short_repr(output)}; expected a name that ends in .html or .safetensors")
     if arguments.no_cost and (output is None or not output.endswith(".html")):
-        raise InputError("--no-cost is of a page; expected -o FILE.html beside it")
+        raise InputError("--no-cost is for a page only; expected -o FILE.html with it")
     model = maybe_broken(load_model(arguments), arguments.broken)
     tokens, cache = split_prompt(model, read_prompt(arguments), arguments.last)
     if output is not None and output.endswith(".html"):

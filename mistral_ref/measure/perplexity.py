@@ -10,12 +10,13 @@ There are two ways here. Other engines use both, so their figures can be compare
                 replaced by BOS. The tokens after the middle one are scored. Tokens left over at the end of the text
                 are not used. llama.cpp's llama-perplexity does the same, and gives the same standard error.
     strided     Each window of `context` tokens begins `stride` tokens after the one before it. A window scores the
-                tokens that no earlier window has scored. So every token but the first is scored, given at least
-                context - stride tokens before it. A smaller stride gives the tokens more context, but costs more: the
-                whole text goes through the model context / stride times. If the stride equals the context, windows do
-                not overlap, and the first token of each is not scored, since no token of the window is before it.
-                Hugging Face's recipe has the same windows (transformers, "Perplexity of fixed-length models"). Its
-                mean counts one token too few for each window that overlaps the one before it.
+                tokens that no earlier window has scored. So every token but the first is scored. After the first
+                window each of them has at least context - stride tokens before it. A smaller stride gives the tokens
+                more context, but costs more: the whole text goes through the model context / stride times. If the
+                stride equals the context, windows do not overlap, and the first token of each window is not scored,
+                since no token of its window is before it. Hugging Face's recipe has the same windows (transformers,
+                "Perplexity of fixed-length models"). Its mean counts one token too few for each window that overlaps
+                the one before it.
 
     tokens              0 1 2 3 4 5 6 7 8 9
     halves of 4         B 1 2[3]                (the scored tokens are in brackets, B is BOS)
