@@ -13,7 +13,8 @@ from support.paths import ROOT
 
 COURSE = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "course").glob("*.md")))
 PAGES = ("README.md", "docs/stepping.md", "docs/quantization.md", *COURSE)
-LINKED = (*PAGES, "docs/architecture.md", "docs/benchmarks.md", "docs/kernels.md")
+GUIDES = ("architecture", "benchmarks", "changelog", "contributing", "kernels")
+LINKED = (*PAGES, *(f"docs/{guide}.md" for guide in GUIDES))
 
 # A block of Python, and the block of text that follows it at once, if one does: what it prints.
 _EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
