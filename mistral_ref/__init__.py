@@ -33,7 +33,7 @@ from mistral_ref.steps import Step
 from mistral_ref.trace import Trace
 from mistral_ref.walk import Walk
 
-if TYPE_CHECKING:  # for editors
+if TYPE_CHECKING:  # so that editors find these names
     from mistral_ref.measure import benchmark, cost, cost_table, machine, perplexity, shapes, speed, synthetic  # noqa: F401
     from mistral_ref.study import broken, diagrams, drawing, lens, plots, report, stepper  # noqa: F401
 
@@ -65,7 +65,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import a module of measure/ or study/ when somebody asks for it, as in `from mistral_ref import lens`."""
+    """Return a module of measure/ or study/, imported on first use, for example `from mistral_ref import lens`."""
     for room, modules in _MODULES.items():
         if name in modules:
             return importlib.import_module(f"mistral_ref.{room}.{name}")

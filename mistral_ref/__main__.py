@@ -1,4 +1,4 @@
-"""python -m mistral_ref: the same as the command mistral-ref."""
+"""`python -m mistral_ref` does the same as the command `mistral-ref`."""
 
 import sys
 

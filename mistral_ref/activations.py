@@ -1,8 +1,8 @@
-"""What the inputs of a product are rounded to: an option of the operations.
+"""Round the inputs of a product of a quantized matrix. `activations` is the option that says to which numbers.
 
-Products with matrices of 8 or 4 bits round their inputs too, with a scale of their own for each group, so that what is
-summed up are integers (mistral_kernels.dots). `rounded` does the same, for the NumPy backend to compute what the
-kernels do.
+The compiled kernels multiply matrices of 8 or 4 bits with inputs that are rounded to integers. Each group of inputs has
+its own scale. The sums are then sums of integers (mistral_kernels.dots). `rounded` rounds in the same way, so the NumPy
+backend computes the same results as the kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LARGEST = {"int16": 32767, "int8": 127}
 
 
 def checked_activations(activations: str) -> Activations:
-    """Return what inputs are rounded to if that is known; raise InputError if not."""
+    """Return `activations` if it is one of the values of Activations; otherwise raise InputError."""
     if activations not in get_args(Activations):
         raise InputError(
             f"activations is {short_repr(activations)}; expected one of {', '.join(get_args(Activations))}"
@@ -28,10 +28,11 @@ def checked_activations(activations: str) -> Activations:
 
 
 def rounded(x_TI: np.ndarray, activations: Activations, group_size: int) -> np.ndarray:
-    """Return inputs as products with quantized matrices take them: rounded in float32, in the dtype they came in.
+    """Return the inputs (T, I) of a product, rounded for a quantized matrix, in the dtype of `x_TI`.
 
-    In each group of neighbours x becomes scale q: q = x / scale to the nearest whole number, ties to even, where
-    scale = max |x| / 32767, or 127 for "int8". With "float" they stay as they are.
+    In each group of `group_size` neighbouring inputs x becomes scale * q: q is x / scale, rounded to the nearest whole
+    number, ties to even. scale is max |x| / 32767 for "int16" and max |x| / 127 for "int8". The scale and q are
+    computed in float32. "float" leaves the inputs unchanged.
 
     >>> rounded(np.array([[1.0, 0.3, -127.0]]), "int8", 32).tolist()
     [[1.0, 0.0, -127.0]]

@@ -1,13 +1,16 @@
-"""KVCache: the keys and values of the tokens so far, one ring per layer.
+"""KVCache: the keys and values of the tokens so far, one ring of slots for each layer.
 
-A layer with a window of W keeps a ring of W + chunk - 1 slots, where chunk is the longest pass; a layer without one
-keeps everything and grows. The key of position p lies in slot p % capacity. A pass always writes its keys first and
-reads afterwards: with that many slots nothing that one of its queries may see has been overwritten, so a prompt and a
-single token follow one rule. This file says where a key lies; which keys a query sees, reference_ops.attends; how the
-bytes lie is the operations' business.
+A layer with a window of W has a ring of W + chunk - 1 slots. `chunk` is the number of tokens in the longest pass. A
+layer without a window keeps every key, and its ring grows. The key of position p lies in slot p % capacity.
 
-A window of 3 and passes of up to 2 tokens need 4 slots. Tokens 4 and 5 overwrite 0 and 1; token 4, the first query of
-that pass, sees 2, 3 and itself, and all three are there:
+Every pass writes its keys first and reads afterwards, whether it has one token or many. With W + chunk - 1 slots a pass
+overwrites no key that one of its queries sees.
+
+This module knows in which slot a key lies. `reference_ops.attends` defines which keys a query sees. The operations
+(ops.py) decide how a key is stored in its slot.
+
+Example: a window of 3 and passes of at most 2 tokens need 4 slots. The pass of tokens 4 and 5 overwrites 0 and 1. Its
+first query, token 4, sees tokens 2, 3 and 4. All three are in the ring:
 
     slot        0  1  2  3
     positions   4  5  2  3
@@ -28,15 +31,19 @@ from mistral_ref.files.cache_file import not_a_cache, read_cache_file, write_cac
 from mistral_ref.ops import KeyView, Ops
 
 DEFAULT_CHUNK = 512
-SCALE_BYTES = 4  # of the scale that each head's key and value of int8 has
+SCALE_BYTES = 4  # bytes of a scale; with int8 every key and every value of a head has one
 _FIRST_CAPACITY = 64
 
 
 @dataclass
 class Ring:
-    """The slots of one layer: position p lies in slot p % capacity. `store` is whatever the operations made.
+    """The slots of one layer. Position p lies in slot p % capacity.
 
-    `max_capacity` is the capacity at which positions begin to share slots; until then the ring grows by doubling.
+    window      how many keys a query sees, itself included; None: all
+    max_capacity    the ring doubles its capacity up to this number; then positions share slots. None: no maximum
+    capacity    the number of slots now
+    oldest      the oldest position that is not overwritten
+    store       the keys and values, as `ops.new_store` returned them
 
     >>> ring = Ring(window=3, max_capacity=4, capacity=4)
     >>> ring.slots(4, 6), ring.slots(3, 6)
@@ -48,22 +55,25 @@ class Ring:
     window: int | None
     max_capacity: int | None
     capacity: int
-    oldest: int = 0  # positions below have been overwritten
+    oldest: int = 0
     store: Any = None
 
     def slots(self, start: int, stop: int) -> slice | np.ndarray:
-        """Return the slots of positions start to stop - 1, in that order: a slice where they are neighbours."""
+        """Return the slots of positions start to stop - 1, in this order: a slice if the slots are neighbours.
+
+        Otherwise it is an array of integers (stop - start,).
+        """
         first = start % self.capacity
         if first + stop - start <= self.capacity:
             return slice(first, first + stop - start)
         return np.arange(start, stop) % self.capacity
 
     def first_visible(self, query: int) -> int:
-        """Return the oldest position that a query sees."""
+        """Return the oldest position that the query at position `query` sees."""
         return 0 if self.window is None else max(0, query - self.window + 1)
 
     def capacity_for(self, length: int) -> int:
-        """Return the capacity to hold `length` positions: doubled until it suffices, `max_capacity` at most."""
+        """Return the capacity for `length` positions: doubled until they fit, at most `max_capacity`."""
         capacity = self.capacity
         while capacity < length and capacity != self.max_capacity:
             capacity = 2 * capacity if self.max_capacity is None else min(2 * capacity, self.max_capacity)
@@ -71,16 +81,16 @@ class Ring:
 
 
 class KVCache:
-    """Keys and values of one sequence. Made by `model.new_cache()`, filled by `model.forward(tokens, cache)`.
+    """Keys and values of one sequence. `model.new_cache()` makes it, and `model.forward(tokens, cache)` fills it.
 
     length      number of tokens that have gone through a complete pass
-    chunk       the longest single pass; `model.forward` splits longer input
-    max_tokens  bound on length, or None
-    dtype       what keys and values are stored as; "int8": whole numbers from -127 to 127, and for each head's key and
-                value a scale
+    chunk       number of tokens in the longest pass; `model.forward` splits a longer input
+    max_tokens  maximum of `length`; None: no maximum
+    dtype       number format of the stored keys and values. "int8" stores whole numbers from -127 to 127, and one scale
+                for each head's key and one for its value
 
-    A pass that does not end (an exception, an abandoned walk) leaves `length` and all that later queries see as it was.
-    Where a dtype of 16 bits is asked for, larger numbers than it holds (65504) become infinite.
+    A pass may stop before its end: an exception, an abandoned walk. Then `length` stays as it was, and so does every
+    key and value that later queries see. With dtype "float16" numbers above 65504 become infinite.
     """
 
     def __init__(
@@ -96,12 +106,12 @@ class KVCache:
         self.max_tokens = None if max_tokens is None else checked_int("max_tokens", max_tokens, least=1)
         self.dtype = ops.dtype.name if dtype is None else dtype
         if self.dtype == "int4":
-            raise InputError("dtype is 'int4'; expected more bits: 15 values for a key change what a model says")
+            raise InputError("dtype is 'int4'; expected more bits: 15 different numbers are too few for keys")
         if self.dtype not in ops.cache_dtypes:
             raise InputError(f"dtype is {short_repr(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
         self.config, self.ops = config, ops
         self.length = 0
-        self._n_passes = 0  # each pass knows its number, so that only the last one begun can go on
+        self._n_passes = 0  # each pass keeps its number; a pass goes on only if no other has begun since
         self.rings = [self._new_ring(window) for window in config.sliding_window]
 
     def _new_ring(self, window: int | None) -> Ring:
@@ -117,7 +127,7 @@ class KVCache:
         return f"<KVCache of {self.length} tokens, {self.dtype}, chunk {self.chunk}, max_tokens {self.max_tokens}>"
 
     def bytes_for(self, length: int) -> int:
-        """Return the memory that keys and values take once the cache holds `length` tokens."""
+        """Return the bytes of memory that keys and values take if the cache holds `length` tokens."""
         kv_width = self.config.n_kv_heads * self.config.head_dim
         scales = self.config.n_kv_heads * SCALE_BYTES if self.dtype == "int8" else 0
         return sum(2 * ring.capacity_for(length) for ring in self.rings) * (
@@ -125,13 +135,13 @@ class KVCache:
         )
 
     def begin(self, n_tokens: int) -> Pass:
-        """Start a pass of n tokens: make room, and return what the forward pass writes and reads through.
+        """Start a pass of `n_tokens` tokens: make room, and return the Pass that reads and writes this cache.
 
-        Raises CacheError if n is more than `chunk` or leads past `max_tokens`.
+        Raises CacheError if the tokens are more than `chunk`, or if the cache would hold more than `max_tokens`.
         """
         if n_tokens > self.chunk:
             raise CacheError(
-                f"a pass of {n_tokens} tokens; this cache takes {self.chunk} at once: new_cache(chunk=...)"
+                f"a pass has {n_tokens} tokens; expected at most {self.chunk}: new_cache(chunk=...) sets this number"
             )
         self.require_room(n_tokens)
         end = self.length + n_tokens
@@ -142,39 +152,42 @@ class KVCache:
         return Pass(self, self.length, n_tokens, self._n_passes)
 
     def require_room(self, n_tokens: int) -> None:
-        """Raise CacheError if n more tokens lead past `max_tokens`."""
+        """Raise CacheError if the cache would hold more than `max_tokens` tokens with `n_tokens` more."""
         end = self.length + n_tokens
         if self.max_tokens is not None and end > self.max_tokens:
-            raise CacheError(f"{end} tokens; this cache was made for {self.max_tokens}: new_cache(max_tokens=...)")
+            raise CacheError(
+                f"the cache would hold {end} tokens; expected at most {self.max_tokens}: new_cache(max_tokens=...) "
+                "sets this number"
+            )
 
     def _grow(self, ring: Ring, capacity: int) -> None:
         if capacity == ring.capacity:
             return
         store = self._new_store(capacity)
-        kept = slice(0, self.length)  # a ring that can still grow has not wrapped: slots are positions
+        kept = slice(0, self.length)  # a ring below its maximum has overwritten nothing: slot p holds position p
         self.ops.write(store, kept, *self.ops.read(ring.store, kept))
         ring.capacity, ring.store = capacity, store
 
     def commit(self, finished: Pass) -> None:
-        """End a pass: its tokens count from now on."""
+        """End a pass: `length` now counts its tokens. Raises CacheError if another pass has used the cache since."""
         finished.check()
         self.length = finished.stop
         self._n_passes += 1
 
     def truncate(self, length: int) -> None:
-        """Take back the last tokens, so that `length` remain.
+        """Take back the last tokens: `length` tokens remain.
 
-        Any number can be taken back while no ring has wrapped. After that the oldest keys are gone: a cache can go back
-        by `chunk` tokens from the furthest position that a pass has written, an abandoned pass included. Raises
-        CacheError beyond that.
+        While no ring has overwritten a key, the cache can go back to any length. After that it can go back by `chunk`
+        tokens from the furthest position that a pass has written. Abandoned passes count too. Raises CacheError if the
+        next token would see a key that is overwritten, and InputError unless 0 <= length <= self.length.
         """
         length = checked_int("length", length, least=0, most=self.length)
         for number, ring in enumerate(self.rings):
-            # The next token will be at `length` and has to find all that it sees, itself apart.
+            # The next token is at position `length`. All keys that it sees must be there, except its own.
             if ring.first_visible(length) < min(ring.oldest, length):
                 raise CacheError(
-                    f"cannot go back to {length} tokens: token {length} would see {ring.first_visible(length)}, and "
-                    f"layer {number} has overwritten all before {ring.oldest}"
+                    f"cannot go back to {length} tokens: token {length} would see token {ring.first_visible(length)}, "
+                    f"but layer {number} has overwritten all tokens before {ring.oldest}"
                 )
         for ring in self.rings:
             ring.oldest = min(ring.oldest, length)
@@ -182,7 +195,7 @@ class KVCache:
         self._n_passes += 1
 
     def copy(self) -> KVCache:
-        """Return an independent copy, so that several continuations can share one prompt."""
+        """Return an independent copy. With copies several texts can continue one prompt."""
         twin = copy.copy(self)
         twin.rings = copy.deepcopy(self.rings)
         return twin
@@ -190,7 +203,7 @@ class KVCache:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache as a safetensors file: layers.N.k and layers.N.v (S, G, K), oldest position first.
 
-        The file appears under its name only when it is complete.
+        The file gets its name only when it is complete. Raises CacheError if it cannot be written.
         """
         settings = {"length": self.length, "chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
         layers = (self.ops.read(ring.store, ring.slots(ring.oldest, self.length)) for ring in self.rings)
@@ -200,8 +213,9 @@ class KVCache:
     def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:
         """Return the cache that `save` wrote, for a model of the same configuration.
 
-        Any operations can take it up; if they do not store its dtype they store their own. Raises CacheError if the
-        file is none, is damaged, or belongs to another configuration.
+        `ops` may be of another backend than the one that wrote it. If `ops` cannot store the file's dtype, the cache
+        gets their own dtype. Raises CacheError if the file is not a saved cache, is damaged, or belongs to another
+        configuration.
         """
         settings, layers = read_cache_file(path, config)
         length = settings.pop("length")
@@ -229,7 +243,13 @@ class KVCache:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One pass over a cache: the tokens at positions start to start + n_tokens - 1."""
+    """One pass over a cache: the tokens at positions start to start + n_tokens - 1. `cache.begin` makes it.
+
+    cache       the cache
+    start       position of the first token
+    n_tokens    number of tokens in the pass
+    number      the cache's counter when this pass began; every later pass and every truncate changes the counter
+    """
 
     cache: KVCache
     start: int
@@ -249,16 +269,22 @@ class Pass:
     def check(self) -> None:
         """Raise CacheError if another pass, or truncate, has used the cache since this one began."""
         if self.cache._n_passes != self.number:
-            raise CacheError("the cache has been used by another pass since this one began; this one cannot go on")
+            raise CacheError("another pass, or truncate, has used the cache since this pass began; it cannot go on")
 
     def write(self, layer: int, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
-        """Put this pass's keys and values in their slots, over positions that no query will see again."""
+        """Put this pass's keys and values of one layer in their slots. No query will see the keys that they overwrite.
+
+        Raises CacheError as `check` does.
+        """
         self.check()
         ring = self.cache.rings[layer]
         self.cache.ops.write(ring.store, ring.slots(self.start, self.stop), k_TGK, v_TGK)
 
     def keys(self, layer: int) -> KeyView:
-        """Return what this pass's queries see: every key from the oldest that the first one sees to the newest."""
+        """Return the keys and values of one layer that this pass's queries see.
+
+        They reach from the oldest key that the first query sees to the key of the last query.
+        """
         ring = self.cache.rings[layer]
         keys = range(ring.first_visible(self.start), self.stop)
         queries = range(self.start, self.stop)

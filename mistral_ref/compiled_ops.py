@@ -1,7 +1,8 @@
-"""CompiledOps: the operations of reference_ops.py, where their formulas stand, over compiled kernels.
+"""CompiledOps: the operations of reference_ops.py, computed by compiled kernels.
 
-What takes time is compiled, the rest inherited. Kernels check nothing, so everything is checked or made to fit here:
-arrays are contiguous float32 of the shapes that kernels expect, and indices come from the cache or are checked before.
+The formulas stand in reference_ops.py. The operations that take time are compiled here; the others are inherited from
+ReferenceOps. The kernels check nothing, so this module hands them only arrays that fit: contiguous float32 arrays of
+the expected shapes. Indices come from the cache or have been checked before.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from mistral_ref.rope import AnglePrecision
 from mistral_ref.steps import Step, StepFactory, Steps
 from mistral_ref.weights import Matrix, TiledMatrix, bf16_bits, bf16_values
 
-# Work that one thread does by itself, in bytes of weights times tokens, and in numbers of activations: waking others
-# costs microseconds, and milliseconds where another program has taken their core.
+# Below this much work one thread works alone: bytes of weights times tokens, and numbers of activations. Waking other
+# threads costs microseconds, or milliseconds if another program has taken their core.
 _FEW_BYTES = 2**20
 _FEW_NUMBERS = 2**15
-_TOKENS_AT_ONCE = 512  # what a product writes should stay in the caches
-_PAIRED_INPUTS = 4  # rows of bf16 are taken as pairs if their length is a multiple of it
+_TOKENS_AT_ONCE = 512  # the results of one product should stay in the processor's caches
+_PAIRED_INPUTS = 4  # the kernel for pairs of bf16 needs rows whose length is a multiple of this
 
-_EVERYTHING = 2**62  # a window that no position is outside of
+_EVERYTHING = 2**62  # a window that holds every position
 _NO_SCALE = np.ones((1, 1), np.float32)
 
 
 def _start_threads() -> None:
     try:
         threads.layer()
-    except ValueError as error:  # NUMBA_THREADING_LAYER asks for one that is not there
+    except ValueError as error:  # NUMBA_THREADING_LAYER names a layer that is not installed
         problem = " ".join(str(error).split())
         raise InputError(f"backend is 'numba', but its threads cannot be started: {problem}") from None
 
@@ -51,12 +52,15 @@ def _floats(x: np.ndarray) -> np.ndarray:
 
 
 class CompiledOps(ReferenceOps):
-    """Operations in float32 over compiled kernels.
+    """The operations in float32, computed by compiled kernels.
 
-    threads     how many; None: MISTRAL_REF_THREADS, or as many as there are performance cores
+    threads     number of threads; None: the number in MISTRAL_REF_THREADS, or the number of performance cores
     angles      as in ReferenceOps
-    activations what the inputs of quantized matrices are rounded to: "int16", or "int8", which is faster; "bfloat16":
-                those of bf16 matrices to bf16, which is twice as fast where a processor gains by pairs of them
+    activations "int16" or "int8": the inputs of quantized matrices are rounded to these; "int8" is faster.
+                "bfloat16": the inputs of bf16 matrices are rounded to bf16; this is twice as fast on processors that
+                multiply pairs of bf16
+
+    Raises InputError if an argument cannot be used, or if Numba cannot compile or start threads.
     """
 
     name = "numba"
@@ -70,11 +74,11 @@ class CompiledOps(ReferenceOps):
         activations: Activations | None = None,
     ) -> None:
         if numba.config.DISABLE_JIT:
-            raise InputError("backend is 'numba', but NUMBA_DISABLE_JIT is set; expected backend='numpy' then")
+            raise InputError("backend is 'numba', but NUMBA_DISABLE_JIT is set; unset it, or use backend='numpy'")
         super().__init__("float32", angles=angles, activations=activations)
         if self.activations == "float":
             raise InputError(
-                "activations is 'float', which backend='numpy' alone has; expected 'int16', 'int8' or 'bfloat16'"
+                "activations is 'float', which only backend='numpy' has; expected 'int16', 'int8' or 'bfloat16'"
             )
         self.threads = chosen_threads(threads)
         self._pool = ArrayPool()
@@ -82,6 +86,7 @@ class CompiledOps(ReferenceOps):
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Return the context in which steps are computed: as in ReferenceOps, and the number of kernel threads."""
         with super().running(), threads.using(self.threads):
             yield
 
@@ -89,15 +94,19 @@ class CompiledOps(ReferenceOps):
         return 1 if work < few else self.threads
 
     def rms_norm(self, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+        """Return tokens scaled to unit root mean square, times the weight, by a compiled kernel."""
         x_TD = _floats(x_TD)
         y_TD = self._pool.empty(x_TD.shape)
         elementwise.rms_norm()(x_TD, weight_D, eps, y_TD, self._threads_for(x_TD.size, _FEW_NUMBERS))
         return y_TD
 
     def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
+        """Return the product of every token with a matrix, y_TO. The kernel depends on matrix and number of tokens."""
         n_out, n_in = weight_OI.shape
         if x_TI.ndim != 2 or x_TI.shape[1] != n_in:
-            raise InputError(f"{weight_OI.name} takes {n_in} inputs a token; found an array {x_TI.shape}")
+            raise InputError(
+                f"inputs of {weight_OI.name} have shape {x_TI.shape}; expected {n_in} inputs for each token"
+            )
         x_TI, n_tokens = _floats(x_TI), len(x_TI)
         y_TO = self._pool.empty((n_tokens, n_out))
         if isinstance(weight_OI, QuantizedMatrix):
@@ -137,15 +146,18 @@ class CompiledOps(ReferenceOps):
             matmul_quantized(*how)(stored, scales, unit, x_TI[rows], q, scales_x, y_TO[rows], n_threads)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """Return every pair of neighbours turned by its angle, by a compiled kernel."""
         x_THK = _floats(x_THK)
         turned = self._pool.empty(x_THK.shape)
         elementwise.rotate()(x_THK, cos, sin, turned, self._threads_for(x_THK.size, _FEW_NUMBERS))
         return turned
 
     def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> panels.PanelStore:
+        """Return a store in panels, the order in which the attention kernel reads keys and values."""
         return panels.new_store(capacity, n_kv_heads, head_dim, np.dtype(dtype))
 
     def write(self, store: panels.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
+        """Put keys and values in these slots, rounded to the store's dtype, by a compiled kernel."""
         slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else np.ascontiguousarray(slots)
         if store.k.dtype == np.int8:
             panels.write_int8()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
@@ -155,14 +167,19 @@ class CompiledOps(ReferenceOps):
         panels.write(raw)(store.k.view(raw), store.v.view(raw), slots_T, k_TGK, v_TGK)
 
     def read(self, store: panels.PanelStore, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+        """Return the keys and the values (S, G, K) in these slots; int8 is multiplied by its scales."""
         return panels.read(store, slots)
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
+        """Attend: a generator that returns heads_THK. One compiled kernel computes scores, softmax and sum together.
+
+        With `observed`, NumPy computes the steps "scores" and "attention_weights" as well. They can only be looked at.
+        """
         if observed is not None:
 
             def only_shown(name: str, value: np.ndarray, key_positions: range | None = None) -> Step:
                 step = observed(name, value, key_positions)
-                step.fixed_by = "the fused attention does not go on from it; load the model with backend='numpy'"
+                step.fixed_by = "the compiled attention does not read it; load the model with backend='numpy'"
                 return step
 
             yield from super().attention(q_THK, view, only_shown)
@@ -193,6 +210,7 @@ class CompiledOps(ReferenceOps):
         return heads_THK
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """Return the hidden units: each `up` times silu of its `gate`, by a compiled kernel."""
         gate, up = _floats(gate), _floats(up)
         hidden = self._pool.empty(gate.shape)
         n_threads = self._threads_for(gate.size, _FEW_NUMBERS)
@@ -202,6 +220,7 @@ class CompiledOps(ReferenceOps):
     def mix_experts(
         self, y_ND: np.ndarray, tokens_N: np.ndarray, experts_N: np.ndarray, weights_TE: np.ndarray
     ) -> np.ndarray:
+        """Return z_TD: for each token the sum of its experts' outputs times their shares, by a compiled kernel."""
         z_TD = self._pool.empty((len(weights_TE), y_ND.shape[1]))
         tokens_N, experts_N = (np.ascontiguousarray(indices, np.int64) for indices in (tokens_N, experts_N))
         elementwise.mix_experts()(_floats(y_ND), tokens_N, experts_N, _floats(weights_TE), z_TD)
@@ -209,7 +228,7 @@ class CompiledOps(ReferenceOps):
 
 
 def _segments(view: KeyView) -> np.ndarray:
-    """Return the runs of neighbouring slots: (first slot, slot past the last one, position of the first one's key).
+    """Return the runs of neighbouring slots (runs, 3): first slot, one past the last slot, position of the first key.
 
     >>> view = KeyView(None, np.array([5, 6, 0, 1]), range(12, 16), range(15, 16), 4)
     >>> _segments(view).tolist()

@@ -1,8 +1,8 @@
-"""ModelConfig: what one needs to know about a model before its weights, for the whole Mistral line.
+"""ModelConfig: the architecture of a model, for all Mistral models.
 
-One block type covers the line. Five switches tell its members apart: an explicit `head_dim`, a window per layer, the
-kind of RoPE (theta, YaRN, and the row order that the checkpoint uses), a query temperature, and a mixture of experts.
-The files that a configuration is read from are the business of `config_files.py`.
+All of these models have the same kind of block. They differ in five points: a `head_dim` of its own, a window for each
+layer, the kind of RoPE (theta, YaRN, and the row order in the checkpoint), a query temperature, and a mixture of
+experts. `files/config_files.py` reads a configuration from a model's files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from mistral_ref.errors import ConfigError, Field, short_repr
 
 RowOrder = Literal["interleaved", "halves"]
 
-# No published model comes near these; a number beyond them is a broken file, refused before anything is allocated.
+# Every published model is far below these. A larger number means a broken file. It is refused before anything is
+# allocated.
 MAX_VALUES = {
     "dim": 2**20,
     "n_layers": 2**10,
@@ -35,9 +36,9 @@ MAX_VALUES = {
 
 
 def checked_count(field: str, value: object) -> int:
-    """Return `value` if it is an integer from 1 to the field's limit; raise ConfigError naming the field otherwise.
+    """Return `value` if it is an integer from 1 to the field's maximum in MAX_VALUES; otherwise raise ConfigError.
 
-    A field may have the name of what it is part of in front: "yarn.original_max_position_embeddings".
+    field   the name in the message; it may be dotted: "yarn.original_max_position_embeddings"
     """
     limit = MAX_VALUES[field.rpartition(".")[2]]
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
@@ -46,10 +47,10 @@ def checked_count(field: str, value: object) -> int:
 
 
 def checked_number(field: str, value: object, *, zero: bool = False) -> float:
-    """Return `value` as a float if it is finite and positive (or zero, where allowed); raise ConfigError otherwise."""
+    """Return `value` as a float if it is above 0 and finite; otherwise raise ConfigError. `zero` allows 0 too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(Field(field), f" is {short_repr(value)}; expected a number")
-    # An integer too large for a float raises OverflowError, so it is compared before it is converted.
+    # Compared before it is converted: float() of a very large integer raises OverflowError.
     if not (0 <= value <= 1e30) or (value == 0 and not zero) or not math.isfinite(float(value)):
         bound = "of at least" if zero else "above"
         raise ConfigError(Field(field), f" is {short_repr(value)}; expected a finite number {bound} 0")
@@ -58,12 +59,15 @@ def checked_number(field: str, value: object, *, zero: bool = False) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """YaRN: how RoPE's frequencies are stretched past the length a model was first trained on (arXiv:2309.00071).
+    """YaRN: RoPE for longer texts than those that a model was first trained on (arXiv:2309.00071).
 
-    Pairs that turn more than `beta_fast` times within `original_max_position_embeddings` keep their frequency, those
-    that turn less than `beta_slow` times have it divided by `factor`, and a ramp joins the two. `attention_factor`
-    multiplies cosines and sines; the reader has resolved it from mscale or apply_scale. `truncate` rounds the ramp's
-    ends outwards to whole pairs.
+    Consider how often a pair turns within `original_max_position_embeddings` positions. A pair that turns more than
+    `beta_fast` times keeps its frequency. For a pair that turns less than `beta_slow` times the frequency is divided by
+    `factor`. A linear ramp joins the two ranges. rope.py has the formulas.
+
+    attention_factor    cosines and sines are multiplied by it; files/config_files.py computes it from mscale or
+                        apply_scale
+    truncate            round the ends of the ramp outwards to whole pairs
     """
 
     factor: float
@@ -92,7 +96,7 @@ class Yarn:
 class QueryTemperature:
     """Queries at position p are multiplied by 1 + beta * ln(1 + floor(p / original_max_position_embeddings)).
 
-    Keeps attention sharp over long contexts in Ministral 3, where the files call it llama_4_scaling.
+    The temperature keeps attention sharp in long texts. Ministral 3 has it; its files call it llama_4_scaling.
     """
 
     beta: float
@@ -124,25 +128,25 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture of one model. Names are Mistral's own; every field is checked when one is made.
+    """The architecture of one model. The field names are Mistral's own. Every field is checked at creation.
 
     dim                 D, width of the residual stream
-    n_layers            L
-    n_heads             H, query heads
-    n_kv_heads          G, key/value heads; query head h reads key/value head h // (H / G)
-    head_dim            K, width of one head, even; H * K need not equal D
-    hidden_dim          F, width of the feed-forward network (of one expert, where there are experts)
-    vocab_size          V
+    n_layers            L, number of blocks
+    n_heads             H, number of query heads
+    n_kv_heads          G, number of key/value heads; query head h reads key/value head h // (H / G)
+    head_dim            K, width of one head, even; H * K may differ from D
+    hidden_dim          F, width of the feed-forward network (in a mixture of experts: of one expert)
+    vocab_size          V, number of token ids
     norm_eps            epsilon inside RMSNorm's square root
     rope_theta          base of RoPE's frequencies
-    sliding_window      for each layer the number of keys a query sees, itself included; None sees all
+    sliding_window      for each layer the number of keys that a query sees, itself included; None: all keys
     rope_row_order      which rows of wq and wk form a pair: "interleaved" (0,1), (2,3), ... in Mistral's own files,
                         "halves" (0,K/2), (1,K/2+1), ... in Hugging Face's
-    yarn, query_temperature, moe    the switches; None where the model has none
-    tied_embeddings     whether the output matrix is the embedding where the files hold none
-    max_seq_len         longest sequence the model is meant for; None where the files do not say
+    yarn, query_temperature, moe    None if the model does not have it
+    tied_embeddings     whether the embedding matrix is also the output matrix; an output matrix in the files wins
+    max_seq_len         length of the longest sequence that the model is meant for; None if the files do not say it
 
-    Raises ConfigError, naming the field, its value and what was expected.
+    Raises ConfigError. The message names the field, its value and the expected value.
     """
 
     dim: int
@@ -203,18 +207,19 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Number of weights: those of all tensors that `tensor_shapes` lists."""
+        """Number of weights in all tensors that `tensor_shapes` yields."""
         return sum(math.prod(shape) for _, shape in tensor_shapes(self))
 
     def replace(self, **changes: object) -> ModelConfig:
-        """Return a copy with some fields changed and everything checked again."""
+        """Return a copy with some fields changed. All fields are checked again; raises ConfigError."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield every tensor of a model in the order of the pass: Mistral's own name of it, and its shape.
+    """Yield Mistral's own name and the shape of every tensor of a model, in the order of the pass.
 
-    A matrix has the shape (O, I), outputs and inputs; a norm's weight (D,). Tied models have no output matrix.
+    A matrix has the shape (O, I): O outputs, I inputs. A norm's weight has the shape (D,). A model with tied_embeddings
+    has no output matrix.
 
         tok_embeddings.weight                       (V, D)
         layers.N.attention_norm.weight              (D,)
@@ -227,7 +232,8 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         norm.weight                                 (D,)
         output.weight                               (V, D)
 
-    With experts a layer has feed_forward.gate.weight, (E, D), and a network feed_forward.experts.M for each.
+    With E experts a layer has feed_forward.gate.weight, (E, D), and w1, w2 and w3 of feed_forward.experts.M for each
+    expert M.
     """
     dim, hidden = config.dim, config.hidden_dim
     q_out, kv_out = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim

@@ -1,4 +1,4 @@
-"""From a prompt to a stream of tokens: prefill in chunks, then one pass a token, until there is a reason to end."""
+"""Generate tokens: the prompt goes through the model in chunks, then each new token in a pass of its own."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from mistral_ref.text.stream import TokenStream
 
 FinishReason = Literal["eos", "stop", "length", "model_length"]
 Stop = str | int | Iterable[str | int] | None
-NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # takes tokens through a model, returns what follows, (V,)
+NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # token ids, a cache -> the last token's logits (V,)
 
 
 @dataclass(frozen=True)
 class Token:
     """One generated token.
 
-    id              in the model's vocabulary
-    text            the text that has become certain with it; pieces of a character, or of what may turn out to be a
-                    stop string, are held back until they are decided
-    logprob         natural logarithm of its probability by the model alone, before any sampling setting
-    finish_reason   None but for the last token: "eos" (the model ended), "stop" (a stop string or id), "length"
-                    (max_tokens, or the cache is full), "model_length" (the longest sequence the model is meant for)
+    id              the token's number in the model's vocabulary
+    text            the text that this token makes certain. Two kinds of text are held back for later tokens: a part of
+                    a character, and text that may be the beginning of a stop string
+    logprob         natural logarithm of the token's probability by the model alone, before any sampling setting
+    finish_reason   for the last token the reason to end; None for the tokens before. "eos": the model ended the text;
+                    "stop": a stop string or stop id; "length": max_tokens, or the cache is full; "model_length": the
+                    longest sequence that the model is meant for
     """
 
     id: int
@@ -37,7 +38,7 @@ class Token:
 
 
 class StopStrings:
-    """Watches a stream of text for the first of some strings, and holds back what may become one.
+    """Watch a stream of text for stop strings. Text that may be the beginning of a stop string is held back.
 
     >>> watch = StopStrings(["END"])
     >>> watch.push("one E"), watch.push("N"), watch.push("tre END two"), watch.found
@@ -50,7 +51,10 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Return the text that no stop string can claim any more; all before a stop string once one is found."""
+        """Take the next text; return the text that cannot be part of a stop string.
+
+        If a stop string is found, the result is the text before it, and `found` becomes true.
+        """
         text = self._held + text
         starts = [start for string in self._strings if (start := text.find(string)) >= 0]
         if starts:
@@ -62,18 +66,21 @@ class StopStrings:
         return text[: len(text) - longest]
 
     def flush(self) -> str:
-        """Return what is held back, at the end of the stream."""
+        """Return the text that is held back. Call this at the end of the stream."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, string: str) -> int:
-    """Return how many characters at the end of `text` are the beginning of `string`."""
+    """Return how many characters at the end of `text` are also the beginning of `string`."""
     return next(n for n in range(min(len(text), len(string) - 1), -1, -1) if text.endswith(string[:n]))
 
 
 def split_stops(stop: Stop, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:
-    """Return the stop strings and the stop ids among `stop`, which may be a single one or None."""
+    """Return the stop strings and the stop ids in `stop`. `stop` is one of them, several of them, or None.
+
+    Raises InputError for an empty string, or for an id outside [0, vocab_size).
+    """
     stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else () if stop is None else (stop,)
     if "" in stops:
         raise InputError("stop holds an empty string; expected text, or token ids")
@@ -82,9 +89,9 @@ def split_stops(stop: Stop, vocab_size: int) -> tuple[tuple[str, ...], frozenset
 
 
 def prefill(next_logits: NextLogits, ids: Sequence[int], cache: KVCache, progress: Progress | None) -> np.ndarray:
-    """Take a prompt through the model, at most `cache.chunk` tokens at a time; return the last token's logits (V,).
+    """Take a prompt through the model, at most `cache.chunk` tokens a pass; return the last token's logits (V,).
 
-    `progress(done, total)` is called before the first chunk and after each.
+    `progress(done, total)` is called before each chunk and at the end.
     """
     for start in range(0, len(ids), cache.chunk):
         if progress is not None:
@@ -97,15 +104,15 @@ def prefill(next_logits: NextLogits, ids: Sequence[int], cache: KVCache, progres
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What `Model.generate` was asked for, checked.
+    """The checked arguments of `Model.generate`.
 
-    prompt_ids      the prompt
+    prompt_ids      the token ids of the prompt
     sampling        how each token is chosen
-    max_tokens      how many tokens at most
-    seed            makes the draws reproducible; None draws differently each time
-    stop_strings, stop_ids      what ends the text; see `split_stops`
-    eos_ids         the ids with which the model itself ends a text
-    max_seq_len     the longest sequence that the model is meant for; None where it has no limit
+    max_tokens      generate at most this number of tokens
+    seed            the same seed gives the same draws; None: different draws each time
+    stop_strings, stop_ids      strings and ids that end the text; see `split_stops`
+    eos_ids         the model ends a text with one of these ids
+    max_seq_len     length of the longest sequence that the model is meant for; None: no maximum
     progress        called with (tokens done, tokens in all) while the prompt is read
 
     Raises InputError for `max_tokens` below 1, and for a seed below 0.
@@ -130,11 +137,13 @@ class GenerationRequest:
 def generate(
     request: GenerationRequest, next_logits: NextLogits, cache: KVCache, stream: TokenStream | None
 ) -> Iterator[Token]:
-    """Yield tokens until the model ends, a stop is met, `max_tokens` are made or the sequence is `max_seq_len` long.
+    """Yield tokens until there is a reason to end (`Token.finish_reason`).
 
-    Each token is yielded as soon as it is known; the pass for the next one runs when it is asked for, and none runs
-    after the last. Texts are empty without a `stream`, for a model without tokenizer, and for ids that the tokenizer
-    has no piece for, where the model's vocabulary is larger.
+    Each token is yielded as soon as it is known. The pass for the next token runs when the caller asks for that token.
+    No pass runs after the last token. The text of a token is empty without a `stream` (a model without tokenizer), and
+    for an id without a piece (the model's vocabulary may be larger than the tokenizer's).
+
+    Raises CacheError if the cache is full, or if another pass uses it between two tokens.
     """
     logits_V = prefill(next_logits, request.prompt_ids, cache, request.progress)
     rng = np.random.default_rng(request.seed)
@@ -161,6 +170,6 @@ def generate(
         if reason is not None:
             return
         if cache.length != length:
-            raise CacheError("the cache has been used by another pass since the last token; this text cannot go on")
+            raise CacheError("another pass has used the cache since the last token; this text cannot go on")
         logits_V = next_logits([token], cache)
         length += 1

@@ -1,4 +1,4 @@
-"""The host of this process: how many threads and how much memory it may use."""
+"""The machine that this process runs on: how many threads and how much memory the process may use."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 
 
 def chosen_threads(threads_asked: int | None) -> int:
-    """Return how many threads to use: as asked, or as MISTRAL_REF_THREADS says, or one for each performance core."""
+    """Return the number of threads to use.
+
+    It is `threads_asked`; without it the number in MISTRAL_REF_THREADS; without both the number of performance cores.
+    Raises InputError unless the first two are whole numbers from 1 to 1024.
+    """
     if threads_asked is not None:
         return checked_int("threads", threads_asked, least=1, most=1024)
     found = os.environ.get(THREADS_VARIABLE)
     if not found:
-        from mistral_kernels.threads import performance_cores  # noqa: PLC0415 (imports Numba)
+        from mistral_kernels.threads import performance_cores  # noqa: PLC0415 (the import of Numba is slow)
 
         return performance_cores()
     if not (found.isdecimal() and len(found) < 10):
@@ -27,7 +31,7 @@ def chosen_threads(threads_asked: int | None) -> int:
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory that programs can still have; of macOS, which does not tell, all there is."""
+    """Return the bytes of memory that programs can still get; on macOS all memory of the machine; None if unknown."""
     if sys.platform == "darwin":
         found = command_output("/usr/sbin/sysctl", "-n", "hw.memsize")
         return int(found) if found and found.isdecimal() else None
@@ -35,7 +39,11 @@ def available_memory() -> int | None:
 
 
 def process_memory(pid: int) -> dict[str, int | None]:
-    """Return a process's bytes that were resident at most, and that are of no file now; None where nobody tells."""
+    """Return two sizes of a process's memory in bytes; None for a size that the system does not give.
+
+    peak_resident   the most memory that the process has had
+    anonymous       the memory now that is not mapped from a file
+    """
     folder = Path("/proc") / str(pid)
     return {
         "peak_resident": bytes_told(folder / "status", "VmHWM:"),
@@ -44,7 +52,7 @@ def process_memory(pid: int) -> dict[str, int | None]:
 
 
 def bytes_told(path: Path, name: str) -> int | None:
-    """Return the bytes that a line "Name:  123 kB" of a file of the system's tells of; None where there is none."""
+    """Return the size in a line "Name:  123 kB" of a system file, in bytes; None without such a file or line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -54,7 +62,7 @@ def bytes_told(path: Path, name: str) -> int | None:
 
 
 def command_output(*command: str) -> str | None:
-    """Return what a command of the system prints; None where it cannot be run or fails."""
+    """Return the output of a system command, stripped; None if the command cannot be run, fails or takes over 10 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

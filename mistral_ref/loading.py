@@ -1,4 +1,4 @@
-"""load: a directory becomes a Model."""
+"""load: make a Model of the files in a directory."""
 
 from __future__ import annotations
 
@@ -33,26 +33,28 @@ def load(
     activations: Activations | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Return the model in a directory, weights mapped, not copied; without a path the demonstration model.
+    """Return the Model in a directory. Its weights are mapped, not copied.
 
-    path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer
-    backend       "numba", compiled kernels, or "numpy", the plain mathematics; by default the first that has the dtype
-    dtype         of all activations: "float32", or "float64" for the oracle, with NumPy alone
-    threads       None: for "numba" as in MISTRAL_REF_THREADS, or as many as there are performance cores; for "numpy"
-                  as many as its products use already
-    rope_angles   "float32" rounds RoPE's angles as the published implementations do
+    path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer;
+                  None: the demonstration model
+    backend       "numba": compiled kernels; "numpy": plain NumPy; None: "numba", or "numpy" with dtype="float64"
+    dtype         number format of all activations: "float32", or "float64" (the oracle; only the NumPy backend has it)
+    threads       number of threads. None: with "numba" the number in MISTRAL_REF_THREADS, or the number of performance
+                  cores; with "numpy" BLAS decides
+    rope_angles   "float64", or "float32": round RoPE's angles as the published implementations do
     repack        copy matrices of 16 bits into the order in which the kernels read them fastest. Decoding gets a few
-                  percent faster, a prompt of 2 to 24 tokens up to three times slower; memory grows by the size of these
-                  matrices, and loading takes seconds a GB
-    quantize      8 or 4: round the weights to so many bits, in memory, as `mistral_ref.quantize` does for good
-    activations   what the inputs of quantized matrices are rounded to: "int16", "int8", which is faster and less exact,
-                  or "float", not at all, with NumPy alone; None: "int16", and "float" with dtype="float64". "bfloat16"
-                  rounds the inputs of bf16 matrices instead, to 8 bits, as other runtimes do: prompts are twice as
-                  fast on AMD's processors with AVX512_BF16, and decoding a little faster
-    progress      called with (done, in all) while repacking (matrices) or rounding (weights)
+                  percent faster, but a prompt of 2 to 24 tokens up to three times slower. Memory grows by the size of
+                  these matrices, and loading takes seconds a GB
+    quantize      8 or 4: round the weights to 8 or 4 bits in memory; `mistral_ref.quantize` writes them to files
+    activations   how inputs are rounded. "int16" rounds the inputs of quantized matrices; "int8" does too, faster and
+                  less exact; "float" rounds nothing (only the NumPy backend). "bfloat16" rounds the inputs of bf16
+                  matrices to bf16 (8 significant bits), as other runtimes do: prompts are twice as fast on AMD's
+                  processors with AVX512_BF16, and decoding a little faster. None: "int16", or "float" with
+                  dtype="float64"
+    progress      called with (done, in all): matrices while repacking, weights while rounding
 
-    Raises a MistralRefError that names the file and what is wrong with it; warns (MistralRefWarning) of what was
-    assumed or left aside.
+    Raises MistralRefError; the message names the file and the problem. Warns with MistralRefWarning if something is
+    assumed or ignored.
     """
     directory = checked_directory(DEMO_MODEL if path is None else path)
     ops = _make_ops(backend, dtype, threads, rope_angles, activations)
@@ -69,28 +71,31 @@ def load(
 def _make_ops(
     backend: str | None, dtype: str, threads: int | None, angles: AnglePrecision, activations: Activations | None
 ) -> ReferenceOps:
-    """Return the operations of a backend: "numba", "numpy", or None for the first of the two that has the dtype."""
+    """Return the operations of a backend: "numba" or "numpy"; None: "numba", or "numpy" with float64."""
     if backend not in (None, "numba", "numpy"):
         raise InputError(f"backend is {short_repr(backend)}; expected 'numba' or 'numpy'")
     if backend == "numpy" or (backend is None and dtype == "float64"):
         return ReferenceOps(dtype, threads=threads, angles=angles, activations=activations)
     if dtype != "float32":
-        raise InputError(f"dtype is {short_repr(dtype)}; expected 'float32' with backend='numba', which has no other")
-    try:  # here, since Numba takes a third of a second, and NumPy alone goes without
+        raise InputError(f"dtype is {short_repr(dtype)}; expected 'float32', the only dtype of backend='numba'")
+    try:  # imported here, because the import of Numba takes a third of a second, and NumPy works without it
         from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415
     except (ImportError, ValueError) as error:
-        raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' goes without") from None
+        raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' works without Numba") from None
     return CompiledOps(threads=threads, angles=angles, activations=activations)
 
 
 def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:
-    """Return the tokenizer of a directory, None where there is none that can be read, and the ids that end a text."""
+    """Return the tokenizer of a directory (None if it has no SentencePiece file) and the ids that end a text.
+
+    Raises ConfigError or TokenizerError if they do not fit the model's vocabulary.
+    """
     eos_ids = read_eos_ids(directory)
     if eos_ids and max(eos_ids) >= config.vocab_size:
         raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
     if find_tokenizer(directory) is None:
         if others := [name for name in OTHER_FORMATS if (directory / name).exists()]:
-            warn(f"{directory}: holds {others[0]}, but this version reads SentencePiece only; prompts are token ids")
+            warn(f"{directory}: holds {others[0]}; only SentencePiece can be read, so prompts must be token ids")
         return None, eos_ids
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:

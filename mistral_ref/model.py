@@ -1,4 +1,4 @@
-"""Model: one object over weights, tokenizer and operations. loading.py makes one from a directory."""
+"""Model: weights, tokenizer and operations in one object. `load` (loading.py) makes it from a directory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Model:
     config      ModelConfig
     weights     the tensors, under Mistral's own names
     ops         the operations that compute with them
-    tokenizer   None where the directory has none; prompts are then token ids
+    tokenizer   None if the directory has no tokenizer; prompts must then be token ids
     eos_ids     the ids that end a text
     """
 
@@ -61,22 +61,25 @@ class Model:
     ) -> KVCache:
         """Return an empty cache for one sequence.
 
-        max_tokens  bound on its length; without it the cache grows as needed
-        chunk       the longest single pass, and how many tokens can be taken back; a ring has W + chunk - 1 slots
-        dtype       what keys and values are stored as: the operations' own, "float16" in half the memory, or "int8" in
-                    a quarter of it
+        max_tokens  maximum of its length; None: the cache grows as needed
+        chunk       number of tokens in the longest pass, and how many tokens `truncate` can always take back; a layer
+                    with a window W has W + chunk - 1 slots
+        dtype       number format of the stored keys and values: "float16" takes half the memory of float32, "int8" a
+                    quarter. None: the operations' own dtype
+
+        Raises InputError for a value that cannot be used.
         """
         return KVCache(self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype)
 
     def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
-        """Return the cache that `cache.save(path)` wrote."""
+        """Return the cache that `cache.save(path)` wrote. Raises CacheError as `KVCache.load` does."""
         return KVCache.load(path, self.config, self.ops)
 
     def token_ids(self, prompt: Prompt, cache: KVCache | None = None) -> list[int]:
-        """Return a prompt as token ids, each checked to be in [0, V).
+        """Return the token ids of a prompt. Each id is checked to be in [0, V).
 
-        Text is encoded, with BOS in front unless the cache holds tokens already; ids are taken as they are. Raises
-        InputError if there is no token, an id is out of range, or the sequence gets longer than the model is meant for.
+        A text is encoded; BOS is put in front unless the cache already holds tokens. Ids stay as they are. Raises
+        InputError if there is no token, if an id is out of range, or if the sequence becomes longer than max_seq_len.
         """
         self._check_cache(cache)
         length = 0 if cache is None else cache.length
@@ -99,10 +102,12 @@ class Model:
             )
         longest = self.config.max_seq_len
         if longest is not None and length + array.size > longest:
-            raise InputError(f"{length + array.size} tokens; the model is meant for at most {longest} (max_seq_len)")
+            raise InputError(
+                f"the sequence has {length + array.size} tokens; expected at most {longest}, the model's max_seq_len"
+            )
         ids: list[int] = array.tolist()
         if self.tokenizer is not None and ids[:2] == [self.tokenizer.bos_id] * 2:
-            warn("the prompt begins with BOS twice; the model has never seen that")
+            warn("the prompt begins with BOS twice; the model was trained on texts with one BOS")
         return ids
 
     def forward(
@@ -113,13 +118,15 @@ class Model:
         last_only: bool = False,
         edits: Mapping[str, Edit] | None = None,
     ) -> np.ndarray:
-        """Return logits (T, V), or (1, V) of the last token with `last_only`.
+        """Return logits (T, V); with `last_only` the last token's logits (1, V).
 
-        With a cache the tokens follow those in it and are appended; any split into calls gives the same logits. Without
-        one nothing is kept. A call that is interrupted keeps the chunks that it has finished: `cache.length` tells.
+        cache       the tokens continue the sequence in the cache and are appended to it. One call with many tokens and
+                    several calls with parts of them give the same logits. None: nothing is kept
+        edits       a map from names of steps, or globs, to an array or to a function of the step's value. A pass with
+                    edits is never split, so T is at most the cache's chunk
 
-        `edits` maps names of steps, or globs, to an array or a function of the step's value. An edited pass is never
-        split, so T is at most the cache's chunk.
+        An interrupted call keeps the chunks that are finished; `cache.length` counts their tokens. Raises InputError
+        or CacheError.
         """
         ids = self.token_ids(tokens, cache)
         if edits:
@@ -129,7 +136,7 @@ class Model:
         return self._logits(ids, cache, last_only)
 
     def _logits(self, ids: Sequence[int], cache: KVCache, last_only: bool) -> np.ndarray:
-        """Take checked ids through the model, a chunk at a time; return logits of all, or (1, V) of the last."""
+        """Take checked ids through the model, a chunk at a time; return logits (T, V), or (1, V) with `last_only`."""
         cache.require_room(len(ids))
         logits_TV = np.empty((1 if last_only else len(ids), self.config.vocab_size), self.ops.dtype)
         for start in range(0, len(ids), cache.chunk):
@@ -143,10 +150,13 @@ class Model:
         return self._logits(ids, cache, last_only=True)[0]
 
     def steps(self, tokens: Prompt, cache: KVCache | None = None, *, edits: Mapping[str, Edit] | None = None) -> Walk:
-        """Return a Walk through the forward pass of these tokens: iterate over it to get every Step.
+        """Return a Walk through the forward pass of these tokens. Iterate over it to get every Step.
 
-        With a cache the pass starts after the tokens in it, takes at most `cache.chunk` tokens, and counts once the
-        walk has reached its end. `edits` as in `forward`.
+        cache   the pass starts after the tokens in the cache and takes at most `cache.chunk` tokens. The cache counts
+                them when the walk has reached its end
+        edits   as in `forward`
+
+        Raises InputError or CacheError.
         """
         edits = {} if edits is None else edits
         check_edits(edits, self.config)
@@ -162,9 +172,11 @@ class Model:
     ) -> Trace:
         """Return a Trace of the forward pass of these tokens: the values of the steps that `keep` names.
 
-        keep    names or globs of steps, such as "layers.*.attention_weights"; memory is bounded by what they choose
-        cache   as in `steps`: the pass starts after the tokens in it, and they are appended
-        edits   as in `forward`; what is kept is what the pass went on with
+        keep    names or globs of steps, for example "layers.*.attention_weights"; only these take memory
+        cache   as in `steps`: the pass starts after the tokens in the cache, and its tokens are appended
+        edits   as in `forward`; the Trace holds the edited values
+
+        Raises InputError or CacheError.
         """
         ids = self.token_ids(tokens, cache)
         edits = {} if edits is None else edits
@@ -177,7 +189,7 @@ class Model:
         return Trace(steps, ids, pieces, start=start, made_by=f"{self.ops.dtype} by {self.ops.name}")
 
     def piece(self, token: int) -> str:
-        """Return what a token id stands for, safe to print: its piece, or the id itself where there is none."""
+        """Return the tokenizer's piece of a token id, safe to print; "[7]" for an id 7 without a piece."""
         if self.tokenizer is None or token >= self.tokenizer.vocab_size:
             return f"[{token}]"
         return self.tokenizer.piece(token)
@@ -202,12 +214,12 @@ class Model:
         if not isinstance(cache, KVCache):
             raise InputError(f"cache is {short_repr(cache)}; expected one from this model's new_cache()")
         if cache.ops is not self.ops or cache.config != self.config:
-            raise CacheError("the cache was made by another model; expected one from this model's new_cache()")
+            raise CacheError("the cache belongs to another model; expected one from this model's new_cache()")
 
     def score(self, tokens: Prompt) -> np.ndarray:
-        """Return the log-probability (T-1,) of each token after the first, given those before it; float64, in nats.
+        """Return the log-probability of each token after the first, given the tokens before it: (T-1,), in nats.
 
-        Memory stays bounded: logits exist for one chunk at a time.
+        The result is float64. Only the logits of one chunk are in memory at a time. Raises InputError as `token_ids`.
         """
         ids = self.token_ids(tokens)
         cache = self.new_cache(max_tokens=len(ids))
@@ -237,14 +249,15 @@ class Model:
 
         max_tokens          how many at most
         temperature, top_k, top_p, min_p    see sampling.py; temperature 0 takes the likeliest token
-        repetition_penalty  concerns the tokens of this prompt and those generated
-        seed                makes the draws reproducible
-        stop                strings and token ids that end the text; a stop string is not part of it
-        cache               holds what comes before the prompt; afterwards also the prompt and all tokens but the last
+        repetition_penalty  see sampling.py; it applies to the tokens of this prompt and the generated tokens
+        seed                the same seed gives the same draws; None: different draws each time
+        stop                strings and token ids that end the text; a stop string is not part of the text
+        cache               holds the tokens before the prompt; afterwards also the prompt and all tokens except the
+                            last one
         progress            called with (tokens done, tokens in all) while the prompt is read
 
-        The texts joined are what decoding prompt and ids together adds to the prompt. Everything is checked before this
-        returns. Raises InputError.
+        The joined texts of the tokens are the text that follows the prompt when prompt and tokens are decoded together.
+        All arguments are checked before this function returns. Raises InputError or CacheError.
         """
         stop_strings, stop_ids = split_stops(stop, self.config.vocab_size)
         if stop_strings and self.tokenizer is None:
@@ -266,16 +279,16 @@ class Model:
         cache = self.new_cache() if cache is None else cache
         cache.require_room(n_prompt)
         if longest is not None and cache.length + n_prompt >= longest:
-            raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len)")
+            raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len); expected a shorter one")
         return generate(request, self._next_logits, cache, self.text_stream(request.prompt_ids))
 
     def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
-        """Return the stream of the text that follows these ids; None for a model without tokenizer."""
+        """Return a TokenStream for the text of the ids that follow `prompt_ids`; None for a model without tokenizer."""
         if self.tokenizer is None:
             return None
         n_pieces = self.tokenizer.vocab_size  # the model's vocabulary may be larger
         return self.tokenizer.stream(token for token in prompt_ids if token < n_pieces)
 
     def complete(self, prompt: Prompt, **settings: object) -> str:
-        """Return the text that `generate` yields for a prompt, all at once; it takes the same settings."""
+        """Return the whole text that `generate` yields for a prompt. It takes the same settings."""
         return "".join(token.text for token in self.generate(prompt, **settings))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""The operations that a forward pass is made of, as a protocol: bare signatures.
+"""The operations of a forward pass, as a protocol: signatures only.
 
-`reference_ops.ReferenceOps` computes them in NumPy. It is the definition, and each formula stands there above its
-lines. Anything else that computes them must agree with it.
+`reference_ops.ReferenceOps` computes them in NumPy and defines them: each formula stands there above its lines. Every
+other implementation must agree with it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Slots = slice | np.ndarray
 class KeyView(NamedTuple):
     """The keys and values that the queries of one pass may see.
 
-    store       what `new_store` returned
-    slots       where the keys lie in it, oldest first
-    key_positions, query_positions      of these keys, and of this pass's queries
+    store       the keys and values of the layer, as `new_store` returned them
+    slots       the slots of the visible keys in the store, oldest first
+    key_positions, query_positions      the positions of these keys, and of the queries of this pass
     window      how many keys a query sees, itself included (reference_ops.attends); None: all
     """
 
@@ -37,12 +37,12 @@ class KeyView(NamedTuple):
 
 
 class Ops(Protocol):
-    """What a forward pass asks of its arithmetic.
+    """The operations that a forward pass calls.
 
-    name            the backend's
-    dtype           of all activations
-    cache_dtypes    what keys and values can be stored as
-    threads         how many compute; None where that is left to BLAS
+    name            name of the backend
+    dtype           number format of all activations
+    cache_dtypes    number formats in which keys and values can be stored
+    threads         number of threads; None: BLAS decides
     """
 
     name: str

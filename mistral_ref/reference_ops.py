@@ -1,8 +1,9 @@
-"""ReferenceOps: the mathematics of the model in NumPy. The truth that everything faster is measured against.
+"""ReferenceOps: the mathematics of the model in NumPy. Every faster implementation is compared with it.
 
 Each operation has its formula right above the lines that compute it.
 
-`ReferenceOps("float32")` is the plain backend, `ReferenceOps("float64")` the oracle: float64 in every step.
+`ReferenceOps("float32")` is the plain backend. `ReferenceOps("float64")` is the oracle: it computes every step in
+float64.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from mistral_ref.rope import AnglePrecision, Rotation, rotation
 from mistral_ref.steps import StepFactory, Steps
 from mistral_ref.weights import Matrix, bf16_bits, bf16_values
 
-# Elements of the largest temporary arrays. Widened rows of a matrix should still be in the cache when they are
-# multiplied: for one token 2**18 moved 3.7 to 5.5 GB/s of bf16 and 2**22 2.5 to 3.9, for 512 tokens a fifth less.
+# Maximum elements of a temporary array. The rows that are widened to floats should still be in the processor's cache
+# when they are multiplied. Measured with bf16 and one token: 3.7 to 5.5 GB/s with 2**18, 2.5 to 3.9 with 2**22; with
+# 512 tokens a fifth less.
 _WIDENED_ELEMENTS = 2**18
 _SCORE_ELEMENTS = 2**22
 
 
-# BLAS has one number of threads for the whole process, so passes that set it take turns.
+# BLAS has one number of threads for the whole process. Passes that set it wait for each other.
 _BLAS_TURN = threading.RLock()
 
 
 class Store(NamedTuple):
-    """Keys and values of one layer, (capacity, G, K) each; of int8 also what they are multiplied by, (capacity, G)."""
+    """Keys and values of one layer, (capacity, G, K) each, and their scales, (capacity, G); (0, G) unless int8."""
 
     k: np.ndarray
     v: np.ndarray
@@ -44,9 +46,10 @@ class Store(NamedTuple):
 
 
 def to_int8(x_TGK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return keys or values rounded to int8, and their scales (T, G): max |x| / 127 of each.
+    """Return keys or values as int8 (T, G, K), and their scales (T, G): max |x| / 127 over each head.
 
-    The last 8 bits of a scale's mantissa are rounded up: rounding a second time then changes nothing.
+    x is about q * scale. The last 8 bits of a scale's mantissa are rounded up. Rounding a rounded result again then
+    changes nothing.
 
     >>> q, scales = to_int8(np.float32([[[127.0, -1.4, 0.0]]]))
     >>> q.tolist(), scales.tolist()
@@ -61,9 +64,10 @@ def to_int8(x_TGK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def attends(query: Any, key: Any, window: int | None) -> Any:
-    """Return whether the token at position `query` sees the one at position `key`; positions may be arrays.
+    """Return whether the token at position `query` sees the token at position `key`. Positions may be arrays.
 
-    0 <= query - key < window: itself and the window - 1 tokens before it. `Ring.first_visible` is the oldest such key.
+    A token sees itself and the window - 1 tokens before it: 0 <= query - key < window. With a window of None it sees
+    all tokens up to itself. `Ring.first_visible` returns the oldest key that a query sees.
 
         window 3        key 0 1 2 3 4
              query 0        x
@@ -80,7 +84,7 @@ def attends(query: Any, key: Any, window: int | None) -> Any:
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Return exp(x - max x) / sum of the same, over the last axis.
+    """Return exp(x - max x) / sum of exp(x - max x), over the last axis.
 
     >>> softmax(np.array([0.0, np.log(3.0), -np.inf])).tolist()
     [0.25, 0.75, 0.0]
@@ -90,19 +94,22 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _blocks(n: int, row_elements: int, most_elements: int) -> Iterator[slice]:
-    """Yield slices of range(n), each of as many rows as make a temporary of bounded size."""
+    """Yield slices of range(n). The rows of one slice have at most `most_elements` elements, or it is one row."""
     step = max(1, most_elements // row_elements)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 class ReferenceOps:
-    """The operations of ops.py in NumPy; every array of one dtype, "float32" or "float64".
+    """The operations of ops.py in NumPy. All activations have one dtype.
 
-    threads     BLAS threads while a pass runs; None leaves them as they are
-    angles      "float32" rounds RoPE's angles as the published implementations do
-    activations what the inputs of quantized matrices are rounded to, as the kernels do: "int16", "int8", or "float" for
-                not at all; "bfloat16": those of bf16 matrices to bf16, and those of quantized ones as with None;
-                None: "int16", and "float" in float64
+    dtype       "float32" or "float64"
+    threads     number of BLAS threads while a pass runs; None: unchanged
+    angles      "float64", or "float32": round RoPE's angles as the published implementations do
+    activations how inputs are rounded, as the kernels do it. "int16", "int8": the inputs of quantized matrices are
+                rounded to these; "float": nothing is rounded; "bfloat16": the inputs of bf16 matrices are rounded to
+                bf16, and those of quantized matrices as with None. None: "int16" in float32, "float" in float64
+
+    Raises InputError for an argument that cannot be used.
     """
 
     name = "numpy"
@@ -130,8 +137,8 @@ class ReferenceOps:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Return the context in which steps are computed: the number of BLAS threads, and how overflow is treated."""
-        # exp overflows to the right limit in swiglu; NaN from broken weights is reported by whoever draws a token.
+        """Return the context in which steps are computed: it sets BLAS threads and silences floating-point warnings."""
+        # In swiglu exp may overflow to infinity; the result is still right. Sampling reports NaN from broken weights.
         with ExitStack() as stack:
             stack.enter_context(np.errstate(all="ignore"))
             if self._blas is not None:
@@ -140,11 +147,11 @@ class ReferenceOps:
             yield
 
     def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation:
-        """Return RoPE's cosines and sines at these positions; rope.py has the formulas."""
+        """Return RoPE's cosines and sines at these positions (T,). rope.py has the formulas."""
         return rotation(positions_T, config, self.dtype, self.angles)
 
     def embed(self, tokens_T: np.ndarray, tok_embeddings: Matrix) -> np.ndarray:
-        """Return each token's row of the embedding matrix, x_TD."""
+        """Return each token's row of the embedding matrix, x_TD (T, D)."""
         # x = tok_embeddings[tokens]
         return tok_embeddings.rows(tokens_T, self.dtype)
 
@@ -155,9 +162,10 @@ class ReferenceOps:
         return x_TD / np.sqrt(mean_square + self.dtype.type(eps)) * weight_D.astype(self.dtype)
 
     def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
-        """Return the product of every token with a matrix, y_TO; its rows are widened a block at a time.
+        """Return the product of every token with a matrix, y_TO (T, O).
 
-        Inputs of quantized matrices are rounded first, as the kernels round them (activations.py).
+        The matrix's rows are widened to floats a block at a time. The inputs of a quantized matrix are rounded first,
+        in the same way as in the kernels (activations.py).
         """
         n_out, n_in = weight_OI.shape
         if isinstance(weight_OI, QuantizedMatrix):
@@ -171,13 +179,14 @@ class ReferenceOps:
         return y_TO
 
     def rounds_to_bf16(self, weight_OI: Matrix) -> bool:
-        """Return whether a matrix takes its inputs rounded to bf16."""
+        """Return whether the inputs of a matrix are rounded to bf16."""
         return weight_OI.kind == "bf16" and self.activations == "bfloat16"
 
     def split_heads(self, x_TO: np.ndarray, n_heads: int, row_order: RowOrder) -> np.ndarray:
-        """Return (T, heads, K), in which the pairs that RoPE turns are neighbours.
+        """Return the outputs of a product, cut into heads (T, heads, K), each RoPE pair as two neighbours.
 
-        Mistral's own layout has them so. In Hugging Face's the first halves of all pairs come before the second halves:
+        In Mistral's own layout the numbers of a pair are neighbours already. In Hugging Face's layout the first numbers
+        of all pairs come before the second numbers:
 
             interleaved     a0 a1 b0 b1 c0 c1
             halves          a0 b0 c0 a1 b1 c1
@@ -188,7 +197,7 @@ class ReferenceOps:
         return x_TO.reshape(n_tokens, n_heads, 2, -1).swapaxes(2, 3).reshape(n_tokens, n_heads, -1)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-        """Return every pair of neighbours turned by its angle (arXiv:2104.09864)."""
+        """Return x_THK with every pair of neighbours turned by its angle (arXiv:2104.09864). cos, sin: (T, K/2)."""
         # (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)
         x0, x1 = x_THK[..., 0::2], x_THK[..., 1::2]
         cos, sin = cos[:, np.newaxis], sin[:, np.newaxis]
@@ -198,13 +207,13 @@ class ReferenceOps:
         return turned
 
     def new_store(self, capacity: int, n_kv_heads: int, head_dim: int, dtype: str) -> Any:
-        """Return room for the keys and values of `capacity` positions of one layer."""
+        """Return a store for the keys and values of `capacity` positions of one layer."""
         shape, n_scales = (capacity, n_kv_heads, head_dim), capacity if dtype == "int8" else 0
         scales = (np.zeros((n_scales, n_kv_heads), np.float32) for _ in range(2))
         return Store(np.zeros(shape, dtype), np.zeros(shape, dtype), *scales)
 
     def write(self, store: Any, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
-        """Put keys and values in these slots, rounded to what the store holds."""
+        """Put keys and values in these slots, rounded to the store's dtype."""
         if store.k.dtype == np.int8:
             store.k[slots], store.k_scales[slots] = to_int8(k_TGK)
             store.v[slots], store.v_scales[slots] = to_int8(v_TGK)
@@ -213,16 +222,16 @@ class ReferenceOps:
             store.v[slots] = v_TGK
 
     def read(self, store: Any, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
-        """Return keys and values (S, G, K) of these slots; of int8 the numbers that they stand for."""
+        """Return the keys and the values (S, G, K) in these slots; int8 is multiplied by its scales."""
         if store.k.dtype != np.int8:
             return store.k[slots], store.v[slots]
         k_SGK = store.k[slots] * store.k_scales[slots][..., np.newaxis]
         return k_SGK, store.v[slots] * store.v_scales[slots][..., np.newaxis]
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
-        """Attend: a generator that returns heads_THK (arXiv:1706.03762; grouped queries: arXiv:2305.13245).
+        """Attend. This is a generator; it returns heads_THK (arXiv:1706.03762; grouped queries: arXiv:2305.13245).
 
-        With `observed` it yields the steps "scores" and "attention_weights" (H, T, S) on its way.
+        With `observed` it yields the steps "scores" and "attention_weights", (H, T, S) each.
         """
         # score[h,t,s] = q[t,h] · k[s,g] / sqrt(K), g = h // (H/G), and -inf where token t does not see key s
         # heads[t,h] = sum over s of softmax(score)[h,t,s] v[s,g]
@@ -235,7 +244,7 @@ class ReferenceOps:
 
         if observed is None:
             return np.concatenate([self.gather(softmax(block_scores(rows)), v_SGK) for rows in blocks])
-        # The same blocks, laid out the same way, so that every number comes out of the same additions as above.
+        # The blocks and their memory order are the same as above, so every number comes from the same additions.
         scores_HTS = np.concatenate([block_scores(rows) for rows in blocks], axis=1)
         scores_HTS = yield observed("scores", scores_HTS, view.key_positions)
         parts = [softmax(np.ascontiguousarray(scores_HTS[:, rows])) for rows in blocks]
@@ -243,10 +252,10 @@ class ReferenceOps:
         return np.concatenate([self.gather(np.ascontiguousarray(weights_HTS[:, rows]), v_SGK) for rows in blocks])
 
     def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
-        """Return q[b, h] · k[s, h // (H/G)] / sqrt(K) as (H, B, S), -inf where key s is out of sight.
+        """Return q[b, h] · k[s, h // (H/G)] / sqrt(K) as (H, B, S), -inf where query b does not see key s.
 
-        B queries in this block; M = H/G neighbouring query heads share a key/value head, and M and B are merged, so
-        that each key/value head is one matrix product. Heads 0 and 1 of 4 read the first of 2 key/value heads:
+        A block has B queries. M = H/G neighbouring query heads share a key/value head. The axes M and B are merged, so
+        each key/value head needs one matrix product. Heads 0 and 1 of 4 read the first of 2 key/value heads:
 
         >>> ops, q_BHK = ReferenceOps("float64"), np.ones((1, 4, 4))
         >>> k_SGK = np.array([[[1.0] * 4, [10.0] * 4]])
@@ -268,12 +277,12 @@ class ReferenceOps:
         return gathered.reshape(n_heads, n_queries, head_dim).transpose(1, 0, 2)
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        """Return the hidden units: each `up` as far as its gate is open (arXiv:2002.05202)."""
+        """Return the hidden units: each `up` times silu of its `gate` (arXiv:2002.05202)."""
         # h = silu(gate) * up = gate * sigmoid(gate) * up = gate / (1 + exp(-gate)) * up
         return gate / (1 + np.exp(-gate)) * up
 
     def route(self, router_logits_TE: np.ndarray, n_chosen: int) -> np.ndarray:
-        """Return the experts' shares (T, E) of each token; of equal logits the first one wins (arXiv:2401.04088)."""
+        """Return the share (T, E) of each expert in each token; of equal logits the first wins (arXiv:2401.04088)."""
         # weights[t] = softmax over the n largest of router_logits[t], 0 elsewhere
         chosen = np.argsort(-router_logits_TE, axis=-1, kind="stable")[:, :n_chosen]
         weights_TE = np.zeros_like(router_logits_TE)
@@ -282,7 +291,7 @@ class ReferenceOps:
         return weights_TE
 
     def expert_linear(self, x_NI: np.ndarray, experts_N: np.ndarray, weights: Sequence[Matrix]) -> np.ndarray:
-        """Return the product of each row with the matrix of its expert, y_NO."""
+        """Return the product of each row with the matrix of its expert, y_NO (N, O)."""
         # y[n] = x[n] · weights[experts[n]]ᵀ
         y_NO = np.empty((len(x_NI), weights[0].shape[0]), self.dtype)
         for expert in np.unique(experts_N):
@@ -293,7 +302,7 @@ class ReferenceOps:
     def mix_experts(
         self, y_ND: np.ndarray, tokens_N: np.ndarray, experts_N: np.ndarray, weights_TE: np.ndarray
     ) -> np.ndarray:
-        """Return the outputs of each token's experts, mixed by their shares, in the experts' order."""
+        """Return z_TD: for each token the sum of its experts' outputs times their shares, in the experts' order."""
         # z[t] = sum over the rows n of token t of weights[t, experts[n]] * y[n]
         z_TD = np.zeros((len(weights_TE), y_ND.shape[1]), self.dtype)
         np.add.at(z_TD, tokens_N, weights_TE[tokens_N, experts_N, np.newaxis] * y_ND)

@@ -1,8 +1,8 @@
-"""Rotary position embedding: by which angle each pair of a head turns at each position, plain or stretched by YaRN.
+"""Rotary position embedding (RoPE), with or without YaRN: the angle of each pair of a head at each position.
 
-At position p, pair j of a head of width K is turned by the angle p * theta^(-2j/K) (RoFormer, arXiv:2104.09864), so
-that the dot product of a query and a key depends on their distance alone. All operations take their cosines and sines
-from here.
+At position p, pair j of a head of width K is turned by the angle p * theta^(-2j/K) (RoFormer, arXiv:2104.09864). The
+dot product of a turned query and a turned key then depends on their distance, not on their positions. All operations
+take their cosines and sines from this module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AnglePrecision = Literal["float64", "float32"]
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines (T, K/2) for the positions of one pass; the query's carry its temperature."""
+    """Cosines and sines (T, K/2) for the positions of one pass. The queries' are multiplied by their temperature."""
 
     query_cos: np.ndarray
     query_sin: np.ndarray
@@ -30,9 +30,9 @@ class Rotation(NamedTuple):
 
 @cache
 def inverse_frequencies(theta: float, head_dim: int, yarn: Yarn | None = None) -> np.ndarray:
-    """Return the angle (K/2,) by which each pair turns from one position to the next, in radians, float64, read-only.
+    """Return the angle by which each pair turns from one position to the next: radians, float64 (K/2,), read-only.
 
-    theta^(-2j/K) for pair j; YaRN divides the slow ones by its factor.
+    It is theta^(-2j/K) for pair j. YaRN divides the angles of slow pairs by its factor.
 
     >>> inverse_frequencies(10000.0, 4).tolist()
     [1.0, 0.01]
@@ -48,12 +48,14 @@ def inverse_frequencies(theta: float, head_dim: int, yarn: Yarn | None = None) -
 
 
 def yarn_ramp(theta: float, head_dim: int, yarn: Yarn) -> tuple[float, float]:
-    """Return the pairs between which YaRN goes from a frequency kept to one divided (arXiv:2309.00071, section 3.2).
+    """Return the two ends of YaRN's ramp, as numbers of pairs (arXiv:2309.00071, section 3.2).
 
-    Within L0 original positions pair j turns L0 theta^(-2j/K) / 2 pi times, which is r at
-    j = K ln(L0 / (2 pi r)) / (2 ln theta).
+    Pairs up to the first end keep their frequency. From the second end on the frequency is divided by the factor.
 
-    Ministral 3 keeps pairs up to 20 and divides those from 37 on:
+    Within L0 = original_max_position_embeddings positions pair j turns L0 theta^(-2j/K) / 2 pi times. This is r at
+    j = K ln(L0 / (2 pi r)) / (2 ln theta). The ends are the j for r = beta_fast and r = beta_slow.
+
+    Ministral 3 keeps the frequencies of pairs up to 20 and divides those from pair 37 on:
 
     >>> yarn_ramp(1e6, 128, Yarn(factor=16, original_max_position_embeddings=16384, beta_fast=32, beta_slow=1,
     ...     attention_factor=1))
@@ -72,7 +74,7 @@ def yarn_ramp(theta: float, head_dim: int, yarn: Yarn) -> tuple[float, float]:
 
 
 def query_temperature(positions_T: np.ndarray, temperature: QueryTemperature) -> np.ndarray:
-    """Return the factor (T,) of each query: 1 + beta * ln(1 + floor(p / L0)).
+    """Return the scale (T,) of each query: 1 + beta * ln(1 + floor(p / L0)), L0 = original_max_position_embeddings.
 
     >>> query_temperature(np.array([0, 16384]), QueryTemperature(beta=0.1, original_max_position_embeddings=16384))
     array([1.        , 1.06931472])
@@ -84,10 +86,10 @@ def query_temperature(positions_T: np.ndarray, temperature: QueryTemperature) ->
 def rotation(
     positions_T: np.ndarray, config: ModelConfig, dtype: DTypeLike, angles: AnglePrecision = "float64"
 ) -> Rotation:
-    """Return the cosines and sines of a pass, rounded once to `dtype`.
+    """Return the cosines and sines (T, K/2) of a pass, rounded once to `dtype`.
 
     Angles are float64. `angles="float32"` rounds frequencies and angles to float32 as the published implementations
-    do, which is off by up to 3e-4 radians at position 4095 and by 2e-2 at 262143.
+    do. The angle is then wrong by up to 3e-4 radians at position 4095 and by 2e-2 at 262143.
     """
     frequencies = inverse_frequencies(config.rope_theta, config.head_dim, config.yarn).astype(angles)
     angle = (positions_T[:, np.newaxis].astype(angles) * frequencies).astype(np.float64)

@@ -1,17 +1,19 @@
-"""From the scores of every token to one token: what sampling does, and in which order.
+"""Choose one token from the logits of all tokens. This is the order:
 
     logits  ->  repetition penalty  ->  temperature  ->  top-k  ->  top-p  ->  min-p  ->  one draw
 
-The order is part of the meaning, because each step changes what the next one sees: a high temperature flattens the
-distribution, so that a top-p after it keeps more tokens than a top-p before it. Temperature before top-p is the order
-of Mistral's own code (mistral-inference, generate.py) and of Hugging Face's `generate`; llama.cpp and MLX filter at
-temperature 1 and apply the temperature last. The same settings may thus mean two distributions in two engines. The
-log-probabilities that are reported (`log_softmax`) are the model's own, from before all of it.
+The order changes the result, because each operation works on the result of the one before. For example, a high
+temperature flattens the distribution. A top-p after it then keeps more tokens than a top-p before it.
 
-Every filter keeps the most probable tokens, only a different number of them; so tokens are sorted once, ties by the
-lower id, and a filter returns the beginning of the row that it is given. Probabilities are float64 throughout.
+Mistral's own code (mistral-inference, generate.py) and Hugging Face's `generate` apply the temperature before top-p.
+llama.cpp and MLX filter at temperature 1 and apply the temperature last. So the same settings may give different
+distributions in two engines. The reported log-probabilities (`log_softmax`) are those of the model's logits, before
+all these operations.
 
-Axes: V the vocabulary in order of ids, N the tokens still in play, most probable first.
+Every filter keeps the most probable tokens. The filters differ only in how many they keep. So the tokens are sorted
+once, equal ones by the lower id, and each filter returns the beginning of its input. All probabilities are float64.
+
+Axes: V the vocabulary in order of ids, N the tokens that are left, most probable first.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How a token is chosen. The defaults are greedy: always the most probable one.
+    """How a token is chosen. The defaults are greedy: they always choose the most probable token.
 
-    temperature         logits are divided by it; 0 takes the largest logit, and no filter matters
+    temperature         logits are divided by it; 0 takes the largest logit, and the filters change nothing
     top_k               keep the k most probable tokens; None keeps all
     top_p               keep tokens until their probabilities add up to p; 1 keeps all
-    min_p               keep tokens at least m times as probable as the most probable one; 0 keeps all
-    repetition_penalty  above 1 it makes tokens seen before less likely, below 1 more likely
+    min_p               keep the tokens that are at least m times as probable as the most probable one; 0 keeps all
+    repetition_penalty  above 1 it makes tokens that occurred before less likely, below 1 more likely
 
-    Raises InputError naming the setting, its value and what was expected.
+    Raises InputError. The message names the setting, its value and the expected values.
     """
 
     temperature: float = 0.0
@@ -60,20 +62,20 @@ class SamplingSettings:
 
 
 def sample(logits_V: ArrayLike, settings: SamplingSettings, rng: Generator, seen_ids: Iterable[int]) -> int:
-    """Choose the next token: the steps above, each of them a function below.
+    """Return the id of the next token. Each operation is a function below.
 
-    logits_V    the model's scores, (V,); -inf makes a token impossible
-    rng         is asked for one number where the temperature is above 0, and for none where it is 0
-    seen_ids    the tokens that the repetition penalty applies to, in any order
+    logits_V    the model's logits, (V,); -inf makes a token impossible
+    rng         gives one number if the temperature is above 0, and no number if it is 0
+    seen_ids    the ids that the repetition penalty applies to, in any order
 
-    Raises InputError if the logits hold NaN or +inf, or are all -inf; or if a seen id is not in [0, V).
+    Raises InputError if the logits hold NaN or +inf, if all are -inf, or if a seen id is not in [0, V).
     """
-    # Overflow is meant: a tiny temperature sends all but the largest logit to -inf, whose probability is the right 0.
+    # Overflow is right here: a tiny temperature makes every logit except the largest -inf, and its probability 0.
     with np.errstate(over="ignore"):
         scores_V = penalize(np.asarray(logits_V, dtype=np.float64), seen_ids, settings.repetition_penalty)
-        best = int(np.argmax(scores_V))  # the lowest id of equals; NaN counts as largest
+        best = int(np.argmax(scores_V))  # the lowest id of equal logits; NaN counts as the largest
         if not np.isfinite(scores_V[best]):
-            raise InputError(f"the model produced {scores_V[best]} as largest logit (token {best}); expected a number")
+            raise InputError(f"the largest logit is {scores_V[best]} (token {best}); expected a finite number")
         if settings.temperature == 0:
             return best
         ids_N = np.argsort(-scores_V, kind="stable")[: settings.top_k]
@@ -83,9 +85,10 @@ def sample(logits_V: ArrayLike, settings: SamplingSettings, rng: Generator, seen
 
 
 def penalize(logits_V: Floats, seen_ids: Iterable[int], penalty: float) -> Floats:
-    """Lower the logits of tokens seen before: l / c if l > 0, else l * c, once for each distinct token.
+    """Return the logits (V,); the logit l of a token seen before becomes l / c if l > 0, else l * c. c is the penalty.
 
-    CTRL (arXiv:1909.05858, section 4.1) divides whatever the sign, which would make a token with l < 0 likelier.
+    A token that occurs several times is penalized once. CTRL (arXiv:1909.05858, section 4.1) divides negative logits
+    too, but this would make a token with l < 0 likelier. Raises InputError if an id is not in [0, V).
 
     >>> penalize(np.array([3.0, -3.0, 1.0]), seen_ids=[0, 1, 1], penalty=1.5)
     array([ 2. , -4.5,  1. ])
@@ -101,7 +104,7 @@ def penalize(logits_V: Floats, seen_ids: Iterable[int], penalty: float) -> Float
 
 
 def softmax(logits_N: Floats, temperature: float = 1.0) -> Floats:
-    """Return p_i = exp(l_i / T) / sum_j exp(l_j / T), after subtracting the largest logit so that none overflows.
+    """Return p_i = exp(l_i / T) / sum_j exp(l_j / T), (N,). The largest logit is subtracted first to avoid overflow.
 
     >>> softmax(np.log([0.6, 0.3, 0.1]), temperature=0.5).round(3)
     array([0.783, 0.196, 0.022])
@@ -111,15 +114,16 @@ def softmax(logits_N: Floats, temperature: float = 1.0) -> Floats:
 
 
 def keep_top_p(p_N: Floats, top_p: float) -> Floats:
-    """Keep token i if the tokens before it hold at most p: p_0 + ... + p_(i-1) <= p. The one that crosses p is kept.
+    """Keep token i if the tokens before it add up to at most p: p_0 + ... + p_(i-1) <= p.
 
-    Nucleus sampling (arXiv:1904.09751) with the comparison of Mistral's code.
+    So the token with which the sum exceeds p is kept. This is nucleus sampling (arXiv:1904.09751) with the comparison
+    of Mistral's code.
 
     >>> keep_top_p(np.array([0.5, 0.25, 0.125, 0.125]), top_p=0.6)
     array([0.5 , 0.25])
     """
     before_N = np.append(0.0, np.cumsum(p_N)[:-1])
-    # A p of 1 keeps all, even where the sum of the first ones is rounded to more than 1.
+    # A p of 1 keeps all tokens, even if the sum of the first ones is rounded to more than 1.
     return p_N[before_N <= top_p] if top_p < 1 else p_N
 
 
@@ -133,7 +137,9 @@ def keep_min_p(p_N: Floats, min_p: float) -> Floats:
 
 
 def draw(p_N: Floats, uniform: float) -> int:
-    """Return the first i with p_0 + ... + p_i > u * sum_j p_j, for u in [0, 1): inverse CDF, renormalized on the way.
+    """Return the first i with p_0 + ... + p_i > u * sum_j p_j, for u in [0, 1).
+
+    This is the inverse of the cumulative distribution function. The probabilities need not add up to 1.
 
     >>> [draw(np.array([0.5, 0.25]), uniform) for uniform in (0.0, 0.6, 0.7)]
     [0, 0, 1]
@@ -143,7 +149,7 @@ def draw(p_N: Floats, uniform: float) -> int:
 
 
 def log_softmax(logits: ArrayLike) -> Floats:
-    """Return log p_i = l_i - log sum_j exp(l_j) over the last axis, in float64: the log-probabilities in reports.
+    """Return log p_i = l_i - log sum_j exp(l_j) over the last axis, in float64. Reported log-probabilities are these.
 
     >>> log_softmax([[0.0, 0.0], [1000.0, 1000.0]]).round(4)
     array([[-0.6931, -0.6931],

@@ -1,7 +1,7 @@
-"""Step: one named value of the forward pass, and the catalogue of all of them.
+"""Step: one named value of the forward pass. The catalogue lists all steps.
 
-The forward pass is a generator that yields a Step for every value worth looking at, and goes on with whatever the Step
-holds when it is resumed. The catalogue below is the contract: what each step is called, its axes, its formula.
+The forward pass is a generator. It yields a Step for every value worth looking at. When it is resumed, it goes on with
+the value that the Step then holds. The catalogue below fixes the name, the axes and the formula of each step.
 
 Letters in shapes, here and in the names of variables everywhere: T tokens in this pass, S keys visible, D model width,
 H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary, E experts, N (token, expert) pairs.
@@ -20,7 +20,7 @@ from mistral_ref.errors import InputError, short_repr
 
 
 class StepKind(NamedTuple):
-    """What the catalogue says of a step: the names of its axes, its formula, and one sentence."""
+    """The catalogue's entry for a step: the names of its axes, its formula, and one sentence."""
 
     axes: tuple[str, ...]
     formula: str
@@ -66,8 +66,8 @@ CATALOGUE: dict[str, StepKind] = {
     "logits": StepKind(("token", "vocabulary"), "l = y · outputᵀ", "A score for every possible next token."),
 }
 
-# With experts the feed-forward steps have a row for each pair of a token and an expert that it was sent to, sorted by
-# token, then by expert.
+# With experts the steps gate, up and ffn_hidden have a row for each pair of a token and an expert chosen for it. The
+# pairs are sorted by token, then by expert.
 _PAIRS = ("pair", "ffn")
 EXPERT_CATALOGUE: dict[str, StepKind] = CATALOGUE | {
     "gate": StepKind(_PAIRS, "g[n] = y[token n] · w1[expert n]ᵀ", "Decides how far each hidden unit opens."),
@@ -85,12 +85,15 @@ _FEED_FORWARD = ("gate", "up", "ffn_hidden", "ffn_out", "residual_after_ffn")
 
 
 def catalogue_of(config: ModelConfig) -> dict[str, StepKind]:
-    """Return what is said of each kind of step of a model."""
+    """Return the catalogue of a model's steps: a map from the name of each kind of step to its StepKind."""
     return EXPERT_CATALOGUE if config.moe else CATALOGUE
 
 
 def step_names(config: ModelConfig) -> Iterator[str]:
-    """Yield the full name of every step of an observed pass, in order: "embedding", "layers.0.attention_norm", ..."""
+    """Yield the full name of every step of a pass in order: "embedding", "layers.0.attention_norm", ...
+
+    The names of "scores" and "attention_weights" are among them; a pass yields these only if attention is observed.
+    """
     block = (*_BLOCK, *(_ROUTING if config.moe else ()), *_FEED_FORWARD)
     yield "embedding"
     for layer in range(config.n_layers):
@@ -99,20 +102,20 @@ def step_names(config: ModelConfig) -> Iterator[str]:
 
 
 class Step:
-    """One value of the forward pass while the pass stands still.
+    """One value of the forward pass. The pass waits while you look at it.
 
     name            "layers.3.q_rotated", "logits", ...
-    value           the array; assigning another of the same shape and dtype changes what the pass goes on with
+    value           the array; assign another array of the same shape and dtype, and the pass goes on with that one
     axes            the names of its axes
-    formula         how it came about
-    sentence        what that means
-    source          file and line that yielded it; "" where nobody is watching
+    formula         how it is computed
+    sentence        what it means
+    source          file and line that yielded it: "file:line"; "" outside a walk
     key_positions   for scores and attention_weights the positions of their keys, else None
-    fixed_by        why this value cannot be replaced; None where it can
-    rounding        the part of its size that a value lost in a file of 16 bits; 0 of what was computed here
+    fixed_by        why this value cannot be replaced; None if it can
+    rounding        the largest relative error from storing the value in a file of 16 bits; 0 for a computed value
     """
 
-    # Of the class, not set for each step: a drained pass makes many steps, and nobody looks at them.
+    # Set on the class, not for each step: `drain` makes many steps, and nobody looks at these attributes there.
     source = ""
     fixed_by: str | None = None
     is_past = False  # the pass has gone on from here
@@ -131,7 +134,7 @@ class Step:
 
     @property
     def formula(self) -> str:
-        """How the value came about."""
+        """How the value is computed."""
         return self.kind.formula
 
     @property
@@ -146,9 +149,12 @@ class Step:
 
     @value.setter
     def value(self, new: np.ndarray) -> None:
-        """Replace it, while the pass stands still here, by an array of the same shape and dtype; else InputError."""
+        """Replace the value by an array of the same shape and dtype.
+
+        Raises InputError for another shape or dtype, for a fixed step, or if the pass has gone on from this step.
+        """
         if self.is_past:
-            raise InputError(f"the pass has gone past {self.name}; assign to a step's value before taking the next one")
+            raise InputError(f"the pass has gone past {self.name}; assign to its value before you take the next step")
         if self.fixed_by is not None:
             raise InputError(f"{self.name} can be looked at, not edited: {self.fixed_by}")
         try:
@@ -165,7 +171,7 @@ class Step:
 
     @property
     def statistics(self) -> Statistics:
-        """Smallest, largest, mean, root mean square; how many are NaN or infinite."""
+        """Minimum, maximum, mean and root mean square of the finite values; numbers of NaN and infinite values."""
         return statistics(self.value)
 
     def __repr__(self) -> str:
@@ -175,18 +181,18 @@ class Step:
         return step_html(self)
 
 
-# A part of the forward pass: it yields steps, is sent the value to go on with, and returns the last one.
+# A generator for a part of the forward pass: it yields steps, receives the value to go on with, and returns the result.
 Steps = Generator[Step, np.ndarray, np.ndarray]
 
 
 class StepFactory(Protocol):
-    """Makes the Step called `name` of one layer (or of the model's ends)."""
+    """A function that makes a step of one layer, or one of the steps outside the layers, from its short name."""
 
     def __call__(self, name: str, value: np.ndarray, key_positions: range | None = None) -> Step: ...
 
 
 def step_factory(config: ModelConfig, layer: int | None = None) -> StepFactory:
-    """Return the function that makes the steps of one layer, or of embedding, norm and logits if `layer` is None."""
+    """Return the function that makes the steps of one layer; for None those of embedding, norm and logits."""
     catalogue = catalogue_of(config)
     prefix = "" if layer is None else f"layers.{layer}."
 

@@ -1,4 +1,4 @@
-"""A cache in a safetensors file: arrays and settings in and out. Only cache.py makes a KVCache of them.
+"""Write the arrays and settings of a cache to a safetensors file, and read them. Only cache.py makes a KVCache of them.
 
     layers.N.k, layers.N.v      keys and values (S, G, K) of one layer, oldest position first
 
@@ -23,11 +23,15 @@ from mistral_ref.files.tensor_file import open_with_metadata, write_tensor_file
 
 _FORMAT = "mistral_ref.cache.v1"
 _SETTINGS = {"length", "chunk", "max_tokens", "dtype"}
-_MAX_LENGTH = 2**40  # positions stay exact in float64 angles and far from overflow
+_MAX_LENGTH = 2**40  # below it float64 holds every position exactly, and no sum of positions overflows
 
 
 class SavedCache(NamedTuple):
-    """What a file holds: the settings "length", "chunk", "max_tokens" and "dtype", and each layer's keys and values."""
+    """The contents of a file.
+
+    settings    "length", "chunk", "max_tokens" and "dtype" of the cache
+    layers      for each layer its keys and its values, (S, G, K) each
+    """
 
     settings: dict[str, Any]
     layers: list[tuple[np.ndarray, np.ndarray]]
@@ -39,7 +43,10 @@ def write_cache_file(
     settings: Mapping[str, object],
     layers: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Write a file, which appears under its name only when it is complete; raise CacheError if that fails."""
+    """Write a cache's settings and layers to a file. The file gets its name only when it is complete.
+
+    Raises CacheError if it cannot be written.
+    """
     tensors = {
         f"layers.{number}.{name}": np.ascontiguousarray(array)
         for number, pair in enumerate(layers)
@@ -50,14 +57,14 @@ def write_cache_file(
 
 
 def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedCache:
-    """Return what a file holds for a model of this configuration; arrays stay mapped.
+    """Return the contents of a file that `write_cache_file` wrote; float32 and float64 arrays stay mapped.
 
-    Raises CacheError if the file is none, is damaged, or belongs to another configuration.
+    Raises CacheError if the file is not a saved cache, is damaged, or belongs to another configuration.
     """
     try:
         found, metadata = open_with_metadata(Path(path))
         if _FORMAT not in metadata or "config" not in metadata:
-            raise CheckpointError(f"{path}: its metadata do not say that it is a cache")
+            raise CheckpointError(f"{path}: its metadata lack {_FORMAT} or config; expected both")
         settings = parse_json(metadata[_FORMAT])
         if not isinstance(settings, dict) or settings.keys() != _SETTINGS:
             raise CheckpointError(
@@ -80,13 +87,13 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
 
 
 def not_a_cache(path: str | os.PathLike[str], problem: object) -> CacheError:
-    """Return the error for a file that is no cache, or damaged; the path stands before the problem once."""
+    """Return the error for a file that is not a cache, or is damaged. Its message has the path once, at the start."""
     problem = str(problem).removeprefix(f"{path}: ")
-    return CacheError(f"{path}: not a cache that save() wrote, or damaged: {problem}")
+    return CacheError(f"{path}: the file is damaged, or save() did not write it: {problem}")
 
 
 def _config_json(config: ModelConfig) -> str:
-    """Return what two models have to agree on to share a cache: all but the order of rows in wq and wk."""
+    """Return, as JSON, the fields that two models must share to share a cache: all fields except rope_row_order."""
     fields = dataclasses.asdict(config)
     del fields["rope_row_order"]
     return json.dumps(fields, sort_keys=True)
