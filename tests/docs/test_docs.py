@@ -14,7 +14,8 @@ from support.paths import ROOT
 COURSE = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "course").glob("*.md")))
 PAGES = ("README.md", "docs/stepping.md", "docs/quantization.md", *COURSE)
 GUIDES = ("architecture", "benchmarks", "changelog", "contributing", "kernels")
-LINKED = (*PAGES, *(f"docs/{guide}.md" for guide in GUIDES))
+MEASUREMENTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "measurements").glob("*.md"))]
+LINKED = (*PAGES, *(f"docs/{guide}.md" for guide in GUIDES), *MEASUREMENTS)
 
 # A block of Python, and the block of text that follows it at once, if one does: what it prints.
 _EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)

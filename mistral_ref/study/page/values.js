@@ -13,7 +13,7 @@ const placeText = (position) => `\u2068${pieceAt(position) || "@"}\u2069 ${posit
 const placeNodes = (position) =>
   pieceAt(position) ? [pieceText(pieceAt(position)), ` ${position}`] : [`@ ${position}`];
 
-// Whether the token at position `query` sees the one at `key`: 0 <= query - key < window, as in cache.py.
+// Whether the token at position `query` sees the one at `key`: 0 <= query - key < window, as in reference_ops.py.
 const attends = (query, key, window) => query >= key && (window === null || query - key < window);
 
 // How many query heads share a key/value head, and which one a query head reads: h // (H / G).
