@@ -1,4 +1,4 @@
-"""Focus: the part of a step's value that a reader of a walk looks at, and what its rows and columns are called."""
+"""Focus: the part of a step's value that the reader of a walk looks at, and the names of its rows and columns."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from mistral_ref.cli.walker.selection import Index, as_index, in_words, parsed_i
 from mistral_ref.study import lens
 from mistral_ref.study.stepper import Stepper
 
-# What a reader means by a token or a head: the axes of these names.
+# The axes that "token" and "head" stand for: a step has at most one axis of each.
 _FOCUS_AXES = {"token": ("token", "query"), "head": ("head", "kv_head")}
-_LAST_OR_FIRST = {axis for axes in _FOCUS_AXES.values() for axis in axes}  # what is taken where nothing was said
+_LAST_OR_FIRST = {axis for axes in _FOCUS_AXES.values() for axis in axes}  # axes of which `selected` may take one index
 
 
 class Selected(NamedTuple):
-    """A part of a step's value: the axes that it still has, what was chosen of which, and that in words.
+    """A part of a step's value.
 
-    at      for each axis the numbers, in the whole value, of what is left
+    values      the numbers of the part
+    axes        the axes that the part still has
+    chosen      axis -> the index or slice that was chosen
+    at          axis -> the indices of the part, counted in the whole value, for each axis in `axes`
+    words       `chosen` in words, for a heading
     """
 
     values: np.ndarray
@@ -30,11 +34,11 @@ class Selected(NamedTuple):
 
 
 class Focus:
-    """The part that a reader looks at. It is a part of the value of the step where a Stepper stands.
+    """The part that the reader looks at. It is a part of the value of the step at which a Stepper stands.
 
-    looked_at   axis, "token" or "head" -> index or range, as typed: what the reader looks at from now on
-    start       position of the pass's first token
-    pieces      the pass's tokens, as pieces of text
+    looked_at   "token" or "head" -> the index or range that the reader typed; it stays until it is changed
+    start       the position of the first token of the pass
+    pieces      the tokens of the pass, as pieces of text
     group       how many query heads read each key/value head
     """
 
@@ -46,7 +50,7 @@ class Focus:
         self.group = self.model.config.n_heads // self.model.config.n_kv_heads
 
     def look_at(self, axis: str, text: str) -> None:
-        """Look at a token or head, or a range of them, from now on; raise InputError if there is none."""
+        """Look at a token or head, or a range of them, from now on; raise InputError if it does not exist."""
         parsed_index(text, axis, len(self.pieces) if axis == "token" else self.model.config.n_heads)
         self.looked_at[axis] = text
 
@@ -55,7 +59,10 @@ class Focus:
         self.looked_at.clear()
 
     def selection(self, text: str, *, is_focused: bool) -> dict[str, Index]:
-        """Return what words choose of the present step; with `is_focused`, after what the reader looks at."""
+        """Return the part of the present step that a text such as "head 3" chooses: axis -> index or slice.
+
+        With `is_focused`, what the reader looks at is chosen too; where the text names the same axis, the text wins.
+        """
         step = self.stepper.step
         axes, shape = step.axes, step.value.shape
         chosen: dict[str, Index] = {}
@@ -65,15 +72,15 @@ class Focus:
         return chosen | parsed_selection(text, axes, shape, self.group)
 
     def readers(self, chosen: dict[str, Index]) -> str:
-        """Return which key/value heads were chosen, and by which query heads they are read; "" if none were."""
+        """Return the chosen key/value heads and the query heads that read them, in words; "" if none are chosen."""
         return f", that is {in_words('kv_head', chosen['kv_head'], self.group)}" if "kv_head" in chosen else ""
 
     def selected(self, text: str, most_axes: int, *, always: bool = False) -> Selected:
-        """Return the part of the present value that words choose, after what the reader looks at.
+        """Return the part of the present value that the text and the focus choose together.
 
-        Where more than `most_axes` axes are left, those that nothing was said of are taken one after the other: the
-        last token or query, or head 0. With `always` a chosen range is taken as well: its last token or query, or its
-        first head.
+        If the part has more than `most_axes` axes, one index is taken of a token, query or head axis that nobody chose:
+        the last token or query, or head 0. This is repeated while there are too many axes and such an axis is left.
+        With `always`, one index is also taken of a range that was chosen: its last token or query, or its first head.
         """
         step = self.stepper.step
         chosen = self.selection(text, is_focused=True)
@@ -89,21 +96,21 @@ class Focus:
         return Selected(step.value[as_index(chosen, step.axes)], tuple(left), chosen, left, words)
 
     def pieces_along(self, axis: str) -> list[str]:
-        """Return the pieces along an axis of tokens or keys; of keys before this pass only the position is known."""
+        """Return the pieces along an axis of tokens or keys, else []. A key from before this pass is its position."""
         keys = self.stepper.step.key_positions
         if axis == "key" and keys is not None:
             return [*(f"@{position}" for position in range(keys.start, self.start)), *self.pieces][-len(keys) :]
         return self.pieces if axis in ("token", "query") else []
 
     def names_along(self, axis: str) -> list[str]:
-        """Return what each index of an axis is called: its piece (with its position where pieces repeat) or number."""
+        """Return a name for each index of an axis: its piece, with a position if pieces repeat, or its number."""
         sizes = dict(zip(self.stepper.step.axes, self.stepper.step.value.shape, strict=True))
         pieces, times = self.pieces_along(axis), Counter(self.pieces_along(axis))
-        first = self.start + len(self.pieces) - len(pieces)  # position of the first
+        first = self.start + len(self.pieces) - len(pieces)  # position of the first piece
         named = [piece if times[piece] == 1 else f"{piece} @{first + at}" for at, piece in enumerate(pieces)]
         return named or [str(number) for number in range(sizes[axis])]
 
     def visible_keys(self) -> np.ndarray:
-        """Return which keys each query of the present scores or weights sees, in the value's shape."""
+        """Return for each number of the present scores or weights whether its query sees its key."""
         step = self.stepper.step
         return np.broadcast_to(lens.visible_keys(step, self.model.config), step.value.shape)

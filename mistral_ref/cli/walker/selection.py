@@ -1,4 +1,4 @@
-"""How a reader chooses a part of a tensor in words: `head 3`, `token 0:4 dim 7`."""
+"""The words with which a reader chooses a part of a tensor: `head 3`, `token 0:4 dim 7`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 from mistral_ref.errors import InputError, short_repr
 
-# What a reader may say for an axis, where a step has no axis of that very name.
+# Another axis that a word stands for, if the step has no axis of this name.
 _OTHER_NAMES = {"head": "kv_head", "token": "query"}
 
 Index = int | slice
 
 
 def axis_called(text: str, axes: Sequence[str]) -> str:
-    """Return the axis that a word means: its name, its beginning, or "head" and "token" for what comes closest.
+    """Return the axis that a word means: the axis of this name, or one for which "head" or "token" stands.
+
+    If there is neither, it is the first axis whose name begins with the word.
 
     >>> axis_called("tok", ("token", "dim")), axis_called("head", ("token", "kv_head", "head_dim"))
     ('token', 'kv_head')
@@ -27,9 +29,9 @@ def axis_called(text: str, axes: Sequence[str]) -> str:
 
 
 def parsed_index(text: str, axis: str, size: int) -> Index:
-    """Return an index, or a slice, of an axis; raise InputError if nothing lies there.
+    """Return the index or slice of an axis that a text means; raise InputError if nothing is there.
 
-    A range without an end goes on when the axis gets longer.
+    The slice of a range without an end, such as "2:", has no end either, so it also fits a longer axis.
 
     >>> parsed_index("-1", "head", 8), parsed_index("2:4", "head", 8), parsed_index("-2:", "token", 8)
     (7, slice(2, 4, None), slice(6, None, None))
@@ -49,9 +51,10 @@ def parsed_index(text: str, axis: str, size: int) -> Index:
 
 
 def parsed_selection(text: str, axes: Sequence[str], shape: Sequence[int], group: int = 1) -> dict[str, Index]:
-    """Return the part that words choose, an index or slice for each axis that they name.
+    """Return the part that a text chooses: an index or slice for each axis that it names.
 
-    Where there are only key/value heads, `head 5` means the one that query head 5 reads; `group` query heads read each.
+    If the step has only key/value heads, `head 5` means the key/value head that query head 5 reads. `group` query heads
+    read each key/value head.
 
     >>> parsed_selection("head 3 token 0:2", ("token", "head", "head_dim"), (5, 8, 32))
     {'head': 3, 'token': slice(0, 2, None)}
@@ -73,7 +76,7 @@ def parsed_selection(text: str, axes: Sequence[str], shape: Sequence[int], group
 
 
 def read_by(heads: Index, group: int) -> Index:
-    """Return the key/value heads that query heads read, where `group` query heads read each.
+    """Return the key/value heads that query heads read; `group` query heads read each key/value head.
 
     >>> read_by(5, 4), read_by(slice(2, 5), 4), read_by(slice(5, None), 4)
     (1, slice(0, 2, None), slice(1, None, None))
@@ -84,12 +87,12 @@ def read_by(heads: Index, group: int) -> Index:
 
 
 def as_index(chosen: dict[str, Index], axes: Sequence[str]) -> tuple[Index, ...]:
-    """Return what chooses the same from an array: an index or a slice for every axis."""
+    """Return the same choice as a NumPy index: an index or a slice for every axis."""
     return tuple(chosen.get(axis, slice(None)) for axis in axes)
 
 
 def in_words(axis: str, index: Index, group: int = 1) -> str:
-    """Return an index as a reader would say it; for a key/value head with the query heads that read it.
+    """Return an index or slice in words; a key/value head comes with the query heads that read it.
 
     >>> in_words("token", slice(2, None)), in_words("kv_head", 1, 4)
     ('token 2:', 'kv_head 1 (read by heads 4 to 7)')

@@ -1,4 +1,4 @@
-"""Shell: reads commands from a terminal or a pipe, makes their beginnings whole, helps, completes, and goes on."""
+"""Shell: reads commands from a terminal or a pipe, completes their names, prints help, and runs them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from mistral_ref.errors import InputError, MistralRefError, checked_int, short_r
 
 
 class Shell(cmd.Cmd):
-    """Commands are the methods do_...; the first line of a docstring says what one takes, and after ": " what it does.
+    """A shell whose commands are the methods do_...; the first line of their docstrings is "usage: meaning".
 
-    In a terminal a mistake is one line, and Ctrl-C ends the command that runs, or drops the line that is being typed.
-    Over a pipe either is the end.
+    In a terminal a mistake prints one line, and the next command is read. Ctrl-C ends the running command, or drops the
+    line that is being typed. If commands come from a pipe, a mistake or Ctrl-C ends the program.
+
+    order           the commands in the order of the help text; the beginning of a name means the first that fits
+    closing_line    the last line of the help text
     """
 
-    order: ClassVar[tuple[str, ...]] = ("help",)  # of the help text; of several that begin alike the first is meant
-    closing_line: ClassVar[str] = ""  # of the help text
+    order: ClassVar[tuple[str, ...]] = ("help",)
+    closing_line: ClassVar[str] = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,30 +30,30 @@ class Shell(cmd.Cmd):
         self.use_rawinput = self.is_terminal
 
     def say(self, text: str) -> None:
-        """Print a text as it is."""
+        """Print a text without changing it."""
         print(text)
 
     def place(self) -> str:
-        """Return what the prompt shows."""
+        """Return the name of the place where the walk stands; the prompt shows it."""
         return ""
 
     @property
     def prompt(self) -> str:  # type: ignore[override]
-        """What the terminal shows while it waits."""
+        """The text that the terminal shows while it waits for a command; "" over a pipe."""
         return f"({self.place()}) " if self.is_terminal else ""
 
     def cmdloop(self, intro: str | None = None) -> None:
-        """Read and run commands until one says that it was the last."""
+        """Read and run commands until one of them ends the walk."""
         while True:
             try:
                 return super().cmdloop(intro)
             except KeyboardInterrupt:
                 if not self.is_terminal:
                     raise
-                self.say("")  # what was typed stands on the line before
+                self.say("")  # begins a new line, since the cursor is behind what was typed
 
     def precmd(self, line: str) -> str:
-        """Show a command that came over a pipe, so that what is printed reads as if it had been typed."""
+        """Print a command that came over a pipe, so that the output looks as if the command had been typed."""
         if not self.is_terminal and line != "EOF":
             self.say(f"({self.place()}) {line.rstrip()}")
         return line
@@ -70,19 +73,19 @@ class Shell(cmd.Cmd):
             return False
 
     def _whole(self, line: str) -> str:
-        """Return a line with the beginning of a command made whole; the first that begins so, in order of use, wins."""
+        """Return a line with the full name of its command; a beginning means the first in `order` that fits."""
         match = re.match(r"[a-z]+", line)
         if match is None or match[0] in self.order:
             return line
         return next((name for name in self.order if name.startswith(match[0])), match[0]) + line[match.end() :]
 
     def _usage(self, name: str) -> tuple[str, str]:
-        """Return what a command takes, its name included, and what it does."""
+        """Return the usage of a command (its name and arguments) and its meaning."""
         usage, _, meaning = (getattr(self, f"do_{name}").__doc__ or "").partition("\n")[0].partition(": ")
         return usage, meaning
 
     def default(self, line: str) -> None:
-        """Refuse what is no command."""
+        """Raise InputError for a line that is no command."""
         raise InputError(f"{short_repr(line)} is no command; help lists them")
 
     def completenames(self, text: str, *ignored: object) -> list[str]:
@@ -90,7 +93,7 @@ class Shell(cmd.Cmd):
         return [f"{name} " for name in self.order if name.startswith(text)]
 
     def do_help(self, arg: str) -> None:
-        """help [COMMAND]: the list of commands, or what one does"""
+        """help [COMMAND]: list all commands, or explain one"""
         if arg:
             name = self._whole(arg.strip())
             if name not in self.order:
@@ -103,7 +106,7 @@ class Shell(cmd.Cmd):
         self.say(self.closing_line)
 
     def do_EOF(self, arg: str) -> bool:  # noqa: N802 (the name that cmd asks for)
-        """Leave at the end of the input."""
+        """End the walk at the end of the input."""
         if self.is_terminal:
             self.say("")
         return True
@@ -117,7 +120,7 @@ def needed(text: str, what: str) -> str:
 
 
 def count(text: str, default: int = 1) -> int:
-    """Return a whole number of at least 1, or the default where nothing was said.
+    """Return the whole number of at least 1 that was typed, or the default if nothing was typed.
 
     >>> count(" 5 "), count("")
     (5, 1)
@@ -129,7 +132,7 @@ def count(text: str, default: int = 1) -> int:
 
 
 def number(text: str, what: str) -> tuple[float, str]:
-    """Return the number that a line begins with, and the rest of the line."""
+    """Return the number at the beginning of a text, and the rest of the text; raise InputError without a number."""
     first, _, rest = text.strip().partition(" ")
     try:
         return float(first), rest

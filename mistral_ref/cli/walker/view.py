@@ -1,4 +1,4 @@
-"""View: prints what there is to see of the step where a walk stands."""
+"""View: prints everything about the step at which a walk stands."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mistral_ref.study import lens
 from mistral_ref.study.stepper import Stepper
 from mistral_ref.walk import source_lines
 
-_MAX_PIECES = 40  # of a prompt, in the greeting
-_MAX_ROWS = 512  # of a heat map, each with its label; more are merged
+_MAX_PIECES = 40  # how many pieces of a prompt the greeting shows
+_MAX_ROWS = 512  # how many rows a heat map has; if a value has more, several of them share a row
 
 
 class _Console(Console):
-    """A console that leaves a broken pipe to whoever runs the command; rich's own would end the program."""
+    """A console that raises BrokenPipeError if nobody reads its output; rich's own console would end the program."""
 
     def on_broken_pipe(self) -> None:
-        """Say that nobody reads any more."""
+        """Raise the error that `main` expects."""
         raise BrokenPipeError
 
 
 class View:
-    """Prints the step where a Stepper stands, or the part of its value that a focus chooses."""
+    """Prints the step at which a Stepper stands, or the part of its value that a focus chooses."""
 
     def __init__(self, stepper: Stepper, focus: Focus) -> None:
         self.stepper, self.focus, self.model = stepper, focus, stepper.model
@@ -40,11 +40,11 @@ class View:
         self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Print a text as it is."""
+        """Print a text without changing it."""
         self.console.print(Text(text))
 
     def greeting(self) -> None:
-        """Print what is walked through, and how to begin."""
+        """Print the model and the tokens of the walk, and how to begin."""
         self.say(f"{self.model!r}")
         pieces, n = self.pieces, len(self.pieces)
         if n > _MAX_PIECES:
@@ -54,13 +54,13 @@ class View:
         self.say("Enter: next. into: into a layer. help: all commands. quit: leave.\n")
 
     def step(self) -> None:
-        """Print what there is to say of a step."""
+        """Print a step: its axes, its formula, its meaning, its statistics and its source."""
         step = self.stepper.step
         self.say(f"{step.name}   {size_text(step.axes, step.value.shape)}, {step.value.dtype}")
         self.say(f"  {step.formula}\n  {step.sentence}\n  {step.statistics}\n  {step.source}")
 
     def layer(self) -> None:
-        """Print what there is to say of a whole layer, at whose end one stands."""
+        """Print a summary of a whole layer; the walk stands at the layer's last step."""
         layer = self.stepper.step.name.rpartition(".")[0]
         rms, number = self.stepper.rms, int(layer.split(".")[1])
         before = rms["embedding" if number == 0 else f"layers.{number - 1}.residual_after_ffn"]
@@ -109,19 +109,19 @@ class View:
         self.say(legend(heat))
 
     def _columns(self, at: Sequence[int], pieces: Sequence[str]) -> list[str]:
-        """Return the numbers of columns with their pieces; keys from before this pass, known by position, as one."""
+        """Return the numbers of columns with their pieces; all keys from before this pass make one entry."""
         n_before = len(pieces) - len(self.pieces)
         before = [number for number in at if number < n_before]
         known = [f"{number} {pieces[number]}" for number in at if number >= n_before]
         return [f"{before[0]} to {before[-1]} {pieces[before[0]]} to {pieces[before[-1]]}", *known] if before else known
 
     def _row_labels(self, part: Selected, rows: Sequence[range]) -> list[str]:
-        """Return what stands before each row: a piece or a number, or the first and the last of those that it joins."""
+        """Return a label for each row: a piece or a number; "FIRST to LAST" if the row merges several."""
         at, names = part.at[part.axes[0]], self.focus.names_along(part.axes[0])
         return [names[at[row.start]] if len(row) == 1 else f"{at[row.start]} to {at[row.stop - 1]}" for row in rows]
 
     def top(self, text: str) -> None:
-        """Print what stands out: the strongest keys, the likeliest next pieces, or the largest values."""
+        """Print the strongest keys, the likeliest next pieces, or the largest values, depending on the step."""
         step, kind = self.stepper.step, self.stepper.step.name.rpartition(".")[2]
         if kind in ("logits", "embedding") or kind.startswith("residual"):
             part = self.focus.selected(text, 1, always=True)
@@ -157,7 +157,7 @@ class View:
             self.say(f"{'>' if source.endswith(f':{number}') else ' '} {number:>4}  {text}")
 
     def cost(self) -> None:
-        """Print what the step costs: operations, bytes, and how many of the one there are for each of the other."""
+        """Print the cost of the step: its operations, its bytes, and operations per byte."""
         costs = step_costs(self.model.config, self.model.weights, len(self.pieces), self.start)
         name = self.stepper.step.name
         found = [cost for cost in costs if cost.name == name]
@@ -170,7 +170,7 @@ class View:
         )
 
     def costs(self) -> None:
-        """Print what each kind of step costs, by the machine's limits and by the clock."""
+        """Print the cost of each kind of step: the time that the machine's limits predict, and the time measured."""
         self.say(str(cost_table(self.model, self.stepper.tokens, self.stepper.cache)))
 
     def why(self) -> None:
@@ -179,7 +179,7 @@ class View:
         self.say(str(lens.attribution(self.model, trace)))
 
     def predictions(self) -> None:
-        """Print which tokens are likeliest next, with the edits and without."""
+        """Print the likeliest next tokens, with the edits and without them."""
         without = self._likeliest(self.stepper.logits(edited=False)[-1])
         if self.stepper.edits:
             self.say(f"with the edits:\n{self._likeliest(self.stepper.logits()[-1])}\nwithout:\n{without}")
@@ -187,7 +187,7 @@ class View:
             self.say(f"likeliest next:\n{without}")
 
     def continuations(self, n: int, progress: Progress | None) -> None:
-        """Print what is written next, with the edits and without."""
+        """Print n tokens that continue the text, with the edits and without them."""
         sides = {"with the edits:": True, "without:": False} if self.stepper.edits else {"goes on:": False}
         lines: list[str] = []
         for heading, is_edited in sides.items():
@@ -200,7 +200,7 @@ class View:
         self.say("\n".join(lines))
 
     def comparison(self) -> None:
-        """Print how far the edited pass departs from the one without edits."""
+        """Print how far the steps of the edited pass depart from those of the pass without edits."""
         if not self.stepper.edits:
             self.say("nothing has been edited")
             return
@@ -217,14 +217,14 @@ class View:
 
 
 def nothing_likeliest(logits_V: np.ndarray) -> str:
-    """Return why no token is the likeliest; "" where one is."""
+    """Return why no token is the likeliest; "" if a token is the likeliest."""
     if np.isfinite(logits_V.max()):
         return ""
     return f"the logits hold {'NaN' if np.isnan(logits_V).any() else 'infinity'}, so nothing is likeliest"
 
 
 def percent(probability: float) -> str:
-    """Return a probability in percent, with two digits where it is small.
+    """Return a probability in percent; a small one has two significant digits.
 
     >>> percent(0.25), percent(0.000123)
     ('25.0%', '0.012%')
@@ -233,7 +233,7 @@ def percent(probability: float) -> str:
 
 
 def ruler(at: Sequence[int]) -> str:
-    """Return a line below columns that says what number every tenth has.
+    """Return a line of numbers to print below columns: the number of every tenth column.
 
     >>> ruler(range(12))
     '0         10'
@@ -243,7 +243,7 @@ def ruler(at: Sequence[int]) -> str:
 
 
 def wrapped(texts: Sequence[str], width: int) -> str:
-    """Return texts in lines, none broken.
+    """Return texts in lines of at most `width` cells; a text is never broken into two lines.
 
     >>> print(wrapped(["0 <s>", "1 ▁Once", "2 ▁upon"], 16))
     0 <s>  1 ▁Once

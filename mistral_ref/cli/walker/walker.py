@@ -1,4 +1,4 @@
-"""Walker: the commands of a walk through a pass. Each goes somewhere, prints something, or changes a value."""
+"""Walker: the commands of a walk through a pass. They move, print something, or change a value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mistral_ref.cli.walker.view import View
 from mistral_ref.errors import InputError
 from mistral_ref.study.stepper import Stepper
 
-_SLOW = 10**10  # weights times steps to walk over, from which on a bar is shown
+_SLOW = 10**10  # a bar is shown if weights times steps (or tokens) are more than this
 
 
 class Walker(Shell):
@@ -25,35 +25,37 @@ class Walker(Shell):
         *("cost", "why", "zero", "scale", "set", "swap", "undo", "edits", "predict", "generate", "compare", "quit"),
         "help",
     )
-    closing_line = "The beginning of a name will do. SEL chooses by axis: `head 3`, `token 0:4 dim 7`; -1 is the last."
+    closing_line = (
+        "Names may be shortened. SEL is a part, by axis and index: `head 3`, `token 0:4 dim 7`; -1 is the last."
+    )
 
     def __init__(self, stepper: Stepper) -> None:
         super().__init__()
         self.stepper, self.focus = stepper, Focus(stepper)
         self.view = View(stepper, self.focus)
-        self.is_inside = False  # of a layer: going step by step, not layer by layer
+        self.is_inside = False  # inside a layer: the walk goes step by step, not layer by layer
 
     def say(self, text: str) -> None:
-        """Print a text as it is."""
+        """Print a text without changing it."""
         self.view.say(text)
 
     def begin(self) -> None:
-        """Say where one is, and how to go on."""
+        """Print the greeting and the first step."""
         self.view.greeting()
         self._arrive()
 
     def onecmd(self, line: str) -> bool:
-        """Run one command. What an edit makes infinite or NaN is for the statistics to tell, not for NumPy."""
+        """Run one command. NumPy's warnings are off: the statistics show if an edit makes values infinite or NaN."""
         with np.errstate(all="ignore"):
             return super().onecmd(line)
 
     def emptyline(self) -> bool:
-        """Enter: the next one."""
+        """Run `next` when the reader presses Enter."""
         self.do_next("")
         return False
 
     def complete_jump(self, text: str, line: str, *ignored: object) -> list[str]:
-        """Complete the name of a step, or its short name in the layer where one stands."""
+        """Complete the name of a step, or its short name if it is in the layer at which the walk stands."""
         typed = line.partition(" ")[2].lstrip()
         layer = self.stepper.step.name.rpartition(".")[0]
         short = [
@@ -64,17 +66,17 @@ class Walker(Shell):
     # ---- moving
 
     def do_next(self, arg: str) -> None:
-        """next [N]: go on to the next step, or over the next layer (Enter does the same); N of them at once"""
+        """next [N]: go to the next step, or to the end of the next layer; N: go on N times (Enter is `next`)"""
         n, index, last = count(arg), self.stepper.index, len(self.stepper.names) - 1
         if index == last:
-            self.say("this was the last step; `predict` tells what it means, `quit` leaves")
+            self.say("this was the last step; `predict` shows the likeliest next tokens, `quit` ends the walk")
             return
         for _ in range(min(n, last)):
             index = min(index + 1 if self.is_inside else self._last_of(min(index + 1, last)), last)
         self._go(index)
 
     def do_back(self, arg: str) -> None:
-        """back [N]: go to the step before, or to the layer before; N of them at once"""
+        """back [N]: go to the step before, or to the end of the layer before; N: go back N times"""
         n, index = count(arg), self.stepper.index
         if index == 0:
             raise InputError("this is the first step")
@@ -84,22 +86,25 @@ class Walker(Shell):
         self._go(index)
 
     def do_into(self, arg: str) -> None:
-        """into: go into this layer (from the embedding into the first), to its first step, and on step by step"""
+        """into: go into this layer (at the embedding: into the first layer), and then step by step"""
         name = self.stepper.step.name
         if name in ("norm", "logits"):
             raise InputError(f"{name} is a step by itself; there is nothing to go into")
         self._go(self._first_of(1 if name == "embedding" else self.stepper.index), is_inside=True)
 
     def do_out(self, arg: str) -> None:
-        """out: go to the end of this layer, and from there layer by layer"""
+        """out: go to the end of this layer, and then layer by layer"""
         self._go(self._last_of(self.stepper.index), is_inside=False)
 
     def do_jump(self, arg: str) -> None:
-        """jump NAME: go to layers.2.heads; heads, in this layer; 2, a layer's first step; or the next of a glob"""
+        """jump NAME: go to the step `layers.2.heads`; `heads`: in this layer; `2`: the first of layer 2
+
+        NAME may also be a glob such as `*.heads`: the walk goes to the next step that matches it.
+        """
         self._go(self.stepper.find(needed(arg, "the name of a step")), is_inside=True)
 
     def do_where(self, arg: str) -> None:
-        """where: list the steps of this layer, and mark where one stands"""
+        """where: list the steps of this layer, and mark the one at which the walk stands"""
         first, last = self._first_of(self.stepper.index), self._last_of(self.stepper.index)
         edited = {edit.step for edit in self.stepper.edits}
         for index in range(first, last + 1):
@@ -110,29 +115,31 @@ class Walker(Shell):
     # ---- looking
 
     def do_show(self, arg: str) -> None:
-        """show [SEL]: print the value as numbers; `show token 2 head 0` prints a part
+        """show [SEL]: print the value as numbers, or a part of it: `show token 2 head 0`
 
-        Of three axes the last token or query is taken, or head 0, unless SEL says; `show token : head :` is everything.
+        A value with three axes is not printed whole unless SEL says so: the last token, or head 0 of scores and
+        attention weights, is shown. `show token : head :` prints everything.
         """
         self.view.show(arg)
 
     def do_map(self, arg: str) -> None:
-        """map [SEL]: draw the value as a heat map
+        """map [SEL]: draw the value as a heat map, or a part of it: `map head 3`
 
-        Of three axes the last token or query is taken, or head 0, unless SEL says.
+        Of a value with three axes two are drawn. Unless SEL chooses another part, the last token is drawn, or head 0 of
+        scores and attention weights.
         """
         self.view.map(arg)
 
     def do_top(self, arg: str) -> None:
-        """top [SEL]: what stands out: the strongest keys, the likeliest next pieces, or the largest values"""
+        """top [SEL]: print the strongest keys, the likeliest next pieces, or the largest values of this step"""
         self.view.top(arg)
 
     def do_token(self, arg: str) -> None:
-        """token N: look at one token from now on, in show, map and top; `all` looks at everything again"""
+        """token N: from now on `show`, `map` and `top` look at token N only; `all` ends this"""
         self._look_at("token", arg)
 
     def do_head(self, arg: str) -> None:
-        """head N: look at one head from now on, in show, map and top; `all` looks at everything again"""
+        """head N: from now on `show`, `map` and `top` look at head N only; `all` ends this"""
         self._look_at("head", arg)
 
     def do_all(self, arg: str) -> None:
@@ -145,13 +152,17 @@ class Walker(Shell):
         self.view.source()
 
     def do_cost(self, arg: str) -> None:
-        """cost [all]: what this step costs; `cost all`: every kind of step, by the machine's limits and by the clock"""
+        """cost [all]: print what this step costs; `cost all`: what every kind of step costs
+
+        The costs are operations and bytes. `cost all` also shows two times: the time that the machine's limits predict,
+        and the time measured.
+        """
         if arg.strip() not in ("", "all"):
             raise InputError("cost takes nothing, or `all`")
         (self.view.costs if arg.strip() else self.view.cost)()
 
     def do_why(self, arg: str) -> None:
-        """why: which heads and layers made the likeliest next token likely"""
+        """why: print which heads and layers made the likeliest next token likely"""
         self.view.why()
 
     # ---- changing
@@ -161,7 +172,7 @@ class Walker(Shell):
         self._assign(arg, f"zero {arg}".strip(), np.zeros_like)
 
     def do_scale(self, arg: str) -> None:
-        """scale FACTOR [SEL]: multiply the value, or a part of it"""
+        """scale FACTOR [SEL]: multiply the value, or a part of it, by a factor"""
         factor, rest = number(arg, "a factor")
         self._assign(rest, f"scale {arg}", lambda part: part * part.dtype.type(factor))
 
@@ -171,7 +182,7 @@ class Walker(Shell):
         self._assign(rest, f"set {arg}", lambda part: np.full_like(part, constant))
 
     def do_swap(self, arg: str) -> None:
-        """swap AXIS I J: exchange two of an axis: `swap token 1 4` gives each of the tokens the other's activation"""
+        """swap AXIS I J: exchange two indices of an axis: `swap token 1 4` exchanges the values of these tokens"""
         words = arg.split()
         if len(words) != 3:
             raise InputError("swap takes an axis and two numbers, such as `swap token 1 4`")
@@ -181,7 +192,7 @@ class Walker(Shell):
         if isinstance(first, slice) or isinstance(second, slice):
             raise InputError("swap takes two numbers, not ranges")
         if first == second:
-            raise InputError(f"both are {name} {first}; swap takes two that differ")
+            raise InputError(f"both numbers mean {name} {first}; expected two that differ")
         axis = axes.index(name)
 
         def swapped(value: np.ndarray) -> np.ndarray:
@@ -203,16 +214,17 @@ class Walker(Shell):
         if not self.stepper.edits:
             self.say("nothing has been edited")
 
-    # ---- what becomes of it
+    # ---- what the changes do
 
     def do_predict(self, arg: str) -> None:
-        """predict: finish the pass and tell which tokens are likeliest next, with the changes and without"""
+        """predict: finish the pass and print the likeliest next tokens, with the changes and without them"""
         self.view.predictions()
 
     def do_generate(self, arg: str) -> None:
-        """generate [N]: go on writing, N tokens (20), with the changes and without; the likeliest token each time
+        """generate [N]: continue the text by N tokens (default 20), with the changes and without them
 
-        Every pass takes all tokens so far, and the changes are made in each: what was chosen by number stays chosen.
+        Each new token is the likeliest one. Every pass begins at the first token, and every change is made again in it.
+        A change of `token 2` or `head 3` stays a change of this index.
         """
         n = count(arg, default=20)
         is_long = self.stepper.model.config.n_parameters * n > _SLOW
@@ -220,22 +232,22 @@ class Walker(Shell):
             self.view.continuations(n, progress)
 
     def do_compare(self, arg: str) -> None:
-        """compare: the edited pass beside the one without edits: how far each step departs"""
+        """compare: print how far each step departs from the pass without edits"""
         self.view.comparison()
 
     def do_quit(self, arg: str) -> bool:
-        """quit: leave (so does Ctrl-D)"""
+        """quit: end the walk (Ctrl-D does the same)"""
         return True
 
     # ---- helpers
 
     def place(self) -> str:
-        """Return the name of the step, or of the layer while one goes layer by layer."""
+        """Return the name of the step, or the name of the layer while the walk goes layer by layer."""
         name = self.stepper.step.name
         return name if self.is_inside else name.rpartition(".")[0] or name
 
     def _first_of(self, index: int) -> int:
-        """Return the index of the first step of a layer; a step of no layer is its own."""
+        """Return the index of the first step of this step's layer; a step outside the layers keeps its own index."""
         layer = self.stepper.names[index].rpartition(".")[0]
         return self.stepper.names.index(f"{layer}.attention_norm") if layer else index
 
@@ -247,7 +259,7 @@ class Walker(Shell):
         is_long = abs(index - self.stepper.index) * self.stepper.model.config.n_parameters > _SLOW
         with progress_bar("walking", is_long=is_long) as progress:
             self.stepper.go(index, progress)
-        self.is_inside = self.is_inside if is_inside is None else is_inside  # only now: going there may be interrupted
+        self.is_inside = self.is_inside if is_inside is None else is_inside  # after `go`, which Ctrl-C may interrupt
         self._arrive()
 
     def _arrive(self) -> None:
@@ -259,7 +271,7 @@ class Walker(Shell):
         self.say(f"looking at {', '.join(f'{name} {index}' for name, index in self.focus.looked_at.items())}")
 
     def _assign(self, text: str, description: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Change the part of the value that words choose."""
+        """Change the part of the value that a text such as "head 3" chooses."""
         chosen = self.focus.selection(text, is_focused=False)
         index = as_index(chosen, self.stepper.step.axes)
 
