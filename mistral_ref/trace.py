@@ -1,7 +1,7 @@
-"""Trace: values of a forward pass kept by name, to be looked at, saved, loaded and compared.
+"""Trace: the values of a forward pass, kept by the names of their steps. A trace can be saved, loaded and compared.
 
-A trace is also how values of another engine come in: a safetensors file with any of the catalogue's steps under their
-names (`Trace.load` has the rules), compared step by step with ours.
+A trace can also hold values of another engine. The engine writes a safetensors file with some steps of the catalogue
+under their names (`Trace.load` has the rules). `Trace.compare` then compares them with ours step by step.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from mistral_ref.steps import CATALOGUE, Step
 
 
 class MissingStepError(InputError, KeyError):
-    """A step that a trace does not hold."""
+    """A trace does not hold the step that was asked for."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class Trace(Mapping[str, np.ndarray]):
-    """Values of one pass by the names of their steps. Made by `model.trace(...)`, or `Trace.load(path)`.
+    """The values of one pass by the names of their steps. `model.trace(...)` and `Trace.load(path)` make it.
 
         trace = model.trace("Once upon a time", keep="layers.*.attention_weights")
         trace["layers.0.attention_weights"]             # the array
         trace.steps["layers.0.attention_weights"]       # the Step, with axes, formula and source
 
     steps       name -> Step, in the order of the pass
-    tokens      ids of the pass's tokens; empty where a file does not tell
-    pieces      what these tokens read as, safe to print
+    tokens      ids of the pass's tokens; empty if a file does not hold them
+    pieces      the tokenizer's piece of each token, safe to print
     start       position of the first token
-    made_by     backend and dtype, or what a file says of itself
+    made_by     dtype and backend, or the text in a file's metadata
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trace(Mapping[str, np.ndarray]):
         except KeyError:
             held = ", ".join([*list(self)[:3], *["..."] * (len(self) > 3)]) or "nothing"
             raise MissingStepError(
-                f"this trace does not hold {short_repr(name)}; it holds {held}; model.trace(keep=...) chooses"
+                f"this trace does not hold {short_repr(name)}; it holds {held}; model.trace(keep=...) chooses the steps"
             ) from None
 
     def __iter__(self) -> Iterator[str]:
@@ -66,37 +66,40 @@ class Trace(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.steps)
 
-    # Whether two traces are alike is `compare`'s business; Mapping's own == would ask arrays for one truth value.
+    # Two traces are equal only if they are the same object. Mapping's == would ask an array for one truth value, which
+    # NumPy refuses. `compare` compares values.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     @cached_property
     def n_tokens(self) -> int:
-        """How many tokens the pass had; 0 for a trace of nothing."""
+        """Number of tokens in the pass; 0 for an empty trace."""
         return len(self.tokens) or max(map(tokens_of, self.steps.values()), default=0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values kept."""
+        """Number of bytes of all values."""
         return sum(value.nbytes for value in self.values())
 
     def label(self, position: int) -> str:
-        """Return what stands at a position: the token's piece, or "@12" where that is not known."""
+        """Return the piece of the token at a position; "@12" for position 12 if the piece is not known."""
         index = position - self.start
         return self.pieces[index] if 0 <= index < len(self.pieces) else f"@{position}"
 
     def compare(self, reference: Trace, *, bound: float = DEFAULT_BOUND) -> Comparison:
-        """Return how far each step of this trace lies from the same step of another; see compare.py.
+        """Return a Comparison: how far each step of this trace lies from the same step of `reference` (compare.py).
 
-        Steps that only one of them holds are named in `unmatched`; one whose shape differs departs. Raises InputError
-        if the two are of different tokens or positions, or have no step in common.
+        bound   in float32 ulps: a step that lies further away departs
+
+        `unmatched` names the steps that only one of the two traces holds. A step whose shapes differ departs. Raises
+        InputError if the traces have different tokens or first positions, or if they have no step in common.
         """
         if self.tokens and reference.tokens and self.tokens != reference.tokens:
-            raise InputError("the two traces are of different tokens, so their values say nothing of each other")
+            raise InputError("the two traces have different tokens, so their values cannot be compared")
         if self.start != reference.start:
             raise InputError(
-                f"the two traces begin at positions {self.start} and {reference.start}; a pass over a cache "
-                "(--last K of the whole text) begins later, and a dump says so in its metadata"
+                f"the two traces begin at positions {self.start} and {reference.start}; expected the same position "
+                "(a pass over a cache, or with --last K, begins later; a dump's metadata must hold its start)"
             )
         shared = [name for name in self if name in reference]
         if not shared:
@@ -110,7 +113,10 @@ class Trace(Mapping[str, np.ndarray]):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file that `load` reads; it appears under its name only when it is complete."""
+        """Write a safetensors file that `load` reads. The file gets its name only when it is complete.
+
+        Raises CheckpointError if it cannot be written.
+        """
         tensors = {name: np.ascontiguousarray(value) for name, value in self.items()}
         tensors["tokens"] = np.array(self.tokens, np.int64)
         tensors["pieces"] = np.frombuffer(_texts_as_json(self.pieces).encode(), np.uint8)
@@ -126,19 +132,22 @@ class Trace(Mapping[str, np.ndarray]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, rope_row_order: RowOrder | None = None) -> Trace:
-        """Return the trace in a safetensors file: one that `save` wrote, or a dump of another engine.
+        """Return the trace in a safetensors file. Either `save` wrote the file, or it is a dump of another engine.
 
-        A dump holds any steps of the catalogue under their full names ("layers.0.q"), each with the axes that the
-        catalogue gives, as F64, F32, F16 or BF16; a leading axis of size 1 is dropped, and norm and logits may be the
-        last token's alone. Scores of -3e4 and below count as -inf, what is out of sight. Optional: "tokens", the ids as
-        I64, I32 or U32; and the metadata {"mistral_ref.trace.v1": '{"start": 7}'}, without which the pass begins at
-        position 0. Other tensors are left aside with a warning.
+        A dump holds some steps of the catalogue under their full names ("layers.0.q"). Each tensor has the axes of the
+        catalogue, in F64, F32, F16 or BF16. A leading axis of size 1 is dropped. "norm" and "logits" may hold only the
+        last token. Scores of -3e4 or less count as -inf: the query does not see the key.
 
-        rope_row_order      "halves" for an engine that turns pairs half a head apart, as Hugging Face's layout does:
-                            q, k, q_rotated and k_rotated are brought into the order in which pairs are neighbours. A
-                            file whose metadata give the order, as ours do, is believed; None: "interleaved"
+        A dump may also hold "tokens", the ids as I64, I32 or U32. Its metadata may hold the position of the first
+        token: {"mistral_ref.trace.v1": '{"start": 7}'}. Without it the pass begins at position 0. Other tensors are
+        ignored, with a warning.
 
-        Values in F64 and F32 stay mapped. Raises CheckpointError with the file and what is wrong with it.
+        rope_row_order      "halves" for an engine whose RoPE pairs lie half a head apart, as in Hugging Face's layout:
+                            q, k, q_rotated and k_rotated are then reordered, so that pairs are neighbours. If the
+                            file's metadata hold the order, as in files of `save`, this argument is ignored. None:
+                            "interleaved"
+
+        Values in F64 and F32 stay mapped. Raises CheckpointError; the message names the file and the problem.
         """
         if rope_row_order not in (None, "interleaved", "halves"):
             raise InputError(f"rope_row_order is {short_repr(rope_row_order)}; expected 'interleaved' or 'halves'")
@@ -157,7 +166,7 @@ class Trace(Mapping[str, np.ndarray]):
 
 
 def _texts_as_json(texts: Sequence[str]) -> str:
-    r"""Return texts as a JSON list with no bracket in them: `parse_json` counts brackets, to bound what it will cost.
+    r"""Return texts as a JSON list. Brackets in the texts are escaped, because `parse_json` counts all brackets.
 
     >>> print(_texts_as_json(["[7]", "{"]))
     ["\u005b7]", "\u007b"]

@@ -1,18 +1,20 @@
 """The Mistral transformer. If you read one file, read this one.
 
-The forward pass is a generator of named steps, written once. Whoever drives it receives each step and sends a value
-back: `drain` sends every value straight back and so computes the logits; a Walk hands the steps to a reader, who may
-look at them, or send back something else. So, in what follows,
+The forward pass is a generator of named steps. Its caller receives each step and sends a value back. There are two
+callers. `drain` sends every value straight back and so computes the logits. A Walk hands the steps to a reader, who may
+look at them or send back other values. Two kinds of lines below do this:
 
-    x = yield step(name, value)     shows this value, and goes on with whatever comes back
-    x = yield from f(...)           takes the steps of f here, and what f returns
+    x = yield step(name, value)     yields the step; x is the value that comes back
+    x = yield from f(...)           yields the steps of f; x is the value that f returns
 
     tokens ─ embedding ─┬─ norm ─ attention ─ + ─┬─ norm ─ feed-forward ─ + ─ ... L blocks ... ─ norm ─ output ─ logits
                         └──────────>──────────┘  └──────────>───────────┘
 
 Shapes: T tokens in this pass, S keys visible, D model width, H query heads, G key/value heads, K head width,
-F feed-forward width, E experts, N (token, expert) pairs, V vocabulary. Sources: the block is Llama's (arXiv:2302.13971)
-with grouped queries and a sliding window (Mistral 7B, arXiv:2310.06825), with experts Mixtral's (arXiv:2401.04088).
+F feed-forward width, E experts, N (token, expert) pairs, V vocabulary.
+
+Sources: the block is Llama's (arXiv:2302.13971). Mistral 7B adds grouped queries and a sliding window
+(arXiv:2310.06825). Mixtral adds a mixture of experts (arXiv:2401.04088).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from mistral_ref.weights import ExpertFeedForward, FeedForward, Weights
 
 @dataclass(frozen=True, eq=False)
 class Transformer:
-    """A configuration, weights that fit it, and the operations that compute with them."""
+    """A configuration, the weights of this configuration, and the operations that compute with them."""
 
     config: ModelConfig
     weights: Weights
@@ -40,9 +42,12 @@ class Transformer:
     def forward_steps(
         self, tokens_T: np.ndarray, this_pass: Pass, *, last_only: bool = False, observe_attention: bool = False
     ) -> Steps:
-        """Yield every step of one pass and return logits (T, V), or (1, V) of the last token with `last_only`.
+        """Yield every step of one pass and return logits (T, V); with `last_only` the last token's logits (1, V).
 
-        `this_pass` is its place in a cache, which counts the tokens once the last step has gone back.
+        tokens_T            the token ids, (T,)
+        this_pass           reads and writes the cache. The cache counts the tokens when the value of the last step has
+                            come back
+        observe_attention   yield "scores" and "attention_weights" too
         """
         config, weights, ops = self.config, self.weights, self.ops
         step = step_factory(config)
@@ -60,7 +65,7 @@ class Transformer:
     def block_steps(
         self, x_TD: np.ndarray, index: int, rotation: Rotation, this_pass: Pass, observe_attention: bool
     ) -> Steps:
-        """One block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+        """Yield the steps of one block, return its x_TD: x + attention(norm(x)), then x + feed_forward(norm(x))."""
         config, ops, layer = self.config, self.ops, self.weights.layers[index]
         step = step_factory(config, index)
         order, eps = config.rope_row_order, config.norm_eps
@@ -71,7 +76,7 @@ class Transformer:
         v_TGK = yield step("v", ops.split_heads(ops.linear(a_TD, layer.wv), config.n_kv_heads, "interleaved"))
         q_THK = yield step("q_rotated", ops.rotate(q_THK, rotation.query_cos, rotation.query_sin))
         k_TGK = yield step("k_rotated", ops.rotate(k_TGK, rotation.key_cos, rotation.key_sin))
-        this_pass.write(index, k_TGK, v_TGK)  # always write, then read: one rule for a prompt and a single token
+        this_pass.write(index, k_TGK, v_TGK)  # written before they are read, for a prompt and for a single token
         heads_THK = yield from ops.attention(q_THK, this_pass.keys(index), step if observe_attention else None)
         heads_THK = yield step("heads", heads_THK)
         out_TD = yield step("attention_out", ops.linear(heads_THK.reshape(len(x_TD), -1), layer.wo))
@@ -86,7 +91,7 @@ class Transformer:
         return x_TD
 
     def feed_forward_steps(self, b_TD: np.ndarray, weights: FeedForward, step: StepFactory) -> Steps:
-        """SwiGLU: w2 · (silu(w1 · b) * (w3 · b))."""
+        """Yield the steps of SwiGLU and return w2 · (silu(w1 · b) * (w3 · b)), (T, D)."""
         ops = self.ops
         gate_TF = yield step("gate", ops.linear(b_TD, weights.w1))
         up_TF = yield step("up", ops.linear(b_TD, weights.w3))
@@ -95,7 +100,10 @@ class Transformer:
         return out_TD
 
     def expert_steps(self, b_TD: np.ndarray, weights: ExpertFeedForward, step: StepFactory) -> Steps:
-        """A mixture of SwiGLUs: each token goes through the experts whose weight is not 0; their outputs are mixed."""
+        """Yield the steps of a mixture of SwiGLUs and return the mixed outputs (T, D).
+
+        Each token goes through the experts whose weight is not 0. Their outputs are added, times their weights.
+        """
         ops = self.ops
         assert self.config.moe is not None
         router_TE = yield step("router_logits", ops.linear(b_TD, weights.gate))
@@ -111,7 +119,7 @@ class Transformer:
 
 
 def drain(steps: Steps, ops: Ops) -> np.ndarray:
-    """Run a pass to its end, sending every value straight back; return what it returns."""
+    """Run a pass to its end and return its result. Every value is sent straight back."""
     with ops.running():
         step = next(steps)
         try:

@@ -1,4 +1,4 @@
-"""Walk: a forward pass taken step by step, to look at and to change. Edits: the same without a loop of one's own."""
+"""Walk: a forward pass, taken step by step, to look at steps and to change them. Edits change steps without a loop."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Walk(Iterator[Step]):
-    """A forward pass that stands still at every step. Made by `model.steps(...)`; iterate over it.
+    """A forward pass that waits at every step. `model.steps(...)` makes it; iterate over it.
 
         for step in model.steps("Hello"):
             if step.name == "layers.2.ffn_out":
                 step.value = np.zeros_like(step.value)
 
-    Values are read-only and stay valid. Assign to `step.value` before taking the next step to change what the pass goes
-    on with; `edits`, names or globs with values or functions, have been applied to each step already. A walk that is
-    left before its end has not happened: its cache is as it was.
+    Values are read-only and stay valid after the walk has gone on. To change the pass, assign to `step.value` before
+    you take the next step. `edits` is a map from names or globs to values or functions; they are applied before you get
+    a step. If you leave a walk before its end, its cache stays as it was.
     """
 
     def __init__(self, steps: Steps, ops: Ops, edits: Mapping[str, Edit]) -> None:
@@ -62,19 +62,19 @@ class Walk(Iterator[Step]):
 
     @property
     def logits(self) -> np.ndarray:
-        """What the pass came to, (T, V), once every step has been taken; before that an InputError."""
+        """The logits (T, V), the result of the pass. Raises InputError before every step has been taken."""
         if self._logits is None:
             raise InputError("this walk has not reached its end, so it has no logits; take every step first")
         return self._logits
 
     def finish(self) -> np.ndarray:
-        """Take all steps that are left; return the logits."""
+        """Take all steps that are left and return the logits (T, V)."""
         for _ in self:
             pass
         return self.logits
 
     def close(self) -> None:
-        """Leave the walk here."""
+        """End the walk here. If steps are left, the cache stays as it was."""
         self._steps.close()
 
     def __enter__(self) -> Walk:
@@ -87,7 +87,7 @@ class Walk(Iterator[Step]):
 
 
 def _source(steps: object) -> str:
-    """Return "file:line" of the innermost generator that is standing still."""
+    """Return "file:line" of the `yield` at which the innermost generator waits."""
     while isinstance(steps, GeneratorType) and isinstance(steps.gi_yieldfrom, GeneratorType):
         steps = steps.gi_yieldfrom
     frame = steps.gi_frame if isinstance(steps, GeneratorType) else None
@@ -100,7 +100,7 @@ def _relative(file: str) -> str:
 
 
 def source_lines(source: str, before: int = 0, after: int = 0) -> list[tuple[int, str]]:
-    """Return the numbered lines of code around a step's `source`; [] where that is "" or the file is not at hand."""
+    """Return numbers and texts of the lines of code around a step's `source`; [] if it is "" or the file is missing."""
     file, _, line = source.rpartition(":")
     numbers = range(max(int(line) - before, 1), int(line) + after + 1) if file else ()
     lines = ((number, linecache.getline(os.path.join(_PACKAGE_PARENT, file), number)) for number in numbers)
@@ -108,9 +108,9 @@ def source_lines(source: str, before: int = 0, after: int = 0) -> list[tuple[int
 
 
 def matching_steps(patterns: str | Iterable[str], config: ModelConfig) -> list[str]:
-    """Return the names of the steps that match the pattern, or one of the patterns, in the order of the pass.
+    """Return the names of the steps that match a pattern, or one of several patterns, in the order of the pass.
 
-    Patterns are names or globs such as "layers.*.ffn_out". Raises InputError for one that matches none.
+    A pattern is a name or a glob like "layers.*.ffn_out". Raises InputError if a pattern matches no step.
     """
     if not isinstance(patterns, Iterable):
         raise InputError(f"{short_repr(patterns)} names no steps; expected names or globs such as 'layers.*.ffn_out'")
@@ -119,19 +119,19 @@ def matching_steps(patterns: str | Iterable[str], config: ModelConfig) -> list[s
         matches = [name for name in names if fnmatchcase(name, str(pattern))]
         if not matches:
             raise InputError(
-                f"no step is called {short_repr(pattern)}; names are like 'layers.0.q_rotated', or 'logits'"
+                f"no step is called {short_repr(pattern)}; expected a name like 'layers.0.q_rotated' or 'logits'"
             )
         chosen.update(matches)
     return [name for name in names if name in chosen]
 
 
 def inside_attention(names: Iterable[str]) -> bool:
-    """Return whether a step is among them that exists only while attention is observed."""
+    """Return whether a name is that of scores or attention_weights. These steps exist only if attention is observed."""
     return any(name.endswith((".scores", ".attention_weights")) for name in names)
 
 
 def check_edits(edits: Mapping[str, Edit], config: ModelConfig) -> list[str]:
-    """Return the names of the steps that edits touch; raise InputError for an edit of a step that does not exist."""
+    """Return the names of the steps that `edits` change; raise InputError if an edit's name matches no step."""
     if not isinstance(edits, Mapping):
         raise InputError(f"edits is {short_repr(edits)}; expected a mapping from names of steps to values or functions")
     return matching_steps(edits, config)

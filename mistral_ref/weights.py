@@ -1,6 +1,6 @@
-"""Matrices as they are stored, and the tensors of a model under Mistral's own names.
+"""Matrices in the number format of their file, and all weights of a model under Mistral's own names.
 
-A matrix stays a view of the mapped file. Only the rows that a product needs are widened to floats, when it needs them.
+A matrix stays a view of the mapped file. A product widens only the rows that it is working on to floats.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from mistral_ref.errors import Progress
 Kind = Literal["f32", "f16", "bf16", "fp8", "int8", "int4"]
 Rows = slice | np.ndarray
 
-FP8_BLOCK = 128  # published fp8 checkpoints scale squares of 128 x 128 weights, or the whole matrix
+FP8_BLOCK = 128  # in published fp8 checkpoints a scale is for a square of 128 x 128 weights, or for the whole matrix
 
 
 @cache
 def e4m3_values() -> np.ndarray:
-    """Return the 256 values of fp8 e4m3 ("fn": no infinities, NaN at 0x7f and 0xff) as float32.
+    """Return the values of the 256 codes of fp8 e4m3 as float32 (256,).
 
-    One sign bit, four of exponent e (bias 7), three of mantissa m: (1 + m/8) 2^(e-7), and m/8 2^-6 where e is 0.
+    A code has one sign bit, four bits of exponent e (bias 7) and three bits of mantissa m. It stands for
+    (1 + m/8) 2^(e-7), or for m/8 2^-6 if e is 0. This is the variant "fn": it has no infinities, and 0x7f and 0xff are
+    NaN.
 
     >>> e4m3_values()[[0x38, 0x7E, 0x01, 0xB8]].tolist()
     [1.0, 448.0, 0.001953125, -1.0]
@@ -42,7 +44,7 @@ def e4m3_values() -> np.ndarray:
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
-    """Return float32 numbers rounded to the nearest bf16, ties to even, as uint16; NaN stays NaN.
+    """Return the bits (uint16) of float32 numbers rounded to the nearest bf16, ties to even. NaN stays NaN.
 
     >>> [hex(bits) for bits in bf16_bits(np.float32([1.0, -2.0, 1.0 + 2**-8]))]
     ['0x3f80', '0xc000', '0x3f80']
@@ -53,14 +55,16 @@ def bf16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def bf16_values(bits: np.ndarray) -> np.ndarray:
-    """Return the float32 numbers whose upper halves are `bits`, uint16."""
+    """Return bf16 numbers as float32. `bits` (uint16) are the upper halves of their float32 bits."""
     return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix (O, I) of O outputs and I inputs, as stored.
+    """A matrix (O, I) of O outputs and I inputs, in the number format of its file.
 
+    name    Mistral's own name, without ".weight"
+    kind    the number format
     data    (O, I), read-only: float32, float16, uint16 (bf16: the upper half of a float32) or uint8 (fp8 e4m3)
     scale   fp8 only: float32, (1, 1) for the whole matrix or (ceil(O/128), ceil(I/128)); weight = value * scale
     """
@@ -80,25 +84,25 @@ class Matrix:
 
     @cached_property
     def size(self) -> int:
-        """How many weights it has."""
+        """Number of weights."""
         return self.shape[0] * self.shape[1]
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes in the file, those of the scale included."""
+        """Number of bytes in the file, with the bytes of the scale."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     @cached_property
     def as_bytes(self) -> np.ndarray:
-        """`data` as it lies in memory, row after row, as one read-only array of bytes: what compiled kernels take."""
+        """The bytes of `data`, row after row, as one flat read-only array. The compiled kernels take this."""
         flat = np.ascontiguousarray(self.data).view(np.uint8).reshape(-1)
         flat.flags.writeable = False
         return flat
 
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
-        """Return the rows at `index` (a slice or integers) as an aligned float array (R, I) of `dtype`.
+        """Return the R rows at `index` (a slice or integers) as an aligned float array (R, I) of `dtype`.
 
-        Rows that are stored as `dtype` already are returned as they lie in the file, without a copy.
+        A slice of rows that are stored as `dtype` is returned without a copy if it is aligned.
         """
         stored = self.data[index]
         if self.kind == "bf16":
@@ -108,7 +112,7 @@ class Matrix:
         return np.require(stored, dtype, "A")
 
     def _scale_of(self, index: Rows) -> np.ndarray:
-        """Return the scale of each weight in the rows at `index`, broadcastable to (R, I)."""
+        """Return the scale of each weight in the R rows at `index`: (R, I), or (1, 1) for the whole matrix."""
         assert self.scale is not None
         if self.scale.shape == (1, 1):
             return self.scale
@@ -118,10 +122,10 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class TiledMatrix(Matrix):
-    """A matrix whose rows lie side by side in tiles of eight, as mistral_kernels.layout describes.
+    """A matrix whose rows lie side by side in tiles of eight rows (mistral_kernels.layout).
 
-    data    (ceil(O/8), I, 8); rows beyond O are 0
-    n_out   O
+    data    (ceil(O/8), I, 8); padding: extra rows are 0
+    n_out   O, the number of rows without padding
     """
 
     n_out: int = 0
@@ -132,12 +136,13 @@ class TiledMatrix(Matrix):
         return self.n_out, self.data.shape[1]
 
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
+        """Return the R rows at `index` as an aligned float array (R, I) of `dtype`; this copies them."""
         rows = rows_of_tiles(self.data, np.arange(self.n_out)[index])
         return Matrix(self.name, self.kind, rows).rows(slice(None), dtype)
 
 
 def tiled(matrix: Matrix) -> Matrix:
-    """Return a copy of a matrix in tile order, or itself if it has not 16 bits a weight, or rows of an odd length."""
+    """Return a copy of a matrix in tile order, or the matrix itself: tiles need bf16 or f16 and an even I."""
     if matrix.kind not in ("bf16", "f16") or matrix.shape[1] % 2:
         return matrix
     return TiledMatrix(matrix.name, matrix.kind, to_tiles(matrix.data), n_out=matrix.shape[0])
@@ -145,7 +150,7 @@ def tiled(matrix: Matrix) -> Matrix:
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """w1 (F, D) the gate, w2 (D, F) down, w3 (F, D) up."""
+    """A feed-forward network: w1 (F, D) makes the gate, w3 (F, D) makes up, w2 (D, F) brings the result back to D."""
 
     w1: Matrix
     w2: Matrix
@@ -154,7 +159,7 @@ class FeedForward:
 
 @dataclass(frozen=True, eq=False)
 class ExpertFeedForward:
-    """gate (E, D) the router, and E feed-forward networks."""
+    """A mixture of experts: the router `gate` (E, D), and E feed-forward networks."""
 
     gate: Matrix
     experts: tuple[FeedForward, ...]
@@ -162,7 +167,14 @@ class ExpertFeedForward:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One block: wq (H*K, D), wk and wv (G*K, D), wo (D, H*K), the two norms' weights (D,) float32, and the rest."""
+    """The weights of one block.
+
+    attention_norm, ffn_norm    weights of the norms, float32 (D,)
+    wq              (H*K, D)
+    wk, wv          (G*K, D)
+    wo              (D, H*K)
+    feed_forward    one feed-forward network, or a mixture of experts
+    """
 
     attention_norm: np.ndarray
     wq: Matrix
@@ -175,7 +187,13 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """tok_embeddings (V, D), L blocks, norm (D,), output (V, D); tied models have one matrix for both ends."""
+    """All weights of a model.
+
+    tok_embeddings  (V, D)
+    layers          the L blocks
+    norm            weight of the last norm, float32 (D,)
+    output          (V, D); with tied embeddings it is the same object as tok_embeddings
+    """
 
     tok_embeddings: Matrix
     layers: tuple[Layer, ...]
@@ -184,7 +202,7 @@ class Weights:
 
 
 def weights_of(tensors: Mapping[str, Any], config: ModelConfig) -> Weights:
-    """Return the weights that these tensors make: for each name of config.tensor_shapes a Matrix, or a norm's (D,)."""
+    """Return the Weights of a model. `tensors` maps each name of config.tensor_shapes to a Matrix or a norm's (D,)."""
 
     def network(name: str) -> FeedForward:
         return FeedForward(*(tensors[f"{name}.{which}.weight"] for which in ("w1", "w2", "w3")))
@@ -216,7 +234,7 @@ def weights_of(tensors: Mapping[str, Any], config: ModelConfig) -> Weights:
 
 
 def matrices(part: Any) -> list[Matrix]:
-    """Return every matrix of weights, a layer, a network or a tuple of them; one that stands in two places once."""
+    """Return every Matrix in Weights, in a layer, in a network or in a tuple of them; a shared matrix is there once."""
     return list(dict.fromkeys(_every_matrix(part)))
 
 
@@ -232,7 +250,7 @@ def _every_matrix(part: Any) -> Iterator[Matrix]:
 
 
 def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
-    """Return weights, a layer, a network or a tuple of them with every matrix replaced by what `change` makes of it."""
+    """Return a copy of Weights, a layer, a network or a tuple of them; `change(matrix)` replaces each Matrix."""
     if isinstance(part, Matrix):
         return change(part)
     if isinstance(part, tuple):
@@ -244,9 +262,9 @@ def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
 
 
 def repacked(weights: Weights, progress: Progress | None = None) -> Weights:
-    """Return weights with all matrices that tokens are multiplied with in tile order, where that is possible.
+    """Return weights whose matrices are in tile order where `tiled` can do it. tok_embeddings stays: it is looked up.
 
-    `progress(done, total)` is called before each matrix and at the end.
+    `progress(done, total)` is called before each matrix and at the end; both are numbers of matrices.
     """
     multiplied = (weights.layers, weights.output)
     total, done = len(matrices(multiplied)), itertools.count()

@@ -1,5 +1,5 @@
-"""What lies on a disk: configurations, weights, quantized models, dumps. Nothing here computes with a model.
+"""Read and write files: configurations, weights, quantized models, caches, dumps. Nothing here computes with a model.
 
-Of the ground floor this room imports only what it fills: config, weights, *_matrix, steps, display, errors
-(tests/test_imports.py).
+From the top folder the modules here import only config, weights, quantized_matrix, steps, display and errors
+(tests/test_imports.py checks this).
 """

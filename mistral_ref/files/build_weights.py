@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to weights: every dtype and shape checked, none missing and none left over."""
+"""Make the weights of a model from a checkpoint's tensors: every tensor is checked, and every tensor is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from mistral_ref.weights import FP8_BLOCK, Kind, Matrix, Weights, weights_of
 
 
 def open_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
-    """Return the configuration of the model in a directory, completed by what its files are like, and its weights."""
+    """Return the configuration and the weights of the model in a directory.
+
+    The tensors' names decide rope_row_order; the output matrix, or its absence, decides tied_embeddings. Raises
+    InputError, ConfigError or CheckpointError.
+    """
     directory = checked_directory(path)
     config, checkpoint = read_config(directory), open_checkpoint(directory)
     config = config.replace(rope_row_order=checkpoint.row_order)
@@ -28,16 +32,17 @@ def open_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
 
 
 def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
-    """Return the tensors of a model, every dtype and shape checked, and none left over.
+    """Return the weights of a model, made of a checkpoint's tensors.
 
-    An output matrix in the files is used. Where there is none the embedding takes its place if the configuration says
-    that the two are tied; otherwise it is an error, since a lost shard must not become a tied model.
+    If the files hold an output matrix, it is used. If they hold none, the embedding takes its place, but only if the
+    configuration has tied_embeddings: a lost shard must not turn a model into a tied one. Raises CheckpointError if a
+    tensor is missing, is left over, or has another dtype or shape than expected.
     """
     config = config.replace(tied_embeddings=config.tied_embeddings and "output.weight" not in checkpoint.tensors)
     untaken = _Untaken(checkpoint)
     taken: dict[str, Matrix | np.ndarray] = {}
     for name, shape in tensor_shapes(config):
-        if name not in taken:  # taking one of fused experts takes all
+        if name not in taken:  # one call of `take` takes all fused experts of a layer
             taken |= untaken.take(name, shape, config)
     for tensor in untaken.tensors.values():
         raise CheckpointError(
@@ -48,7 +53,7 @@ def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
 
 
 class _Untaken:
-    """The tensors of a checkpoint that are no part of the weights yet; taking one checks its dtype and shape."""
+    """The tensors of a checkpoint that are not used yet. To take one checks its dtype and shape."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -57,7 +62,7 @@ class _Untaken:
         self.units = self._units() if self.bits else {}
 
     def take(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, Matrix | np.ndarray]:
-        """Take what a name of `tensor_shapes` stands for; with it, where experts are fused, all of its layer's."""
+        """Take the tensor of a name of `tensor_shapes`. If experts are fused, take all experts of the layer with it."""
         stem = name.removesuffix(".weight")
         experts, _, of_expert = stem.partition(".experts.")
         if of_expert and f"{experts}.experts.w1_w3" in self.tensors:
@@ -73,13 +78,13 @@ class _Untaken:
         if tensor.shape != shape:
             found = short_repr(tensor.shape)
             raise CheckpointError(
-                f"{tensor.path}: {tensor.name} has shape {found}; expected {shape} by the configuration"
+                f"{tensor.path}: {tensor.name} has shape {found}; expected {shape}, as in the configuration"
             )
         return tensor
 
     def _missing(self, name: str, shape: tuple[int, ...]) -> str:
         if name == "output.weight":
-            return "output.weight (lm_head.weight) is missing, and not tied by the configuration"
+            return "output.weight (lm_head.weight) is missing, and the configuration does not have tied embeddings"
         name = name if self.checkpoint.row_order == "interleaved" else huggingface_name(name)
         return f"{name} is missing; expected shape {shape}"
 
@@ -95,21 +100,21 @@ class _Untaken:
         return Matrix(stem, kind, data[np.newaxis]).rows(slice(None), np.float32)[0]
 
     def _matrix(self, stem: str, n_out: int, n_in: int) -> Matrix:
-        """Take a matrix, with its scale if it is fp8, or its scales if it has codes."""
+        """Take a matrix: with its scale if it is fp8, with scales and unit if it is quantized."""
         if f"{stem}.scales" in self.tensors:
             return self._quantized(stem, n_out, n_in)
         tensor = self._tensor(f"{stem}.weight", (n_out, n_in))
         kind, data = tensor.mapped()
         scale = self.tensors.pop(f"{stem}.qscale_weight", None)
         if (scale is None) == (kind == "fp8"):
-            problem = "fp8 without its scale" if scale is None else f"{tensor.dtype} with a scale"
+            problem = "fp8 without its scale" if scale is None else f"{tensor.dtype} with a scale; only fp8 has one"
             raise CheckpointError(f"{tensor.path}: {tensor.name} is {problem}")
         return Matrix(stem, kind, data, None if scale is None else _fp8_scale(scale, n_out, n_in))
 
     def _quantized(self, stem: str, n_out: int, n_in: int) -> QuantizedMatrix:
-        """Take a matrix that `quantize` wrote."""
+        """Take a quantized matrix."""
         if stem not in self.bits:
-            raise CheckpointError(f"{self.checkpoint.directory}: the metadata does not tell how {stem} is quantized")
+            raise CheckpointError(f"{self.checkpoint.directory}: the metadata do not give the bits of {stem}")
         bits = self.bits[stem]
         found = {}
         for ending, spec in quantized_tensors(n_out, n_in, bits, self.group_size).items():
@@ -122,7 +127,7 @@ class _Untaken:
         return QuantizedMatrix(stem, kind, codes, scales=scales, unit=self.units[stem], n_out=n_out, n_in=n_in)
 
     def _units(self) -> dict[str, np.float32]:
-        """Take the units of all matrices that `quantize` wrote."""
+        """Take the units of all quantized matrices."""
         tensor = self._tensor("units", (len(self.bits),))
         if tensor.dtype != "F32":
             raise CheckpointError(f"{tensor.path}: units is {tensor.dtype}; expected F32")
@@ -132,7 +137,7 @@ class _Untaken:
         return dict(zip(self.bits, map(np.float32, units), strict=True))
 
     def _fused_experts(self, stem: str, config: ModelConfig) -> Iterator[tuple[str, Matrix]]:
-        """Take all experts of a layer from two tensors: w1_w3 (E, 2F, D), w1's rows before w3's, and w2 (E, D, F)."""
+        """Take all experts of a layer from two tensors: w1_w3 (E, 2F, D) and w2 (E, D, F). w1's rows precede w3's."""
         assert config.moe is not None
         n_experts, dim, hidden = config.moe.num_experts, config.dim, config.hidden_dim
         kind, w1_w3 = self._floats(f"{stem}.w1_w3", (n_experts, 2 * hidden, dim))

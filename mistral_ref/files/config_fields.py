@@ -1,7 +1,7 @@
-"""What params.json and config.json call each field of a model, and a file's fields under our names.
+"""The names of a model's fields in params.json and config.json, and the reading of fields under our own names.
 
-Both files are read under our names; an error that comes of it, here or in ModelConfig, is translated back, so that it
-names the field as the file spells it.
+The code reads the fields of both files under our own names. If a field is wrong, an error names it: here, or in
+ModelConfig. `spelled_as` replaces the name in the error by the name that the file uses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mistral_ref.errors import ConfigError, Field, short_repr
 
 ORIGINAL = "original_max_position_embeddings"
 
-# A dot leads into a nested object. Where a file has several names for a field, the first that holds a value counts.
+# A dot leads into a nested object. A field may have several names in a file; the first that holds a value counts.
 # fmt: off
 NAMES = {
     # ours                            params.json                            config.json
@@ -55,7 +55,9 @@ NAMES = {
 
 
 def value_at(file: object, dotted: str, default: object = None) -> Any:
-    """Return what stands in `file` under a dotted name, or `default`; raise ConfigError if it leads into no object.
+    """Return the value in `file` under a dotted name; `default` if it is absent.
+
+    Raises ConfigError if a part of the name before the last one leads to a value that is not an object.
 
     >>> value_at({"yarn": {"factor": 16}}, "yarn.factor")
     16
@@ -74,7 +76,7 @@ def value_at(file: object, dotted: str, default: object = None) -> Any:
 
 @contextmanager
 def spelled_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Let a ConfigError raised inside call our fields what `names` says that the file does."""
+    """Change a ConfigError that is raised inside: `names` maps our names of fields to the file's names."""
     try:
         yield
     except ConfigError as error:
@@ -83,7 +85,7 @@ def spelled_as(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let a ConfigError raised inside begin with the path of the file."""
+    """Change a ConfigError that is raised inside: put the path of the file in front of its message."""
     try:
         yield
     except ConfigError as error:
@@ -91,7 +93,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class Fields:
-    """What a file says, under our names: `values` holds the fields that are there, `names` what the file calls each."""
+    """The fields of a file under our own names.
+
+    values  the value of each field that the file holds
+    names   the file's name of each field
+    """
 
     def __init__(self, file: dict[str, Any], names: Mapping[str, str]) -> None:
         absent = object()
@@ -103,34 +109,34 @@ class Fields:
         self.values = {field: value for field, value in found.items() if value is not absent}
 
     def required(self, field: str) -> Any:
-        """Return a field that has to be there."""
+        """Return the value of a field; raise ConfigError if the file does not hold it."""
         if field not in self.values:
             raise ConfigError(Field(field), " is missing")
         return self.values[field]
 
     def count(self, field: str) -> int:
-        """Return a field that has to be a whole number of at least 1."""
+        """Return the value of a field; raise ConfigError unless it is a whole number of at least 1."""
         return checked_count(field, self.required(field))
 
     def number_or(self, default: float, field: str) -> float:
-        """Return a number of at least 0, or `default` for one that is absent, null or 0, as in transformers."""
+        """Return a number above 0; `default` if it is absent, null or 0, as transformers does it."""
         value = self.values.get(field)
         return checked_number(field, default if value is None else value, zero=True) or default
 
     def flag(self, field: str, default: bool | None = None) -> bool:
-        """Return a field that has to be true or false, and to be there unless there is a default."""
+        """Return a field that must be true or false. If it is absent: `default`, or a ConfigError if that is None."""
         value = self.required(field) if default is None else self.values.get(field, default)
         if not isinstance(value, bool):
             raise ConfigError(Field(field), f" is {short_repr(value)}; expected true or false")
         return value
 
     def query_temperature(self, block: str) -> QueryTemperature | None:
-        """Return what `beta` and the length in `block` say; a beta of 0 leaves queries as they are."""
+        """Return the QueryTemperature of `beta` and the length in `block`; None if beta is 0, which changes nothing."""
         beta = checked_number("query_temperature.beta", self.required("query_temperature.beta"), zero=True)
         return QueryTemperature(beta=beta, **{ORIGINAL: self.count(f"{block}.{ORIGINAL}")}) if beta else None
 
     def model_config(self, *, moe: bool, **others: Any) -> ModelConfig:
-        """Return the ModelConfig of the fields that both files give alike and of `others`."""
+        """Return a ModelConfig. `others` are the fields that the two files give in different ways."""
         alike = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
         experts = ("num_experts", "num_experts_per_tok")
         n_kv_heads = self.values.get("n_kv_heads")
@@ -144,7 +150,10 @@ class Fields:
 
 
 def check_only(file: dict[str, Any], accepted: Mapping[str, object], level: str = "") -> None:
-    """Raise ConfigError for a field that is there with another value than the one that is accepted."""
+    """Raise ConfigError if a field has another value than in `accepted`. Absent fields and null are accepted too.
+
+    level   prefix of the names, for example "text_config."
+    """
     for name, only in accepted.items():
         value = value_at(file, level + name)
         if value is not None and value != only:

@@ -1,7 +1,7 @@
-"""A directory's configuration: Mistral's own params.json, Hugging Face's config.json, or both -> ModelConfig.
+"""Read the ModelConfig of a directory from Mistral's own params.json, or from Hugging Face's config.json.
 
-`config_fields.py` holds what the two files call each field. Here is what each field means: what absence stands for,
-what follows from several fields, and what is refused because the result would be silently wrong.
+`config_fields.py` has the names of the fields in both files. This module has their meaning: the value of an absent
+field, values that follow from several fields, and values that are refused because the forward pass would be wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mistral_ref.files.config_fields import NAMES, ORIGINAL, Fields, check_only,
 from mistral_ref.files.json_file import parse_json, read_json
 
 # fmt: off
-# Fields that change the mathematics, and the one value of each (or absence, or null) that the forward pass computes.
+# Fields that change the mathematics. The forward pass can compute only this value of each. A field may also be absent
+# or null.
 _PARAMS_JSON_ONLY = {
     "model_type": "transformer", "activation": "silu", "causal": True, "use_biases": False,
     "ada_rms_norm_t_cond": False, "lora": None, "q_lora_rank": None, "kv_lora_rank": None,
@@ -28,12 +29,12 @@ _CONFIG_JSON_ONLY = {
     "partial_rotary_factor": 1, "rope_parameters.partial_rotary_factor": 1, "rope_scaling.partial_rotary_factor": 1,
 }
 # fmt: on
-# What else published params.json files hold, without influence on what the text model computes.
+# Other fields of published params.json files. They do not change the results of the text model.
 _PARAMS_JSON_HARMLESS = {"vision_encoder", "audio", "multimodal", "quantization", "quantization_config"}
 _PARAMS_JSON_HARMLESS |= {"dtype", "max_batch_size", "model_parallel", "model_max_length"}
 
-# The supported model types, and what a field left out of config.json means in each: the defaults of transformers'
-# classes (5.23, models/*/configuration_*.py). A field that is not listed must be there.
+# The supported model types, and for each the values of fields that config.json does not hold. They are the defaults of
+# transformers' classes (5.23, models/*/configuration_*.py). config.json must hold every field that is not listed.
 _PLAIN = {"head_dim": None, "rope_type": "default", "query_temperature.beta": 0}
 _MEANING_OF_ABSENCE: dict[str, dict[str, object]] = {
     "mistral": _PLAIN | {"rope_theta": 1e4, "sliding_window": 4096, "norm_eps": 1e-6},
@@ -46,15 +47,16 @@ _WRAPPER, _WRAPPED = "mistral3", ("mistral", "ministral3")
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Return the configuration in `directory`; params.json wins over config.json, with a warning if they disagree.
+    """Return the configuration in `directory`.
 
-    `rope_row_order` is that of the weights each file comes with; the tensors' names have the last word.
-    Raises ConfigError: the file, the field, the value found, what was expected.
+    If both files are there, params.json is used, and a warning names the fields that differ. `rope_row_order` is
+    "interleaved" for params.json and "halves" for config.json; `open_model` replaces it by the order of the weights.
+    Raises ConfigError. The message names the file, the field, its value and the expected value.
     """
     params_json, config_json = directory / "params.json", directory / "config.json"
     if not os.path.lexists(params_json):
         if not os.path.lexists(config_json):
-            raise ConfigError(f"{directory}: neither params.json nor config.json is there")
+            raise ConfigError(f"{directory}: holds no configuration; expected params.json or config.json")
         return _from_config_json(config_json)
     other = None
     if os.path.lexists(config_json):
@@ -69,7 +71,10 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def read_eos_ids(directory: Path) -> tuple[int, ...]:
-    """Return the ids that end a text, from generation_config.json or else config.json; () where neither says."""
+    """Return the ids that end a text, from generation_config.json, else from config.json; () if neither holds them.
+
+    Raises ConfigError if a file cannot be read or holds something else than token ids.
+    """
     for path in (directory / "generation_config.json", directory / "config.json"):
         file = read_json(path) if os.path.lexists(path) else {}
         with naming(path):
@@ -85,10 +90,10 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _differences(config: ModelConfig, other: ModelConfig) -> str:
-    """Say in which fields params.json's reading differs from config.json's, with both values.
+    """Return a text: the fields that differ between params.json (`config`) and config.json (`other`), and both values.
 
-    Left aside are the row order, which follows the layout, and `tied_embeddings`: files are often silent about it, and
-    it only says what a missing output matrix means.
+    Two fields are not compared. The row order follows from the layout. `tied_embeddings` is often absent, and only
+    matters if there is no output matrix.
     """
     differences = []
     for field in (field.name for field in dataclasses.fields(ModelConfig)):
@@ -101,7 +106,7 @@ def _differences(config: ModelConfig, other: ModelConfig) -> str:
 
 
 def _magnitude(factor: float, mscale: float = 1.0) -> float:
-    """Return 0.1 * mscale * ln(factor) + 1: how much YaRN sharpens attention (arXiv:2309.00071, section 3.4).
+    """Return YaRN's scale of cosines and sines, 0.1 * mscale * ln(factor) + 1 (arXiv:2309.00071, section 3.4).
 
     >>> round(_magnitude(16), 3)
     1.277
@@ -110,7 +115,10 @@ def _magnitude(factor: float, mscale: float = 1.0) -> float:
 
 
 def _from_params_json(path: Path, theta_beside: float | None) -> ModelConfig:
-    """Read params.json; where it has no theta, the one in the config.json beside it counts, if there is one."""
+    """Return the configuration in params.json.
+
+    theta_beside    the theta in the config.json of the same directory; it is used if params.json has no theta
+    """
     file = read_json(path)
     with naming(path):
         fields = Fields(file, {field: names for field, (names, _) in NAMES.items()})
@@ -124,7 +132,7 @@ def _from_params_json(path: Path, theta_beside: float | None) -> ModelConfig:
                 fields.values["rope_theta"] = theta_beside
             elif fields.values.get("rope_theta") is None and (None not in windows or not any(windows)):
                 theta, which = (1e4, "a") if any(windows) else (1e6, "no")
-                warn(f"{path}: rope_theta is missing; {theta:g} is assumed, since there is {which} sliding window")
+                warn(f"{path}: rope_theta is missing; {theta:g} is assumed, because there is {which} sliding window")
                 fields.values["rope_theta"] = theta
             config = fields.model_config(
                 head_dim=fields.required("head_dim"),
@@ -136,7 +144,7 @@ def _from_params_json(path: Path, theta_beside: float | None) -> ModelConfig:
                 tied_embeddings=fields.flag("tied_embeddings", default=False),
             )
     if unknown := _unknown_in_params_json(file):
-        warn(f"{path}: unknown fields are left aside: {', '.join(short_repr(name) for name in unknown[:20])}")
+        warn(f"{path}: unknown fields are ignored: {', '.join(short_repr(name) for name in unknown[:20])}")
     return config
 
 
@@ -148,7 +156,10 @@ def _unknown_in_params_json(file: dict[str, Any]) -> list[str]:
 
 
 def _params_json_windows(fields: Fields) -> tuple[Any, ...]:
-    """One window holds for every layer; a list is repeated (mistral-inference, cache.py); either may be a string."""
+    """Return the window of each layer. The file holds one window for all layers, or a list that is repeated.
+
+    Either may be a string (mistral-inference, cache.py).
+    """
     window, n_layers = fields.values.get("sliding_window"), fields.count("n_layers")
     if isinstance(window, str):
         try:
@@ -182,7 +193,8 @@ def _from_config_json(path: Path) -> ModelConfig:
     file = read_json(path)
     with naming(path):
         level = "text_config." if file.get("model_type") == _WRAPPER else ""
-        # transformers 4 wrote rope_scaling beside rope_theta. 5 writes rope_parameters, and still prefers the former.
+        # transformers 4 writes rope_scaling beside rope_theta. transformers 5 writes rope_parameters; if a file holds
+        # both, it prefers rope_scaling.
         rope = level + ("rope_scaling" if value_at(file, f"{level}rope_scaling") else "rope_parameters")
         names = {field: " ".join(level + name for name in names.split()) for field, (_, names) in NAMES.items()}
         fields = Fields(file, {field: name.replace(f"{level}rope_parameters", rope) for field, name in names.items()})
@@ -195,7 +207,7 @@ def _from_config_json(path: Path) -> ModelConfig:
                 )
             check_only(file, _CONFIG_JSON_ONLY, level)
             if any(isinstance(value, dict) for value in (value_at(file, rope) or {}).values()):
-                raise ConfigError(Field(rope), " differs by kind of layer; expected one RoPE for all layers")
+                raise ConfigError(Field(rope), " has a RoPE for each kind of layer; expected one RoPE for all layers")
             fields.values = _MEANING_OF_ABSENCE[model_type] | fields.values
             yarn = _config_json_yarn(fields)
             return fields.model_config(
@@ -219,7 +231,7 @@ def _config_json_head_dim(fields: Fields) -> Any:
             Field("n_heads"),
             f" is {n_heads}; expected a divisor of ",
             Field("dim"),
-            f", {dim}, since ",
+            f", {dim}, because ",
             Field("head_dim"),
             " is not given",
         )
@@ -242,12 +254,12 @@ def _config_json_windows(fields: Fields, model_type: str) -> tuple[int | None, .
     if window is None and kinds[1] in layer_types:
         raise ConfigError(
             Field("sliding_window"),
-            " is None; expected a whole number, since ",
+            " is None; expected a whole number, because ",
             Field("layer_types"),
             f" has {kinds[1]}",
         )
     windows = tuple(window if kind == kinds[1] else None for kind in layer_types)
-    # transformers reads layer_types in ministral alone, so elsewhere a pattern of them has two readings.
+    # transformers reads layer_types only for ministral. For other types a pattern of kinds contradicts sliding_window.
     if model_type != "ministral" and windows != (window,) * n_layers:
         raise ConfigError(
             Field("layer_types"),
@@ -259,7 +271,7 @@ def _config_json_windows(fields: Fields, model_type: str) -> tuple[int | None, .
 
 
 def _config_json_yarn(fields: Fields) -> Yarn | None:
-    """Follow transformers 5.23, modeling_rope_utils.py, _compute_yarn_parameters."""
+    """Return the Yarn of config.json; None without YaRN. As transformers 5.23 (_compute_yarn_parameters)."""
     rope_type = fields.required("rope_type")
     if rope_type == "default":
         return None
@@ -270,7 +282,7 @@ def _config_json_yarn(fields: Fields) -> Yarn | None:
     attention_factor = fields.values.get("yarn.attention_factor")
     if attention_factor is None:
         mscale, mscale_all_dim = fields.number_or(0, "yarn.mscale"), fields.number_or(0, "yarn.mscale_all_dim")
-        if not mscale or not mscale_all_dim:  # one without the other counts for nothing
+        if not mscale or not mscale_all_dim:  # transformers ignores one without the other
             mscale, mscale_all_dim = 1, 0
         attention_factor = _magnitude(factor, mscale) / _magnitude(factor, mscale_all_dim)
     return Yarn(
@@ -284,7 +296,11 @@ def _config_json_yarn(fields: Fields) -> Yarn | None:
 
 
 def _config_json_tied(file: dict[str, Any], level: str) -> bool:
-    """Tied if either level says so, or if a wrapper says nothing: its class's default is true."""
+    """Return whether the embeddings are tied.
+
+    They are tied if the field is true at either level. In a wrapper they are also tied if both levels lack the field:
+    the default of the wrapper's class is true.
+    """
     said = {name: value_at(file, name) for name in (f"{level}tie_word_embeddings", "tie_word_embeddings")}
     for name, tied in said.items():
         if not isinstance(tied, bool | None):
