@@ -1,4 +1,5 @@
-"""What one sees in a pass: lenses, figures, the page, the stepper, planted bugs.
+"""Ways to study a pass: lenses, figures, the page, the stepper, planted bugs.
 
-It may import everything but the commands; only commands, benchmarks, docs and tests import it (tests/test_imports.py).
+This package may import everything but the commands. Only commands, benchmarks, docs and tests may import it
+(tests/test_imports.py checks it).
 """

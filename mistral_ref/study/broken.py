@@ -1,13 +1,13 @@
-"""Break it: models that are wrong on purpose, each with one bug of the kind that real engines shipped.
+"""Broken models: each is wrong on purpose, and has one bug. Real engines have shipped bugs of these kinds.
 
-Walk a broken model and the right one side by side, and the first step whose value differs is where the bug sits:
+Walk through a broken model and the right one side by side. The bug is at the first step whose value differs:
 
     wrong = broken(model, "tiled-heads")
     for right_step, wrong_step in zip(model.steps(tokens), wrong.steps(tokens)):
         ...
 
-A bug is the smallest change that makes it: a false configuration, one operation overridden, or a ring one slot short.
-Nothing else in this package uses this file.
+A bug is made by the smallest change that is possible: a wrong configuration, one overridden operation, or a ring with
+one slot too few. No right model uses this file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mistral_ref.rope import Rotation
 
 
 class BrokenOps(ReferenceOps):
-    """ReferenceOps of the right model's dtype, under a name that says what is wrong; subclasses override operations."""
+    """ReferenceOps with the dtype of the right model. Subclasses override operations; `name` says which bug it is."""
 
     def __init__(self, bug: str, right: Model) -> None:
         assert isinstance(right.ops, ReferenceOps)  # both backends are
@@ -41,19 +41,22 @@ class BrokenOps(ReferenceOps):
 
 
 class NotCausal(BrokenOps):
-    """s[h,i,j] counts for every key j of the pass that is not older than the window of i, the future included."""
+    """Query i also sees the keys that come after it in the pass."""
 
     def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
+        """Return the scores; from the first visible key on, every key is visible."""
         return super().scores(q_BHK, k_SGK, np.logical_or.accumulate(visible_BS, axis=1))
 
 
 class TiledHeads(BrokenOps):
-    """Query head h reads key/value head h % G: the heads 0 1 laid out as 0 1 0 1 where they should be 0 0 1 1."""
+    """Query head h reads key/value head h % G. For G = 2 and H = 4 they read 0 1 0 1; right is 0 0 1 1."""
 
     def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
+        """Return the scores with keys of the wrong heads."""
         return super().scores(q_BHK, self._tiled(k_SGK), visible_BS)
 
     def gather(self, weights_HBS: np.ndarray, v_SGK: np.ndarray) -> np.ndarray:
+        """Return the weighted sums of values of the wrong heads."""
         return super().gather(weights_HBS, self._tiled(v_SGK))
 
     def _tiled(self, x_SGK: np.ndarray) -> np.ndarray:
@@ -61,34 +64,37 @@ class TiledHeads(BrokenOps):
 
 
 class WrongScale(BrokenOps):
-    """s = q' · k' / sqrt(D/H), right where D = H * K alone: Nemo's 5120 / 32 is 160, and its heads are 128 wide."""
+    """s = q' · k' / sqrt(D/H). This is right only if D = H * K. In Nemo D/H is 5120 / 32 = 160, but K is 128."""
 
     def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
+        """Return the scores, divided by sqrt(D/H) instead of sqrt(K)."""
         config = self.config
         ratio = math.sqrt(config.n_heads * config.head_dim / config.dim)
         return super().scores(q_BHK, k_SGK, visible_BS) * self.dtype.type(ratio)
 
 
 class PositionsRestart(BrokenOps):
-    """Every pass is turned, and its query temperature taken, as if it began at position 0; the window counts truly."""
+    """RoPE and the query temperature take every pass to begin at position 0. The window has the right positions."""
 
     def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation:
+        """Return the rotation for positions that begin at 0."""
         return super().rotation(positions_T - positions_T[0], config)
 
 
 class UnnormalisedExperts(BrokenOps):
-    """e = softmax of r over all experts, 0 for those not among the top k: the shares of a token add up to less than 1.
+    """e = softmax of r over all experts, but 0 for experts outside the top k. The shares add up to less than 1.
 
-    To divide them by their sum would be right: that is the softmax over the top k (arXiv:2401.04088, section 2.1).
+    Divided by their sum they would be right: that is the softmax over the top k (arXiv:2401.04088, section 2.1).
     """
 
     def route(self, router_logits_TE: np.ndarray, n_chosen: int) -> np.ndarray:
+        """Return the experts' shares, which do not add up to 1."""
         is_chosen_TE = super().route(router_logits_TE, n_chosen) > 0
         return softmax(router_logits_TE) * is_chosen_TE
 
 
 class ShortRingCache(KVCache):
-    """Rings of W + chunk - 2 slots: the newest key of a full pass lies where its first query's oldest should be."""
+    """Rings of W + chunk - 2 slots, one too few. In a full pass the newest key overwrites the oldest visible key."""
 
     def _new_ring(self, window: int | None) -> Ring:
         return dataclasses.replace(super()._new_ring(window and window - 1), window=window)
@@ -120,10 +126,10 @@ class Bug:
     """One mistake.
 
     sentence    what is wrong
-    seen_in     issues and pull requests about engines that had it, or a close relative; "" where none is known
-    first_step  the short name of the first step that departs: "scores" stands for "layers.0.scores" and so on
-    needs       what a model must have, so that it can have the bug and show it; "" where any will do
-    shows       in what pass it can be seen; "" where in any
+    seen_in     issues and pull requests about engines that had this bug or a similar one; "" if none is known
+    first_step  the short name of the first step that departs, such as "scores" for "layers.0.scores"
+    needs       what a model must have so that it can have the bug and show it; "" if every model can
+    shows       in which passes the bug can be seen; "" if it can be seen in every pass
     """
 
     sentence: str
@@ -137,7 +143,7 @@ class Bug:
     _cache: type[KVCache] = field(default=KVCache, repr=False)
 
 
-# What a query sees, through which head and scale, at which position, out of which slot; and which experts.
+# In this order: which keys a query sees, which head it reads, how scores are divided, positions, slots, experts.
 # fmt: off
 BUGS: dict[str, Bug] = {
     "not-causal": Bug(
@@ -201,7 +207,7 @@ BUGS: dict[str, Bug] = {
 
 
 class BrokenModel(Model):
-    """A model that computes something wrong on purpose. Made by `broken`; its repr and its `ops.name` say so."""
+    """A model that computes something wrong on purpose. `broken` makes it; its repr and its `ops.name` show the bug."""
 
     def __init__(self, right: Model, name: str) -> None:
         bug = BUGS[name]
@@ -212,21 +218,23 @@ class BrokenModel(Model):
     def new_cache(
         self, *, max_tokens: int | None = None, chunk: int = DEFAULT_CHUNK, dtype: str | None = None
     ) -> KVCache:
+        """Return an empty cache of the broken model."""
         return self._cache(self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype)
 
     def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
+        """Return the cache in a file as a cache of the broken model."""
         return self._cache.load(path, self.config, self.ops)
 
 
 def broken(model: Model, bug: str) -> Model:
-    """Return a model over the same weights and tokenizer that has this bug and computes with NumPy; see `BUGS`.
+    """Return a model with this bug, over the same weights and tokenizer; `bug` is a key of `BUGS`. NumPy computes it.
 
-    The given model stays as it is. Raises InputError if there is no such bug, or if the model cannot have it.
+    The given model does not change. Raises InputError if there is no such bug, or if the model cannot have it.
     """
     if bug not in list(BUGS):
         raise InputError(f"bug is {short_repr(bug)}; expected one of {', '.join(BUGS)}")
     if isinstance(model, BrokenModel):
-        raise InputError(f"{model!r} has a bug already; expected a right model")
+        raise InputError(f"{model!r} has a bug already; expected a model without a bug")
     if not BUGS[bug]._fits(model.config):
         raise InputError(f"this model cannot have the bug '{bug}': it needs {BUGS[bug].needs}")
     return BrokenModel(model, bug)

@@ -1,4 +1,4 @@
-"""Diagrams of ideas that need no trace to be drawn: heads, receptive field, the ring, RoPE. Part of plots.py."""
+"""Diagrams that need no trace: the head map, the receptive field, the ring, and RoPE. plots.py offers them too."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mistral_ref.study.drawing import (
     title,
 )
 
-_MAX_CELLS = 32  # of a ring, in either direction: more cannot be read
+_MAX_CELLS = 32  # the largest number of rows or columns in the drawing of a ring: more cannot be read
 _SEEN, _OLD, _LATER, _WRITTEN = "seen", "too old: not seen", "later: not seen yet", "written now, over the key in small"
 _SLOT_STYLES: dict[str, dict[str, Any]] = {
     _SEEN: {"facecolor": PALE_BLUE, "edgecolor": "white"},
@@ -44,9 +44,10 @@ _SLOT_STYLES: dict[str, dict[str, Any]] = {
 
 @styled
 def head_map(config: ModelConfig, *, ax: Axes | None = None) -> Axes:
-    """Draw which of G key/value heads each of H query heads reads: head h // (H/G), so that neighbours share one.
+    """Draw which of G key/value heads each of H query heads reads.
 
-    Keys and values of the G heads alone are kept in the cache (grouped-query attention, arXiv:2305.13245).
+    Query head h reads key/value head h // (H/G), so neighbours share one. The cache keeps keys and values of only the G
+    key/value heads. This is grouped-query attention (arXiv:2305.13245).
 
         H = 4, G = 2    query head      0 1 2 3
                         reads k and v   0 0 1 1
@@ -55,7 +56,7 @@ def head_map(config: ModelConfig, *, ax: Axes | None = None) -> Axes:
     group = n_heads // n_kv_heads
     ax = axes_or_new(ax, min(max(0.46 * n_heads, 4.2), 11) + 1.3, 2.1)
     ax.set(xlim=(-0.6, n_heads - 0.4), ylim=(-0.5, 1.5))
-    every = int(np.ceil(1.7 * n_heads / room(ax.xaxis)))  # query heads to one number, where there is room for fewer
+    every = int(np.ceil(1.7 * n_heads / room(ax.xaxis)))  # where room is short, only every n-th number is drawn
     for kv_head in range(n_kv_heads):
         heads, colour = range(kv_head * group, (kv_head + 1) * group), (PALE_BLUE, FAINT)[kv_head % 2]
         middle = (heads[0] + heads[-1]) / 2
@@ -82,24 +83,25 @@ def _s(number: int) -> str:
 
 @styled
 def receptive_field(n_layers: int, window: int, n_tokens: int | None = None, *, ax: Axes | None = None) -> Axes:
-    """Draw from which positions the last of n tokens can be influenced: a row after each layer, a column a position.
+    """Draw which positions can influence the last of n tokens: a row for each layer, a column for each position.
 
-    In one layer a token sees itself and the W - 1 tokens before it. These have seen as much in the layer below, so each
-    layer reaches W - 1 further, and L layers reach L (W - 1) (Mistral 7B, arXiv:2310.06825, section 2).
+    In one layer a token sees itself and the W - 1 tokens before it. Each of these has seen W - 1 more in the layer
+    below. So each layer reaches W - 1 positions further back, and L layers reach back L (W - 1) positions (Mistral 7B,
+    arXiv:2310.06825, section 2).
 
         window 3            position  0 1 2 3 4 5 6
              after layer 1                        x
              after layer 0                    x x x
              embedding                    x x x x x
 
-    n_tokens    None: as many as the last token can be influenced by, and some more
+    n_tokens    None: as many as can influence the last token, and some more
     """
     n_layers = checked_int("n_layers", n_layers, least=1)
     window = checked_int("window", window, least=1)
     reach = n_layers * (window - 1)
     n_tokens = reach + 1 + max(2, reach // 10) if n_tokens is None else checked_int("n_tokens", n_tokens, least=1)
     one_layer, last = Ring(window, None, 1), n_tokens - 1
-    oldest = [last]  # position that reaches the last token, from the highest row down to the embedding
+    oldest = [last]  # the oldest position that reaches the last token, from the highest row down to the embedding
     for _ in range(n_layers):
         oldest.append(one_layer.first_visible(oldest[-1]))
     rows, first_seen = np.arange(n_layers, -1, -1), np.array([last] + [one_layer.first_visible(last)] * n_layers)
@@ -133,9 +135,11 @@ def receptive_field(n_layers: int, window: int, n_tokens: int | None = None, *, 
 def ring(window: int, chunk: int = 1, n_tokens: int = 12, *, ax: Axes | None = None) -> Axes:
     """Draw which keys the slots of one layer's ring hold while n tokens go through it, in passes of `chunk` tokens.
 
-    A column for each query, a row for each slot; a cell shows the position of the key in that slot when the query
-    looks. The key of position p lies in slot p % capacity, capacity = window + chunk - 1. A pass writes all of its keys
-    before its first query looks; that is why passes of several tokens need more slots than the window has keys.
+    There is a column for each query and a row for each slot. A cell shows the position of the key that the slot holds
+    when the query looks. The key of position p is in slot p % capacity, where capacity = window + chunk - 1.
+
+    A pass writes all its keys before its first query looks. Therefore a pass of several tokens needs more slots than
+    the window has keys.
     """
     window = checked_int("window", window, 1, _MAX_CELLS)
     chunk = checked_int("chunk", chunk, 1, _MAX_CELLS + 1 - window)
@@ -163,7 +167,7 @@ def ring(window: int, chunk: int = 1, n_tokens: int = 12, *, ax: Axes | None = N
 
 
 def _draw_slot(ax: Axes, query: int, slot: int, key: int, was: int, window: int) -> list[str]:
-    """Draw one cell of the ring, and the key `was` that it held before the pass; return what there is to explain."""
+    """Draw one cell of the ring, with the key `was` that it held before the pass; return its kinds for the legend."""
     kind = _SEEN if attends(query, key, window) else _OLD if key < query else _LATER
     ax.add_patch(Rectangle((query - 0.5, slot - 0.5), 1, 1, **_SLOT_STYLES[kind]))
     box = {"facecolor": _SLOT_STYLES[kind]["facecolor"], "edgecolor": "none", "pad": 1}
@@ -181,9 +185,10 @@ def _draw_slot(ax: Axes, query: int, slot: int, key: int, was: int, window: int)
 def rope(
     config: ModelConfig, positions: Sequence[int] = (0, 1, 2, 3, 10, 100, 1000, 10000), *, ax: Axes | None = None
 ) -> Axes:
-    """Draw how RoPE turns a fast, a middle and a slow pair of a head's numbers: clock hands, one for each position.
+    """Draw how RoPE turns three pairs of a head's numbers: the fastest pair, a middle one and the slowest.
 
-    At position p pair j is turned by p * theta^(-2j/K) (RoFormer, arXiv:2104.09864), YaRN's change included.
+    Each pair has a clock hand for each position. At position p pair j is turned by p * theta^(-2j/K) (RoFormer,
+    arXiv:2104.09864). A model with YaRN turns by angles that YaRN has changed.
     """
     positions = [checked_int("position", position, least=0) for position in positions]
     frequencies = inverse_frequencies(config.rope_theta, config.head_dim, config.yarn)
@@ -210,7 +215,7 @@ def rope(
 
 
 def _digits(number: float) -> str:
-    """Return a number of at least three digits, and no exponent.
+    """Return a number with at least three digits and without an exponent.
 
     >>> _digits(57295.8), _digits(0.0102314)
     ('57,296', '0.0102')
@@ -222,10 +227,10 @@ def _digits(number: float) -> str:
 
 @styled
 def rope_scores(config: ModelConfig, *, n_distances: int = 64, seed: int = 0, ax: Axes | None = None) -> Axes:
-    """Draw scores of one random query and one random key against their distance i - j, for several positions i.
+    """Draw the score of one random query and one random key against their distance i - j, for several positions i.
 
-    The curves lie on each other, since R(i)q · R(j)k = q · R(j - i)k. Query temperature, which would scale the scores
-    of late queries, is left out.
+    All curves are the same, since R(i)q · R(j)k = q · R(j - i)k. Query temperature is left out: it would scale the
+    scores of late queries.
     """
     n_distances = checked_int("n_distances", n_distances, least=2)
     config, ops = config.replace(query_temperature=None), ReferenceOps("float64")

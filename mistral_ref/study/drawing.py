@@ -1,6 +1,6 @@
-"""What the figures of plots.py share: axes of their own, one restrained style, and text that is drawn as it is written.
+"""What the figures of plots.py share: new axes, one plain style, and text that is drawn exactly as it is written.
 
-It uses matplotlib without pyplot: there is no global state, no window, and nothing to close.
+This module uses matplotlib without pyplot, so there is no global state, no window, and nothing to close.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
 except ModuleNotFoundError:
     raise InputError("figures need matplotlib: pip install 'mistral-ref[plots]'") from None
 
-__all__ = [  # with what the figures take from matplotlib: from here, behind that line
+__all__ = [  # includes the names of matplotlib that the figures need: only this module imports matplotlib
     "BLUE", "BLUES", "FAINT", "GREY", "INK", "PALE_BLUE", "SMALL", "UNSEEN", "VERMILLION", "Axes", "Circle", "Line2D",
     "LogLocator", "Patch", "PowerNorm", "Rectangle", "axes_or_new", "colour_scale", "label_ticks", "literal", "room",
     "spread", "styled", "title",
@@ -36,15 +36,16 @@ __all__ = [  # with what the figures take from matplotlib: from here, behind tha
 
 Parameters = ParamSpec("Parameters")
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; lines differ in more than colour, for print in grey.
+# The colours of Okabe and Ito: colour-blind readers can distinguish them. Lines differ not only in colour, so that a
+# reader can also distinguish them in a grey print.
 BLUE, PALE_BLUE, VERMILLION, ORANGE = "#0072B2", "#A9D0EA", "#D55E00", "#E69F00"
 INK, GREY, FAINT = "#222222", "#777777", "#DDDDDD"
 BLUES = LinearSegmentedColormap.from_list("blues", ["#FFFFFF", PALE_BLUE, BLUE, "#00263E"]).with_extremes(
     bad=(0, 0, 0, 0), over=ORANGE
 )
-UNSEEN: dict[str, Any] = {"facecolor": "#EEEEEE", "edgecolor": "#AAAAAA", "hatch": "//////", "lw": 0}  # of cells
-SMALL = 7.5  # points, of labels on ticks and in cells
-_LINE = 1.35  # of a line of text, in its size
+UNSEEN: dict[str, Any] = {"facecolor": "#EEEEEE", "edgecolor": "#AAAAAA", "hatch": "//////", "lw": 0}  # unseen cells
+SMALL = 7.5  # points: the font size of labels on ticks and in cells
+_LINE = 1.35  # the height of a line of text, in font sizes
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _STYLE: dict[Any, Any] = {
     "font.family": _FONT,
@@ -55,12 +56,12 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": SMALL,
     "legend.frameon": False,
     "hatch.linewidth": 0.5,
-    "text.usetex": False,  # it would read pieces as TeX
+    "text.usetex": False,  # else pieces would be read as TeX
 }
 
 
 class _Axes(Axes):
-    """Axes that a notebook shows as their figure."""
+    """Axes for which a notebook shows their figure."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -69,7 +70,7 @@ class _Axes(Axes):
 
 
 def styled(draw: Callable[Parameters, Axes]) -> Callable[Parameters, Axes]:
-    """Let a function draw in the style of these figures, whatever the user's own is."""
+    """Let a function draw in the style of these figures; the user's own matplotlib style does not matter."""
 
     @wraps(draw)
     def draw_styled(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Axes:
@@ -82,7 +83,7 @@ def styled(draw: Callable[Parameters, Axes]) -> Callable[Parameters, Axes]:
 
 
 def axes_or_new(ax: Axes | None, width: float, height: float) -> Axes:
-    """Return `ax`, or the axes of a new figure of so many inches."""
+    """Return `ax`, or if it is None the axes of a new figure; its width and height are in inches."""
     return Figure((width, height), layout="compressed").add_subplot(axes_class=_Axes) if ax is None else ax
 
 
@@ -92,9 +93,10 @@ def _drawable() -> frozenset[int]:
 
 
 def literal(text: str, most: int = 16) -> str:
-    r"""Return foreign text to be drawn as it is: no formula between dollars, no control, no glyph that is missing.
+    r"""Return a text so that matplotlib draws it as it is: dollars do not begin a formula.
 
-    Characters that the font lacks become escapes; what is longer than `most` characters ends in an ellipsis.
+    Control characters, and characters that the font lacks, become escapes. A text longer than `most` characters is cut
+    and ends in an ellipsis.
 
     >>> print(literal("$x^2$"), literal("a\n"), literal("\N{ROCKET}"))
     \$x^2\$ a\u{a} \u{1f680}
@@ -114,25 +116,25 @@ def room(axis: Axis) -> float:
 
 
 def label_ticks(axis: Axis, labels: Sequence[str], at: Sequence[float] | None = None) -> None:
-    """Put texts at 0, 1, 2, ... (or `at`) along an axis, as many of them as there is room for, evenly thinned."""
+    """Put texts at 0, 1, 2, ... (or `at`) along an axis. If there is no room for all, only every n-th is shown."""
     kept = slice(None, None, max(1, int(np.ceil(len(labels) / room(axis)))))
     where = range(len(labels)) if at is None else at
     axis.set_ticks(where[kept], labels[kept])
 
 
 def title(ax: Axes, text: str, handles: Sequence[Any] = (), n_rows: int = 1) -> None:
-    """Give axes their title, and between it and the frame a legend of so many rows."""
+    """Give axes their title, and between the title and the frame a legend of `n_rows` rows."""
     ax.set_title(text, pad=SMALL * (1 + 1.4 * n_rows) if handles else None)
     if handles:
         legend = ax.legend(
             handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=-(-len(handles) // n_rows),
             borderaxespad=0.4, borderpad=0, labelspacing=0.3, columnspacing=1.2, handletextpad=0.7,
         )  # fmt: skip
-        legend.set_in_layout(False)  # in narrow axes it may stand out; it does not make them narrower
+        legend.set_in_layout(False)  # a legend wider than its axes reaches beyond them, and does not make them narrower
 
 
 def colour_scale(image: AxesImage, label: str, ticks: Sequence[float] | None = None) -> None:
-    """Draw the scale of an image's colours beside its axes."""
+    """Draw a colour bar beside an image: it shows which value a colour means."""
     figure = image.axes.get_figure()
     assert figure is not None
     bar = figure.colorbar(image, ax=image.axes, label=label, ticks=ticks, shrink=0.8, aspect=30, pad=0.02)
@@ -141,10 +143,10 @@ def colour_scale(image: AxesImage, label: str, ticks: Sequence[float] | None = N
 
 
 def spread(wanted: Sequence[float], gap: float) -> np.ndarray:
-    """Return positions from 0 to 1, at least `gap` apart, in the order of those wanted, and as near to them as can be.
+    """Return positions from 0 to 1 that are at least `gap` apart, in the order of the wanted positions.
 
-    Least squares: neighbours that are too near form a group about their mean (isotonic regression). More of them than
-    fit go beyond 1.
+    They are as near to the wanted positions as possible, in the sense of least squares: positions that are too near
+    each other form a group about their mean (isotonic regression). If there are too many, some are beyond 1.
 
     >>> spread([0.75, 0.25, 0.25], 0.25).tolist()
     [0.75, 0.125, 0.375]

@@ -1,12 +1,12 @@
-"""What a trace tells when it is read: who attends to whom, what each layer would say, and who made a logit what it is.
+"""Lenses: three ways to read a trace.
 
     trace = model.trace("Once upon a time")
-    lens.attention(trace, layer=2, head=3)          # weights, with the pieces that they join
-    lens.logit_lens(model, trace)                   # the likeliest next tokens, had the model ended at each layer
+    lens.attention(trace, layer=2, head=3)          # how much each token attends to each other token
+    lens.logit_lens(model, trace)                   # the likeliest next tokens if the model ended after each layer
     lens.attribution(model, trace, token=1234)      # what embedding, heads and feed-forwards added to a logit
 
-All three rest on the residual stream: what leaves a block is what entered it plus what attention and feed-forward put
-in (Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021).
+The last two use the residual stream: each layer adds the outputs of its attention and of its feed-forward to the
+stream (Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021).
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ from mistral_ref.steps import Step
 from mistral_ref.trace import Trace
 from mistral_ref.weights import Matrix
 
-_N_SHOWN = 20  # parts of a logit
-_SUM_TOLERANCE = 1e-3  # of all parts without their signs; float32 passes stay below 1e-5
-_BLOCK_ELEMENTS = 2**20  # of a weight matrix widened at once
+_N_SHOWN = 20  # how many parts of a logit a table shows
+_SUM_TOLERANCE = 1e-3  # as a share of the sum of all |parts|; in float32 passes the error is below 1e-5
+_BLOCK_ELEMENTS = 2**20  # how many elements of a weight matrix are converted to float64 at once
 
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """The attention weights (T, S) of one head, rows queries, columns keys, and what stands at either's positions."""
+    """The attention weights (T, S) of one head: a row for each query, a column for each key.
+
+    name            the step and the head
+    weights_TS      the weights
+    queries, keys   the pieces of the queries and of the keys
+    """
 
     name: str
     weights_TS: np.ndarray
@@ -41,11 +46,11 @@ class AttentionMap:
     keys: list[str]
 
     def heat(self) -> HeatMap:
-        """Return the weights made small enough to look at."""
+        """Return the weights as a heat map of at most 64 by 64 cells."""
         return heat_map(self.weights_TS, 64, 64, is_root=True)
 
     def top(self, query: int, n: int = 5) -> list[tuple[str, float]]:
-        """Return the n keys that a query, counted from the first row, attends to most, with their weights."""
+        """Return the n keys to which a query attends most, with their weights; queries count from 0, the first row."""
         query = checked_int("query", query, -len(self.queries), len(self.queries) - 1)
         order = np.argsort(-self.weights_TS[query], kind="stable")[:n]
         return [(self.keys[key], float(self.weights_TS[query, key])) for key in order]
@@ -57,7 +62,7 @@ class AttentionMap:
         return f"{self.name}\n{markdown_table(['query', 'keys, oldest first'], rows)}\n{legend(heat)}"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: a picture, and the strongest keys of each query."""
+        """Return the HTML that a notebook shows: a picture, and the strongest keys of each query."""
         rows = [
             [piece, ", ".join(f"{key} {weight:.2f}" for key, weight in self.top(query))]
             for query, piece in enumerate(self.queries)
@@ -66,7 +71,7 @@ class AttentionMap:
 
 
 def attention(trace: Trace, layer: int, head: int) -> AttentionMap:
-    """Return the attention weights of one query head; the trace has to hold the layer's `attention_weights`."""
+    """Return the attention weights of one query head; the trace must hold the layer's `attention_weights`."""
     name = f"layers.{layer}.attention_weights"
     weights_HTS = trace[name]
     head = checked_int("head", head, 0, len(weights_HTS) - 1)
@@ -81,7 +86,7 @@ def attention(trace: Trace, layer: int, head: int) -> AttentionMap:
 
 
 def visible_keys(step: Step, config: ModelConfig) -> np.ndarray:
-    """Return which keys each query sees, (T, S), where scores or attention weights were computed in a pass."""
+    """Return for each query and key whether the query sees the key, (T, S); the step is scores or attention weights."""
     assert step.key_positions is not None
     window = config.sliding_window[int(step.name.split(".")[1])]
     queries_T = step.key_positions.stop + np.arange(-step.value.shape[1], 0)
@@ -91,14 +96,14 @@ def visible_keys(step: Step, config: ModelConfig) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LogitLens:
-    """The likeliest next tokens of each token (T), had the model ended after each of R values of the residual stream.
+    """For each of T tokens, the likeliest next tokens if the model ended after each of R steps of the residual stream.
 
-    names       of the steps, in the order of the pass
-    ids_RTN     the N likeliest tokens, the likeliest first
+    names           the names of the R steps, in the order of the pass
+    ids_RTN         the N likeliest next tokens, the likeliest first
     logprobs_RTN    their log-probabilities
-    final_RT    the log-probability, at each step, of the token that the last step finds likeliest
-    pieces      what the tokens of `ids_RTN` read as
-    labels      what the T tokens read as
+    final_RT        the log-probability at each step of one token: the token that is the likeliest at the last step
+    pieces          token id -> piece, for the tokens of `ids_RTN`
+    labels          the pieces of the T tokens
     """
 
     names: list[str]
@@ -109,7 +114,7 @@ class LogitLens:
     labels: list[str]
 
     def rows(self, token: int = -1) -> list[list[str]]:
-        """Return one row a step for the table of one token: name, the likeliest pieces with their probabilities."""
+        """Return the table of one token: a row for each step, with the likeliest pieces and their probabilities."""
         return [
             [name, *(f"{self.pieces[int(i)]} {np.exp(p):.2f}" for i, p in zip(ids_TN[token], p_TN[token], strict=True))]
             for name, ids_TN, p_TN in zip(self.names, self.ids_RTN, self.logprobs_RTN, strict=True)
@@ -122,21 +127,21 @@ class LogitLens:
         return markdown_table(self._headings(), self.rows())
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the table of the last token."""
+        """Return the HTML that a notebook shows: the table of the last token."""
         return html_table(self._headings(), self.rows(), caption="logit lens")
 
 
 def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
-    """Return what the model would predict from each residual that the trace holds (nostalgebraist, 2020).
+    """Return what the model would predict if it ended after a step of the residual stream (nostalgebraist, 2020).
 
-    Each goes through norm and output as the last one does: logits = RMSNorm(x) · outputᵀ, with the RMS of x itself,
-    not of the last residual. The trace has to hold `embedding` or some of the `residual_after_...`; where it holds the
-    last one, that row is the model's own prediction.
+    The value x of each step goes through norm and output, as the last one does: logits = RMSNorm(x) · outputᵀ. The RMS
+    is that of x itself, not that of the last step. The trace must hold `embedding` or at least one of the steps
+    `residual_after_...`. If it holds the last of them, its row is the model's own prediction.
     """
     top = checked_int("top", top, least=1, most=model.config.vocab_size)
     names = residual_names(trace)
     winners_T1, rows = None, []
-    for name in reversed(names):  # the last one first: what it finds likeliest is looked for in all
+    for name in reversed(names):  # the last step first: its likeliest token is looked up at all steps
         logprobs_TV = log_softmax(residual_logits(model, _value(trace, name, model.config.dim)))
         ids_TN = np.argsort(-logprobs_TV, axis=-1, kind="stable")[:, :top]
         winners_T1 = ids_TN[:, :1] if winners_T1 is None else winners_T1
@@ -149,7 +154,7 @@ def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
 
 
 def residual_names(trace: Trace) -> list[str]:
-    """Return the steps of a trace that are the residual stream; raise InputError if it holds none."""
+    """Return the names of a trace's steps that belong to the residual stream; raise InputError if it holds none."""
     names = [name for name in trace if name == "embedding" or ".residual_after_" in name]
     if not names:
         raise InputError(
@@ -159,7 +164,7 @@ def residual_names(trace: Trace) -> list[str]:
 
 
 def _value(trace: Trace, name: str, *sizes: int) -> np.ndarray:
-    """Return a value of a trace if it has as many tokens as the trace, and these sizes after that; else InputError."""
+    """Return a value of a trace; raise InputError if its shape is not (tokens of the trace, *sizes)."""
     value = trace[name]
     if value.shape != (trace.n_tokens, *sizes):
         expected = (trace.n_tokens, *sizes)
@@ -168,7 +173,7 @@ def _value(trace: Trace, name: str, *sizes: int) -> np.ndarray:
 
 
 def residual_logits(model: Model, x_TD: np.ndarray) -> np.ndarray:
-    """Return the logits (T, V) that the model would end with, were these values its last residual."""
+    """Return the logits (T, V) that the model would compute if these values were its last residual."""
     ops, weights = model.ops, model.weights
     with ops.running():
         return ops.linear(ops.rms_norm(x_TD.astype(ops.dtype), weights.norm, model.config.norm_eps), weights.output)
@@ -184,11 +189,14 @@ def likeliest(model: Model, logits_V: np.ndarray, n: int = 5) -> list[tuple[str,
 def contributions(
     model: Model, trace: Trace, *, tokens: slice | Sequence[int] = slice(None)
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, x_TD) for all that was ever added to the residual stream; their sum is the last residual.
+    """Yield (name, x_TD) for everything that is added to the residual stream. Their sum is the last residual.
 
-    "embedding"; for each layer and head "layers.0.heads.3", which is heads[:, h] · wo[:, h's columns]ᵀ, float64; and
-    "layers.0.ffn_out". The trace has to hold `embedding`, every `heads` and every `ffn_out`, and none of the steps
-    between them may have been edited. `tokens` chooses rows, by default all.
+    "embedding"             the embedding
+    "layers.0.heads.3"      for each layer and head h: heads[:, h] · wo[:, columns of h]ᵀ, in float64
+    "layers.0.ffn_out"      for each layer: the output of its feed-forward
+
+    The trace must hold `embedding`, every `heads` and every `ffn_out`. No step between them may have been edited.
+    `tokens` chooses rows, by default all.
     """
     config = model.config
     yield "embedding", _value(trace, "embedding", config.dim)[tokens]
@@ -201,7 +209,7 @@ def contributions(
 
 
 def _heads_out(heads_THK: np.ndarray, wo: Matrix) -> np.ndarray:
-    """Return what each head adds to the residual stream, (H, T, D), a block of wo's rows at a time."""
+    """Return what each head adds to the residual stream, (H, T, D); computed for a block of wo's rows at a time."""
     n_tokens, n_heads, head_dim = heads_THK.shape
     n_out, n_in = wo.shape
     out_HTD = np.empty((n_heads, n_tokens, n_out))
@@ -216,7 +224,11 @@ def _heads_out(heads_THK: np.ndarray, wo: Matrix) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Attribution:
-    """What each part of the model added to one logit. `embedding`, `heads_LH` and `ffn_L` add up to `logit`."""
+    """What each part of the model added to one logit. `embedding`, `heads_LH` and `ffn_L` add up to `logit`.
+
+    token, piece    the token whose logit it is
+    label           the token after which it is predicted
+    """
 
     token: int
     piece: str
@@ -227,14 +239,14 @@ class Attribution:
     logit: float
 
     def rows(self) -> list[tuple[str, float]]:
-        """Return all parts with their names, the one that matters most first."""
+        """Return the names of all parts and what they added, the largest |value| first."""
         parts = [("embedding", self.embedding)]
         parts += [(f"layers.{layer}.heads.{head}", float(x)) for (layer, head), x in np.ndenumerate(self.heads_LH)]
         parts += [(f"layers.{layer}.ffn_out", float(x)) for layer, x in enumerate(self.ffn_L)]
         return sorted(parts, key=lambda part: -abs(part[1]))
 
     def _top_rows(self) -> list[list[str]]:
-        """Return the rows of a table: the twenty parts that matter most, and the sum of the rest."""
+        """Return the rows of a table: the parts with the largest |value|, and the sum of the others."""
         parts = self.rows()
         rest = parts[_N_SHOWN:]
         rows = [[name, f"{x:+.4g}"] for name, x in parts[:_N_SHOWN]]
@@ -247,21 +259,22 @@ class Attribution:
         return f"{self._caption()}\n{markdown_table(['part', 'added'], self._top_rows())}"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the parts that matter most."""
+        """Return the HTML that a notebook shows: the parts with the largest |value|."""
         return html_table(["part", "added"], self._top_rows(), caption=self._caption())
 
 
 def attribution(model: Model, trace: Trace, *, token: int | None = None, index: int = -1) -> Attribution:
     """Return what embedding, heads and feed-forwards added to a logit (direct logit attribution).
 
-    The logit of a token is x · (weight * output[token]) / RMS(x) for the last residual x of one of the trace's tokens.
-    With RMS(x) as it was this is linear in x, hence the sum of what each contribution gives by itself.
+    Let x be the last residual of one of the trace's tokens. Then the logit of a next token is
+    x · (weight * output[token]) / RMS(x). If RMS(x) is taken as a constant, this is linear in x. So the logit is the
+    sum of what each contribution to x gives by itself.
 
-    token   whose logit; by default the likeliest
-    index   after which of the trace's tokens; the last by default
+    token   the id of the next token; None: the likeliest one
+    index   the index of the trace's token after which it is predicted; by default the last
 
-    Raises InputError if the parts do not add up to the logit, or the trace's own logits say otherwise: a step that they
-    know nothing of has been edited.
+    Raises InputError if the parts do not add up to the logit, or if the trace's own logits differ. This happens if a
+    step outside the parts has been edited.
     """
     weights, config = model.weights, model.config
     last_TD = _value(trace, f"layers.{config.n_layers - 1}.residual_after_ffn", config.dim)
@@ -295,6 +308,7 @@ def _check_sum(found: Attribution, trace: Trace, index: int) -> None:
     off = max(abs(logit - found.logit) for logit in logits)
     if not off <= _SUM_TOLERANCE * (1 + sum(map(abs, parts))):
         raise InputError(
-            f"the parts add up to {logits[0]:.4g}, the residual makes a logit of {found.logit:.4g}, the pass came to "
-            f"{logits[1]:.4g}: an edited step, or NaN, has a share that is none of embedding, heads and ffn_out"
+            f"the parts add up to {logits[0]:.4g}, the residual gives a logit of {found.logit:.4g}, and the logit of "
+            f"the pass is {logits[1]:.4g}; expected equal numbers: an edit outside embedding, heads and ffn_out, or "
+            "NaN, makes them differ"
         )

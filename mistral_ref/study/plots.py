@@ -6,8 +6,9 @@
     ax = plots.attention(trace, layer=2, head=3, window=model.config.sliding_window[2])
     ax.figure.savefig("attention.svg")
 
-Every function draws into `ax`, or into a figure of its own, and returns the Axes. A notebook shows Axes that were made
-here, as the last value of a cell, as a picture. Needs matplotlib: pip install 'mistral-ref[plots]'.
+Every function draws into `ax`, or without `ax` into a new figure, and returns the Axes. If new Axes are the last value
+of a notebook's cell, the notebook shows them as a picture. The figures need matplotlib: pip install
+'mistral-ref[plots]'.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ __all__ = [
 def attention(trace: Trace, layer: int, head: int, *, window: int | None, ax: Axes | None = None) -> Axes:
     """Draw the attention weights of one query head: a row for each query, a column for each key, oldest first.
 
-    Two lines enclose what a query sees, 0 <= query - key < window: on the right the causal edge, on the left the
-    window's. What lies outside is hatched, unlike a weight of 0, which is white. A weight that stands outside all the
-    same is drawn, so that a wrong window, or the trace of an engine that has one, betrays itself. What no weight can be
-    (NaN, more than 1) is orange.
+    A query sees the keys with 0 <= query - key < window. Two lines enclose them: the causal edge on the right, the edge
+    of the window on the left. Cells outside the lines are hatched; a weight of 0 between the lines is white. A weight
+    outside the lines that is not 0 is drawn as well, so that the reader sees a wrong window. A value that no weight can
+    have (NaN, or more than 1) is orange.
 
-    window      of the layer, model.config.sliding_window[layer]; None where it has none
+    window      the layer's window, model.config.sliding_window[layer]; None if the layer has no window
     """
     window = None if window is None else checked_int("window", window, least=1)
     picture = lens.attention(trace, layer, head)
@@ -77,7 +78,7 @@ def attention(trace: Trace, layer: int, head: int, *, window: int | None, ax: Ax
     width = min(max(0.21 * n_keys, 3.5), 6.0)
     ax = axes_or_new(ax, width + 1.9, (width * n_queries / n_keys if is_square else max(0.21 * n_queries, 1.5)) + 1.7)
     ax.patch.set(**UNSEEN)
-    cells_TS = np.where(np.isfinite(weights_TS), weights_TS, 2)  # 2: beyond the scale, orange
+    cells_TS = np.where(np.isfinite(weights_TS), weights_TS, 2)  # 2 is beyond the colour scale, so it is orange
     cells_TS[~sees_TS & (weights_TS == 0)] = np.nan  # transparent
     aspect: Literal["equal", "auto"] = "equal" if is_square else "auto"
     ax.imshow(cells_TS, cmap=BLUES, norm=PowerNorm(0.5, 0, 1), aspect=aspect, interpolation="none")
@@ -100,7 +101,7 @@ def attention(trace: Trace, layer: int, head: int, *, window: int | None, ax: Ax
 
 
 def _edge(ax: Axes, x_T: np.ndarray, first_row: int, **style: object) -> list[Line2D]:
-    """Draw a line that stands at x in each row, from `first_row` on."""
+    """Draw a line that is at x_T[i] in the i-th row, counted from `first_row`."""
     rows_T = first_row + np.arange(len(x_T))
     heights = np.stack([rows_T - 0.5, rows_T + 0.5], axis=1).ravel()
     return ax.plot(np.repeat(x_T, 2), heights, clip_on=False, solid_capstyle="butt", **style)  # type: ignore[arg-type]
@@ -112,7 +113,7 @@ def _place(piece: str, position: int) -> str:
 
 
 def _stream_label(name: str) -> str:
-    """Return what a reader calls a value of the residual stream.
+    """Return a label for a step of the residual stream.
 
     >>> _stream_label("layers.3.residual_after_ffn")
     'layer 3, feed-forward'
@@ -125,10 +126,10 @@ def _stream_label(name: str) -> str:
 def logit_lens(predictions: lens.LogitLens, *, token: int | None = None, ax: Axes | None = None) -> Axes:
     """Draw the table of a logit lens, from the embedding at the bottom to the model's own prediction at the top.
 
-    The colour of a cell is the probability of its piece.
+    The colour of a cell shows the probability of its piece. The piece is written into the cell if there is room.
 
-    token   None: a column for each token of the trace, with the likeliest next piece in its cells, where there is
-            room; else the index of one token, with a column for each of its likeliest pieces
+    token   None: there is a column for each token of the trace, with the likeliest next piece in each cell. The index
+            of a token: there is a column for each of its likeliest next pieces.
     """
     n_rows, n_tokens, n_choices = predictions.ids_RTN.shape
     if token is None:
@@ -159,11 +160,11 @@ def logit_lens(predictions: lens.LogitLens, *, token: int | None = None, ax: Axe
 
 @styled
 def residual_norms(trace: Trace, *, ax: Axes | None = None) -> Axes:
-    """Draw the RMS of the residual stream, sqrt(mean(x²)), after each step.
+    """Draw the RMS of the residual stream, sqrt(mean(x²)), after each of its steps.
 
-    A thin line is a token, the thick one their mean. Markers show the RMS of what attention and feed-forward added
-    there, mean over tokens. The trace has to hold `embedding` or some of the `residual_after_...`; what it holds of
-    `attention_out` and `ffn_out` is drawn.
+    Each thin line is a token, and the thick line is their mean. Markers show the RMS of the value that attention or
+    feed-forward added there, as a mean over the tokens. The trace must hold `embedding` or at least one of the steps
+    `residual_after_...`. Markers are drawn for the steps `attention_out` and `ffn_out` that it holds.
     """
     names = lens.residual_names(trace)
     ax = axes_or_new(ax, min(max(0.42 * len(names), 4.4), 10) + 1.2, 4.2)
@@ -201,15 +202,16 @@ def _rms(x_TD: np.ndarray) -> np.ndarray:
 
 @styled
 def attribution(parts: lens.Attribution, *, ax: Axes | None = None) -> Axes:
-    """Draw what each part added to one logit: a row for each layer, a column for each head, one for the feed-forwards.
+    """Draw what each part of the model added to one logit. All cells add up to the logit.
 
-    The embedding, which the layers add to, is the row at the bottom. All cells add up to the logit.
+    There is a row for each layer, a column for each head, and a column for the feed-forwards. The row at the bottom is
+    the embedding, to which the layers add.
     """
     n_layers, n_heads = parts.heads_LH.shape
     scale = max(abs(value) for _, value in parts.rows()) or 1.0
     cell = 0.5 if n_heads <= 16 else 0.2
     ax = axes_or_new(ax, max(cell * (n_heads + 2), 4) + 1.6, max(0.7 * cell * (n_layers + 2), 1) + 1.3)
-    left = n_heads - 0.2  # of the feed-forwards' column, which is wide enough for its name
+    left = n_heads - 0.2  # left edge of the feed-forwards' column, which is as wide as its name
     right = left + 0.75 / cell
     for values, extent in (
         (parts.heads_LH, (-0.5, n_heads - 0.5, -0.5, n_layers - 0.5)),
@@ -239,10 +241,11 @@ def attribution(parts: lens.Attribution, *, ax: Axes | None = None) -> Axes:
 
 @styled
 def roofline(table: CostTable, *, ax: Axes | None = None) -> Axes:
-    """Draw how fast each kind of step goes, and could go, by its intensity: the roofline model (see cost.py).
+    """Draw how fast each kind of step is, and how fast it could be: the roofline model (see cost.py).
 
-    The roof is min(peak, bandwidth * intensity). A dot shows the FLOP/s measured, the circle joined to it those
-    predicted. Steps without arithmetic (the embedding) have no place. Dots above the roof have weights in the caches.
+    The horizontal axis is the step's intensity, FLOP per byte. The roof is min(peak, bandwidth * intensity). A dot
+    shows the FLOP/s measured. A line joins it to a circle, which shows the FLOP/s predicted. A step without arithmetic
+    (the embedding) is not drawn. If a dot is above the roof, the weights of the step fit the caches.
     """
     rows = [row for row in table.rows(by_kind=True) if row.cost.flops]
     bandwidth, peak = (limit / 1e9 for limit in table.limits)

@@ -1,12 +1,14 @@
-"""A forward pass as one HTML page that needs no network: every step to be clicked through, in any browser.
+"""A forward pass as one HTML page: a reader clicks through all its steps, in any browser and without a network.
 
     from mistral_ref.study import report
 
     report.write(model, "Once upon a time", "trace.html")
 
-The files in page/ hold how the page looks and moves; this one says what it shows. All that comes from a model or its
-reader goes into the page as JSON in which no tag can begin, and becomes text there, never markup. The page's own policy
-lets a browser run the one script and the one style that are in it, and load nothing.
+The files in page/ define how the page looks and moves. This module collects the data that it shows.
+
+Foreign text, such as a prompt or a tokenizer's pieces, must not become markup or a script. So all data goes into the
+page as JSON in which no HTML tag can begin, and the script inserts it as text. The page's content security policy lets
+a browser run only the one script and the one style that are in the page, and load nothing.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ _SCRIPTS = (
     "dom", "values", "heat", "charts", "diagram", "block", "attention", "ring", "ring_drawing", "field", "rope",
     "heads", "lens", "cost", "main",
 )  # fmt: skip
-_MAX_BY_DEFAULT = 2**22  # values kept whole, about 10 MB of page
-_MAX_EVER = 2**26  # about 160 MB: browsers end at strings of 512
-_MAX_ROWS, _MAX_COLUMNS, _LEVELS = 64, 96, 126  # of a picture, and of its cells either way
-_BINS = 48
-_N_CHOICES = 5  # of the logit lens
+_MAX_BY_DEFAULT = 2**22  # how many values a page holds by default: about 10 MB
+_MAX_EVER = 2**26  # how many values `keep` may choose: about 160 MB; browsers refuse strings of more than 512 MB
+_MAX_ROWS, _MAX_COLUMNS, _LEVELS = 64, 96, 126  # size of a picture; levels of a cell above 0, and as many below
+_BINS = 48  # of a histogram
+_N_CHOICES = 5  # how many next tokens the logit lens shows
 
-# What is kept where not everything has room: the first of these that has.
+# The steps kept by default: the first of these groups whose values are few enough.
 _BY_DEFAULT = (("*",), ("*.attention_weights", "embedding", "*.residual_after_*", "norm"), ("*.attention_weights",), ())
 
 
@@ -58,7 +60,7 @@ def write(
     keep: str | Iterable[str] | None = None, cache: KVCache | None = None, edits: Mapping[str, Edit] | None = None,
     with_cost: bool = True, title: str = "", progress: Progress | None = None,
 ) -> None:  # fmt: skip
-    """Write the page of a pass to a file, which appears under its name only when it is complete; see `page`."""
+    """Write the page of a pass to a file; `page` explains the arguments. The file appears only when it is complete."""
     with whole_file(path, InputError) as partial:
         text = page(
             model, prompt, keep=keep, cache=cache, edits=edits, with_cost=with_cost, title=title, progress=progress
@@ -73,17 +75,19 @@ def page(
 ) -> str:  # fmt: skip
     """Return the page of the forward pass of a prompt.
 
-    keep        names or globs of the steps whose values are all in the page, to 11 bits; of the others, what is inside
-                attention apart, it has a picture of at most 64 by 96 cells. None: every step where that is at most
-                2**22 values, else the attention weights with or without the residual stream, or none
-    cache       as in `Model.steps`: the pass starts after the tokens in it, and they are appended
+    keep        names or globs of steps. The page holds all values of these steps, as float16 (11 bits). Of each other
+                step it holds a picture of at most 64 by 96 cells; scores and attention weights have no picture.
+                None: every step is kept if all steps together have at most 2**22 values. If they have more, the page
+                keeps the first of these groups that has at most 2**22 values: attention weights and the residual
+                stream; attention weights alone; no step.
+    cache       as in `Model.steps`: the pass starts after the tokens in the cache, and adds its own tokens to it
     edits       as in `Model.forward`
-    with_cost   whether every step is timed and compared with the limits of the machine, measured too; of the pass
-                without the edits
-    title       what the model is called
-    progress    called with (done, all), of passes timed and then of steps taken
+    with_cost   whether the page shows the time of every step beside the time that the machine's limits predict; the
+                limits are measured, and the pass that is timed has no edits
+    title       the name of the model
+    progress    called with (done, in all): first it counts the timed passes, then the steps
 
-    Raises InputError for a pattern that matches no step, and for more than 2**26 values.
+    Raises InputError if a pattern in `keep` matches no step, or if it chooses more than 2**26 values.
     """
     config = model.config
     ids, edits = model.token_ids(prompt, cache), {} if edits is None else edits
@@ -117,13 +121,13 @@ def page(
 
 
 def _kept(config: ModelConfig, n_tokens: int, start: int, keep: str | Iterable[str] | None) -> set[str]:
-    """Return the names of the steps whose values go into the page whole."""
+    """Return the names of the steps of which the page holds all values."""
     if keep is not None:
         chosen = matching_steps(keep, config)
         n_values = _n_values(config, n_tokens, start, chosen)
         if n_values > _MAX_EVER:
             raise InputError(
-                f"keep chooses {n_values:,} values; expected at most {_MAX_EVER:,}, since browsers open no larger page"
+                f"keep chooses {n_values:,} values; expected at most {_MAX_EVER:,}: browsers cannot open a larger page"
             )
         return set(chosen)
     for patterns in _BY_DEFAULT:
@@ -134,7 +138,7 @@ def _kept(config: ModelConfig, n_tokens: int, start: int, keep: str | Iterable[s
 
 
 def _n_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[str]) -> int:
-    """Return how many numbers these steps have, in a pass of so many tokens."""
+    """Return how many values these steps have together, in a pass of n_tokens from position `start`."""
     window = max((start + n_tokens if window is None else window) for window in config.sliding_window)
     per_token, n_experts = (1, 0) if config.moe is None else (config.moe.num_experts_per_tok, config.moe.num_experts)
     sizes = {
@@ -147,7 +151,7 @@ def _n_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[st
 
 
 def _step_entry(step: Step, is_kept: bool, config: ModelConfig) -> dict[str, Any]:
-    """Return what the page shows of a step."""
+    """Return the data of one step in the page."""
     value, visible = step.value, _visible_values(step, config)
     finite = visible[np.isfinite(visible)].astype(np.float64)
     counts = np.histogram(finite, _BINS)[0].tolist() if finite.size else []
@@ -167,16 +171,17 @@ def _step_entry(step: Step, is_kept: bool, config: ModelConfig) -> dict[str, Any
 
 
 def _visible_values(step: Step, config: ModelConfig) -> np.ndarray:
-    """Return the values that say something: of scores and weights none of a query and a key that it does not see."""
+    """Return the values for statistics and histogram: of scores and weights only those of keys that a query sees."""
     if step.key_positions is None:
         return step.value
-    return step.value[lens.visible_keys(step, config) | ~np.isin(step.value, (0.0, -np.inf))]  # a wrong window shows
+    return step.value[lens.visible_keys(step, config) | ~np.isin(step.value, (0.0, -np.inf))]  # shows a wrong window
 
 
 def packed(values: np.ndarray) -> dict[str, Any]:
-    """Return numbers as float16, scaled by a power of 2 into the middle of its range, deflated, in base 64.
+    """Return numbers in a small form: as float16, scaled by a power of 2 into its range, compressed, in base 64.
 
-    First come the lower bytes of all numbers, then the upper ones, which are much alike and take less room so.
+    The lower bytes of all numbers come first, and then the upper bytes. The upper bytes are much alike, so this order
+    compresses better.
 
     >>> packed(np.array([1e-30, -np.inf]))["exponent"]  # the largest becomes 2^14 at least: 2^14 * 2^exponent <= 1e-30
     -114
@@ -190,7 +195,7 @@ def packed(values: np.ndarray) -> dict[str, Any]:
 
 
 def _picture(value: np.ndarray) -> dict[str, Any]:
-    """Return a value as a heat map of few cells, a byte each: heads side by side, tokens one below the other."""
+    """Return a value as a small heat map, one byte per cell: a row is a token, and heads are side by side."""
     heat = heat_map(value.reshape(len(value), -1), _MAX_ROWS, _MAX_COLUMNS)
     levels = np.rint(np.where(np.isfinite(heat.cells), heat.cells, 0) * _LEVELS)
     levels[np.isnan(heat.cells)] = -_LEVELS - 2
@@ -220,14 +225,14 @@ def _config_entry(config: ModelConfig) -> dict[str, Any]:
 
 
 def _kind_entries(config: ModelConfig) -> dict[str, Any]:
-    """Return of each kind of step what the catalogue says, in the order of the pass."""
+    """Return the catalogue's entry for each kind of step, in the order of the pass."""
     catalogue = catalogue_of(config)
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in step_names(config))
     return {kind: catalogue[kind]._asdict() for kind in kinds}
 
 
 def _rope_entry(config: ModelConfig, q_K: np.ndarray, k_K: np.ndarray) -> dict[str, Any]:
-    """Return one query and one key, from before they were turned, and all that their turning depends on."""
+    """Return one query and one key before RoPE turns them, and everything that their rotation depends on."""
     temperature = config.query_temperature
     return {
         "q": _finite(q_K),
@@ -271,7 +276,7 @@ def _cost_entry(table: CostTable) -> dict[str, Any]:
 
 
 def _number(number: float) -> float | int | None:
-    """Return a number of JSON, which has no NaN."""
+    """Return a number for JSON: None in place of NaN and infinity, which JSON does not have."""
     return number if isinstance(number, int) or math.isfinite(number) else None
 
 
@@ -280,7 +285,10 @@ def _finite(values: np.ndarray) -> list[float | None]:
 
 
 def _html(about: dict[str, Any]) -> str:
-    """Return the page: its parts put into the skeleton, and a policy under which nothing else runs or loads."""
+    """Return the page: policy, style, script and data are put into the skeleton.
+
+    Under the policy nothing but this style and this script runs, and nothing is loaded.
+    """
     style = (_FOLDER / "page.css").read_text(encoding="utf-8")
     script = "\n".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     script = f'"use strict";\n{script}'

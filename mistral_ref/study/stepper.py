@@ -1,7 +1,7 @@
-"""Stepper: a place in a forward pass that moves both ways, and edits that stay while it does.
+"""Stepper: a place in a forward pass. It moves forwards and backwards, and keeps the edits made on the way.
 
-A pass is deterministic, so going back is starting again and walking to an earlier step. Nothing is kept but the step
-that one stands at, whatever the size of the model.
+A pass is deterministic. So to go back, the Stepper starts the pass again and walks to the earlier step. It keeps only
+the step at which it stands, so it needs little memory even for a large model.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mistral_ref.steps import Step, step_names
 from mistral_ref.trace import Trace
 from mistral_ref.walk import Edit, Walk
 
-# The steps that make up the residual stream: what it is, and what is added to it.
+# The steps of the residual stream, and the steps that are added to it.
 _STREAM = ("embedding", "attention_out", "residual_after_attention", "ffn_out", "residual_after_ffn")
 
 
 class NamedEdit(NamedTuple):
-    """A change of one step: its name, what it does in words, and the function that does it to a copy of the value."""
+    """A change of one step: its name, a description in words, and a function that changes a copy of its value."""
 
     step: str
     description: str
@@ -37,13 +37,14 @@ class NamedEdit(NamedTuple):
 class Stepper:
     """A place in the forward pass of some tokens.
 
-    names       of all steps, in order
-    index       where in them one stands
-    step        the Step there, edits applied
+    names       the names of all steps, in the order of the pass
+    index       the index, in `names`, of the step at which the Stepper stands
+    step        this step, with the edits applied
     edits       the changes so far, in the order in which they were made
-    rms         name -> root mean square of the residual stream and of what is added to it, on the way here
+    rms         step name -> root mean square, for the steps of the residual stream, and those added to it, that the
+                walk has passed
 
-    With a cache the pass starts after the tokens in it; it never ends, so the cache stays as it is.
+    With a cache the pass starts after the tokens in it. The pass is never finished, so the cache does not change.
     """
 
     def __init__(self, model: Model, tokens: Prompt, cache: KVCache | None = None) -> None:
@@ -53,13 +54,13 @@ class Stepper:
         self.edits: list[NamedEdit] = []
         self.rms: dict[str, float] = {}
         self._walk: Walk | None = None
-        self._taken = 0  # steps that the walk has given
+        self._taken = 0  # how many steps the walk has yielded
         self.index = 0
         self.step: Step
         self.go(0)
 
     def go(self, index: int, progress: Progress | None = None) -> Step:
-        """Move to a step by its index, forwards or backwards, and return it; `progress(done, total)` counts steps."""
+        """Move to the step with this index, forwards or backwards, and return it; `progress` counts (done, in all)."""
         index = min(max(index, 0), len(self.names) - 1)
         if self._walk is None or index < self._taken - 1:
             self._walk, self._taken = self._new_walk(self.cache), 0
@@ -73,7 +74,7 @@ class Stepper:
                     self.step, self.index = step, index
                 if progress:
                     progress(self._taken, index + 1)
-        except BaseException:  # Ctrl-C in the middle of a step: this walk cannot go on, and one stands where one was
+        except BaseException:  # Ctrl-C within a step: this walk cannot go on, and the Stepper stays at its old step
             self._walk = None
             raise
         return self.step
@@ -88,10 +89,12 @@ class Stepper:
         return edits
 
     def find(self, text: str) -> int:
-        """Return the index of a step: by its name, "layers.3.q"; by its short name, "q", in the layer where one stands;
-        by a layer's number, which means the layer's first step; or by a glob, of which the next match counts.
+        """Return the index of the step that a text means.
 
-        Raises InputError if there is none.
+        The text is a step's name ("layers.3.q"), the short name of a step in the present layer ("q"), the number of a
+        layer, which means its first step ("3"), or a glob, which means the next step that matches ("*.heads").
+
+        Raises InputError if the text means no step.
         """
         layer, _, _ = self.step.name.rpartition(".")
         for name in (text, f"{layer}.{text}", f"layers.{text}.attention_norm"):
@@ -103,7 +106,7 @@ class Stepper:
         raise InputError(f"no step is called {short_repr(text)}; {self._hint(text)}")
 
     def _hint(self, text: str) -> str:
-        """Return what may have been meant by a name that no step has."""
+        """Return a hint for a user who has typed a name that no step has."""
         last = self.model.config.n_layers - 1
         number = re.fullmatch(r"(?:layers\.)?(\d+)(?:\..*)?", text, re.ASCII | re.DOTALL)
         if number and (len(number[1]) > 9 or int(number[1]) > last):
@@ -114,9 +117,10 @@ class Stepper:
         return "names are like 'layers.0.q_rotated', 'q', or 'logits'"
 
     def edit(self, description: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Change the value of the step that one stands at, and every time that one comes here again.
+        """Change the value of the present step, now and each time the Stepper comes here again.
 
-        `function` is given a copy of the value, and returns it changed. Raises InputError if the step cannot be edited.
+        `function` takes a copy of the value and returns the changed value. Raises InputError if the step cannot be
+        edited.
         """
         self.step.value = function(self.step.value.copy())
         self.edits.append(NamedEdit(self.step.name, description, function))
@@ -129,23 +133,25 @@ class Stepper:
         self._walk = None
         try:
             self.go(self.index)
-        except BaseException:  # Ctrl-C: the value that one stands at is still the edited one
+        except BaseException:  # Ctrl-C: the present value is still the edited one
             self.edits.append(undone)
             raise
         return undone
 
     def logits(self, *, edited: bool = True) -> np.ndarray:
-        """Return the logits (T, V) that the pass comes to, with the edits or without."""
+        """Return the logits (T, V) of the pass, with the edits or without them."""
         self._walk = None  # a cache serves one pass at a time
         with self._new_walk(self.cache, edited=edited) as walk:
             return next(step.value for step in walk if step.name == "logits")
 
     def continuation(self, n: int, *, edited: bool = True) -> Iterator[str]:
-        """Yield the text of up to n tokens more, the likeliest each time, with the edits or without.
+        """Yield the text of up to n more tokens, always the likeliest one, with the edits or without them.
 
-        Each pass takes the prompt and all tokens so far, with every edit made again, since an edit is of a whole pass.
-        What it chose by number it chooses still; a function that does not fit a longer pass ends in InputError, as does
-        a Stepper over a cache, whose pass cannot begin earlier.
+        An edit changes a whole pass. So for each token a new pass goes over the prompt and all tokens so far, and makes
+        every edit again. An edit of token 2 stays an edit of token 2.
+
+        Raises InputError if an edit's function does not fit a longer pass. Raises InputError also over a cache, since
+        the pass would have to begin before the tokens in it.
         """
         n, config = checked_int("n", n, least=1), self.model.config
         if self.cache is not None:
@@ -157,7 +163,7 @@ class Stepper:
                 break
             try:
                 logits_V = self.model.forward(tokens, edits=edits, last_only=not edits)[-1]
-            except (ValueError, IndexError) as error:  # InputError too, of a value with another shape than the step's
+            except (ValueError, IndexError) as error:  # InputError too: a wrong shape
                 if not edits:
                     raise
                 lengths = f"{len(self.tokens)} tokens and do not fit {len(tokens)}"
@@ -177,16 +183,16 @@ class Stepper:
         return self.model.trace(self.tokens, keep=keep, cache=self._copy_of_cache(), edits=self._all_edits())
 
     def compare(self) -> Comparison:
-        """Return how far the edited pass departs from the one without edits, step by step."""
+        """Return for each step how far the edited pass departs from the pass without edits."""
         edited, plain = self._new_walk(self._copy_of_cache()), self._new_walk(self._copy_of_cache(), edited=False)
         return compare_walks(edited, plain)
 
     def _copy_of_cache(self) -> KVCache | None:
-        return None if self.cache is None else self.cache.copy()  # a pass that ends counts
+        return None if self.cache is None else self.cache.copy()  # a finished pass would change the cache
 
 
 def _after(first: Edit | None, then: Callable[[np.ndarray], np.ndarray]) -> Edit:
-    """Return the edit that makes two, one after the other, each on a copy of the value."""
+    """Return one edit that makes two edits, one after the other, each on a copy of the value."""
 
     def both(value: np.ndarray) -> np.ndarray:
         return then((first(value) if callable(first) else value).copy())

@@ -74,7 +74,7 @@ class View:
             f"  + attention, rms {rms[f'{layer}.attention_out']:.3g}\n"
             f"  + feed-forward, rms {rms[f'{layer}.ffn_out']:.3g}\n"
             f"  = residual stream, rms {rms[f'{layer}.residual_after_ffn']:.3g}\n"
-            f"  were the model to end here, {following}"
+            f"  if the model ended here: {following}"
         )
 
     def show(self, text: str) -> None:
@@ -128,9 +128,7 @@ class View:
             if part.axes != step.axes[1:]:
                 raise InputError(f"top takes whole tokens here, such as `top token 2`; found {short_repr(text)}")
             logits_V = part.values if kind == "logits" else lens.residual_logits(self.model, part.values[np.newaxis])[0]
-            self.say(
-                f"{step.name} {part.words}likeliest next{'' if kind == 'logits' else ', were the model to end here'}"
-            )
+            self.say(f"{step.name} {part.words}likeliest next{'' if kind == 'logits' else ', if the model ended here'}")
             self.say(self._likeliest(logits_V))
             return
         is_attention = kind in ("scores", "attention_weights")
@@ -148,7 +146,7 @@ class View:
             where = [keys[i] if axis == "key" else f"{axis} {i}" for axis, i in numbers_at.items()]
             self.say(f"  {part.values[at]:>10.4g}  {' '.join(where)}")
         if not order.size:
-            self.say("nothing finite is to be seen here")
+            self.say("no finite value to show here")
 
     def source(self) -> None:
         """Print the lines that computed the step."""
