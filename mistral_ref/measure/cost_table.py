@@ -31,7 +31,7 @@ def measure(
     the step's own value arrives. So work between two steps counts with the later step: computing RoPE's cosines and
     sines counts with the embedding, and writing to the cache counts with `heads`.
 
-    Every pass stops at its logits, before it adds its tokens to the cache. So all passes do the same work, and both
+    Every pass stops at its logits, before the cache counts its tokens. So all passes do the same work, and both
     `cache.length` and the keys that later queries see stay unchanged. The tokens must fit the cache's chunk.
     `progress` is called with (passes done, passes in all).
     """
