@@ -1,4 +1,4 @@
-"""A trace in a file: reading what `Trace.save` wrote, or what another engine dumped. trace.py has the rules."""
+"""Read a trace from a file: one that `Trace.save` wrote, or a dump of another engine. `Trace.load` has the rules."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
 FORMAT = "mistral_ref.trace.v1"
 _NAME = re.compile(r"(?:layers\.(0|[1-9][0-9]{0,3})\.)?([a-z_]+)")
 _ENDS = ("embedding", "norm", "logits")  # the steps that belong to no layer
-_TURNED = ("q", "k", "q_rotated", "k_rotated")  # whose pairs lie side by side, or half a head apart
+_TURNED = ("q", "k", "q_rotated", "k_rotated")  # steps with RoPE's pairs: neighbours, or half a head apart
 _MAX_POSITIONS = 2**40
 _ID_DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4"}
-_ROUNDINGS = {"F16": 2.0**-11, "BF16": 2.0**-8}  # half an ulp, as a part of the value
-_MASKED = -3e4  # engines that mask by adding use -1e9, -3.4e38, or in f16 -65504
+_ROUNDINGS = {"F16": 2.0**-11, "BF16": 2.0**-8}  # half an ulp, as a share of the value
+_MASKED = -3e4  # some engines add -1e9, -3.4e38 or (in f16) -65504 to a score to mask it; this is above all of them
 
 
 class Dump(NamedTuple):
-    """What a file holds: steps in the order of a pass, and what it says of the pass."""
+    """The contents of a file: the steps in the order of a pass, and the facts about the pass (see Trace)."""
 
     steps: list[Step]
     tokens: list[int]
@@ -37,7 +37,10 @@ class Dump(NamedTuple):
 
 
 def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
-    """Return what a file holds; `Trace.load` says of which form it is. Raises CheckpointError."""
+    """Return the contents of a file; `Trace.load` describes its form. Raises CheckpointError.
+
+    rope_row_order  the order of RoPE's pairs if the file's metadata do not hold it; None: "interleaved"
+    """
     found, metadata = open_with_metadata(path)
     tensors = {tensor.name: tensor for tensor in found}
     about = _about(path, metadata)
@@ -45,9 +48,9 @@ def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
     pieces = _pieces(path, tensors, tokens)
     names = sorted((name for name in tensors if _is_step(name)), key=step_order)
     if not names:
-        raise CheckpointError(f"{path}: holds no step; expected tensors called 'embedding', 'layers.0.q' and so on")
+        raise CheckpointError(f"{path}: holds no step; expected tensors with names like 'embedding' or 'layers.0.q'")
     if others := sorted(tensors.keys() - {"tokens", "pieces", *names}):
-        warn(f"{path}: left aside {len(others)} tensors that are no steps: {_with_likely_names(others[:8])}")
+        warn(f"{path}: {len(others)} tensors are not steps and are ignored: {_with_likely_names(others[:8])}")
     about["has_experts"] |= any(name.endswith((".router_logits", ".expert_weights")) for name in names)
     steps = [_step(tensors[name], about, about["rope_row_order"] or rope_row_order) for name in names]
     _check_counts(path, steps, tokens)
@@ -55,25 +58,25 @@ def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
 
 
 def _check_counts(path: Path, steps: Sequence[Step], tokens: Sequence[int]) -> None:
-    """Raise CheckpointError unless all steps are of as many tokens, and of those that the file names."""
+    """Raise CheckpointError unless all steps have the same number of tokens, and as many as the file has token ids."""
     counts = {step.name: tokens_of(step) for step in steps if tokens_of(step)}
     for name in {"norm", "logits"} & counts.keys():
-        if counts[name] == 1:  # the last token's alone
+        if counts[name] == 1:  # the step may hold only the last token
             del counts[name]
     usual = max(counts.values(), key=list(counts.values()).count, default=len(tokens))
     for step in steps:
         if counts.get(step.name, usual) != usual:
             hint = ", or are its axes in another order?" if usual in step.value.shape else ""
             raise CheckpointError(
-                f"{path}: {step.name} has shape {short_repr(step.value.shape)}, by its axes ({', '.join(step.axes)}) "
-                f"of {counts[step.name]} tokens; expected {usual}, as most steps{hint}"
+                f"{path}: {step.name} has shape {short_repr(step.value.shape)}, so its axes ({', '.join(step.axes)}) "
+                f"give it {counts[step.name]} tokens; expected {usual}, as in most steps{hint}"
             )
     if tokens and counts and len(tokens) != usual:
-        raise CheckpointError(f"{path}: tokens holds {len(tokens)} ids; expected {usual}, as the steps have")
+        raise CheckpointError(f"{path}: tokens holds {len(tokens)} ids; expected {usual}, as in the steps")
 
 
 def _with_likely_names(names: Sequence[str]) -> str:
-    """Return names of tensors, each with the name of a step that it is much like.
+    """Return names of tensors as one text. If a step has a similar name, it stands in brackets behind the tensor's.
 
     >>> _with_likely_names(["layers.0.q_rotate", "Logits", "x"])
     "'layers.0.q_rotate' (layers.N.q_rotated?), 'Logits' (logits?), 'x'"
@@ -92,20 +95,20 @@ def _is_step(name: str) -> bool:
 
 
 def step_order(name: str) -> tuple[int, int, int]:
-    """Return a key that sorts names of steps as a pass yields them."""
+    """Return a key that sorts names of steps in the order of a pass."""
     layer, _, kind = name.removeprefix("layers.").rpartition(".")
     rank = list(CATALOGUE).index(kind)
     return (1, int(layer), rank) if layer else (0 if kind == "embedding" else 2, 0, rank)
 
 
 def tokens_of(step: Step) -> int:
-    """Return how many tokens a step's value is of; 0 where its axes do not tell, as with pairs of token and expert."""
+    """Return how many tokens a step's value has; 0 if no axis counts tokens, as in steps of (token, expert) pairs."""
     axis = next((axis for axis, name in enumerate(step.axes) if name in ("token", "query")), None)
     return 0 if axis is None else step.value.shape[axis]
 
 
 def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a trace's metadata say, or what the absence of a field means."""
+    """Return the fields in a trace's metadata; an absent field gets its default. Raises CheckpointError."""
     about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}, "rope_row_order": None}
     try:
         about |= _checked("it", parse_json(metadata.get(FORMAT, "{}")), dict)
@@ -160,26 +163,26 @@ def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder | None) 
     if len(shape) == len(entry.axes) + 1 and shape[0] == 1:
         shape = shape[1:]
     if kind in ("norm", "logits") and len(shape) == 1:
-        shape = (1, *shape)  # the last token's alone
+        shape = (1, *shape)  # only the last token
     is_turned = row_order == "halves" and kind in _TURNED
     problem = f"{tensor.path}: {tensor.name} has shape {short_repr(tensor.shape)}; expected"
     if not _fits(shape, entry.axes):
         raise CheckpointError(f"{problem} the axes {', '.join(entry.axes)}")
     if is_turned and shape[2] % 2:
-        raise CheckpointError(f"{problem} heads of an even width, whose halves make pairs")
+        raise CheckpointError(f"{problem} heads of an even width, because RoPE pairs their halves")
     keys = None
-    if entry.axes[-1] == "key":  # the last query's own key is the last one
+    if entry.axes[-1] == "key":  # the last key belongs to the last query's own token
         end = about["start"] + shape[1]
         keys = range(end - shape[2], end)
         if not shape[1] <= len(keys) <= end:
             raise CheckpointError(
-                f"{problem} {shape[1]} to {end} keys (axes {', '.join(entry.axes)}), since its queries begin at "
-                f"{about['start']}"
+                f"{problem} {shape[1]} to {end} keys (axes {', '.join(entry.axes)}), because its queries begin at "
+                f"position {about['start']}"
             )
     value = tensor.floats().reshape(shape)
     if is_turned:
         value = value.reshape(*shape[:2], 2, -1).swapaxes(2, 3).reshape(shape)
-    is_ours = bool(about["made_by"])  # holds -inf, and need not be looked through
+    is_ours = bool(about["made_by"])  # our own files hold -inf, so their scores need no search for masks
     if kind == "scores" and not is_ours and (value <= _MASKED).any():
         value = np.where(value <= _MASKED, value.dtype.type(-np.inf), value)
     value.flags.writeable = False
@@ -190,7 +193,7 @@ def _step(tensor: Tensor, about: Mapping[str, Any], row_order: RowOrder | None) 
 
 
 def _fits(shape: Sequence[int], axes: Sequence[str]) -> bool:
-    """Return whether a step can have this shape. Only pairs may be none: where no expert has a share of any token."""
+    """Return whether a step can have this shape. Only the axis "pair" may be empty: if no token has an expert."""
     if len(shape) != len(axes):
         return False
     return all(0 < n < _MAX_POSITIONS or (n, axis) == (0, "pair") for n, axis in zip(shape, axes, strict=True))

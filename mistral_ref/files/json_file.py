@@ -1,4 +1,4 @@
-"""JSON files that may be hostile: read in bounded time and memory, or refused in one line."""
+"""Read JSON files that may be hostile. Reading takes bounded time and memory; a file that needs more is refused."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from mistral_ref.errors import ConfigError, MistralRefError, short_repr
 
-# Python's objects are larger than their JSON: "[]" is 2 bytes in a file, about 100 in memory. The largest honest file,
-# the index of a mixture of experts, stays well within both limits, and parsing takes at most 16 MiB.
+# Python's objects are larger than their JSON: "[]" is 2 bytes in a file and about 100 bytes in memory. With these two
+# maximums parsing takes at most 16 MiB. The largest honest file, the index of a mixture of experts, is well below both.
 MAX_JSON_BYTES = 512 * 1024
 MAX_JSON_CONTAINERS = 20_000
 
 
 def read_json(path: Path, error: type[MistralRefError] = ConfigError) -> dict[str, Any]:
-    """Return the object in a JSON file, in bounded time and memory; raise `error` if it does not hold one."""
+    """Return the object in a JSON file; raise `error` if the file cannot be read, is too large or holds no object."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for its other end
+        if not stat.S_ISREG(path.stat().st_mode):  # open() of a named pipe would wait for its other end
             raise ValueError("expected a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
@@ -37,7 +37,7 @@ def read_json(path: Path, error: type[MistralRefError] = ConfigError) -> dict[st
 
 
 def parse_json(text: str) -> Any:
-    """Return what JSON `text` holds; raise ValueError if it is none, or costs too much."""
+    """Return the value of a JSON text; raise ValueError if it is not JSON, or has too many lists and objects."""
     if text.count("[") + text.count("{") > MAX_JSON_CONTAINERS:
         raise ValueError(f"expected at most {MAX_JSON_CONTAINERS} lists and objects")
     try:
@@ -47,7 +47,7 @@ def parse_json(text: str) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Readers differ in which value of a repeated key they take, so neither is taken."""
+    """Return a dict; raise ValueError for a key that occurs twice, because readers differ in which value they take."""
     values = dict(pairs)
     if len(values) < len(pairs):
         absent = object()

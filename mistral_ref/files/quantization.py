@@ -1,16 +1,18 @@
-"""Quantization of a model: a directory in, a smaller directory out; or weights in memory.
+"""Quantize a model: from a directory to a new, smaller directory, or in memory.
 
-What is rounded are the matrices of the layers but for routers, which are small and decide much, and, each as one says,
-the embedding and the head. How a matrix is rounded, rounding.py says.
+The matrices of the layers are rounded, except the routers: a router is small, and an error in it sends tokens to other
+experts. The embedding and the head are rounded if their options say so. rounding.py rounds one matrix.
 
-The directory that comes out holds one file under Mistral's own names, rows of wq and wk in Mistral's own order,
+The new directory holds one file of weights, under Mistral's own names and with the rows of wq and wk in Mistral's own
+order:
 
-    NAME.weight     the codes in tile order, uint8; or, of what is not rounded, the weights as they were
+    NAME.weight     the codes in tile order, uint8; for a matrix that is not rounded its weights
     NAME.scales     scales and zeros, uint8
-    units           what the scales of each matrix are multiplied by, float32, in the order of the metadata
+    units           the unit of each quantized matrix, float32, in the order of the metadata
 
-a copy of every small file that lay beside the weights (configuration, tokenizer, licence), and in the file's metadata
-the version of this format, the bits of each matrix, and the size of groups.
+The file's metadata hold the version of this format, the bits of each matrix, and the group size
+(quantized_format.py). The directory also gets a copy of every small file of the old directory: configuration,
+tokenizer, licence.
 """
 
 from __future__ import annotations
@@ -33,18 +35,18 @@ from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES, Quantize
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack")
-_LARGEST_COPY = 2**26  # bytes; a tokenizer has 20 MB at most
+_LARGEST_COPY = 2**26  # bytes; larger files are not copied. A tokenizer has at most 20 MB
 
 
 def checked_bits(name: str, bits: int) -> int:
-    """Return bits if they are 8 or 4; raise InputError if not."""
+    """Return `bits` if it is 8 or 4; otherwise raise InputError."""
     if type(bits) is not int or bits not in BITS:
         raise InputError(f"{name} is {short_repr(bits)}; expected 8 or 4")
     return bits
 
 
 def checked_group_size(group_size: int) -> int:
-    """Return a group size if it is one of GROUP_SIZES; raise InputError if not."""
+    """Return `group_size` if it is one of GROUP_SIZES; otherwise raise InputError."""
     if type(group_size) is not int or group_size not in GROUP_SIZES:
         raise InputError(f"group_size is {short_repr(group_size)}; expected one of {', '.join(map(str, GROUP_SIZES))}")
     return group_size
@@ -52,7 +54,12 @@ def checked_group_size(group_size: int) -> int:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How many bits each matrix gets: those of the layers, the embedding and the head; None leaves one as it is."""
+    """How many bits each matrix gets.
+
+    bits        8 or 4, for the matrices of the layers
+    group_size  how many neighbouring weights share a scale and a zero: one of GROUP_SIZES
+    embedding, head     8 or 4, or None: not rounded
+    """
 
     bits: int
     group_size: int = GROUP_SIZE
@@ -67,13 +74,13 @@ class Scheme:
                 checked_bits(name, getattr(self, name))
 
     def bits_of(self, name: str) -> int | None:
-        """Return the bits that the matrix of this name gets, None if it stays as it is."""
+        """Return the bits that the matrix of this name gets; None if it is not rounded."""
         if name.endswith("feed_forward.gate"):
             return None
         return {"tok_embeddings": self.embedding, "output": self.head}.get(name, self.bits)
 
     def check(self, weights: Weights) -> None:
-        """Raise InputError if this cannot be done to these weights."""
+        """Raise InputError if these weights cannot be rounded by this scheme."""
         if weights.output is weights.tok_embeddings and self.embedding != self.head:
             raise InputError(
                 f"embedding is {self.embedding} and head is {self.head}, but this model has one matrix for both; "
@@ -84,7 +91,10 @@ class Scheme:
 
 
 def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | None = None) -> Weights:
-    """Return weights rounded in memory. `progress` is called with (weights done, weights in all)."""
+    """Return the weights, rounded in memory by a scheme. `progress` is called with (weights done, weights in all).
+
+    Raises InputError if the scheme does not fit, and CheckpointError if a weight is not finite.
+    """
     scheme.check(weights)
     total, done = sum(matrix.size for matrix in matrices(weights)), 0
     rounded: dict[int, Matrix] = {}
@@ -112,20 +122,23 @@ def quantize(
     head: int | None = 8,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a directory with the model of another one in 8 or 4 bits a weight, which loads like any; return its path.
+    """Write a new directory with a model in 8 or 4 bits a weight; return its path. `load` reads it like any model.
 
-    bits        8 or 4, of the matrices in layers, but for routers, which stay as they are
-    group_size  neighbours in a row that share a scale and a zero, which cost 16 bits: 32, 64 or 128
-    embedding, head     8 or 4 bits, or None for as they are; the same where one matrix serves for both
+    source      directory of the model
+    target      the new directory
+    bits        8 or 4, for the matrices of the layers; routers are not rounded
+    group_size  how many neighbours in a row share a scale and a zero: 32, 64 or 128. A scale and a zero take 16 bits
+    embedding, head     8 or 4, or None: not rounded. If one matrix is both, the two must be the same
     progress    called with (weights done, weights in all)
 
-    Memory holds one matrix at a time. The directory appears only when it is complete. Raises InputError if it is there
-    already, if the disk has no room for it, or if the model is quantized; CheckpointError if weights cannot be rounded.
+    Only one matrix at a time is in memory. The directory gets its name only when it is complete. Raises InputError if
+    it is there already, if the disk has no room, or if the model is quantized already; CheckpointError if a weight is
+    not finite.
     """
     source, target = Path(source), Path(target)
     scheme = Scheme(bits, group_size, embedding, head)
     if os.path.lexists(target):
-        raise InputError(f"{target}: is there already; expected the name of a new directory")
+        raise InputError(f"{target}: exists already; expected the name of a new directory")
     config, weights = open_model(source)
     scheme.check(weights)
     with whole_directory(target) as directory:
@@ -141,7 +154,7 @@ def _copy_small_files(source: Path, directory: Path) -> None:
 
 
 def _interleaved(matrix: Matrix, config: ModelConfig) -> np.ndarray | None:
-    """Return which row of a checkpoint's matrix each row is in Mistral's own order; None if it is in that already."""
+    """Return for each row of wq or wk in Mistral's own order its number in the checkpoint; None if no row moves."""
     if config.rope_row_order == "interleaved" or not matrix.name.endswith((".wq", ".wk")):
         return None
     rows = np.arange(matrix.shape[0]).reshape(-1, 2, config.head_dim // 2)
@@ -149,7 +162,7 @@ def _interleaved(matrix: Matrix, config: ModelConfig) -> np.ndarray | None:
 
 
 def _norms(weights: Weights) -> dict[str, np.ndarray]:
-    """Return the weights of all norms by their names in a file."""
+    """Return the weight of each norm by its name in a file."""
     norms = {"norm.weight": weights.norm}
     for number, layer in enumerate(weights.layers):
         norms[f"layers.{number}.attention_norm.weight"] = layer.attention_norm
@@ -158,7 +171,7 @@ def _norms(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, progress: Progress | None) -> None:
-    """Write the tensors of a model: rounded where the scheme says so; else as they were, norms in float32."""
+    """Write the tensors of a model: matrices rounded by the scheme, or unchanged; norms in float32."""
     norms, by_name = _norms(weights), {f"{matrix.name}.weight": matrix for matrix in matrices(weights)}
     bits = {matrix.name: bits for matrix in by_name.values() if (bits := scheme.bits_of(matrix.name))}
     specs: dict[str, TensorSpec] = {}

@@ -1,11 +1,11 @@
-"""Quantized matrices in a safetensors file: which tensors hold one, and what the metadata say of all.
+"""The format of quantized matrices in a safetensors file: the tensors of each matrix, and the metadata.
 
     NAME.weight     the codes in tile order, uint8
-    NAME.scales     codes of scales and zeros, uint8
-    units           what the scales of each matrix are multiplied by, float32, in the order of the metadata
+    NAME.scales     a byte for each scale and each zero, uint8
+    units           the unit of each matrix, float32; all its scales are multiplied by it; in the order of the metadata
 
-Rows beyond O, which make whole tiles, have scales of 0, and nothing is kept of what they give. Inputs beyond I, which
-make whole groups, have the codes that the row's last weight repeated gets, and meet inputs of 0.
+Padding fills the last tile of rows and the last group of inputs. Extra rows have scale 0, and their results are
+dropped. In a row, extra weights are copies of the last weight, and they are multiplied with inputs of 0.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mistral_ref.files.json_file import parse_json
 from mistral_ref.files.tensor_file import TensorSpec
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES
 
-FORMAT = "mistral_ref.quantized.v1"  # the entry in a file's metadata that says how its matrices are rounded
+FORMAT = "mistral_ref.quantized.v1"  # the key of the metadata's entry with the group size and the bits
 
 
 def quantized_tensors(n_out: int, n_in: int, bits: int, group_size: int) -> dict[str, TensorSpec]:
-    """Return what a file holds of a matrix: codes, and scales and zeros, by the endings of their names."""
+    """Return the tensors of one matrix (O, I) in a file, by the endings of their names: "weight" and "scales"."""
     n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
     return {
         "weight": TensorSpec("U8", (n_tiles, n_groups * group_size * bits // 32, TILE, 4)),
@@ -33,7 +33,7 @@ def quantized_tensors(n_out: int, n_in: int, bits: int, group_size: int) -> dict
 
 
 def quantized_metadata(bits: Mapping[str, int], group_size: int) -> dict[str, str]:
-    """Return the metadata of a file with these matrices: the bits of each, and the groups of all.
+    """Return the metadata of a file: the bits of each matrix by its name, and the group size of all matrices.
 
     >>> quantized_metadata({"output": 8}, 32)
     {'mistral_ref.quantized.v1': '{"group_size": 32, "bits": {"output": 8}}'}
@@ -42,13 +42,14 @@ def quantized_metadata(bits: Mapping[str, int], group_size: int) -> dict[str, st
 
 
 def bits_of(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, int], int]:
-    """Return the bits of each matrix that a file's metadata tells of, and their group size; none where it tells none.
+    """Return the bits of each quantized matrix by its name, and the group size, from a file's metadata.
 
-    Raises CheckpointError if the metadata is damaged, or of another version.
+    A file without quantized matrices has no such entry; the result is then ({}, GROUP_SIZE). Raises CheckpointError if
+    the metadata are damaged, or have another version of this format. `path` is named in the message.
     """
     other = [key for key in metadata if key.startswith(FORMAT.rpartition(".")[0]) and key != FORMAT]
     if other:
-        raise CheckpointError(f"{path}: its weights are {short_repr(other[0])}; this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: its weights have the format {short_repr(other[0])}; expected {FORMAT}")
     if FORMAT not in metadata:
         return {}, GROUP_SIZE
     try:

@@ -1,4 +1,4 @@
-"""Weights rounded to 8 or 4 bits: for each group the scale, zero and codes with the least squared error."""
+"""Round weights to 8 or 4 bits: search for each group the scale, zero and codes with the least squared error."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ from mistral_ref.errors import CheckpointError
 from mistral_ref.quantized_matrix import QuantizedMatrix, scale_values
 from mistral_ref.weights import Matrix
 
-# How a group is rounded: scales that are tried, counted from the smallest that spans it, and how often the zero is
-# fitted to the codes that it led to. More of either changes little (docs/quantization.md).
+# How a group is rounded. These scales are tried, counted from the smallest one that spans the group. For each scale the
+# zero is refitted to the codes this many times. More of either changes little (docs/quantization.md).
 _SCALES_TRIED = (1, 0, -1, -2, -3)
 _REFITS = 2
 _BLOCK_ELEMENTS = 2**18
-_EXPONENTS = (-126, 126)  # powers of two that float32 has
+_EXPONENTS = (-126, 126)  # least and greatest exponent of a unit; float32 has these powers of two
 
 
 def _unit(largest: float, bits: int) -> np.float32:
-    """Return the least power of two with which a scale spans weights from -largest to largest; 1 if they are 0."""
+    """Return the least unit with which one scale can span weights from -largest to largest; 1 if `largest` is 0."""
     least = 2 * largest / (2**bits - 1) / float(scale_values()[-1])
     return np.ldexp(np.float32(1), int(np.clip(math.ceil(math.log2(least)), *_EXPONENTS)) if least else 0)
 
 
 def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return codes (R, N, G), and the scales and zeros (R, N) that round these groups with least squared error."""
+    """Return codes, scales and zeros that round groups of weights with the least squared error found, uint8.
+
+    groups      (R, N, G): R rows of N groups of G weights, in units of the matrix
+
+    The codes are (R, N, G). Scales and zeros are (R, N), as the bytes of quantized_matrix.py.
+    """
     most, unit = np.float32(2**bits - 1), np.float32(2 ** (8 - bits))
     table = scale_values()
     low, high = np.minimum(groups.min(axis=-1), 0), np.maximum(groups.max(axis=-1), 0)
@@ -65,7 +70,7 @@ def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _blocks(n_rows: int, n_in: int) -> Iterator[slice]:
-    """Yield slices of whole tiles of rows, each of a bounded number of weights."""
+    """Yield slices of rows. A slice has whole tiles and at most _BLOCK_ELEMENTS weights, or it is one tile."""
     step = max(_BLOCK_ELEMENTS // n_in // TILE, 1) * TILE
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
@@ -75,10 +80,10 @@ def quantized(
 ) -> QuantizedMatrix:
     """Return a matrix rounded to 8 or 4 bits.
 
-    row_order   which row of `matrix` each row of the result is; None: as they are
-    threads     how many rows are rounded on; None: as many as there are processors
+    row_order   for each row of the result its number in `matrix`; None: no row moves
+    threads     number of threads; None: the number of processors
 
-    Raises CheckpointError for weights that are not finite.
+    Raises CheckpointError for a weight that is not finite, or for a matrix that is quantized already.
     """
     if isinstance(matrix, QuantizedMatrix):
         raise CheckpointError(f"{matrix.name} has {matrix.bits} bits already; expected float weights")
@@ -102,9 +107,9 @@ def quantized(
         all_scales[tiles] = by_row.reshape(-1, TILE, 2, n_groups).transpose(0, 3, 2, 1)
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        largest = np.max(list(pool.map(largest_of, _blocks(n_out, n_in))))  # NaN if there is one
+        largest = np.max(list(pool.map(largest_of, _blocks(n_out, n_in))))  # NaN if a weight is NaN
         if not np.isfinite(largest):
-            raise CheckpointError(f"{matrix.name} holds {largest}, which has no place among {2**bits} steps")
+            raise CheckpointError(f"{matrix.name} holds {largest}, which cannot be rounded to one of {2**bits} steps")
         unit = _unit(float(largest), bits)
         for _ in pool.map(round_rows, _blocks(n_out, n_in)):
             pass

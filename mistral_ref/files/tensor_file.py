@@ -1,7 +1,8 @@
-"""One safetensors file: its tensors by name, mapped, without a byte of them being read; or written, all or nothing.
+"""Read and write one safetensors file. Reading maps the tensors into memory; only the header is read.
 
-The safetensors library validates the header. It cannot hand bf16 or fp8 to NumPy (safetensors#598), so the bytes are
-mapped here, at the offsets that it has accepted. Format: 8 bytes little-endian header length, JSON header, data.
+Format: 8 bytes with the length of the header (little-endian), the header as JSON, the data of the tensors. The
+safetensors library checks the header. It cannot hand bf16 or fp8 to NumPy (safetensors#598), so this module maps the
+data itself, at the offsets that the library has checked.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ DTYPES: dict[Kind, str] = {kind: dtype for dtype, (kind, _) in _KINDS.items()}
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor of a mapped file: the name, dtype and shape that the header gives, and its bytes."""
+    """A tensor of a mapped file.
+
+    path    the file
+    name, dtype, shape  as in the header; dtype is spelled as safetensors spells it: "F32", "BF16", ...
+    raw     the tensor's bytes, a read-only view of the file
+    """
 
     path: Path
     name: str
@@ -48,9 +54,9 @@ class Tensor:
     raw: np.ndarray
 
     def mapped(self) -> tuple[Kind, np.ndarray]:
-        """Return the kind of number and a read-only view of the file, possibly unaligned: bf16 as uint16, fp8 as uint8.
+        """Return the kind of number, and the tensor as a read-only view of the file: bf16 as uint16, fp8 as uint8.
 
-        Raises CheckpointError for a dtype that is none of the four kinds.
+        The view may be unaligned. Raises CheckpointError unless the dtype is F32, F16, BF16 or F8_E4M3.
         """
         if self.dtype not in _KINDS:
             raise CheckpointError(
@@ -60,9 +66,9 @@ class Tensor:
         return kind, self.raw.view(stored).reshape(self.shape)
 
     def floats(self) -> np.ndarray:
-        """Return the values as float64 or float32, mapped where they are stored so; fp8 is none of these.
+        """Return the values as float64 (F64) or float32 (F32, F16 and BF16). F64 and F32 stay mapped if aligned.
 
-        Raises CheckpointError for a dtype other than F64, F32, F16 and BF16.
+        Raises CheckpointError for any other dtype, fp8 too.
         """
         if self.dtype == "F64":
             return np.require(self.raw.view("<f8").reshape(self.shape), requirements="A")
@@ -73,7 +79,10 @@ class Tensor:
 
 
 def require_regular_file(path: Path) -> int:
-    """Return the size of the file at `path` (links followed); raise CheckpointError if it is not a regular file."""
+    """Return the size of the file at `path` in bytes. Links are followed.
+
+    Raises CheckpointError if there is no file, or if it is not a regular file.
+    """
     try:
         status = os.stat(path)
     except OSError as error:
@@ -86,21 +95,21 @@ def require_regular_file(path: Path) -> int:
 def open_tensor_file(path: Path) -> list[Tensor]:
     """Return the tensors of a safetensors file, mapped read-only.
 
-    Raises CheckpointError if it is no regular file, truncated, or its header is too long, broken or contradicts its
-    length: offsets that overlap, leave gaps or leave the file.
+    Raises CheckpointError if it is not a regular file, if it is truncated, or if its header is too long or broken.
+    Offsets that overlap, leave gaps or lie outside the file count as broken.
     """
     return open_with_metadata(path)[0]
 
 
 def open_with_metadata(path: Path) -> tuple[list[Tensor], dict[str, str]]:
-    """Return what `open_tensor_file` does, and the file's metadata, {} where it has none."""
+    """Return the tensors as `open_tensor_file` does, and the file's metadata; {} without metadata."""
     size = require_regular_file(path)
     try:
         header, start = _read_header(path, size)
         mapped = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    metadata = header.pop("__metadata__", None) or {}  # null is as good as none
+    metadata = header.pop("__metadata__", None) or {}  # the value may be null
     return [_tensor(path, name, entry, mapped[start:]) for name, entry in header.items()], metadata
 
 
@@ -110,29 +119,29 @@ def write_tensor_file(
     metadata: dict[str, str],
     error: type[MistralRefError] = CheckpointError,
 ) -> None:
-    """Write a safetensors file, which appears under its name only when it is complete; raise `error` if that fails."""
+    """Write a safetensors file. It gets its name only when it is complete. Raises `error` if writing fails."""
     with whole_file(path, error) as partial:
         save_file(tensors, partial, metadata=metadata)
 
 
 class TensorSpec(NamedTuple):
-    """A tensor of a file to be written: its dtype as safetensors spells it, and its shape."""
+    """The dtype, as safetensors spells it, and the shape of a tensor of a file."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return math.prod(self.shape) * _SIZES[self.dtype]
 
 
 def require_space(path: Path, n_bytes: int) -> None:
-    """Raise InputError unless the disk under `path` has room for a file of so many bytes, and 1 GiB besides."""
+    """Raise InputError unless the disk under `path` has room for `n_bytes` bytes and 1 GiB more."""
     free = shutil.disk_usage(path.parent).free
     if n_bytes + 2**30 > free:
         raise InputError(
-            f"{path}: {n_bytes / 2**30:.1f} GiB are to be written; expected 1 GiB more than that, "
+            f"{path}: the file needs {n_bytes / 2**30:.1f} GiB; expected that and 1 GiB more, "
             f"but the disk has {free / 2**30:.1f} GiB left"
         )
 
@@ -141,12 +150,13 @@ def require_space(path: Path, n_bytes: int) -> None:
 def pieces_of_tensor_file(
     path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 ) -> Iterator[Callable[[str, np.ndarray], None]]:
-    """Write a safetensors file of any size piece by piece; it appears under its name only when it is complete.
+    """Write a safetensors file of any size piece by piece. It gets its name only when it is complete.
 
-    Gives the function that puts the next piece of a tensor where it belongs: write(name, array). The largest tensors
-    come first in the file, so that those of whole vectors begin where vectors like it.
+    The context gives a function write(name, array). It writes the next piece of a tensor behind the tensor's earlier
+    pieces. The largest tensors come first in the file: large tensors then begin at multiples of 64 bytes, which vector
+    instructions prefer.
 
-    Raises InputError if the disk has no room, CheckpointError if writing fails.
+    Raises InputError if the disk has no room, and CheckpointError if writing fails.
     """
     require_space(path, sum(spec.nbytes for spec in specs.values()))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -171,14 +181,14 @@ def pieces_of_tensor_file(
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """Return the header of a file of `size` bytes, and where its data starts."""
+    """Return the header of a file of `size` bytes, and the offset at which its data starts."""
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > size - 8:
-            raise CheckpointError(f"{path}: truncated, or not a safetensors file: {size} bytes in all")
+            raise CheckpointError(f"{path}: truncated, or not a safetensors file: it has only {size} bytes")
         if length > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: its header has {length} bytes; at most {MAX_JSON_BYTES} are read")
+            raise CheckpointError(f"{path}: its header has {length} bytes; expected at most {MAX_JSON_BYTES}")
         try:
             header = parse_json(file.read(length).decode("utf-8"))
             whole = 8 + length + _data_bytes(header)
@@ -187,11 +197,11 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
                     return header, 8 + length
         except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: not a valid safetensors file: {printable(str(error))}") from None
-        raise CheckpointError(f"{path}: truncated: {size} bytes, and its header tells of {whole}")
+        raise CheckpointError(f"{path}: truncated: it has {size} bytes; expected {whole}, as in its header")
 
 
 def _data_bytes(header: object) -> int:
-    """Return where the last tensor ends that a header tells of, which nobody has checked yet."""
+    """Return the offset at which the last tensor of a header ends. The header need not have been checked."""
     ends = [0]
     for entry in header.values() if isinstance(header, dict) else ():
         match entry:
@@ -201,10 +211,13 @@ def _data_bytes(header: object) -> int:
 
 
 def _tensor(path: Path, name: str, entry: object, data: np.ndarray) -> Tensor:
-    """Return the tensor that an entry of the header describes. The library has checked its numbers, not its form."""
+    """Return the tensor that an entry of the header describes.
+
+    The library has checked the numbers of the entry. The form of the entry is checked here.
+    """
     match entry:
         case {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}:
             return Tensor(path, name, dtype, tuple(shape), data[begin:end])
     raise CheckpointError(
-        f"{path}: {short_repr(name)} is {short_repr(entry)}; expected its dtype, shape and data_offsets"
+        f"{path}: {short_repr(name)} is {short_repr(entry)}; expected an object of dtype, shape and data_offsets"
     )

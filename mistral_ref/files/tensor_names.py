@@ -1,10 +1,10 @@
-"""The names of tensors: Mistral's own, used everywhere else, and Hugging Face's, which stand in this file alone."""
+"""Names of tensors: Mistral's own and Hugging Face's. All other modules use Mistral's own names."""
 
 from __future__ import annotations
 
 import re
 
-# Hugging Face's names within a layer, and Mistral's own.
+# From Hugging Face's names within a layer to Mistral's own.
 _IN_LAYER = {
     "input_layernorm": "attention_norm",
     "self_attn.q_proj": "attention.wq",
@@ -15,13 +15,14 @@ _IN_LAYER = {
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
-    "mlp.gate": "feed_forward.gate",  # beside fused experts; the published name is the next, so that it stands last
-    "block_sparse_moe.gate": "feed_forward.gate",
+    "mlp.gate": "feed_forward.gate",  # the router's name in files with fused experts
+    "block_sparse_moe.gate": "feed_forward.gate",  # the published name; it stands last, so huggingface_name returns it
 }
 _AROUND_LAYERS = {"embed_tokens": "tok_embeddings", "norm": "norm"}
 _ENDINGS = {"weight": "weight", "weight_scale_inv": "qscale_weight", "activation_scale": "qscale_act"}
 _EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])")
-# transformers 5 keeps all experts of a layer in two tensors: (E, 2F, D), w1 above w3, and (E, D, F), w2.
+# transformers 5 stores all experts of a layer in two tensors: gate_up_proj (E, 2F, D) holds the rows of w1 and then the
+# rows of w3, down_proj (E, D, F) holds w2.
 _FUSED = {
     "mlp.experts.gate_up_proj": "feed_forward.experts.w1_w3",
     "mlp.experts.down_proj": "feed_forward.experts.w2",
@@ -34,12 +35,12 @@ _OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|multi_modal_projector|vision_encoder|vision_language_adapter|patch_merger"
     r"|pre_mm_projector_norm)\."
 )
-# Tables and calibration that older converters saved; the forward pass has no use for them.
+# Tables and calibration data that some converters saved; the forward pass does not use them.
 _UNUSED = (".rotary_emb.inv_freq", ".qscale_act", ".activation_scale")
 
 
 def mistral_name(name: str) -> str | None:
-    """Return Mistral's own name of a tensor of either layout; None if it belongs to no text model.
+    """Return Mistral's own name of a tensor of either layout; None if the name belongs to no known text model.
 
     >>> mistral_name("model.layers.3.self_attn.q_proj.weight")
     'layers.3.attention.wq.weight'
@@ -65,7 +66,7 @@ def mistral_name(name: str) -> str | None:
 
 
 def huggingface_name(name: str) -> str:
-    """Return Hugging Face's name of a tensor that Mistral's own files call `name`.
+    """Return Hugging Face's name of the tensor with Mistral's own name `name`.
 
     >>> huggingface_name("layers.3.attention.wq.weight")
     'model.layers.3.self_attn.q_proj.weight'
@@ -82,11 +83,11 @@ def huggingface_name(name: str) -> str:
 
 
 def other_component(name: str) -> str | None:
-    """Return which part other than the text model a tensor belongs to, such as "vision_tower"; None if to none."""
+    """Return the part of a model that a tensor belongs to, like "vision_tower"; None if it is the text model."""
     match = _OTHER_PARTS.match(name)
     return match[2] if match else None
 
 
 def is_unused(name: str) -> bool:
-    """Return whether a tensor is a table or a calibration that the forward pass has no use for."""
+    """Return whether a tensor is a table or calibration data that the forward pass does not use."""
     return name.endswith(_UNUSED) or "kv_fake_quantizer." in name

@@ -1,4 +1,4 @@
-"""Writing a file or a directory all or nothing: it appears under its name only when it is complete."""
+"""Write a file or a directory completely or not at all: it gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mistral_ref.errors import CheckpointError, InputError, MistralRefError, pri
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], error: type[MistralRefError] = CheckpointError) -> Iterator[Path]:
-    """Give the path to write a file at, which gets its own name once that has gone well; raise `error` if it has not.
+    """Give a path at which to write a file; at the end the file is renamed to `path`.
 
-    Whatever ends the writing, Ctrl-C too, nothing unfinished is left.
+    If the writing stops early, the unfinished file is deleted, after Ctrl-C too. Raises `error` if writing fails.
     """
     partial = Path(f"{os.fspath(path)}.partial")
     if not partial.parent.is_dir():
@@ -35,9 +35,9 @@ def whole_file(path: str | os.PathLike[str], error: type[MistralRefError] = Chec
 
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """Give a directory to fill, which gets its own name once that has gone well, and vanishes if it has not.
+    """Give a new directory to fill; at the end it is renamed to `target`. If the filling fails, it is deleted.
 
-    Raises InputError if it cannot be written.
+    Raises InputError if the directory cannot be written.
     """
     if not target.absolute().parent.is_dir():
         raise InputError(f"{target}: cannot be written: there is no directory {target.absolute().parent}")

@@ -1,4 +1,4 @@
-"""Characters and ids: a tokenizer read from a file, text to ids and back, and text that arrives id by id.
+"""Tokenizers: read one from a file, turn text into token ids, and turn ids back into text, at once or id by id.
 
 from mistral_ref.text import load_tokenizer
 
@@ -17,18 +17,17 @@ from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenize
 
 __all__ = ["OTHER_FORMATS", "SentencePieceTokenizer", "find_tokenizer", "load_tokenizer"]
 
-# As published with instruction models: tokenizer.model.v3, mistral_instruct_tokenizer_241114.model.v7m1, ...
+# Names in instruction models: tokenizer.model.v3, mistral_instruct_tokenizer_241114.model.v7m1, ...
 _VERSIONED_FILE = re.compile(r".+\.model\.v\d+(m\d+)?")
 OTHER_FORMATS = ("tekken.json", "tokenizer.json")
 
 
 def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the SentencePiece file of a model's directory, or None where it has none.
+    """Return the path of the SentencePiece file in a model's directory; None if it has none.
 
-    `tokenizer.model` is preferred; without it, the one file with a versioned name. Whether the file can be read is
-    found out by `load_tokenizer`.
+    It is `tokenizer.model`, or else the only file with a versioned name. The file is not opened.
 
-    Raises TokenizerError if the directory cannot be listed, or several versioned names leave the choice open.
+    Raises TokenizerError if the directory cannot be listed, or if it has several versioned names.
     """
     directory = Path(directory)
     try:
@@ -44,11 +43,10 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
-    """Read a SentencePiece model: a file of any name, or the directory of a model as `find_tokenizer` looks at it.
+    """Return the tokenizer in a SentencePiece file. `path` is the file, or a directory with one (`find_tokenizer`).
 
-    Only that file is opened, and only if it is a regular file of at most `MAX_FILE_BYTES`.
-
-    Raises TokenizerError, starting with the path, if there is no such file or it is not a usable model.
+    The file is read only if it is a regular file of at most `MAX_FILE_BYTES` bytes. Raises TokenizerError if there is
+    no such file, or if it is not a usable model. The message begins with the path.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -56,7 +54,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
         if found is None:
             others = [name for name in OTHER_FORMATS if os.path.exists(path / name)]
             raise TokenizerError(
-                f"{path}: holds {others[0]}, and this version reads SentencePiece only; token ids work without it"
+                f"{path}: holds {others[0]}; expected a SentencePiece file (prompts of token ids need no tokenizer)"
                 if others
                 else f"{path}: holds no {TOKENIZER_FILE}"
             )

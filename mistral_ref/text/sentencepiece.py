@@ -1,12 +1,12 @@
-"""Text to token ids and back: a SentencePiece model behind a small face, and text that arrives id by id.
+"""Text to token ids and back, with a SentencePiece model.
 
-Three rules, each of which has cost somebody a day elsewhere:
+Three rules that other programs often break:
 
-- The beginning-of-sequence id is added in one place, `encode(text, bos=True)`, and exactly once.
-- Text is only ever text. `encode("<s>")` spells out the characters and never yields the control id, so nobody who
-  supplies text can forge the marks of a conversation.
-- Texts of single ids do not add up to the text of all of them: "Hello" loses the space before it where it comes first,
-  and one emoji may be four ids. Text that arrives id by id therefore goes through a `TokenStream`.
+- Only `encode(text, bos=True)` adds the beginning-of-sequence id, and it adds it exactly once.
+- Text is always text. `encode("<s>")` returns the ids of the three characters, never the control id. So a text cannot
+  forge the marks of a conversation.
+- The text of several ids is not the joined texts of the single ids. SentencePiece drops the space before a piece if
+  the piece comes first, and one emoji may be four ids. So text that arrives id by id goes through a `TokenStream`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from mistral_ref.errors import InputError, TokenizerError, short_repr
 from mistral_ref.text.stream import TokenStream
 
 TOKENIZER_FILE = "tokenizer.model"
-# A hostile file may not cost much memory. SentencePiece takes up to 400 bytes for a piece, and less for any other text
-# or message, which may take 2 bytes in the file. The published files have 590,000 bytes and 32,768 pieces; these limits
-# let vocabularies of 64,000 pass, as models of the same architecture have, and bound memory to 28 MiB.
+# A hostile file must not use much memory. SentencePiece takes up to 400 bytes of memory for a piece, and less for any
+# other text or message; in the file these may take only 2 bytes. The published files have 590,000 bytes and 32,768
+# pieces, and models of the same architecture have up to 64,000 pieces. These two maximums allow both, and the memory
+# stays below 28 MiB.
 MAX_FILE_BYTES = 1536 * 2**10
 MAX_PIECES = 72_500
-_PIECE = 1  # the number of the field that is repeated for each piece
+_PIECE = 1  # the number of the field that holds one piece
 
 
 def read_model(path: Path) -> bytes:
-    """Return the bytes of a SentencePiece file that is safe to hand to the library.
+    """Return the bytes of a SentencePiece file that the library can read in bounded memory.
 
-    Raises TokenizerError if it is no regular file, larger than MAX_FILE_BYTES, or of more than MAX_PIECES pieces.
+    Raises TokenizerError if the file is not a regular one, has more than MAX_FILE_BYTES bytes, or has more than
+    MAX_PIECES pieces.
     """
-    # Asked before opening, since opening a named pipe waits for somebody to write to it.
+    # Checked before open(), because open() of a named pipe waits until another program writes to it.
     if not os.path.isfile(path):
         raise TokenizerError(f"{path}: there is no such file, or it is not a regular one")
     try:
@@ -44,21 +46,22 @@ def read_model(path: Path) -> bytes:
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
     if len(model) > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: is larger than {MAX_FILE_BYTES} bytes; expected a SentencePiece model")
+        raise TokenizerError(f"{path}: is larger than {MAX_FILE_BYTES} bytes, the maximum for a SentencePiece model")
     try:
         n_pieces = count_pieces(model)
     except (IndexError, ValueError) as error:
         raise TokenizerError(f"{path}: is not a usable SentencePiece model: {error}") from None
     if n_pieces > MAX_PIECES:
-        raise TokenizerError(f"{path}: has {n_pieces} pieces, or texts beside them; at most {MAX_PIECES} are read")
+        raise TokenizerError(f"{path}: has {n_pieces} pieces and texts beside them; expected at most {MAX_PIECES}")
     return model
 
 
 def count_pieces(model: bytes) -> int:
-    r"""Return how many pieces a SentencePiece file holds, and texts and messages in its other parts.
+    r"""Return the number of pieces in a SentencePiece file, plus the number of texts and messages in its other parts.
 
-    A file is a protobuf message: fields one after the other, each a tag (its number and how it is stored) and then a
-    number, or a length and so many bytes. Raises IndexError or ValueError where it is none.
+    The file is a protobuf message: a row of fields. A field is a tag and then either a number, or a length and this
+    many bytes. The tag holds the field's number and how it is stored. Raises IndexError or ValueError if the file is
+    not such a message.
 
     >>> count_pieces(b"\x0a\x03\x0a\x01a" * 2)
     2
@@ -68,7 +71,7 @@ def count_pieces(model: bytes) -> int:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield the number and the bytes of each field of a message that has a length."""
+    """Yield the field number and the bytes of each field with a length in a message. Other fields are skipped."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -78,17 +81,20 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif stored == 2:
             length, at = _varint(message, at)
             if length > len(message) - at:
-                raise ValueError(f"a field of {length} bytes, where {len(message) - at} are left")
+                raise ValueError(f"a field has {length} bytes; expected at most {len(message) - at}, the bytes left")
             yield number, message[at : at + length]
             at += length
         elif stored in (1, 5):
             at += 8 if stored == 1 else 4
         else:
-            raise ValueError(f"a field is stored as type {stored}, as none of a SentencePiece model is")
+            raise ValueError(f"a field is stored as type {stored}; expected type 0, 1, 2 or 5")
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """Return the number that begins at `at`, seven bits a byte, the lowest first; and where it ends."""
+    """Return the number that begins at byte `at`, and the index of the byte after it.
+
+    Each byte holds seven bits of the number, the lowest first. Its eighth bit says whether another byte follows.
+    """
     value = 0
     for shift in range(0, 70, 7):
         byte = message[at]
@@ -100,10 +106,13 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 class SentencePieceTokenizer:
-    """Text to ids and back, for one SentencePiece model given as the bytes of its file.
+    """Text to ids and back, with one SentencePiece model.
 
-    `origin` begins every message about the model, which is checked whole before the first text: the ids that begin and
-    end a sequence exist and differ, and every piece is text. Raises TokenizerError otherwise.
+    model       the bytes of the model's file
+    origin      begins every message about the model, for example the path of its file
+
+    The whole model is checked at creation: the ids that begin and end a sequence must exist and differ, and every
+    piece must be valid text. Raises TokenizerError if they are not.
     """
 
     def __init__(self, model: bytes, origin: str = TOKENIZER_FILE) -> None:
@@ -111,31 +120,31 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
             self.vocab_size: int = self._processor.get_piece_size()
-            # Every piece is asked for and decoded once, so that no later call meets one that is not valid UTF-8.
+            # Every piece is read and decoded once here, so a piece that is not valid UTF-8 cannot fail a later call.
             self._pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
-            for first in range(0, self.vocab_size, 1024):  # all at once would take megabytes
+            for first in range(0, self.vocab_size, 1024):  # one call for all pieces would take megabytes
                 self._processor.decode(list(range(first, min(first + 1024, self.vocab_size))))
-        except Exception as error:  # the library's statuses arrive as a handful of unrelated built-in exceptions
+        except Exception as error:  # the library raises several unrelated built-in exceptions
             raise TokenizerError(f"{origin}: is not a usable SentencePiece model: {short_repr(str(error))}") from error
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0 or self.bos_id == self.eos_id:
             raise TokenizerError(
                 f"{origin}: begins a sequence with id {self.bos_id} and ends it with id {self.eos_id}; "
-                "expected two different ids, neither of them absent (-1)"
+                "expected two different ids of at least 0 (-1 means absent)"
             )
         self._origin = origin
-        # A piece that is text, and no part of a character: what follows it is not at the beginning (see TokenStream).
+        # The first piece of whole characters. TokenStream decodes ids behind it, so they do not begin a text.
         self.anchor_id = next((i for i in range(self.vocab_size) if self.decode([i]).strip("\ufffd")), -1)
         if self.anchor_id < 0:
-            raise TokenizerError(f"{origin}: has no piece that stands for text")
+            raise TokenizerError(f"{origin}: has no piece of text; expected at least one")
 
     def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
-        """Return the ids of `text`, with the beginning- and end-of-sequence ids around them as asked.
+        """Return the ids of `text`. `bos` and `eos` add the ids that begin and end a sequence.
 
-        SentencePiece puts a space before the text where the model was trained so: "Hello" becomes the piece "▁Hello".
-
-        Raises InputError if `text` is not a string that UTF-8 can express (it holds half of a surrogate pair).
+        If the model was trained in this way, SentencePiece puts a space before the text: "Hello" becomes the piece
+        "▁Hello". Raises InputError if `text` is not a string, or holds half of a surrogate pair, which UTF-8 cannot
+        express.
         """
         if not isinstance(text, str):
             raise InputError(f"text is {short_repr(text)}; expected a string")
@@ -149,23 +158,26 @@ class SentencePieceTokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`. Control ids are silent; bytes that form no character become U+FFFD, one for each.
+        """Return the text of `ids`. Control ids have no text. A byte that is not part of a character becomes U+FFFD.
 
         Raises InputError unless every id is an integer in [0, vocab_size).
         """
         return self._processor.decode(self.checked(ids))
 
     def stream(self, context_ids: Iterable[int] = ()) -> TokenStream:
-        """Return a stream for the text of the ids that follow `context_ids`, whose own text it does not repeat."""
+        """Return a stream for the text of the ids that follow `context_ids`. It does not repeat the context's text."""
         return TokenStream(self, context_ids)
 
     def piece(self, token_id: int) -> str:
-        r"""Return the name of one piece for a table: "▁Hello", "<s>", "<0x0A>"; what cannot be printed is escaped."""
+        r"""Return the name of one piece, for tables: "▁Hello", "<s>", "<0x0A>". Other characters are escaped.
+
+        Raises InputError unless the id is an integer in [0, vocab_size).
+        """
         (token_id,) = self.checked([token_id])
         return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in self._pieces[token_id])
 
     def byte(self, token_id: int) -> int | None:
-        """Return the byte that a piece such as "<0x0A>" stands for, or None for every other piece."""
+        """Return the byte that a piece like "<0x0A>" stands for; None for every other piece."""
         return int(self._pieces[token_id][1:-1], 16) if self._processor.is_byte(token_id) else None
 
     def checked(self, ids: Iterable[int]) -> list[int]:
@@ -173,9 +185,9 @@ class SentencePieceTokenizer:
         ids = list(ids)
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
-                raise InputError(f"token id {short_repr(token_id)} is not an integer")
+                raise InputError(f"token id is {short_repr(token_id)}; expected an integer")
             if not 0 <= token_id < self.vocab_size:
-                raise InputError(f"token id {short_repr(token_id)} is not one of the tokenizer's {self.vocab_size}")
+                raise InputError(f"token id is {short_repr(token_id)}; expected at least 0 and below {self.vocab_size}")
         return [int(token_id) for token_id in ids]
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The text of ids that arrive one by one, each character as soon as it can no longer change."""
+"""TokenStream: the text of token ids that arrive one by one. A character is returned once it cannot change."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Protocol
 
 
 class StreamedTokenizer(Protocol):
-    """What a stream asks of its tokenizer.
+    """The methods and attributes that a stream needs of its tokenizer.
 
-    anchor_id   the id of a piece that is text, and no part of a character
+    vocab_size  number of ids
+    anchor_id   the id of a piece of text that is not part of a character
     """
 
     vocab_size: int
@@ -21,48 +22,50 @@ class StreamedTokenizer(Protocol):
         ...
 
     def byte(self, token_id: int) -> int | None:
-        """Return the byte that a piece stands for; None for a piece that is no single byte."""
+        """Return the byte that a piece stands for; None if the piece is not a single byte."""
         ...
 
     def checked(self, ids: Iterable[int]) -> list[int]:
-        """Return these ids as a list; raise InputError for one that is none of the tokenizer's."""
+        """Return these ids as a list; raise InputError unless each is one of the tokenizer's ids."""
         ...
 
 
 class TokenStream:
-    r"""The text of ids that arrive one by one, each character as soon as it can no longer change.
-
-    For any ids, control ids and broken UTF-8 included, and any split of them into context and pushes:
-
-        stable(context) + push(ids[0]) + push(ids[1]) + ... + flush() == decode(context + ids)
-
-    where stable(context) is the text of the context up to, and without, a character that its last ids leave unfinished:
-    decode(context) shows U+FFFD there, which is wrong as soon as the character's next byte arrives. For a context that
-    ends at the end of a character, as every encoded text does, stable(context) is decode(context).
-
-    What a piece reads as depends on little of what came before: whether text has begun (before that, SentencePiece
-    drops a leading space), and which bytes of a character are still open. So a push decodes the new ids behind a
-    fixed piece that is text itself (`anchor_id`), and cuts that piece's text off: constant work, whatever the length,
-    and SentencePiece remains the only judge of what a piece reads as.
+    r"""The text of ids that arrive one by one. A character is returned once it cannot change.
 
         pushed      "▁Hi"   "<0xF0>"   "<0x9F>"   "<0x99>"   "<0x82>"   "▁!"
         returned    "Hi"    ""         ""         ""         "🙂"        " !"
 
-    Holds for every model without a denormalizer, a rewriting of decoded text that no model of Mistral's has.
+    The following holds for any ids, also for control ids and broken UTF-8, and for any split of them into context and
+    pushes:
+
+        stable(context) + push(ids[0]) + push(ids[1]) + ... + flush() == decode(context + ids)
+
+    stable(context) is the text of the context without an unfinished character at its end. decode(context) shows U+FFFD
+    for an unfinished character, which is wrong if the character's next byte follows. If the context ends with a whole
+    character, as every encoded text does, stable(context) is decode(context).
+
+    The text of a piece depends on two facts about the ids before it: whether the text has begun (if not, SentencePiece
+    drops a leading space), and which bytes of an unfinished character are there. So a push decodes the new ids behind a
+    fixed piece of text (`anchor_id`) and removes the text of that piece. The work of a push does not grow with the
+    text, and SentencePiece alone decides the text of a piece.
+
+    The equation does not hold for a model with a denormalizer, which rewrites decoded text. No model of Mistral's has
+    one.
     """
 
     def __init__(self, tokenizer: StreamedTokenizer, context_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._before: list[int] = []  # reads on like everything whose text is out, and is short
-        self._open: list[int] = []  # the bytes of a character that is not complete
+        self._before: list[int] = []  # a few ids; later ids have the same text behind these as behind all earlier ids
+        self._open: list[int] = []  # the ids of the bytes of an unfinished character
         self._advance(tokenizer.checked(context_ids))
 
     def push(self, token_id: int) -> str:
-        """Return the text that became certain with this id; raise InputError if it is not one of the tokenizer's."""
+        """Return the text that this id makes certain; raise InputError if it is not one of the tokenizer's ids."""
         return self._advance(self.tokenizer.checked([token_id]))
 
     def flush(self) -> str:
-        """Return the text of the bytes held back: one U+FFFD for each, since no more will come."""
+        """Return the text of the bytes that are held back, one U+FFFD for each. Call this after the last id."""
         ids, self._open = self._open, []
         return self._read(ids)
 
@@ -73,7 +76,7 @@ class TokenStream:
         return self._read(ids[:certain])
 
     def _count_open(self, ids: list[int]) -> int:
-        """Return how many of the last ids are bytes of a character that further bytes could complete (0 to 3)."""
+        """Return how many of the last ids are bytes of an unfinished character: 0 to 3."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token_id in ids[-3:]:
             byte = self.tokenizer.byte(token_id)
@@ -85,9 +88,10 @@ class TokenStream:
         return len(held_back)
 
     def _read(self, ids: list[int]) -> str:
-        """Return what `ids` read as after all that came before them."""
+        """Return the text of `ids` behind all earlier ids."""
         ids = self._before + ids
         text = self.tokenizer.decode(ids)[len(self.tokenizer.decode(self._before)) :]
-        # Without new text, the ids may still have mattered (one of them the space that is dropped), each of them once.
+        # Ids without text may still change the text of later ids: one may be the leading space that is dropped. An id
+        # that occurs twice changes nothing more, so each is kept once.
         self._before = [self.tokenizer.anchor_id] if text else list(dict.fromkeys(ids))
         return text
