@@ -50,7 +50,7 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def short_repr(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str, str]]:
+def shown(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str, str]]:
     """Yield (cell's id, kind, text) of all that a notebook shows, without what depends on the machine.
 
     What is printed counts letter by letter. Of HTML the numbers are left out, of pictures all but that they are there.

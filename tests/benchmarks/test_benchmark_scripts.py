@@ -189,7 +189,9 @@ def test_a_mistake_is_one_line(name: str, options: tuple[object, ...], facts: tu
 @pytest.mark.slow
 def test_without_matplotlib_a_figure_is_one_line_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('matplotlib')\n")
-    done = script("roofline", *TINY, "--figure", tmp_path / "out.png", PYTHONPATH=str(tmp_path))
+    done = script(
+        "roofline", *TINY, "--figure", tmp_path / "out.png", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path])
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert_complains(done.stderr, "figures", "matplotlib", "pip install 'mistral-ref[plots]'", program="roofline.py")
 

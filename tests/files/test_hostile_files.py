@@ -101,6 +101,13 @@ def test_hostile_files(hostile: Hostile) -> None:
 
 @pytest.mark.slow
 @given(hostile_directories())
+@settings(max_examples=2_000)
+def test_more_hostile_files(hostile: Hostile) -> None:
+    check(hostile)
+
+
+@pytest.mark.soak
+@given(hostile_directories())
 @settings(max_examples=10_000)
 def test_many_hostile_files(hostile: Hostile) -> None:
     check(hostile)

@@ -231,6 +231,24 @@ def test_kernels_that_were_each_compiled_in_a_process_of_its_own_pass_their_test
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.soak
+def test_kernels_give_the_same_bits_in_the_process_that_compiles_them_and_the_next(tmp_path: Path) -> None:
+    """They would not if the compiler chose what a sum is fused with: each process may call another copy of a part."""
+    code = """
+import hashlib
+import mistral_ref
+for bits in (None, 8):
+    model = mistral_ref.load(backend="numba", threads=2, quantize=bits)
+    cache = model.new_cache()
+    outputs = [model.forward(tokens, cache) for tokens in (list(range(5, 40)), [9])]
+    print([hashlib.sha256(logits.tobytes()).hexdigest() for logits in outputs])
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    first, second = (subprocess.check_output(command, env=environment, timeout=300) for _ in range(2))
+    assert first == second
+
+
 if __name__ == "__main__":
     run_to_the_ends()
     print("done")

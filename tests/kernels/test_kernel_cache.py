@@ -194,24 +194,6 @@ def test_kernels_that_separate_processes_compiled_do_not_mix_in_a_third(package:
         assert package.run(f"{CHECK}\nfor kind in {order}: check(kind)") == [f"{kind} 6.0" for kind in order]
 
 
-@pytest.mark.slow
-def test_kernels_give_the_same_bits_in_the_process_that_compiles_them_and_the_next(tmp_path: Path) -> None:
-    """They would not if the compiler chose what a sum is fused with: each process may call another copy of a part."""
-    code = """
-import hashlib
-import mistral_ref
-for bits in (None, 8):
-    model = mistral_ref.load(backend="numba", threads=2, quantize=bits)
-    cache = model.new_cache()
-    outputs = [model.forward(tokens, cache) for tokens in (list(range(5, 40)), [9])]
-    print([hashlib.sha256(logits.tobytes()).hexdigest() for logits in outputs])
-"""
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    first, second = (subprocess.check_output(command, env=environment, timeout=300) for _ in range(2))
-    assert first == second
-
-
 def test_processes_that_compile_different_kernels_at_once_write_different_files(package: Package) -> None:
     """Each would begin with an empty index, and the last one to write it would have its entry point at the other's
     code.
