@@ -85,7 +85,7 @@ class _KernelCache(FunctionCache):
             found = None
             self._try(self.flush)  # an index that cannot be read cannot be added to either
         if found is None:
-            _warn_once("compiling kernels not used on this machine before: up to half a minute, and once")
+            _warn_once("compiling kernels not used on this machine before: up to a minute, and once")
         return found
 
     def save_overload(self, signature: object, data: object) -> None:
