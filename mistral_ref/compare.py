@@ -143,7 +143,7 @@ def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 class Comparison(Sequence[Difference]):
     """The differences of all steps that two passes share, in the order of the pass.
 
-    differences one Difference for each shared step
+    differences     one Difference for each shared step
     bound       a step departs if it lies more ulps than this from its reference
     unmatched   names of the steps that only one of the two passes holds
     own         whether both passes went on from the same values at each step: each Difference is then the step's own

@@ -56,7 +56,7 @@ class CompiledOps(ReferenceOps):
 
     threads     number of threads; None: the number in MISTRAL_REF_THREADS, or the number of performance cores
     angles      as in ReferenceOps
-    activations "int16" or "int8": the inputs of quantized matrices are rounded to these; "int8" is faster.
+    activations     "int16" or "int8": the inputs of quantized matrices are rounded to these; "int8" is faster.
                 "bfloat16": the inputs of bf16 matrices are rounded to bf16; this is twice as fast on processors that
                 multiply pairs of bf16
 

@@ -1,8 +1,8 @@
 """ModelConfig: the architecture of a model, for all Mistral models.
 
-All of these models have the same kind of block. They differ in five points: a `head_dim` of its own, a window for each
-layer, the kind of RoPE (theta, YaRN, and the row order in the checkpoint), a query temperature, and a mixture of
-experts. `files/config_files.py` reads a configuration from a model's files.
+All of these models have the same kind of block. They differ in five points: `head_dim` (it need not be D / H), the
+window of each layer, the kind of RoPE (theta, YaRN, and the row order in the checkpoint), a query temperature, and a
+mixture of experts. `files/config_files.py` reads a configuration from a model's files.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(
-                Field("head_dim"), f" is {self.head_dim}; expected an even number, since RoPE turns pairs"
+                Field("head_dim"), f" is {self.head_dim}; expected an even number, because RoPE turns pairs"
             )
         if self.rope_row_order not in get_args(RowOrder):
             raise ConfigError(

@@ -105,7 +105,7 @@ class ReferenceOps:
     dtype       "float32" or "float64"
     threads     number of BLAS threads while a pass runs; None: unchanged
     angles      "float64", or "float32": round RoPE's angles as the published implementations do
-    activations how inputs are rounded, as the kernels do it. "int16", "int8": the inputs of quantized matrices are
+    activations     how inputs are rounded, as the kernels do it. "int16", "int8": the inputs of quantized matrices are
                 rounded to these; "float": nothing is rounded; "bfloat16": the inputs of bf16 matrices are rounded to
                 bf16, and those of quantized matrices as with None. None: "int16" in float32, "float" in float64
 

@@ -113,7 +113,7 @@ def matching_steps(patterns: str | Iterable[str], config: ModelConfig) -> list[s
     A pattern is a name or a glob like "layers.*.ffn_out". Raises InputError if a pattern matches no step.
     """
     if not isinstance(patterns, Iterable):
-        raise InputError(f"{short_repr(patterns)} names no steps; expected names or globs such as 'layers.*.ffn_out'")
+        raise InputError(f"{short_repr(patterns)} names no steps; expected names or globs like 'layers.*.ffn_out'")
     names, chosen = list(step_names(config)), set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [name for name in names if fnmatchcase(name, str(pattern))]

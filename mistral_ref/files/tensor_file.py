@@ -153,8 +153,8 @@ def pieces_of_tensor_file(
     """Write a safetensors file of any size piece by piece. It gets its name only when it is complete.
 
     The context gives a function write(name, array). It writes the next piece of a tensor behind the tensor's earlier
-    pieces. The largest tensors come first in the file: large tensors then begin at multiples of 64 bytes, which vector
-    instructions prefer.
+    pieces. The largest tensors come first in the file. Most of their sizes are multiples of 64 bytes, so they begin at
+    multiples of 64 bytes, which vector instructions prefer.
 
     Raises InputError if the disk has no room, and CheckpointError if writing fails.
     """
