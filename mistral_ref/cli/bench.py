@@ -27,6 +27,25 @@ from mistral_ref.weights import Kind, matrices
 if TYPE_CHECKING:
     from mistral_ref.measure.speed import SpeedResult
 
+_DESCRIPTION = """\
+Measure how many tokens per second a model processes on this machine. There are
+two kinds of tests, as in llama-bench:
+  pp512    prompt processing: 512 tokens, 512 at a time
+  tg128    text generation: 128 tokens, one at a time
+With "@ d4096" in its name a test begins after 4096 other tokens.
+
+Tokens are random; tokenizer and sampling are not measured. Each test runs once
+as a warm-up, and then several times. The table shows the mean and the standard
+deviation of tokens per second (t/s).
+
+Each run is compared with a limit of this machine, which is measured just
+before the run. For generation the limit is how many GB/s the machine can read
+from memory. For prompts it is how many GFLOP/s of multiply-adds it can do. The
+table shows the GB/s or GFLOP/s that the model reached, and how many percent of
+the limit that is.
+
+-p, -n and -d take one number or a list such as 128,512.
+"""
 _EXAMPLES = """\
 examples:
   # the demonstration model
@@ -48,27 +67,25 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser(
         "bench",
         help="measure how fast a model is, and what limits it",
-        description="""\
-Measure how many tokens per second a model processes on this machine. There are
-two kinds of tests, as in llama-bench:
-  pp512    prompt processing: 512 tokens, 512 at a time
-  tg128    text generation: 128 tokens, one at a time
-With "@ d4096" in its name a test begins after 4096 other tokens.
-
-Tokens are random; tokenizer and sampling are not measured. Each test runs once
-as a warm-up, and then several times. The table shows the mean and the standard
-deviation of tokens per second (t/s).
-
-Each run is compared with a limit of this machine, which is measured just
-before the run. For generation the limit is how many GB/s the machine can read
-from memory. For prompts it is how many GFLOP/s of multiply-adds it can do. The
-table shows the GB/s or GFLOP/s that the model reached, and how many percent of
-the limit that is.
-
--p, -n and -d take one number or a list such as 128,512.""",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_weights_options(parser)
+    add_compute_options(parser)
+    _add_test_options(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=["md", "json", "csv"],
+        default="md",
+        help="the format of the results: a Markdown table, JSON with every sample, or CSV (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def _add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say whose weights are measured."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "-m",
@@ -101,7 +118,10 @@ the limit that is.
         help="folder in which the weights are kept, so that the next bench need not make them again "
         "(default: mistral_ref/benchmarks in the user's cache folder)",
     )
-    add_compute_options(parser)
+
+
+def _add_test_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is measured."""
     tests = parser.add_argument_group("tests")
     tests.add_argument(
         "-p",
@@ -141,14 +161,6 @@ the limit that is.
     tests.add_argument(
         "--quick", action="store_true", help="measure pp64 and tg16 with 3 runs of each, about 10 seconds for each test"
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        choices=["md", "json", "csv"],
-        default="md",
-        help="the format of the results: a Markdown table, JSON with every sample, or CSV (default: %(default)s)",
-    )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

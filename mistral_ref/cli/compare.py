@@ -15,6 +15,21 @@ from mistral_ref.steps import step_names
 from mistral_ref.study.broken import BUGS
 from mistral_ref.trace import Trace
 
+_DESCRIPTION = """\
+Compare a pass of A with a pass of B over the same text. The command computes
+for every step how far A lies from B, and finds the first step that departs.
+The distance is given in three ways: the largest absolute difference, the
+largest relative difference, and the largest absolute difference in float32
+ulps of the step's largest value (1 ulp is about one rounding).
+
+A and B are each one of these:
+  DIR     the directory of a model
+  demo    the demonstration model
+  FILE    a trace: written by mistral-ref trace, or dumped by another engine
+
+The exit status is 0 if all steps agree, 1 if a step departs, and 2 for a
+mistake in the arguments.
+"""
 _EXAMPLES = """\
 examples:
   # compiled kernels against the plain mathematics
@@ -35,46 +50,14 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser(
         "compare",
         help="compare two passes and find the first step that departs",
-        description="""\
-Compare a pass of A with a pass of B over the same text. The command computes
-for every step how far A lies from B, and finds the first step that departs.
-The distance is given in three ways: the largest absolute difference, the
-largest relative difference, and the largest absolute difference in float32
-ulps of the step's largest value (1 ulp is about one rounding).
-
-A and B are each one of these:
-  DIR     the directory of a model
-  demo    the demonstration model
-  FILE    a trace: written by mistral-ref trace, or dumped by another engine
-
-The exit status is 0 if all steps agree, 1 if a step departs, and 2 for a
-mistake in the arguments.""",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("a", metavar="A", help="the model or trace that is checked")
     parser.add_argument("b", metavar="B", help="the model or trace that A is compared with")
     parser.add_argument("prompt", nargs="?", help="the text (default: the tokens in the trace, if A or B is a trace)")
-    parser.add_argument(
-        "--backend",
-        metavar="A,B",
-        default="",
-        help="numba or numpy: one for both models, or one for each with a comma between (default: numba; numpy for "
-        "float64, --own and --broken)",
-    )
-    parser.add_argument(
-        "--dtype",
-        metavar="A,B",
-        default="",
-        help="float32 or float64: one for both models, or one for each with a comma between (default: float32)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="number of threads of each model (default: the environment variable MISTRAL_REF_THREADS, or one thread "
-        "for each physical performance core)",
-    )
+    _add_compute_options(parser)
     add_broken_option(parser, "A")
     add_last_option(parser)
     parser.add_argument(
@@ -108,6 +91,30 @@ mistake in the arguments.""",
         help="also let each model continue the text by N tokens, and print both texts",
     )
     parser.set_defaults(run=run)
+
+
+def _add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how A and B are computed."""
+    parser.add_argument(
+        "--backend",
+        metavar="A,B",
+        default="",
+        help="numba or numpy: one for both models, or one for each with a comma between (default: numba; numpy for "
+        "float64, --own and --broken)",
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="A,B",
+        default="",
+        help="float32 or float64: one for both models, or one for each with a comma between (default: float32)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of threads of each model (default: the environment variable MISTRAL_REF_THREADS, or one thread "
+        "for each physical performance core)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,11 @@ import mistral_ref
 from mistral_ref.cache import DEFAULT_CHUNK
 from mistral_ref.cli.common import add_compute_options, add_model_option, as_text, load_model, progress_bar, read_prompt
 
+_DESCRIPTION = """\
+Continue a text with a model. The prompt and its continuation are printed to
+standard output, token by token. The continuation ends after --max-tokens
+tokens, before a --stop text, or when the model ends it.
+"""
 _EXAMPLES = """\
 examples:
   mistral-ref generate "Once upon a time"
@@ -25,10 +30,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser(
         "generate",
         help="continue a text",
-        description="""\
-Continue a text with a model. The prompt and its continuation are printed to
-standard output, token by token. The continuation ends after --max-tokens
-tokens, before a --stop text, or when the model ends it.""",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,6 +55,12 @@ tokens, before a --stop text, or when the model ends it.""",
     parser.add_argument(
         "--stats", action="store_true", help="at the end print times and tokens per second to standard error"
     )
+    _add_sampling_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a token is drawn."""
     sampling = parser.add_argument_group(
         "sampling",
         "How the next token is drawn from the model's probabilities.\nThe options are applied in this order.",
@@ -90,7 +98,6 @@ tokens, before a --stop text, or when the model ends it.""",
     sampling.add_argument(
         "--seed", type=int, metavar="N", help="the same seed draws the same tokens again (default: a random seed)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
