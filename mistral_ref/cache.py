@@ -1,7 +1,8 @@
 """KVCache: the keys and values of the tokens so far, one ring of slots for each layer.
 
 A layer with a window of W has a ring of W + chunk - 1 slots. `chunk` is the number of tokens in the longest pass. A
-layer without a window keeps every key, and its ring grows. The key of position p lies in slot p % capacity.
+layer without a window keeps every key, and its ring grows. The capacity of a ring is the number of its slots. The key
+of position p lies in slot p % capacity.
 
 Every pass writes its keys first and reads afterwards, whether it has one token or many. With W + chunk - 1 slots a pass
 overwrites no key that one of its queries sees.
@@ -40,7 +41,8 @@ class Ring:
     """The slots of one layer. Position p lies in slot p % capacity.
 
     window      how many keys a query sees, itself included; None: all
-    max_capacity    the ring doubles its capacity up to this number; then positions share slots. None: no maximum
+    max_capacity    the ring doubles its capacity up to this number; after that a new key overwrites an old one.
+                None: no maximum
     capacity    the number of slots now
     oldest      the oldest position that is not overwritten
     store       the keys and values, as `ops.new_store` returned them
@@ -89,8 +91,9 @@ class KVCache:
     dtype       number format of the stored keys and values. "int8" stores whole numbers from -127 to 127, and one scale
                 for each head's key and one for its value
 
-    A pass may stop before its end: an exception, an abandoned walk. Then `length` stays as it was, and so does every
-    key and value that later queries see. With dtype "float16" numbers above 65504 become infinite.
+    A pass may stop before its end, because of an exception or because a walk is abandoned. Then `length` does not
+    change, and no key or value that later queries see changes. With dtype "float16" numbers above 65504 become
+    infinite.
     """
 
     def __init__(
@@ -111,7 +114,8 @@ class KVCache:
             raise InputError(f"dtype is {short_repr(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
         self.config, self.ops = config, ops
         self.length = 0
-        self._n_passes = 0  # each pass keeps its number; a pass goes on only if no other has begun since
+        # A pass stores this number when it begins. If it has changed since, the pass stops with a CacheError.
+        self._n_passes = 0
         self.rings = [self._new_ring(window) for window in config.sliding_window]
 
     def _new_ring(self, window: int | None) -> Ring:
@@ -213,9 +217,9 @@ class KVCache:
     def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:
         """Return the cache that `save` wrote, for a model of the same configuration.
 
-        `ops` may be of another backend than the one that wrote it. If `ops` cannot store the file's dtype, the cache
-        gets their own dtype. Raises CacheError if the file is not a saved cache, is damaged, or belongs to another
-        configuration.
+        `ops` may be of another backend than the one that wrote the file. If `ops` cannot store the file's dtype, the
+        cache gets the dtype of `ops`. Raises CacheError if the file is not a saved cache, is damaged, or belongs to
+        another configuration.
         """
         settings, layers = read_cache_file(path, config)
         length = settings.pop("length")

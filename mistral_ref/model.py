@@ -256,8 +256,8 @@ class Model:
                             last one
         progress            called with (tokens done, tokens in all) while the prompt is read
 
-        The joined texts of the tokens are the text that follows the prompt when prompt and tokens are decoded together.
-        All arguments are checked before this function returns. Raises InputError or CacheError.
+        Decode the prompt and the tokens together: the part after the prompt equals the joined texts of the tokens. All
+        arguments are checked before this function returns. Raises InputError or CacheError.
         """
         stop_strings, stop_ids = split_stops(stop, self.config.vocab_size)
         if stop_strings and self.tokenizer is None:

@@ -2,7 +2,7 @@
 
 The forward pass is a generator of named steps. Its caller receives each step and sends a value back. There are two
 callers. `drain` sends every value straight back and so computes the logits. A Walk hands the steps to a reader, who may
-look at them or send back other values. Two kinds of lines below do this:
+look at them or send back other values. Two kinds of lines below yield steps:
 
     x = yield step(name, value)     yields the step; x is the value that comes back
     x = yield from f(...)           yields the steps of f; x is the value that f returns
@@ -11,7 +11,8 @@ look at them or send back other values. Two kinds of lines below do this:
                         └──────────>──────────┘  └──────────>───────────┘
 
 Shapes: T tokens in this pass, S keys visible, D model width, H query heads, G key/value heads, K head width,
-F feed-forward width, E experts, N (token, expert) pairs, V vocabulary.
+F feed-forward width, E experts, N (token, expert) pairs, V vocabulary. The letters after the last underscore of a name
+are the shape of the array: x_TD has shape (T, D).
 
 Sources: the block is Llama's (arXiv:2302.13971). Mistral 7B adds grouped queries and a sliding window
 (arXiv:2310.06825). Mixtral adds a mixture of experts (arXiv:2401.04088).
@@ -45,8 +46,8 @@ class Transformer:
         """Yield every step of one pass and return logits (T, V); with `last_only` the last token's logits (1, V).
 
         tokens_T            the token ids, (T,)
-        this_pass           reads and writes the cache. The cache counts the tokens when the value of the last step has
-                            come back
+        this_pass           reads and writes the cache. The cache's `length` counts the tokens of this pass only after
+                            the caller has sent back the value of the last step
         observe_attention   yield "scores" and "attention_weights" too
         """
         config, weights, ops = self.config, self.weights, self.ops
@@ -102,7 +103,8 @@ class Transformer:
     def expert_steps(self, b_TD: np.ndarray, weights: ExpertFeedForward, step: StepFactory) -> Steps:
         """Yield the steps of a mixture of SwiGLUs and return the mixed outputs (T, D).
 
-        Each token goes through the experts whose weight is not 0. Their outputs are added, times their weights.
+        Each token goes through the experts whose weight for it is not 0. The output of each is multiplied by its
+        weight. Then the outputs are added.
         """
         ops = self.ops
         assert self.config.moe is not None

@@ -1,15 +1,16 @@
 """Matrix times one vector, or a few, for decoding: y[o] = sum over i of W[o, i] x[i], with W as it lies in the file.
 
-The limit is the memory's speed. So W is read once, in long streams, and each number is used up before the next arrives.
-Each thread cuts its rows into eight parts and reads them as eight streams, each one row after the other. That gives
-eight sums that do not wait for each other, and one load of x serves all eight. The streams are long because a new
-stream is slow at first. Each stream prefetches.
+The limit is the memory's speed. So each number of W is read once, and used at once for all its products. Each thread
+cuts its rows into eight parts. It reads the eight parts at the same time, as eight streams. A stream reads one row of
+its part after the other. That gives eight sums that do not wait for each other, and one load of x serves all eight. The
+streams are long because a new stream is slow at first. Each stream prefetches its next bytes.
 
-A few tokens can share one read of W. Four rows meet four tokens, so each number of W is widened once for four products.
-Tokens after the first four find the rows in the cache. Up to four tokens cost about as much as one.
+A few tokens can share one read of W. Four rows are multiplied with four tokens at a time. So each number of W is
+widened to float32 once for four products. Tokens after the first four find the rows in the processor's cache. Up to
+four tokens cost about as much as one.
 
-A bf16 matrix can be multiplied as pairs of numbers, with x rounded to bf16. That halves the work on processors that
-multiply and add pairs (pairs.pair_products).
+A bf16 matrix can be multiplied as pairs: two neighbouring numbers of a row are one pair, and x is rounded to bf16. That
+halves the work on processors that multiply and add pairs (pairs.pair_products).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mistral_kernels.layout import TILE
 from mistral_kernels.rows import TILE_INPUTS, row_sums, tile_sums
 from mistral_kernels.simd import load_part, store_rounded
 
-ONE, FEW = (8, 1), (4, 4)  # rows and tokens that meet in registers, for one token and for a few
+ONE, FEW = (8, 1), (4, 4)  # rows and tokens that are multiplied together in registers: for one token, for a few
 FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
 
 BYTES = types.Array(types.uint8, 1, "C", readonly=True)
@@ -40,7 +41,8 @@ SCALES = types.Array(types.float32, 2, "C", readonly=True)
 def are_few(kind: str, n_tokens: int) -> bool:
     """Return whether matvec is faster than matmul, which transposes W, for this number of tokens.
 
-    Widening fp8 takes as long as several products, so it pays early to do it once for all tokens.
+    matmul widens each weight once for all tokens. Widening fp8 takes as long as several products. So for fp8 matmul is
+    faster from fewer tokens on.
     """
     return n_tokens <= (4 if kind == "fp8" else 24)
 
@@ -53,14 +55,14 @@ def scale_of(scales: Any, o: int, i: int) -> float:
 
 @part()
 def round_to_pairs(x: Any, start: int, n: int, pairs: Any, at: int) -> None:
-    """Put n numbers of x from a flat offset on, rounded to bf16, into pairs[at:], which ends at a whole vector."""
+    """Put x[start : start + n], rounded to bf16, into pairs[at:], in whole vectors; x is flat."""
     for i in range(0, n, LANES):
         store_rounded(pairs, 2 * at + i, load_part(x, start + i, min(n - i, LANES)))
 
 
 @part()
 def in_pairs(x: Any) -> Any:
-    """Return x, of an even length, rounded to bf16, as len(x) // 2 pairs."""
+    """Return x rounded to bf16, as len(x) // 2 pairs. The length of x is even."""
     pairs = np.empty((len(x) + LANES - 1) // LANES * LANES // 2, np.float32)
     round_to_pairs(x, 0, len(x), pairs, 0)
     return pairs[: len(x) // 2]
@@ -75,7 +77,7 @@ def as_it_is(x: Any) -> Any:
 def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
     """Return the function that multiplies some rows of a matrix with all tokens.
 
-    n_rows rows meet n_tokens tokens at a time, with a sum for each pair of a row and a token.
+    n_rows rows are multiplied with n_tokens tokens at a time. Each row and token have a sum of their own.
     """
     no_sums, add_products, add_products_part, totals = row_sums(kind, n_rows, n_tokens)
     is_scaled = kind == "fp8"
@@ -116,7 +118,7 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
 def matvec(kind: str, meeting: tuple[int, int]) -> Any:
     """Return a kernel: matvec(W, scales, x, y, n_threads).
 
-    meeting     ONE or FEW: how many rows and tokens meet at a time
+    meeting     ONE or FEW: how many rows and tokens are multiplied together
     W           O * I numbers of the kind, row after row, as bytes (uint8); "pairs" are bf16, and I is even
     scales      of fp8 weights: float32 (1, 1) or (ceil(O/128), ceil(I/128)); not read for other kinds
     x, y        (T, I) and (T, O) float32, T at least 1
@@ -136,8 +138,8 @@ def matvec(kind: str, meeting: tuple[int, int]) -> Any:
     return matvec
 
 
-TILES = 4  # read at once
-PART = 512  # inputs with a sum of their own: a long sum in pieces rounds less
+TILES = 4  # tiles that are read at the same time, each as a stream of its own
+PART = 512  # inputs that are summed separately: several short sums have less rounding error than a long one
 
 
 @made_once
@@ -151,7 +153,7 @@ def matvec_tiled(kind: str) -> Any:
 
     @part(kind)
     def multiply_tiles(W: Any, x: Any, y: Any, first: int, last: int) -> None:
-        """Compute the rows of the tiles first, ..., last - 1, in streams as above."""
+        """Compute the rows of the tiles first, ..., last - 1, in TILES streams."""
         n_in, stride = len(x), (last - first + TILES - 1) // TILES
         totals = np.empty(TILES * TILE, np.float32)
         for tile in range(first, first + stride):

@@ -52,8 +52,8 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
     parser.add_argument(
         "--repack",
         action="store_true",
-        help="copy 16-bit weights into the order in which tokens are generated fastest; the copy takes as much memory "
-        "as these weights (default: no copy)",
+        help="make a copy of the 16-bit weights in another order, the one in which tokens are generated fastest; the "
+        "copy takes as much memory as these weights (default: no copy)",
     )
     parser.add_argument(
         "--quantize",
@@ -65,9 +65,10 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
     parser.add_argument(
         "--activations",
         choices=get_args(Activations),
-        help="the type to which the inputs of products are rounded. For weights of 8 or 4 bits: int16 (the default), "
-        "int8 (faster, less exact), or float (no rounding; needs --backend numpy). For bf16 weights: bfloat16 rounds "
-        "their inputs too; results are less exact, and prompts twice as fast on AMD processors with AVX512_BF16",
+        help="the type to which activations are rounded before they are multiplied by weights. For weights of 8 or 4 "
+        "bits: int16 (the default), int8 (faster, less exact), or float (no rounding; needs --backend numpy). For bf16 "
+        "weights: bfloat16 (default: no rounding); results are less exact, and prompts twice as fast on AMD processors "
+        "with AVX512_BF16",
     )
 
 

@@ -17,10 +17,11 @@ from mistral_ref.trace import Trace
 
 _DESCRIPTION = """\
 Compare a pass of A with a pass of B over the same text. The command computes
-for every step how far A lies from B, and finds the first step that departs.
-The distance is given in three ways: the largest absolute difference, the
-largest relative difference, and the largest absolute difference in float32
-ulps of the step's largest value (1 ulp is about one rounding).
+for every step how far A lies from B, and finds the first step that departs. A
+step departs if its distance in ulps is more than --bound. The distance is
+given in three ways: the largest absolute difference, the largest relative
+difference, and the largest absolute difference in float32 ulps of the step's
+largest value (1 ulp is about one rounding).
 
 A and B are each one of these:
   DIR     the directory of a model

@@ -38,8 +38,8 @@ def add_broken_option(parser: argparse.ArgumentParser, which: str) -> None:
     parser.add_argument(
         "--broken",
         metavar="BUG",
-        help=f"plant a bug in {which} to see what it does; NumPy computes the values then. BUG is one of these. "
-        f"{names}".replace("%", "%%"),
+        help=f"plant a bug in {which} to see what it does; NumPy computes the values then. BUG is one of "
+        f"these names; a sentence after each says what is wrong then. {names}".replace("%", "%%"),
     )
 
 

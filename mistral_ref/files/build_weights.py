@@ -35,8 +35,8 @@ def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
     """Return the weights of a model, made of a checkpoint's tensors.
 
     If the files hold an output matrix, it is used. If they hold none, the embedding takes its place, but only if the
-    configuration has tied_embeddings: a lost shard must not turn a model into a tied one. Raises CheckpointError if a
-    tensor is missing, is left over, or has another dtype or shape than expected.
+    configuration has tied_embeddings. Without this condition nobody would notice that the file with the output matrix
+    is lost. Raises CheckpointError if a tensor is missing, is left over, or has another dtype or shape than expected.
     """
     config = config.replace(tied_embeddings=config.tied_embeddings and "output.weight" not in checkpoint.tensors)
     untaken = _Untaken(checkpoint)
@@ -53,7 +53,11 @@ def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
 
 
 class _Untaken:
-    """The tensors of a checkpoint that are not used yet. To take one checks its dtype and shape."""
+    """The tensors of a checkpoint that are not used yet. A tensor that is taken is checked (dtype, shape) and removed.
+
+    Two terms: fused experts are all experts of a layer in two tensors. A unit is a power of two; all scales of a
+    quantized matrix are multiplied by the matrix's unit.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint

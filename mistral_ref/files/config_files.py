@@ -18,8 +18,8 @@ from mistral_ref.files.config_fields import NAMES, ORIGINAL, Fields, check_only,
 from mistral_ref.files.json_file import parse_json, read_json
 
 # fmt: off
-# Fields that change the mathematics. The forward pass can compute only this value of each. A field may also be absent
-# or null.
+# Fields that change the mathematics. The forward pass is right only if a field has the value given here, is absent, or
+# is null.
 _PARAMS_JSON_ONLY = {
     "model_type": "transformer", "activation": "silu", "causal": True, "use_biases": False,
     "ada_rms_norm_t_cond": False, "lora": None, "q_lora_rank": None, "kv_lora_rank": None,
@@ -33,8 +33,8 @@ _CONFIG_JSON_ONLY = {
 _PARAMS_JSON_HARMLESS = {"vision_encoder", "audio", "multimodal", "quantization", "quantization_config"}
 _PARAMS_JSON_HARMLESS |= {"dtype", "max_batch_size", "model_parallel", "model_max_length"}
 
-# The supported model types, and for each the values of fields that config.json does not hold. They are the defaults of
-# transformers' classes (5.23, models/*/configuration_*.py). config.json must hold every field that is not listed.
+# The supported model types, and for each the values that fields have if config.json does not hold them. They are the
+# defaults of transformers' classes (5.23, models/*/configuration_*.py). Every field that is not listed must be there.
 _PLAIN = {"head_dim": None, "rope_type": "default", "query_temperature.beta": 0}
 _MEANING_OF_ABSENCE: dict[str, dict[str, object]] = {
     "mistral": _PLAIN | {"rope_theta": 1e4, "sliding_window": 4096, "norm_eps": 1e-6},
@@ -43,6 +43,7 @@ _MEANING_OF_ABSENCE: dict[str, dict[str, object]] = {
     "ministral3": {},
     "llama": _PLAIN | {"rope_theta": 1e4, "sliding_window": None, "norm_eps": 1e-6},
 }
+# A wrapper is a model type that holds a whole text model. The fields of the text model are under text_config.
 _WRAPPER, _WRAPPED = "mistral3", ("mistral", "ministral3")
 
 
@@ -93,7 +94,7 @@ def _differences(config: ModelConfig, other: ModelConfig) -> str:
     """Return a text: the fields that differ between params.json (`config`) and config.json (`other`), and both values.
 
     Two fields are not compared. The row order follows from the layout. `tied_embeddings` is often absent, and only
-    matters if there is no output matrix.
+    matters if there is no output matrix. `max_seq_len` is compared only if both files hold it.
     """
     differences = []
     for field in (field.name for field in dataclasses.fields(ModelConfig)):
@@ -271,7 +272,10 @@ def _config_json_windows(fields: Fields, model_type: str) -> tuple[int | None, .
 
 
 def _config_json_yarn(fields: Fields) -> Yarn | None:
-    """Return the Yarn of config.json; None without YaRN. As transformers 5.23 (_compute_yarn_parameters)."""
+    """Return the Yarn of config.json; None without YaRN.
+
+    The rules are those of transformers 5.23 (_compute_yarn_parameters).
+    """
     rope_type = fields.required("rope_type")
     if rope_type == "default":
         return None
@@ -298,8 +302,8 @@ def _config_json_yarn(fields: Fields) -> Yarn | None:
 def _config_json_tied(file: dict[str, Any], level: str) -> bool:
     """Return whether the embeddings are tied.
 
-    They are tied if the field is true at either level. In a wrapper they are also tied if both levels lack the field:
-    the default of the wrapper's class is true.
+    They are tied if tie_word_embeddings is true at the top of the file, or in the text_config of a wrapper. A wrapper's
+    embeddings are also tied if the field is at neither place: the default of the wrapper's class is true.
     """
     said = {name: value_at(file, name) for name in (f"{level}tie_word_embeddings", "tie_word_embeddings")}
     for name, tied in said.items():

@@ -65,7 +65,7 @@ class StepCost:
         return max(self.flops / limits.peak, self.bytes / limits.bandwidth)
 
     def bound(self, limits: Limits) -> Literal["arithmetic", "memory"]:
-        """Return which of the two takes longer at the machine's limits."""
+        """Return which takes longer at the machine's limits: the step's arithmetic, or its bytes ("memory")."""
         return "arithmetic" if self.flops / limits.peak > self.bytes / limits.bandwidth else "memory"
 
 
@@ -141,7 +141,10 @@ class _PassCost:
     activation_bytes: int  # of any other activation
 
     def elementwise(self, name: str, width: int, flops: int, arrays: int, weight_bytes: int = 0) -> StepCost:
-        """`flops` for each number of (T, width); `arrays` is how many arrays of that shape are read and written."""
+        """Return the cost of a step with `flops` FLOPs for each number of an array (T, width).
+
+        arrays      how many arrays of this shape the step reads and writes in all
+        """
         size = self.n_tokens * width
         return StepCost(name, flops * size, weight_bytes, arrays * size * self.activation_bytes)
 

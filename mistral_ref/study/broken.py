@@ -150,7 +150,7 @@ BUGS: dict[str, Bug] = {
         sentence="A query also sees the tokens that come after it in the same pass.",
         seen_in="mistral-inference#88", first_step="scores", _ops=NotCausal),
     "no-window": Bug(
-        sentence="A query sees all tokens before it, however far back, and not the last W.",
+        sentence="A query sees all tokens before it, and not only the W keys of the sliding window.",
         seen_in="llama.cpp#3867, candle#1789", first_step="scores", shows="after more tokens than the window holds",
         needs="a sliding window", _fits=lambda config: _has_windows(config, least=1),
         _config=lambda config: config.replace(sliding_window=(None,) * config.n_layers)),
@@ -166,7 +166,8 @@ BUGS: dict[str, Bug] = {
         needs="sliding windows of at least 2 keys", _fits=lambda config: _has_windows(config, least=2),
         _config=lambda config: _other_windows(config, by=-1)),
     "tiled-heads": Bug(
-        sentence="Query head h reads key/value head h % G, and not h // (H/G).", first_step="scores",
+        sentence="With H query heads and G key/value heads: head h reads key/value head h % G, and not h // (H/G).",
+        first_step="scores",
         needs="1 < n_kv_heads < n_heads", _fits=lambda config: 1 < config.n_kv_heads < config.n_heads,
         _ops=TiledHeads),
     "wrong-scale": Bug(
@@ -175,15 +176,15 @@ BUGS: dict[str, Bug] = {
         needs="a head_dim unlike dim / n_heads", _fits=lambda config: config.n_heads * config.head_dim != config.dim,
         _ops=WrongScale),
     "row-order": Bug(
-        sentence="Rows of wq and wk are paired for RoPE in the order of the other layout of checkpoints.",
+        sentence="RoPE pairs the rows of wq and wk as in the other layout of the files: Mistral's or Hugging Face's.",
         seen_in="llama.cpp#2376, AiDotNet#2074", first_step="q",
         needs="a head_dim above 2", _fits=lambda config: config.head_dim > 2, _config=_other_row_order),
     "theta": Bug(
-        sentence="RoPE turns with another rope_theta: 1e6 where the model says 1e4, else 1e4.", first_step="q_rotated",
+        sentence="RoPE uses another rope_theta: 1e6 if the model has 1e4, else 1e4.", first_step="q_rotated",
         needs="a head_dim above 2", _fits=lambda config: config.head_dim > 2,
         _config=lambda config: config.replace(rope_theta=1e6 if config.rope_theta == 1e4 else 1e4)),
     "yarn-scale": Bug(
-        sentence="Cosines and sines are multiplied by 0.1 ln(factor) + 1 where the model says 1, else by 1.",
+        sentence="YaRN multiplies cosines and sines by 0.1 ln(factor) + 1 if the model has 1 here, else by 1.",
         seen_in="vllm#48621, sglang#22711, llama.cpp#17945, vllm#57563", first_step="q_rotated",
         needs="YaRN with a factor above 1", _fits=lambda config: config.yarn is not None and config.yarn.factor > 1,
         _config=_other_yarn_scale),
@@ -192,13 +193,13 @@ BUGS: dict[str, Bug] = {
         shows="in a pass over a cache that holds tokens (--last)",
         _ops=PositionsRestart),
     "short-ring": Bug(
-        sentence="Rings are a slot short: a full pass's newest key lies over the oldest that its first query sees.",
+        sentence="Rings lack one slot: the newest key of a full pass overwrites the oldest that its first query sees.",
         seen_in="transformers#47708, mlxcel#678", first_step="scores",
         shows="in a pass of `chunk` tokens over a cache, after more tokens than the window holds (--last)",
         needs="sliding windows of at least 2 keys", _fits=lambda config: _has_windows(config, least=2),
         _cache=ShortRingCache),
     "experts-unnormalised": Bug(
-        sentence="Experts' shares are a softmax over all experts, and not over the chosen ones.",
+        sentence="Experts' shares are a softmax over all experts, and not only over the chosen ones.",
         first_step="expert_weights", needs="more experts than a token is sent to",
         _fits=lambda config: config.moe is not None and config.moe.num_experts_per_tok < config.moe.num_experts,
         _ops=UnnormalisedExperts),

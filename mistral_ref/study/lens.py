@@ -101,7 +101,7 @@ class LogitLens:
     names           the names of the R steps, in the order of the pass
     ids_RTN         the N likeliest next tokens, the likeliest first
     logprobs_RTN    their log-probabilities
-    final_RT        the log-probability at each step of one token: the token that is the likeliest at the last step
+    final_RT        at each step, the log-probability of the token that is the likeliest one at the last step
     pieces          token id -> piece, for the tokens of `ids_RTN`
     labels          the pieces of the T tokens
     """

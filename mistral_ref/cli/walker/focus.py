@@ -78,9 +78,10 @@ class Focus:
     def selected(self, text: str, most_axes: int, *, always: bool = False) -> Selected:
         """Return the part of the present value that the text and the focus choose together.
 
-        If the part has more than `most_axes` axes, one index is taken of a token, query or head axis that nobody chose:
-        the last token or query, or head 0. This is repeated while there are too many axes and such an axis is left.
-        With `always`, one index is also taken of a range that was chosen: its last token or query, or its first head.
+        The part may have more than `most_axes` axes. Then its token, query and head axes are reduced to one index, one
+        axis after the other, until the part has few enough axes. The index is the last token or query, or head 0. An
+        axis of which the text or the focus chose a range keeps this range. With `always` such an axis is reduced too,
+        after all other axes: to the last token or query of the range, or to its first head.
         """
         step = self.stepper.step
         chosen = self.selection(text, is_focused=True)
@@ -96,14 +97,17 @@ class Focus:
         return Selected(step.value[as_index(chosen, step.axes)], tuple(left), chosen, left, words)
 
     def pieces_along(self, axis: str) -> list[str]:
-        """Return the pieces along an axis of tokens or keys, else []. A key from before this pass is its position."""
+        """Return the pieces along an axis of tokens or keys, else []. A key of an earlier pass is named @position."""
         keys = self.stepper.step.key_positions
         if axis == "key" and keys is not None:
             return [*(f"@{position}" for position in range(keys.start, self.start)), *self.pieces][-len(keys) :]
         return self.pieces if axis in ("token", "query") else []
 
     def names_along(self, axis: str) -> list[str]:
-        """Return a name for each index of an axis: its piece, with a position if pieces repeat, or its number."""
+        """Return a name for each index of an axis: its piece, or its number if it has none.
+
+        A piece that occurs more than once is followed by its position.
+        """
         sizes = dict(zip(self.stepper.step.axes, self.stepper.step.value.shape, strict=True))
         pieces, times = self.pieces_along(axis), Counter(self.pieces_along(axis))
         first = self.start + len(self.pieces) - len(pieces)  # position of the first piece
@@ -111,6 +115,6 @@ class Focus:
         return named or [str(number) for number in range(sizes[axis])]
 
     def visible_keys(self) -> np.ndarray:
-        """Return for each number of the present scores or weights whether its query sees its key."""
+        """Return an array with the shape of the present scores or weights: True where the query sees the key."""
         step = self.stepper.step
         return np.broadcast_to(lens.visible_keys(step, self.model.config), step.value.shape)
