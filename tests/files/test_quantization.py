@@ -823,7 +823,7 @@ def test_a_header_of_the_largest_mixture_is_not_too_long_to_be_read() -> None:
     planned, end = list(plan(config, "int4", 0)), 0
     header: dict[str, Any] = {"__metadata__": plan_metadata(planned, "int4")}
     for tensor in planned:
-        begin, end = end, end + tensor.part.nbytes
+        begin, end = end, end + tensor.spec.nbytes
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
     assert len(header) > 3000
     assert len(json.dumps(header)) < MAX_JSON_BYTES
