@@ -27,7 +27,7 @@ from mistral_ref.errors import InputError, short_repr
 from mistral_ref.steps import Step
 from mistral_ref.walk import Walk
 
-DEFAULT_BOUND = 2000.0  # ulps, for the distance that all steps since the embedding have added
+DEFAULT_BOUND = 2000.0  # ulps, for the distance that all steps since the embedding have made together
 OWN_BOUND = 200.0  # ulps, for the distance that one step adds
 
 
@@ -37,7 +37,7 @@ class Difference:
 
     name            the step's name
     max_abs         the largest |a - b|; infinite if only one of the two is NaN, or if an infinity meets another value
-    max_rel         the largest |a - b| / max(|a|, |b|), at most 2 if both are finite; values of any size count alike
+    max_rel         the largest |a - b| / max(|a|, |b|); at most 2 if both are finite, whether they are large or small
     ulps            max_abs in float32 ulps of the reference's largest value
     worst           index of the largest difference; None if nothing differs
     first           index of the first element in memory order that differs by more than the bound; None if none does
@@ -78,7 +78,7 @@ def difference(
         raise InputError(f"bound is {short_repr(bound)}; expected a number of at least 0")
     if value.shape != reference.shape:
         raise InputError(f"{name} has shape {value.shape} in one pass and {reference.shape} in the other")
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities, and NaN bit patterns that processors warn about
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite values, and NaNs whose bits cause warnings
         ours, theirs = value.astype(np.float64), reference.astype(np.float64)
         distance = np.abs(ours - theirs)
     distance[(ours == theirs) | (np.isnan(ours) & np.isnan(theirs))] = 0.0
@@ -114,7 +114,7 @@ def step_difference(step: Step, reference: Step, bound: float) -> Difference:
     score of -inf and a weight of 0 in the other pass. Raises InputError if the last keys are at different positions.
     """
     value, expected = step.value, reference.value
-    if step.name in ("norm", "logits") and 1 in (len(value), len(expected)):  # many engines keep only the last token's
+    if step.name in ("norm", "logits") and 1 in (len(value), len(expected)):  # many engines keep only the last token
         value, expected = value[-1:], expected[-1:]
     keys, expected_keys = step.key_positions, reference.key_positions
     if keys is not None and expected_keys is not None and keys != expected_keys:
@@ -146,9 +146,10 @@ class Comparison(Sequence[Difference]):
     differences     one Difference for each shared step
     bound       a step departs if it lies more ulps than this from its reference
     unmatched   names of the steps that only one of the two passes holds
-    own         whether both passes went on from the same values at each step: each Difference is then the step's own
-    fixed       with `own`: names of the steps whose values could not be exchanged; the steps after them show their
-                difference too
+    own         whether both passes went on from the same values after each step; if so, each Difference holds only
+                what its step adds
+    fixed       with `own`: names of the steps whose values could not be exchanged; the steps after such a step show
+                its difference too
     rounding    how much more a value may differ by, as a share of its size, because a file stored it in 16 bits
     """
 
@@ -259,7 +260,7 @@ def compare_walks(
 ) -> Comparison:
     """Take two walks to their ends, side by side; return a Comparison of each step with the reference's step.
 
-    Only the differences are kept, so memory is enough for any two models.
+    Only the differences are kept, not the values of the steps, so they take little memory for models of any size.
 
     bound   in ulps; the default is 2000, or 200 with `own`
     own     at every step the reference takes over the value of `walk` and goes on from it. Each row then shows the

@@ -17,8 +17,8 @@ from mistral_ref.errors import ConfigError, Field, short_repr
 
 RowOrder = Literal["interleaved", "halves"]
 
-# Every published model is far below these. A larger number means a broken file. It is refused before anything is
-# allocated.
+# Every published model is far below these maxima. A larger number means that the file is broken. Such a file is refused
+# before any memory is allocated.
 MAX_VALUES = {
     "dim": 2**20,
     "n_layers": 2**10,
@@ -50,7 +50,7 @@ def checked_number(field: str, value: object, *, zero: bool = False) -> float:
     """Return `value` as a float if it is above 0 and finite; otherwise raise ConfigError. `zero` allows 0 too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(Field(field), f" is {short_repr(value)}; expected a number")
-    # Compared before it is converted: float() of a very large integer raises OverflowError.
+    # The value is compared before it is converted, because float() of a very large integer raises OverflowError.
     if not (0 <= value <= 1e30) or (value == 0 and not zero) or not math.isfinite(float(value)):
         bound = "of at least" if zero else "above"
         raise ConfigError(Field(field), f" is {short_repr(value)}; expected a finite number {bound} 0")
@@ -61,13 +61,13 @@ def checked_number(field: str, value: object, *, zero: bool = False) -> float:
 class Yarn:
     """YaRN: RoPE for longer texts than those that a model was first trained on (arXiv:2309.00071).
 
-    Consider how often a pair turns within `original_max_position_embeddings` positions. A pair that turns more than
-    `beta_fast` times keeps its frequency. For a pair that turns less than `beta_slow` times the frequency is divided by
-    `factor`. A linear ramp joins the two ranges. rope.py has the formulas.
+    RoPE turns pairs of numbers. Count the turns of a pair within `original_max_position_embeddings` positions. A pair
+    that turns more than `beta_fast` times keeps its frequency. For a pair that turns less than `beta_slow` times the
+    frequency is divided by `factor`. A linear ramp joins the two ranges. rope.py has the formulas.
 
     attention_factor    cosines and sines are multiplied by it; files/config_files.py computes it from mscale or
                         apply_scale
-    truncate            round the ends of the ramp outwards to whole pairs
+    truncate            whether the ends of the ramp are rounded outwards, to whole pairs
     """
 
     factor: float
@@ -143,7 +143,8 @@ class ModelConfig:
     rope_row_order      which rows of wq and wk form a pair: "interleaved" (0,1), (2,3), ... in Mistral's own files,
                         "halves" (0,K/2), (1,K/2+1), ... in Hugging Face's
     yarn, query_temperature, moe    None if the model does not have it
-    tied_embeddings     whether the embedding matrix is also the output matrix; an output matrix in the files wins
+    tied_embeddings     whether the embedding matrix is also the output matrix; if the files hold an output matrix
+                        all the same, that one is used
     max_seq_len         length of the longest sequence that the model is meant for; None if the files do not say it
 
     Raises ConfigError. The message names the field, its value and the expected value.

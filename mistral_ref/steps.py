@@ -92,7 +92,8 @@ def catalogue_of(config: ModelConfig) -> dict[str, StepKind]:
 def step_names(config: ModelConfig) -> Iterator[str]:
     """Yield the full name of every step of a pass in order: "embedding", "layers.0.attention_norm", ...
 
-    The names of "scores" and "attention_weights" are among them; a pass yields these only if attention is observed.
+    The names of "scores" and "attention_weights" are among them. A pass yields these two only if it is asked to,
+    by `observe_attention` in transformer.py.
     """
     block = (*_BLOCK, *(_ROUTING if config.moe else ()), *_FEED_FORWARD)
     yield "embedding"
@@ -111,11 +112,11 @@ class Step:
     sentence        what it means
     source          file and line that yielded it: "file:line"; "" outside a walk
     key_positions   for scores and attention_weights the positions of their keys, else None
-    fixed_by        why this value cannot be replaced; None if it can
+    fixed_by        the reason why this value cannot be replaced; None if it can be
     rounding        the largest relative error from storing the value in a file of 16 bits; 0 for a computed value
     """
 
-    # Set on the class, not for each step: `drain` makes many steps, and nobody looks at these attributes there.
+    # Set on the class, not for each step: a pass without a reader makes many steps, and nobody reads these attributes.
     source = ""
     fixed_by: str | None = None
     is_past = False  # the pass has gone on from here

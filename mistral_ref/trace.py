@@ -147,7 +147,8 @@ class Trace(Mapping[str, np.ndarray]):
                             file's metadata hold the order, as in files of `save`, this argument is ignored. None:
                             "interleaved"
 
-        Values in F64 and F32 stay mapped. Raises CheckpointError; the message names the file and the problem.
+        Values in F64 and F32 are not copied: they stay mapped from the file. Raises CheckpointError; the message
+        names the file and the problem.
         """
         if rope_row_order not in (None, "interleaved", "halves"):
             raise InputError(f"rope_row_order is {short_repr(rope_row_order)}; expected 'interleaved' or 'halves'")

@@ -28,9 +28,9 @@ from mistral_kernels.tile import tile
 
 TOGETHER = 24  # rows of a prompt that meet a key at the same time: few enough for the first cache
 SPLIT = 512  # keys in one piece of work, where there are few queries
-AHEAD = 8192  # bytes to prefetch ahead: one token uses keys and values as fast as memory delivers them
+AHEAD = 8192  # bytes to prefetch ahead: with one token, memory is the limit
 
-# Rows of a tile: the query heads of one token, or those of several, as many as the registers hold.
+# Numbers of rows in a tile. Few: the query heads of one token. Many: those of several tokens, as registers allow.
 FEW_ROWS, MANY_ROWS = 4, {16: 12, 8: 6, 4: 4}[LANES]
 
 HEADS_OUT = types.Array(types.float32, 3, "C")
@@ -135,8 +135,8 @@ def _attend(kind: str, n_rows: int) -> Any:
         """Take the queries first, ..., last - 1 through the keys at positions oldest, ..., newest - 1.
 
         q and heads are flat; their shape is H, G, K. For row (t - first) * H/G + r of the sums, m is the largest score,
-        total the sum of exp(score - m), and acc that of exp(score - m) v. They have the rows of whole tiles, as `work`
-        has, which is for scaled queries and scores.
+        total the sum of exp(score - m), and acc the sum of exp(score - m) v. `work` is room for the scaled queries and
+        the scores. The number of rows in acc and in `work` is rounded up to whole tiles.
         """
         k, v, k_scales, v_scales = panels
         m, total, acc = sums
@@ -181,7 +181,7 @@ def _thread_share(kind: str, n_rows: int) -> Any:
         q: Any, panels: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         heads: Any, n_splits: int, split: int, m: Any, total: Any, acc: Any, thread: int, n_threads: int,
     ) -> None:  # fmt: skip
-        """Do every n_threads-th piece of the work, or all pieces of every n_threads-th head, and put those together."""
+        """Do every n_threads-th piece; or all pieces of every n_threads-th head, and merge several."""
         n_tokens, n_heads, head_dim = q.shape
         shape = n_heads, n_kv_heads, head_dim
         flat_q, flat_heads, flat_acc = q.reshape(-1), heads.reshape(-1), acc.reshape(-1)
@@ -196,7 +196,7 @@ def _thread_share(kind: str, n_rows: int) -> Any:
             for piece in range(turn * n_together, (turn + 1) * n_together):
                 kept = piece if n_splits > 1 else thread
                 g, start = piece // (n_tiles * n_splits), segments[0, 2] + piece % n_splits * split
-                first = (n_tiles - 1 - piece // n_splits % n_tiles) * n_queries  # those with most keys come first
+                first = (n_tiles - 1 - piece // n_splits % n_tiles) * n_queries  # those that see most keys first
                 last = min(first + n_queries, n_tokens)
                 attend(
                     flat_q, shape, panels, n_blocks, segments, first_query, window, g, first, last,
@@ -222,13 +222,14 @@ def attention(kind: str, n_rows: int) -> Any:
 
     attention(q, k, v, k_scales, v_scales, n_kv_heads, n_blocks, segments, first_query, window, heads, n_threads)
 
-    kind            of the numbers in the store: "f32", "f16", "bf16", "int8"
+    kind            the kind of numbers in the store: "f32", "f16", "bf16", "int8"
     n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
 
     q, heads        (T, H, K) float32
     k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
     k_scales, v_scales    a PanelStore's, not read unless kind is "int8"
-    segments        (n, 3): first slot, slot past the last one, and position of the key in the first, oldest key first
+    segments        (n, 3): a row for each run of neighbouring slots, the oldest keys first. A row holds the first slot,
+                    the slot after the last one, and the position of the key in the first slot
     first_query     position of q[0]
     window          how many keys a query sees, itself included
     """
@@ -244,12 +245,12 @@ def attention(kind: str, n_rows: int) -> Any:
         n_queries = _queries_together(group)
         n_tiles = (n_tokens + n_queries - 1) // n_queries
         oldest, newest = segments[0, 2], first_query + n_tokens
-        # Few queries: their keys are split, and each piece keeps what it found. Many: all keys are one piece.
+        # Few queries: their keys are split, and each piece keeps its sums. Many queries: all keys are one piece.
         n_splits = (newest - oldest + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
         split = SPLIT if n_splits > 1 else newest - oldest
         panels = k, v, k_scales, v_scales
         n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, n_queries) * group
-        row_size = most_rows + 64  # no two threads write to one cache line, nor to the one that is fetched with it
+        row_size = most_rows + 64  # so no two threads write to one cache line, or to two that are fetched together
         m, total = np.empty((n_kept, row_size), np.float32), np.empty((n_kept, row_size), np.float32)
         in_tiles = (most_rows + n_rows - 1) // n_rows * n_rows
         acc = floats(n_kept * in_tiles * width).reshape((n_kept, in_tiles * width))
@@ -259,7 +260,7 @@ def attention(kind: str, n_rows: int) -> Any:
                 0, 1,
             )  # fmt: skip
         else:
-            for index in numba.prange(n_threads):  # unsigned numbers, which become floats beside signed ones
+            for index in numba.prange(n_threads):  # `index` is unsigned; with a signed number it would give floats
                 do_share(
                     q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total,
                     acc, numba.intp(index), n_threads,

@@ -1,9 +1,10 @@
 """How every kernel here is compiled: once for this machine, before it is first called, and kept on disk.
 
-Numba keeps compiled functions on disk, with three gaps. It does not notice a change in another file that a function
-calls. The variants that one factory makes share a file. Inner functions get the same symbol in different processes, so
-code loaded from two processes mixes. Therefore names here carry all that kernels differ in: the variant, and a
-fingerprint of this package's sources, the width of vectors, the caches and the processor.
+Numba keeps compiled functions on disk, but it has three faults. If a function calls another file and that file changes,
+Numba does not notice it. All variants that one factory makes go to the same file on disk. Inner functions get the same
+symbol in different processes, so code that two processes have compiled is mixed up when it is loaded. Therefore the
+name of each function here says all that kernels differ in: the variant, and a fingerprint, that is, a hash of this
+package's sources, the width of vectors, the caches and the processor.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from mistral_kernels.caches import data_caches
 from mistral_kernels.instructions import LANES
 
 # No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so a kernel gives the same bits on
-# any number of threads. Not even "contract": with it LLVM chooses which of two products a sum is fused with. Copies of
-# one function in two kernels would then differ, and a process calls one or the other by whether it compiled or read
-# them.
+# any number of threads. Its part "contract" is off too: with it LLVM chooses which of two products a sum is fused with.
+# Copies of one function in two kernels might then differ. Which copy a process calls depends on whether it compiled the
+# kernels or read them from the disk, so results would depend on that too.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 
 
@@ -43,7 +44,7 @@ _FINGERPRINT = _fingerprint()
 
 
 def _named(function: Callable[..., Any], variant: tuple[object, ...]) -> Callable[..., Any]:
-    """Put variant and fingerprint into the name that a function's symbol and its file on disk are made of."""
+    """Put variant and fingerprint into a function's name. Numba makes its symbol and its file from this name."""
     function.__qualname__ = "_".join([function.__name__, *map(str, variant), _FINGERPRINT])
     return function
 
@@ -72,10 +73,10 @@ def _warn_once(message: str) -> None:
 
 
 class _KernelCache(FunctionCache):
-    """Numba's cache of compiled functions. Where it fails, kernels are compiled."""
+    """Numba's cache of compiled functions. If it cannot be read, kernels are compiled again."""
 
     def _index_key(self, signature: object, codegen: Any) -> object:
-        # Numba's key has a hash of what a function's closure holds, which differs from one process to the next.
+        # Numba's own key has a hash of the values in a function's closure, and each process gets another hash.
         return signature, codegen.magic_tuple(), _FINGERPRINT
 
     def load_overload(self, signature: object, target_context: object) -> object:
@@ -83,7 +84,7 @@ class _KernelCache(FunctionCache):
             found = super().load_overload(signature, target_context)
         except Exception:
             found = None
-            self._try(self.flush)  # an index that cannot be read cannot be added to either
+            self._try(self.flush)  # makes a new index: a broken one can take no new entries
         if found is None:
             _warn_once("compiling kernels not used on this machine before: up to a minute, and once")
         return found
@@ -102,9 +103,9 @@ class _KernelCache(FunctionCache):
 def part(*variant: object, borrows: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Return the decorator for a part: a function that is compiled into each kernel that calls it.
 
-    variant     what the part depends on beside its own text: all arguments of the factory around it
-    borrows     the part makes no arrays, returns none, and calls nothing that does. It then counts no references to its
-                caller's arrays; counting takes longer than the arithmetic of a few dozen numbers
+    variant     all arguments of the factory around the part: what the part depends on besides its own source
+    borrows     True for a part that makes no arrays, returns none, and calls nothing that does. Such a part counts no
+                references to its caller's arrays. Counting would take longer than computing with a few dozen numbers
     """
     options = _OPTIONS | {"_nrt": False} if borrows else _OPTIONS
 
@@ -115,7 +116,7 @@ def part(*variant: object, borrows: bool = False) -> Callable[[Callable[..., Any
 
 
 def kernel(signature: object, *variant: object, parallel: bool = True) -> Callable[[Callable[..., Any]], Any]:
-    """Return the decorator that compiles a function for one signature, now, or takes it from the cache.
+    """Return the decorator that at once compiles a function for one signature, or reads it from the cache.
 
     `variant` is as in `part`. With an explicit signature a call with other types is an error instead of a second
     compilation.

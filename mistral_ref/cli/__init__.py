@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except OSError as error:
-        # Standard output is closed or full. Python flushes it at exit: without this line it would print an error then.
+        # Standard output is closed or full. Python flushes it at exit, and without this line that would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # a reader such as `head` may stop early: this is no error
             print(f"mistral-ref: {error}", file=sys.stderr)

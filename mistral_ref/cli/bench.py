@@ -32,7 +32,7 @@ Measure how many tokens per second a model processes on this machine. There are
 two kinds of tests, as in llama-bench:
   pp512    prompt processing: 512 tokens, 512 at a time
   tg128    text generation: 128 tokens, one at a time
-With "@ d4096" in its name a test begins after 4096 other tokens.
+A test with "@ d4096" in its name begins after 4096 other tokens.
 
 Tokens are random; tokenizer and sampling are not measured. Each test runs once
 as a warm-up, and then several times. The table shows the mean and the standard
@@ -54,7 +54,8 @@ examples:
   mistral-ref bench --quick --model DIR
   # random weights in the shape of a published model; nothing is downloaded
   mistral-ref bench --shape mistral-7b --layers 8
-  # generation at three depths: beyond its window a model gets no slower
+  # generation after 0, 4096 and 8192 tokens: beyond its window a model gets no
+  # slower
   mistral-ref bench --shape mistral-7b -p 0 -n 32 -d 0,4096,8192
   mistral-ref bench --model DIR -o json > results.json
 """
@@ -165,7 +166,7 @@ def _add_test_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, and print the results."""
-    # Imported here and in the functions below, since it starts Numba and --help does not need it.
+    # Imported here and in the functions below: the import starts Numba, and --help does not need Numba.
     from mistral_ref.measure import benchmark, machine, speed  # noqa: PLC0415
 
     if arguments.quick:

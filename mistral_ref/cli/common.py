@@ -123,7 +123,7 @@ def progress_bar(description: str, *, is_long: bool) -> Iterator[Bar | None]:
     if not is_long or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
-    # Imported here, since it takes a tenth of a second and --help and short prompts do not need it.
+    # Imported here: the import takes a tenth of a second, and --help and short prompts do not need it.
     import rich.console  # noqa: PLC0415
     import rich.progress  # noqa: PLC0415
 

@@ -64,8 +64,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--own",
         action="store_true",
-        help="after every step B takes over A's value, so that a row shows only the difference that this step adds; "
-        "NumPy computes the values unless --backend chooses another",
+        help="after every step B takes over A's value, so that the row of a step shows only the difference that this "
+        "step adds; NumPy computes the values unless --backend chooses numba",
     )
     parser.add_argument(
         "--bound",
@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
         bound = {} if arguments.bound is None else {"bound": arguments.bound}
         ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
         comparison = ours.compare(theirs, **bound)
-    arguments.status = 1 if comparison.departed else 0  # before printing: a reader such as `head` may stop early
+    arguments.status = 1 if comparison.departed else 0  # set before printing: `head` may close the output
     print(comparison.text(every=arguments.all))
     if arguments.broken and not comparison.departed and BUGS[arguments.broken].shows:
         print(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")

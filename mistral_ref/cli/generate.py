@@ -133,9 +133,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:
-    """Print how long loading and generating took, to standard error; `at` is when they began and ended.
+    """Print to standard error how long loading and generating took.
 
-    Its times are: the start, the model is loaded, the first token, the end.
+    `at` holds four times: of the start, of the end of loading, of the first token, and of the end.
     """
     load_s, first_s, rest_s = (later - earlier for earlier, later in pairwise(at))
     rest = f"{count - 1} tokens in {rest_s:.3f} s, {(count - 1) / rest_s:.1f} tokens/s" if count > 1 else "no tokens"

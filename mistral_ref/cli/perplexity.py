@@ -43,8 +43,8 @@ without --stride
   the perplexity falls. But it takes more time: the text goes through the model
   N/S times. N/2 is a usual stride. If S is N, windows do not overlap, and the
   first token of each window is not scored.
-  Hugging Face's recipe for perplexity has the same windows. Its mean counts
-  one token too few for each window that overlaps the one before it.
+  Hugging Face's recipe for perplexity has the same windows. But in its
+  mean it counts one token too few for each window that overlaps the one before.
 
 Bits per byte can be compared between tokenizers too. They are printed if all
 of the text is scored: with a stride less than N and without --max-tokens.

@@ -63,8 +63,8 @@ depends on -o:
         action="append",
         metavar="STEP",
         help='name or glob of steps whose values are kept, such as "layers.*.heads"; the option may be given several '
-        "times. Of the other steps a page shows statistics and a small picture (default: all steps; if a page would be "
-        "too large, only the steps that fit, attention weights first)",
+        "times. For the other steps a page shows statistics and a small picture (default: all steps; if a page would "
+        "be too large, only the steps that fit, attention weights first)",
     )
     parser.add_argument("--no-cost", action="store_true", help="for a page: do not measure how long each step takes")
     add_last_option(parser)

@@ -22,11 +22,11 @@ from mistral_ref.files.json_file import read_json
 from mistral_ref.files.tensor_file import Tensor, open_with_metadata
 from mistral_ref.files.tensor_names import is_unused, mistral_name, other_component
 
-# Several times the number in the largest model. A tensor takes more bytes in memory than its entry takes in a file,
-# so a hostile file could use up the memory.
+# The largest model has several times fewer tensors. Without a limit a hostile file could use up the memory, because a
+# tensor's object takes more bytes in memory than the tensor's entry takes in the file.
 _MAX_TENSORS = 8_000
 
-# In order of preference. Each layout comes in one file, or in shards with an index.
+# The first of these that a directory holds is read. Each layout comes in one file, or in shards with an index.
 _FILES = tuple(f"{stem}.safetensors{ending}" for stem in ("consolidated", "model") for ending in ("", ".index.json"))
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
@@ -103,7 +103,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """Return the paths of the files to open, and the index's map from tensor to file name (None without an index)."""
-    names = [name for name in _FILES if os.path.lexists(directory / name)]  # opening a broken link raises later
+    names = [name for name in _FILES if os.path.lexists(directory / name)]  # a broken link too: opening it raises
     if not names:
         found = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".safetensors", *_PICKLES)]
         raise CheckpointError(

@@ -6,13 +6,13 @@ experts. The embedding and the head are rounded if their options say so. roundin
 The new directory holds one file of weights, under Mistral's own names and with the rows of wq and wk in Mistral's own
 order:
 
-    NAME.weight     the codes in tile order, uint8; for a matrix that is not rounded its weights
+    NAME.weight     the codes in tile order, uint8; if the matrix is not rounded, its weights as they were
     NAME.scales     scales and zeros, uint8
     units           the unit of each quantized matrix, float32, in the order of the metadata
 
-The file's metadata hold the version of this format, the bits of each matrix, and the group size
-(quantized_format.py). The directory also gets a copy of every small file of the old directory: configuration,
-tokenizer, licence.
+The file's metadata hold the version of this format, the bits of each matrix, and the group size;
+quantized_format.py defines them. The directory also gets a copy of every small file of the old directory:
+configuration, tokenizer, licence.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _copy_small_files(source: Path, directory: Path) -> None:
 
 
 def _interleaved(matrix: Matrix, config: ModelConfig) -> np.ndarray | None:
-    """Return for each row of wq or wk in Mistral's own order its number in the checkpoint; None if no row moves."""
+    """Return the rows of wq or wk in Mistral's own order, as row numbers in the checkpoint; None if no row moves."""
     if config.rope_row_order == "interleaved" or not matrix.name.endswith((".wq", ".wk")):
         return None
     rows = np.arange(matrix.shape[0]).reshape(-1, 2, config.head_dim // 2)

@@ -31,7 +31,7 @@ _SEED = 0
 
 
 class SpeedTest(NamedTuple):
-    """One test: n tokens after `depth` others. They are a prompt, or are generated one at a time."""
+    """One test: n tokens after `depth` others. The n tokens are a prompt, or are generated one at a time."""
 
     n_prompt: int
     n_gen: int
@@ -113,8 +113,8 @@ class SpeedResult:
 def work_of(model: Model, test: SpeedTest, cache_dtype: str) -> tuple[int, int]:
     """Return how many FLOP a run needs, and how many bytes it reads and writes at least; see cost.py.
 
-    For a prompt, norm and logits are counted for one token of each chunk. For generation, each token is counted with
-    as many tokens before it as the token in the middle of the run has.
+    For a prompt, norm and logits are counted for one token of each chunk. For generation, every token is counted as
+    if it were the one in the middle of the run, that is, with as many tokens before it.
     """
 
     def costs(n_tokens: int, start: int) -> list[StepCost]:
@@ -147,7 +147,7 @@ def measure_speed(
     repeats         how many runs of each test are measured
     read, peak      the limits in GB/s and in GFLOP/s, made by benchmark.py
     cache_dtype     the dtype of keys and values in the cache; None: the cache's default
-    seconds         about how long the runs of one test may take: if a run is long, there are fewer, but at least one
+    seconds         about how long all runs of one test may take; if runs are long, fewer are measured, but at least one
     warm_up         whether each test first runs once without being measured
     progress        called with a text that says what is about to happen
     """

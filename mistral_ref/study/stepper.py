@@ -41,8 +41,8 @@ class Stepper:
     index       the index, in `names`, of the step at which the Stepper stands
     step        this step, with the edits applied
     edits       the changes so far, in the order in which they were made
-    rms         step name -> root mean square, for the steps of the residual stream, and those added to it, that the
-                walk has passed
+    rms         step name -> root mean square of its value; it holds the steps of the residual stream and the steps that
+                are added to it, as far as the walk has come
 
     With a cache the pass starts after the tokens in it. The pass is never finished, so the cache does not change.
     """
@@ -74,7 +74,7 @@ class Stepper:
                     self.step, self.index = step, index
                 if progress:
                     progress(self._taken, index + 1)
-        except BaseException:  # Ctrl-C within a step: this walk cannot go on, and the Stepper stays at its old step
+        except BaseException:  # such as Ctrl-C: this walk cannot go on, so the Stepper stays at its old step
             self._walk = None
             raise
         return self.step
@@ -91,8 +91,8 @@ class Stepper:
     def find(self, text: str) -> int:
         """Return the index of the step that a text means.
 
-        The text is a step's name ("layers.3.q"), the short name of a step in the present layer ("q"), the number of a
-        layer, which means its first step ("3"), or a glob, which means the next step that matches ("*.heads").
+        The text is one of these: a step's name ("layers.3.q"); the short name of a step in the present layer ("q"); the
+        number of a layer ("3"), which means its first step; a glob ("*.heads"), which means the next step that matches.
 
         Raises InputError if the text means no step.
         """
@@ -140,7 +140,7 @@ class Stepper:
 
     def logits(self, *, edited: bool = True) -> np.ndarray:
         """Return the logits (T, V) of the pass, with the edits or without them."""
-        self._walk = None  # a cache serves one pass at a time
+        self._walk = None  # a cache serves one pass at a time, so the old one ends
         with self._new_walk(self.cache, edited=edited) as walk:
             return next(step.value for step in walk if step.name == "logits")
 
