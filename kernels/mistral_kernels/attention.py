@@ -181,7 +181,10 @@ def _thread_share(kind: str, n_rows: int) -> Any:
         q: Any, panels: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
         heads: Any, n_splits: int, split: int, m: Any, total: Any, acc: Any, thread: int, n_threads: int,
     ) -> None:  # fmt: skip
-        """Do every n_threads-th piece; or all pieces of every n_threads-th head, and merge several."""
+        """Do one thread's pieces of the work: every n_threads-th piece, or all pieces of every n_threads-th head.
+
+        In the second case, merge the pieces of a head if its keys are split.
+        """
         n_tokens, n_heads, head_dim = q.shape
         shape = n_heads, n_kv_heads, head_dim
         flat_q, flat_heads, flat_acc = q.reshape(-1), heads.reshape(-1), acc.reshape(-1)
