@@ -59,9 +59,13 @@ CLEAR = 1e-4  # the choice of an expert that rounding does not decide, as a part
 
 
 @st.composite
-def wide_configs(draw: st.DrawFn) -> ModelConfig:
-    """Draw a configuration some of whose widths are more than a vector or a panel, and multiples of nothing."""
-    widths = {name: draw(st.integers(1, 140)) for name in ("dim", "hidden_dim", "vocab_size")}
+def wide_configs(draw: st.DrawFn, least: int = 1) -> ModelConfig:
+    """Draw a configuration some of whose widths are more than a vector or a panel, and multiples of nothing.
+
+    Ulps are those of the largest value of a step. Where a step has few values, all may be small because sums cancel,
+    and a right value may then be many ulps away. Tests that count ulps draw widths of 8 at least, and 8 tokens.
+    """
+    widths = {name: draw(st.integers(least, 140)) for name in ("dim", "hidden_dim", "vocab_size")}
     return draw(configs(max_window=30)).replace(head_dim=2 * draw(st.integers(1, 20)), **widths)
 
 
@@ -492,7 +496,7 @@ def test_every_step_with_inputs_in_bf16_stays_close_to_the_oracle(family: object
 @pytest.mark.slow
 @pytest.mark.parametrize("repack", [False, *slow([True])])
 @settings(max_examples=30)
-@given(wide_configs(), st.integers(1, 40))
+@given(wide_configs(least=8), st.integers(8, 40))
 def test_every_step_of_any_configuration_with_inputs_in_bf16(repack: bool, config: ModelConfig, n_tokens: int) -> None:
     """Rows of an odd length among them, which are not taken as pairs."""
     model, oracle = (rounding_model(config, backend, repack=repack) for backend in ("numba", "oracle"))
@@ -587,14 +591,11 @@ def test_every_step_with_quantized_weights_stays_close_to_the_oracle(
 
 @pytest.mark.parametrize("group_size", [32, *slow([64, 128])])
 @settings(max_examples=30)
-@given(wide_configs(), st.integers(8, 40), st.sampled_from([8, 4]), st.booleans())
+@given(wide_configs(least=8), st.integers(8, 40), st.sampled_from([8, 4]), st.booleans())
 def test_every_step_of_any_configuration_with_quantized_weights(
     group_size: int, config: ModelConfig, n_tokens: int, bits: int, is_int8: bool
 ) -> None:
-    """Of a step of few numbers all may be small where sums cancel, and ulps are those of the largest: hence the slack,
-    some tokens, and a width of 8 at least.
-    """
-    config = config.replace(dim=max(config.dim, 8))
+    """Sums cancel in random models more than in trained ones: hence the slack."""
     model, oracle = (
         quantized_model(config, bits, "int8" if is_int8 else "int16", backend, group_size=group_size)
         for backend in ("numba", "oracle")
