@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.cli.common import progress_bar
 from mistral_ref.errors import checked_int
 from mistral_ref.model import Model, Prompt
 from mistral_ref.study.broken import BUGS, broken
+
+_NAME_WIDTH = max(map(len, BUGS)) + 2
 
 
 def add_last_option(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +36,17 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_broken_option(parser: argparse.ArgumentParser, which: str) -> None:
-    """Add the option that plants a bug."""
-    names = " ".join(f"{name}: {bug.sentence}" for name, bug in BUGS.items())
+    """Add the option that plants a bug, and a list of the bugs to the help text."""
     parser.add_argument(
         "--broken",
         metavar="BUG",
-        help=f"plant a bug in {which} to see what it does; NumPy computes the values then. BUG is one of "
-        f"these names; a sentence after each says what is wrong then. {names}".replace("%", "%%"),
+        help=f"plant a bug in {which} to see what it does; NumPy computes the values then; the bugs are listed below",
     )
+    bugs = (
+        textwrap.fill(bug.sentence, 80, initial_indent=name.ljust(_NAME_WIDTH), subsequent_indent=" " * _NAME_WIDTH)
+        for name, bug in BUGS.items()
+    )
+    parser.add_argument_group("bugs that --broken can plant", "\n".join(bugs))
 
 
 def maybe_broken(model: Model, bug: str | None) -> Model:
