@@ -110,7 +110,7 @@ def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]
         "stored as": ", ".join(f"{dtype} ({n:,})" for dtype, n in stored.most_common() if n),
         "bits a weight": f"{n_bits / n_weights:.2f}",
         "tied embeddings": "no" if "output.weight" in checkpoint.tensors else "yes",
-        "left aside": f"{len(checkpoint.skipped)} tensors",
+        "ignored": f"{len(checkpoint.ignored)} tensors",
     }
 
 
@@ -144,7 +144,7 @@ def hugging_name(name: str, tensor: Tensor, checkpoint: Checkpoint) -> str:
 def print_tensors(checkpoint: Checkpoint) -> None:
     """Print every tensor: both names, dtype, shape and file."""
     named = [(name, hugging_name(name, tensor, checkpoint), tensor) for name, tensor in checkpoint.tensors.items()]
-    named += [("(left aside)", tensor.name, tensor) for tensor in checkpoint.skipped]
+    named += [("(ignored)", tensor.name, tensor) for tensor in checkpoint.ignored]
     rows = [
         (own, theirs, tensor.dtype, "x".join(map(str, tensor.shape)), tensor.path.name) for own, theirs, tensor in named
     ]

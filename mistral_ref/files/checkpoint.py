@@ -40,7 +40,7 @@ class Checkpoint:
     files       paths of the files that were opened
     tensors     each Tensor by Mistral's own name; the Tensor keeps the name that it has in its file
     row_order   which rows of wq and wk form RoPE's pairs; it follows from the layout of the tensors' names
-    skipped     tensors of other parts of the model (vision), and tensors that the forward pass does not use
+    ignored     tensors of other parts of the model (vision), and tensors that the forward pass does not use
     metadata    the entries of "__metadata__" of all files
     """
 
@@ -48,7 +48,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
     row_order: RowOrder
-    skipped: tuple[Tensor, ...]
+    ignored: tuple[Tensor, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -65,7 +65,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     paths, expected = _choose_files(directory)
     tensors: dict[str, Tensor] = {}
-    skipped: list[Tensor] = []
+    ignored: list[Tensor] = []
     own_names = 0
     metadata: dict[str, str] = {}
     for path in paths:
@@ -75,7 +75,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             if expected is not None and expected.pop(tensor.name, path.name) != path.name:
                 raise CheckpointError(f"{path}: {short_repr(tensor.name)} is in another file according to the index")
             if other_component(tensor.name) or is_unused(tensor.name):
-                skipped.append(tensor)
+                ignored.append(tensor)
                 continue
             name = mistral_name(tensor.name)
             if name is None:
@@ -95,10 +95,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(
             f"{directory}: {own_names} of {len(tensors)} tensors have Mistral's own names, the others Hugging Face's"
         )
-    if parts := sorted({part for tensor in skipped if (part := other_component(tensor.name))}):
+    if parts := sorted({part for tensor in ignored if (part := other_component(tensor.name))}):
         warn(f"{directory}: only the text model is read, not {', '.join(parts)}")
     row_order: RowOrder = "interleaved" if own_names else "halves"
-    return Checkpoint(directory, tuple(paths), tensors, row_order, tuple(skipped), metadata)
+    return Checkpoint(directory, tuple(paths), tensors, row_order, tuple(ignored), metadata)
 
 
 def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -113,7 +113,7 @@ def test_info_counts_and_names_what_is_in_the_files(tmp_path: Path) -> None:
     write_hf(tmp_path / "wrapped", FAMILIES["ministral3"], wrapper="v5")
     done = run("info", "--model", tmp_path / "wrapped", "--tensors")
     assert_complains(done.stderr, tmp_path / "wrapped", "vision_tower")
-    assert "(left aside)" in done.stdout
+    assert "(ignored)" in done.stdout
     assert "model.language_model.layers.0.self_attn.q_proj.weight" in done.stdout
 
 

@@ -524,7 +524,7 @@ def test_what_the_forward_pass_has_no_use_for_is_left_aside(write: Write, unused
     added = {unused.format(layer): ("F32", np.full(7, np.nan, np.float32)) for layer in range(BLOCKS.config.n_layers)}
     write_tensor_file(file, tensors_in(file) | added)
     np.testing.assert_array_equal(load(tmp_path).forward(TOKENS), expected)
-    assert {tensor.name for tensor in open_checkpoint(tmp_path).skipped} == set(added)
+    assert {tensor.name for tensor in open_checkpoint(tmp_path).ignored} == set(added)
 
 
 # -------------------------------------------------------------------------------------------------------------- tying

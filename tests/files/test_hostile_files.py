@@ -144,7 +144,7 @@ def beside(filler: str) -> Files:
 
 
 def with_scale(scale: dict[str, object], data: bytes) -> Files:
-    """The fp8 model with another scale, in front of all; the old one is left aside."""
+    """The fp8 model with another scale, in front of all; the old one is ignored."""
     header, rest = header_of(valid("consolidated")[WEIGHTS])
     for entry in header.values():
         entry["data_offsets"] = [offset + len(data) for offset in entry["data_offsets"]]
@@ -177,7 +177,7 @@ COSTLY: dict[str, Callable[[], Files]] = {
     "metadata": lambda: weights({"__metadata__": {f"{i:x}": "" for i in range(40_000)}}),
     "tensors": lambda: names("layers.%d.a.weight", 5_500),
     "too many tensors": lambda: names("%d", 6_800),
-    "tensors left aside": lambda: names("%d.qscale_act", 6_600),
+    "tensors ignored": lambda: names("%d.qscale_act", 6_600),
     "tensors of the vision tower": lambda: names("vision_tower.%d", 6_600),
     "shards": lambda: shards(12, 5_000),
     "shards that are not there": lambda: {

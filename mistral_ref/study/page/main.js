@@ -41,7 +41,7 @@ function go(patch) {
   draw();
 }
 
-// What the address says; anything that does not exist there is left aside.
+// What the address says; anything that does not exist there is ignored.
 function readAddress() {
   const [view, name, layer, head, token] = location.hash.slice(1).split("/");
   const whole = (text, size) => (/^\d+$/.test(text ?? "") && Number(text) < size ? Number(text) : undefined);
