@@ -97,16 +97,24 @@ def short_repr(value: object) -> str:
     return re.sub(r"\s*\n\s*", " ", _repr.repr(value))  # NumPy shows arrays on several lines
 
 
+def escaped(text: str) -> str:
+    r"""Return a text in which every character can be printed: others become escapes, line breaks too.
+
+    >>> escaped("\x1b[2J\n")
+    '\\x1b[2J\\n'
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def printable(text: str) -> str:
     r"""Return text from outside, for example another library's message, made safe for a message of ours.
 
-    Characters that cannot be printed are escaped, line breaks too. At most 200 characters are kept.
+    It is escaped as by `escaped`. At most 200 characters are kept.
 
     >>> printable("unknown variant `\x1b[2J\n`")
     'unknown variant `\\x1b[2J\\n`'
     """
-    kept = text if len(text) <= 200 else f"{text[:197]}..."
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in kept)
+    return escaped(text if len(text) <= 200 else f"{text[:197]}...")
 
 
 def checked_int(name: str, value: object, least: int, most: int | None = None) -> int:

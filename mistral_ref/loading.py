@@ -93,11 +93,12 @@ def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceToken
     eos_ids = read_eos_ids(directory)
     if eos_ids and max(eos_ids) >= config.vocab_size:
         raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
-    if find_tokenizer(directory) is None:
+    path = find_tokenizer(directory)
+    if path is None:
         if others := [name for name in OTHER_FORMATS if (directory / name).exists()]:
             warn(f"{directory}: holds {others[0]}; only SentencePiece can be read, so prompts must be token ids")
         return None, eos_ids
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces; "

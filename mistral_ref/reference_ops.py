@@ -93,7 +93,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def _blocks(n: int, row_elements: int, most_elements: int) -> Iterator[slice]:
+def blocks(n: int, row_elements: int, most_elements: int) -> Iterator[slice]:
     """Yield slices of range(n). The rows of one slice have at most `most_elements` elements, or it is one row."""
     step = max(1, most_elements // row_elements)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
@@ -174,7 +174,7 @@ class ReferenceOps:
             x_TI = bf16_values(bf16_bits(x_TI)).astype(self.dtype)
         # y = x · weightᵀ
         y_TO = np.empty((len(x_TI), n_out), self.dtype)
-        for rows in _blocks(n_out, n_in, _WIDENED_ELEMENTS):
+        for rows in blocks(n_out, n_in, _WIDENED_ELEMENTS):
             y_TO[:, rows] = x_TI @ weight_OI.rows(rows, self.dtype).T
         return y_TO
 
@@ -237,19 +237,19 @@ class ReferenceOps:
         # heads[t,h] = sum over s of softmax(score)[h,t,s] v[s,g]
         k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))
         queries_T, keys_S = np.array(view.query_positions), np.array(view.key_positions)
-        blocks = list(_blocks(len(q_THK), q_THK.shape[1] * len(keys_S), _SCORE_ELEMENTS))
+        slices = list(blocks(len(q_THK), q_THK.shape[1] * len(keys_S), _SCORE_ELEMENTS))
 
         def block_scores(rows: slice) -> np.ndarray:
             return self.scores(q_THK[rows], k_SGK, attends(queries_T[rows, np.newaxis], keys_S, view.window))
 
         if observed is None:
-            return np.concatenate([self.gather(softmax(block_scores(rows)), v_SGK) for rows in blocks])
+            return np.concatenate([self.gather(softmax(block_scores(rows)), v_SGK) for rows in slices])
         # The blocks and their memory order are the same as above, so every number comes from the same additions.
-        scores_HTS = np.concatenate([block_scores(rows) for rows in blocks], axis=1)
+        scores_HTS = np.concatenate([block_scores(rows) for rows in slices], axis=1)
         scores_HTS = yield observed("scores", scores_HTS, view.key_positions)
-        parts = [softmax(np.ascontiguousarray(scores_HTS[:, rows])) for rows in blocks]
+        parts = [softmax(np.ascontiguousarray(scores_HTS[:, rows])) for rows in slices]
         weights_HTS = yield observed("attention_weights", np.concatenate(parts, axis=1), view.key_positions)
-        return np.concatenate([self.gather(np.ascontiguousarray(weights_HTS[:, rows]), v_SGK) for rows in blocks])
+        return np.concatenate([self.gather(np.ascontiguousarray(weights_HTS[:, rows]), v_SGK) for rows in slices])
 
     def scores(self, q_BHK: np.ndarray, k_SGK: np.ndarray, visible_BS: np.ndarray) -> np.ndarray:
         """Return q[b, h] · k[s, h // (H/G)] / sqrt(K) as (H, B, S), -inf where query b does not see key s.

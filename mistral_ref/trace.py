@@ -18,7 +18,7 @@ from mistral_ref.compare import DEFAULT_BOUND, Comparison, step_difference
 from mistral_ref.config import RowOrder
 from mistral_ref.display import steps_html
 from mistral_ref.errors import InputError, printable, short_repr
-from mistral_ref.files.dump import FORMAT, read_dump, step_order, tokens_of
+from mistral_ref.files.dump import FORMAT, checked_row_order, read_dump, step_order, tokens_of
 from mistral_ref.files.tensor_file import write_tensor_file
 from mistral_ref.steps import CATALOGUE, Step
 
@@ -150,9 +150,7 @@ class Trace(Mapping[str, np.ndarray]):
         Values in F64 and F32 are not copied: they stay mapped from the file. Raises CheckpointError; the message
         names the file and the problem.
         """
-        if rope_row_order not in (None, "interleaved", "halves"):
-            raise InputError(f"rope_row_order is {short_repr(rope_row_order)}; expected 'interleaved' or 'halves'")
-        found = read_dump(Path(path), rope_row_order)
+        found = read_dump(Path(path), checked_row_order(rope_row_order))
         return cls(found.steps, found.tokens, found.pieces, start=found.start, made_by=found.made_by)
 
     def __repr__(self) -> str:

@@ -202,7 +202,7 @@ class Weights:
 
 
 def weights_of(tensors: Mapping[str, Any], config: ModelConfig) -> Weights:
-    """Return the Weights of a model. `tensors` maps each name of config.tensor_shapes to a Matrix or a norm's (D,)."""
+    """Return the Weights of a model. `tensors` maps each name of `tensor_shapes` to a Matrix or a norm's (D,)."""
 
     def network(name: str) -> FeedForward:
         return FeedForward(*(tensors[f"{name}.{which}.weight"] for which in ("w1", "w2", "w3")))

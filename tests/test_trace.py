@@ -590,7 +590,7 @@ def test_a_head_of_an_odd_width_has_no_halves(kind: str, tmp_path: Path) -> None
         *("layers.0.Q", "q", " embedding", "embeddings", "layers.0.embedding", "layers.0.norm", "\x1b[2J"),
     ],
 )
-def test_names_that_are_no_steps_are_left_aside(name: str, tmp_path: Path) -> None:
+def test_names_that_are_no_steps_are_ignored(name: str, tmp_path: Path) -> None:
     header, data = tensors_of(x=(1, 1, 2), embedding=(1, 2))
     (tmp_path / "t").write_bytes(tensor_file({name: header["x"], "embedding": header["embedding"]}, data))
     with warned(tmp_path / "t", 1, repr(name)):

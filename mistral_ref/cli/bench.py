@@ -181,7 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model = _synthetic(arguments)
     throttled = machine.throttle_count()
     model, started = _started(arguments, n_tokens)
-    n_threads = _threads_of(model, arguments)
+    n_threads = chosen_threads(model.ops.threads)
     n_bytes = sum(matrix.nbytes for matrix in matrices(model.weights))
     total, counter = sum(bool(test.depth) + 1 + arguments.repetitions for test in tests), itertools.count()
     with progress_bar("measuring", is_long=True) as bar:
@@ -277,10 +277,6 @@ def _started(arguments: argparse.Namespace, n_tokens: int) -> tuple[Model, dict[
         first_token = time.perf_counter()
         model.forward([0, 0], last_only=True)  # several tokens need other kernels than one token
     return model, {"load_s": loaded - start, "first_token_s": first_token - loaded, "compile_s": sum(compiling)}
-
-
-def _threads_of(model: Model, arguments: argparse.Namespace) -> int:
-    return chosen_threads(model.ops.threads)
 
 
 def _record(result: SpeedResult, about: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:

@@ -42,13 +42,7 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
         help="what computes the values: numba uses compiled kernels, numpy uses the plain mathematics "
         f"(default: {backend or 'numba'})",
     )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="number of threads (default: the environment variable MISTRAL_REF_THREADS, or one thread for each "
-        "physical performance core)",
-    )
+    add_threads_option(parser)
     parser.add_argument(
         "--repack",
         action="store_true",
@@ -69,6 +63,17 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
         "bits: int16 (the default), int8 (faster, less exact), or float (no rounding; needs --backend numpy). For bf16 "
         "weights: bfloat16 (default: no rounding); results are less exact, and prompts twice as fast on AMD processors "
         "with AVX512_BF16",
+    )
+
+
+def add_threads_option(parser: argparse.ArgumentParser, whose: str = "") -> None:
+    """Add the option that chooses the number of threads; `whose` says whose threads they are, if there are several."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help=f"number of threads{whose} (default: the environment variable MISTRAL_REF_THREADS, or one thread for each "
+        "physical performance core)",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from mistral_ref.cli.common import as_text, model_directory, progress_bar
+from mistral_ref.cli.common import add_threads_option, as_text, model_directory, progress_bar
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.compare import compare_walks
 from mistral_ref.errors import InputError, checked_int
@@ -109,13 +109,7 @@ def _add_compute_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help="float32 or float64: one for both models, or one for each with a comma between (default: float32)",
     )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="number of threads of each model (default: the environment variable MISTRAL_REF_THREADS, or one thread "
-        "for each physical performance core)",
-    )
+    add_threads_option(parser, " of each model")
 
 
 def run(arguments: argparse.Namespace) -> None:

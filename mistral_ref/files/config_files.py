@@ -99,8 +99,8 @@ def _differences(config: ModelConfig, other: ModelConfig) -> str:
     differences = []
     for field in (field.name for field in dataclasses.fields(ModelConfig)):
         pair = getattr(config, field), getattr(other, field)
-        left_aside = field in ("rope_row_order", "tied_embeddings") or (field == "max_seq_len" and None in pair)
-        if pair[0] != pair[1] and not left_aside:
+        is_ignored = field in ("rope_row_order", "tied_embeddings") or (field == "max_seq_len" and None in pair)
+        if pair[0] != pair[1] and not is_ignored:
             ours, theirs = (short_repr(value) if field == "sliding_window" else repr(value) for value in pair)
             differences.append(f"{field} is {theirs}, in params.json {ours}")
     return "; ".join(differences)

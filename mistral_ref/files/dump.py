@@ -26,6 +26,13 @@ _ROUNDINGS = {"F16": 2.0**-11, "BF16": 2.0**-8}  # half an ulp, as a share of th
 _MASKED = -3e4  # some engines add -1e9, -3.4e38 or (in f16) -65504 to a score to mask it; this is above all of them
 
 
+def checked_row_order(order: object) -> RowOrder | None:
+    """Return the order of RoPE's pairs if it is "interleaved", "halves" or None; otherwise raise InputError."""
+    if order not in (None, "interleaved", "halves"):
+        raise InputError(f"rope_row_order is {short_repr(order)}; expected 'interleaved' or 'halves'")
+    return order
+
+
 class Dump(NamedTuple):
     """The contents of a file: the steps in the order of a pass, and the facts about the pass (see Trace)."""
 
@@ -116,14 +123,16 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         made_by = printable(_checked("made_by", about["made_by"], str))
         has_experts = _checked("has_experts", about["has_experts"], bool)
         sources = {kind: printable(str(source)) for kind, source in _checked("sources", about["sources"], dict).items()}
-        if about["rope_row_order"] not in (None, "interleaved", "halves"):
-            raise InputError(
-                f"rope_row_order is {short_repr(about['rope_row_order'])}; expected 'interleaved' or 'halves'"
-            )
+        row_order = checked_row_order(about["rope_row_order"])
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata {FORMAT} cannot be read: {printable(str(error))}") from None
-    fields = {"start": start, "made_by": made_by, "has_experts": has_experts, "sources": sources}
-    return fields | {"rope_row_order": about["rope_row_order"]}
+    return {
+        "start": start,
+        "made_by": made_by,
+        "has_experts": has_experts,
+        "sources": sources,
+        "rope_row_order": row_order,
+    }
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:

@@ -4,15 +4,8 @@ The matrices of the layers are rounded, except the routers: a router is small, a
 experts. The embedding and the head are rounded if their options say so. rounding.py rounds one matrix.
 
 The new directory holds one file of weights, under Mistral's own names and with the rows of wq and wk in Mistral's own
-order:
-
-    NAME.weight     the codes in tile order, uint8; if the matrix is not rounded, its weights as they were
-    NAME.scales     scales and zeros, uint8
-    units           the unit of each quantized matrix, float32, in the order of the metadata
-
-The file's metadata hold the version of this format, the bits of each matrix, and the group size;
-quantized_format.py defines them. The directory also gets a copy of every small file of the old directory:
-configuration, tokenizer, licence.
+order. quantized_format.py says which tensors and metadata it holds for a rounded matrix; any other matrix is written as
+it was. The directory also gets a copy of every small file of the old directory: configuration, tokenizer, licence.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import numpy as np
 
 from mistral_kernels.layout import TILE, code_tiles
 from mistral_ref.errors import CheckpointError
+from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.quantized_matrix import QuantizedMatrix, scale_values
 from mistral_ref.weights import Matrix
 
@@ -88,9 +89,9 @@ def quantized(
     if isinstance(matrix, QuantizedMatrix):
         raise CheckpointError(f"{matrix.name} has {matrix.bits} bits already; expected float weights")
     n_out, n_in = matrix.shape
-    n_tiles, n_groups = -(-n_out // TILE), -(-n_in // group_size)
-    data = np.empty((n_tiles, n_groups * group_size * bits // 32, TILE, 4), np.uint8)
-    all_scales = np.zeros((n_tiles, n_groups, 2, TILE), np.uint8)
+    specs = quantized_tensors(n_out, n_in, bits, group_size)
+    data, all_scales = np.empty(specs["weight"].shape, np.uint8), np.zeros(specs["scales"].shape, np.uint8)
+    n_groups = all_scales.shape[1]
 
     def largest_of(rows: slice) -> float:
         return float(np.abs(matrix.rows(rows, np.float32)).max())

@@ -20,7 +20,7 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.display import HeatMap, heat_image, heat_map, heat_text, html_table, legend, markdown_table
 from mistral_ref.errors import InputError, checked_int
 from mistral_ref.model import Model
-from mistral_ref.reference_ops import attends
+from mistral_ref.reference_ops import attends, blocks
 from mistral_ref.sampling import log_softmax
 from mistral_ref.steps import Step
 from mistral_ref.trace import Trace
@@ -214,9 +214,7 @@ def _heads_out(heads_THK: np.ndarray, wo: Matrix) -> np.ndarray:
     n_out, n_in = wo.shape
     out_HTD = np.empty((n_heads, n_tokens, n_out))
     heads_HTK = heads_THK.astype(np.float64).transpose(1, 0, 2)
-    step = max(1, _BLOCK_ELEMENTS // n_in)
-    for start in range(0, n_out, step):
-        rows = slice(start, start + step)
+    for rows in blocks(n_out, n_in, _BLOCK_ELEMENTS):
         wo_HKB = wo.rows(rows, np.float64).T.reshape(n_heads, head_dim, -1)
         out_HTD[:, :, rows] = heads_HTK @ wo_HKB
     return out_HTD

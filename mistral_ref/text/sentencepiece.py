@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from mistral_ref.errors import InputError, TokenizerError, short_repr
+from mistral_ref.errors import InputError, TokenizerError, escaped, short_repr
 from mistral_ref.text.stream import TokenStream
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -174,7 +174,7 @@ class SentencePieceTokenizer:
         Raises InputError unless the id is an integer in [0, vocab_size).
         """
         (token_id,) = self.checked([token_id])
-        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in self._pieces[token_id])
+        return escaped(self._pieces[token_id])
 
     def byte(self, token_id: int) -> int | None:
         """Return the byte that a piece like "<0x0A>" stands for; None for every other piece."""

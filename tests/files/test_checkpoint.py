@@ -517,7 +517,7 @@ def test_one_scale_has_any_shape_of_one_number(shape: tuple[int, ...], tmp_path:
         (write_hf, "model.layers.{}.self_attn.rotary_emb.inv_freq"),
     ],
 )
-def test_what_the_forward_pass_has_no_use_for_is_left_aside(write: Write, unused: str, tmp_path: Path) -> None:
+def test_what_the_forward_pass_has_no_use_for_is_ignored(write: Write, unused: str, tmp_path: Path) -> None:
     write(tmp_path, BLOCKS, fp8="tensor")  # type: ignore[call-arg]
     expected = load(tmp_path).forward(TOKENS)
     (file,) = tmp_path.glob("*.safetensors")
