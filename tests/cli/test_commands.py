@@ -207,3 +207,21 @@ def test_a_reader_that_leaves_early_is_no_error(model_dir: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == b""
         assert process.wait(timeout=30) == 0
+
+
+@pytest.mark.slow
+def test_commands_do_the_same_without_docstrings_and_assertions(model_dir: Path) -> None:
+    options = ("--model", model_dir, "--backend", "numpy")
+    walk = "".join(f"{line}\n" for line in ("help", "help show", "into", "source", "why", "quit"))
+    for command, stdin in {
+        ("generate", "--temperature", 0, "--max-tokens", 3, "A mill"): "",  # compiled
+        ("info", "--model", model_dir): "",
+        ("step", *options, "A mill"): walk,
+        ("trace", *options, "A mill"): "",
+        ("compare", model_dir, model_dir, "--broken", "tiled-heads", "A mill"): "",
+        ("compare", "--help"): "",
+    }.items():
+        whole = run_process(*command, stdin=stdin)
+        bare = run_process(*command, stdin=stdin, env=os.environ | {"PYTHONOPTIMIZE": "2"})
+        assert (bare.returncode, bare.stdout) == (whole.returncode, whole.stdout)
+        assert whole.stdout

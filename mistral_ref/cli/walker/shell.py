@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import cmd
-import inspect
 import re
 import sys
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 from mistral_ref.errors import InputError, MistralRefError, checked_int, short_repr
 
 
+class Command(NamedTuple):
+    """One command of a shell. Its help is no docstring, because `python -OO` leaves docstrings out.
+
+    usage       its name, and what it takes
+    meaning     what it does, in one line
+    more        what else there is to say, for `help COMMAND`
+    """
+
+    usage: str
+    meaning: str
+    more: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first word of the usage."""
+        return self.usage.partition(" ")[0]
+
+
 class Shell(cmd.Cmd):
-    """A shell whose commands are the methods do_...; the first line of their docstrings is "usage: meaning".
+    """A shell whose commands are the methods do_NAME.
 
     In a terminal a mistake prints one line, and the next command is read. Ctrl-C ends the running command, or drops the
     line that is being typed. If commands come from a pipe, a mistake or Ctrl-C ends the program.
 
-    order           the commands in the order of the help text; the beginning of a name means the first that fits
+    commands        by name, in the order of the help text; the beginning of a name means the first that fits
     closing_line    the last line of the help text
     """
 
-    order: ClassVar[tuple[str, ...]] = ("help",)
+    commands: ClassVar[Mapping[str, Command]] = {}
     closing_line: ClassVar[str] = ""
 
     def __init__(self) -> None:
@@ -63,7 +81,7 @@ class Shell(cmd.Cmd):
         try:
             line = self._whole(line.strip())
             name, argument, _ = self.parseline(line)
-            if name in self.order and argument and self._usage(name)[0] == name:
+            if name and argument and name in self.commands and self.commands[name].usage == name:
                 raise InputError(f"{name} takes nothing, found {short_repr(argument)}")
             return bool(super().onecmd(line))
         except (MistralRefError, KeyboardInterrupt) as error:
@@ -73,16 +91,11 @@ class Shell(cmd.Cmd):
             return False
 
     def _whole(self, line: str) -> str:
-        """Return a line with the full name of its command; a beginning means the first in `order` that fits."""
+        """Return a line with the full name of its command; a beginning means the first in `commands` that fits."""
         match = re.match(r"[a-z]+", line)
-        if match is None or match[0] in self.order:
+        if match is None or match[0] in self.commands:
             return line
-        return next((name for name in self.order if name.startswith(match[0])), match[0]) + line[match.end() :]
-
-    def _usage(self, name: str) -> tuple[str, str]:
-        """Return the usage of a command (its name and arguments) and its meaning."""
-        usage, _, meaning = (getattr(self, f"do_{name}").__doc__ or "").partition("\n")[0].partition(": ")
-        return usage, meaning
+        return next((name for name in self.commands if name.startswith(match[0])), match[0]) + line[match.end() :]
 
     def default(self, line: str) -> None:
         """Raise InputError for a line that is no command."""
@@ -90,19 +103,19 @@ class Shell(cmd.Cmd):
 
     def completenames(self, text: str, *ignored: object) -> list[str]:
         """Complete the name of a command."""
-        return [f"{name} " for name in self.order if name.startswith(text)]
+        return [f"{name} " for name in self.commands if name.startswith(text)]
 
     def do_help(self, arg: str) -> None:
-        """help [COMMAND]: list all commands, or explain one"""
+        """Print a line for each command, or what one command does."""
         if arg:
             name = self._whole(arg.strip())
-            if name not in self.order:
+            if name not in self.commands:
                 raise InputError(f"{short_repr(arg)} is no command; help lists them")
-            self.say(str(inspect.getdoc(getattr(self, f"do_{name}"))))
+            command = self.commands[name]
+            self.say(f"{command.usage}: {command.meaning}" + (f"\n\n{command.more}" if command.more else ""))
             return
-        for name in self.order:
-            usage, meaning = self._usage(name)
-            self.say(f"  {usage:<28}{meaning}")
+        for command in self.commands.values():
+            self.say(f"  {command.usage:<28}{command.meaning}")
         self.say(self.closing_line)
 
     def do_EOF(self, arg: str) -> bool:  # noqa: N802 (the name that cmd asks for)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mistral_ref.cli.common import progress_bar
+from mistral_ref.cli.walker.commands import COMMANDS
 from mistral_ref.cli.walker.focus import Focus
 from mistral_ref.cli.walker.selection import as_index
 from mistral_ref.cli.walker.shell import Shell, count, needed, number
@@ -18,13 +19,9 @@ _SLOW = 10**10  # a bar is shown if weights times steps (or tokens) are more tha
 
 
 class Walker(Shell):
-    """The commands of a walk."""
+    """The commands of a walk; commands.py says what each of them does."""
 
-    order = (
-        *("next", "back", "into", "out", "jump", "where", "show", "map", "top", "token", "head", "all", "source"),
-        *("cost", "why", "zero", "scale", "set", "swap", "undo", "edits", "predict", "generate", "compare", "quit"),
-        "help",
-    )
+    commands = COMMANDS
     closing_line = (
         "Names may be shortened. SEL is a part, by axis and index: `head 3`, `token 0:4 dim 7`; -1 is the last."
     )
@@ -66,7 +63,6 @@ class Walker(Shell):
     # ---- moving
 
     def do_next(self, arg: str) -> None:
-        """next [N]: go to the next step, or to the end of the next layer; N: go on N times (Enter is `next`)"""
         n, index, last = count(arg), self.stepper.index, len(self.stepper.names) - 1
         if index == last:
             self.say("this was the last step; `predict` shows the likeliest next tokens, `quit` ends the walk")
@@ -76,7 +72,6 @@ class Walker(Shell):
         self._go(index)
 
     def do_back(self, arg: str) -> None:
-        """back [N]: go to the step before, or to the end of the layer before; N: go back N times"""
         n, index = count(arg), self.stepper.index
         if index == 0:
             raise InputError("this is the first step")
@@ -86,25 +81,18 @@ class Walker(Shell):
         self._go(index)
 
     def do_into(self, arg: str) -> None:
-        """into: go into this layer (at the embedding: into the first layer), and then step by step"""
         name = self.stepper.step.name
         if name in ("norm", "logits"):
             raise InputError(f"{name} is a step by itself; there is nothing to go into")
         self._go(self._first_of(1 if name == "embedding" else self.stepper.index), is_inside=True)
 
     def do_out(self, arg: str) -> None:
-        """out: go to the end of this layer, and then layer by layer"""
         self._go(self._last_of(self.stepper.index), is_inside=False)
 
     def do_jump(self, arg: str) -> None:
-        """jump NAME: go to the step `layers.2.heads`; `heads`: in this layer; `2`: the first of layer 2
-
-        NAME may also be a glob such as `*.heads`: the walk goes to the next step that matches it.
-        """
         self._go(self.stepper.find(needed(arg, "the name of a step")), is_inside=True)
 
     def do_where(self, arg: str) -> None:
-        """where: list the steps of this layer, and mark the one at which the walk stands"""
         first, last = self._first_of(self.stepper.index), self._last_of(self.stepper.index)
         edited = {edit.step for edit in self.stepper.edits}
         for index in range(first, last + 1):
@@ -115,74 +103,49 @@ class Walker(Shell):
     # ---- looking
 
     def do_show(self, arg: str) -> None:
-        """show [SEL]: print the value as numbers, or a part of it: `show token 2 head 0`
-
-        A value with three axes is not printed whole unless SEL says so: the last token, or head 0 of scores and
-        attention weights, is shown. `show token : head :` prints everything.
-        """
         self.view.show(arg)
 
     def do_map(self, arg: str) -> None:
-        """map [SEL]: draw the value as a heat map, or a part of it: `map head 3`
-
-        Of a value with three axes two are drawn. Unless SEL chooses another part, the last token is drawn, or head 0 of
-        scores and attention weights.
-        """
         self.view.map(arg)
 
     def do_top(self, arg: str) -> None:
-        """top [SEL]: print the strongest keys, the likeliest next pieces, or the largest values of this step"""
         self.view.top(arg)
 
     def do_token(self, arg: str) -> None:
-        """token N: from now on `show`, `map` and `top` look at token N only; `all` ends this"""
         self._look_at("token", arg)
 
     def do_head(self, arg: str) -> None:
-        """head N: from now on `show`, `map` and `top` look at head N only; `all` ends this"""
         self._look_at("head", arg)
 
     def do_all(self, arg: str) -> None:
-        """all: look at all tokens and heads again"""
         self.focus.look_at_everything()
         self.say("looking at everything")
 
     def do_source(self, arg: str) -> None:
-        """source: print the lines that computed this step"""
         self.view.source()
 
     def do_cost(self, arg: str) -> None:
-        """cost [all]: print what this step costs; `cost all`: what every kind of step costs
-
-        The costs are operations and bytes. `cost all` also shows two times: the time that the machine's limits predict,
-        and the time measured.
-        """
         if arg.strip() not in ("", "all"):
             raise InputError("cost takes nothing, or `all`")
         (self.view.costs if arg.strip() else self.view.cost)()
 
     def do_why(self, arg: str) -> None:
-        """why: print which heads and layers made the likeliest next token likely"""
         self.view.why()
 
     # ---- changing
 
     def do_zero(self, arg: str) -> None:
-        """zero [SEL]: set the value to 0, or a part of it: `zero head 3`, `zero token 2`"""
         self._assign(arg, f"zero {arg}".strip(), np.zeros_like)
 
     def do_scale(self, arg: str) -> None:
-        """scale FACTOR [SEL]: multiply the value, or a part of it, by a factor"""
         factor, rest = number(arg, "a factor")
         self._assign(rest, f"scale {arg}", lambda part: part * part.dtype.type(factor))
 
     def do_set(self, arg: str) -> None:
-        """set NUMBER [SEL]: set the value, or a part of it, to a number"""
         constant, rest = number(arg, "a number")
         self._assign(rest, f"set {arg}", lambda part: np.full_like(part, constant))
 
     def do_swap(self, arg: str) -> None:
-        """swap AXIS I J: exchange two indices of an axis: `swap token 1 4` exchanges the values of these tokens"""
         words = arg.split()
         if len(words) != 3:
             raise InputError("swap takes an axis and two numbers, such as `swap token 1 4`")
@@ -203,12 +166,10 @@ class Walker(Shell):
         self._edit(f"swap {arg}", swapped)
 
     def do_undo(self, arg: str) -> None:
-        """undo: take back the last change"""
         undone = self.stepper.undo()
         self.say(f"taken back: {undone.description} at {undone.step}")
 
     def do_edits(self, arg: str) -> None:
-        """edits: list the changes made so far"""
         for edit in self.stepper.edits:
             self.say(f"  {edit.step}: {edit.description}")
         if not self.stepper.edits:
@@ -217,26 +178,18 @@ class Walker(Shell):
     # ---- what the changes do
 
     def do_predict(self, arg: str) -> None:
-        """predict: finish the pass and print the likeliest next tokens, with the changes and without them"""
         self.view.predictions()
 
     def do_generate(self, arg: str) -> None:
-        """generate [N]: continue the text by N tokens (default 20), with the changes and without them
-
-        Each new token is the likeliest one. Every pass begins at the first token, and every change is made again in it.
-        A change of `token 2` or `head 3` stays a change of this index.
-        """
         n = count(arg, default=20)
         is_long = self.stepper.model.config.n_parameters * n > _SLOW
         with progress_bar("writing", is_long=is_long) as progress:
             self.view.continuations(n, progress)
 
     def do_compare(self, arg: str) -> None:
-        """compare: print how far each step departs from the pass without edits"""
         self.view.comparison()
 
     def do_quit(self, arg: str) -> bool:
-        """quit: end the walk (Ctrl-D does the same)"""
         return True
 
     # ---- helpers
