@@ -91,7 +91,7 @@ class CompiledOps(ReferenceOps):
             yield
 
     def _threads_for(self, work: int, few: int) -> int:
-        return 1 if work < few else self.threads
+        return 1 if work < few else threads.usable(self.threads)
 
     def rms_norm(self, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
         """Return tokens scaled to unit root mean square, times the weight, by a compiled kernel."""

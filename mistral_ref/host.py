@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mistral_kernels import quota
 from mistral_ref.errors import InputError, checked_int, short_repr
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
@@ -31,11 +32,15 @@ def chosen_threads(threads_asked: int | None) -> int:
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory that programs can still get; on macOS all memory of the machine; None if unknown."""
+    """Return the bytes of memory that this process can still get; None if unknown.
+
+    A container's limit counts. macOS does not tell, so there it is all memory of the machine.
+    """
     if sys.platform == "darwin":
         found = command_output("/usr/sbin/sysctl", "-n", "hw.memsize")
         return int(found) if found and found.isdecimal() else None
-    return bytes_told(Path("/proc/meminfo"), "MemAvailable:")
+    sizes = bytes_told(Path("/proc/meminfo"), "MemAvailable:"), quota.memory()
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def process_memory(pid: int) -> dict[str, int | None]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from mistral_kernels.forks import open_in_children
 from mistral_ref.activations import Activations, checked_activations, rounded
 from mistral_ref.config import ModelConfig, RowOrder
 from mistral_ref.errors import InputError, checked_int, short_repr
@@ -33,7 +34,7 @@ _SCORE_ELEMENTS = 2**22
 
 
 # BLAS has one number of threads for the whole process. Passes that set it wait for each other.
-_BLAS_TURN = threading.RLock()
+_BLAS_TURN = open_in_children(threading.RLock())
 
 
 class Store(NamedTuple):
@@ -139,12 +140,12 @@ class ReferenceOps:
     def running(self) -> Iterator[None]:
         """Return the context in which steps are computed: it sets BLAS threads and silences floating-point warnings."""
         # In swiglu exp may overflow to infinity; the result is still right. Sampling reports NaN from broken weights.
-        with ExitStack() as stack:
-            stack.enter_context(np.errstate(all="ignore"))
-            if self._blas is not None:
-                stack.enter_context(_BLAS_TURN)
-                stack.enter_context(self._blas.limit(limits=self.threads, user_api="blas"))
-            yield
+        with np.errstate(all="ignore"):
+            if self._blas is None:
+                yield
+                return
+            with _BLAS_TURN, self._blas.limit(limits=self.threads, user_api="blas"):
+                yield
 
     def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation:
         """Return RoPE's cosines and sines at these positions (T,). rope.py has the formulas."""

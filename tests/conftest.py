@@ -19,6 +19,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 _COMPILED = {
     *(f"tests/kernels/test_{name}.py" for name in ("products", "quantized_products", "attention", "elementwise")),
     "tests/kernels/test_every_kernel.py",
+    "tests/kernels/test_forks.py",
     "tests/test_compiled_ops.py",
 }
 
@@ -29,7 +30,9 @@ ALLOWED_SKIPS = {
     "mistral-common is not installed",
     "mkdocs is not installed",
     "nbclient or ipykernel is not installed",
+    "only root can become another user",
     "playwright is not installed",
+    "this system has no fork",
     "transformers is not installed",
 }
 

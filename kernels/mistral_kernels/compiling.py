@@ -1,28 +1,30 @@
-"""How every kernel here is compiled: once for this machine, before it is first called, and kept on disk.
+"""How every kernel here is compiled: once for this machine, before it is first called, and kept on disk (kept.py).
 
-Numba keeps compiled functions on disk, but it has three faults. If a function calls another file and that file changes,
-Numba does not notice it. All variants that one factory makes go to the same file on disk. Inner functions get the same
-symbol in different processes, so code that two processes have compiled is mixed up when it is loaded. Therefore the
-name of each function here says all that kernels differ in: the variant, and a fingerprint, that is, a hash of this
-package's sources, the width of vectors, the caches and the processor.
+Numba gives inner functions the same symbol in different processes, so code that two processes have compiled would be
+mixed up when a third one loads it. Therefore the name of each function here says all that kernels differ in: the
+variant, and a fingerprint, that is, a hash of this package's sources, the versions of Numba and Python, the width of
+vectors, the caches and the processor. The name of the file on disk is made of it.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
-from numba.core.caching import FunctionCache
+from numba.core.caching import NullCache
 from numba.core.registry import cpu_target
 
-from mistral_kernels import KernelWarning
+from mistral_kernels import KernelWarning, kept
 from mistral_kernels.caches import data_caches
+from mistral_kernels.forks import open_in_children
 from mistral_kernels.instructions import LANES
 
 # No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so a kernel gives the same bits on
@@ -36,7 +38,8 @@ def _fingerprint() -> str:
     """Return a short hash of everything that compiled code depends on and Numba does not check itself."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     content = b"".join(file.name.encode() + file.read_bytes() for file in files)
-    machine = repr((LANES, data_caches(), cpu_target.target_context.codegen().magic_tuple())).encode()
+    versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__
+    machine = repr((versions, LANES, data_caches(), cpu_target.target_context.codegen().magic_tuple())).encode()
     return hashlib.sha256(content + machine).hexdigest()[:12]
 
 
@@ -49,17 +52,20 @@ def _named(function: Callable[..., Any], variant: tuple[object, ...]) -> Callabl
     return function
 
 
+_MAKING = open_in_children(threading.RLock())  # Numba compiles one function at a time, so one lock is enough
+_warned: set[str] = set()
+
+
 def made_once(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Return a factory of kernels that makes each kernel once, also when two threads ask at the same time."""
     made: dict[tuple[object, ...], Any] = {}
-    making = threading.Lock()
 
     @functools.wraps(factory)
     def make(*arguments: object) -> Any:
         try:
             return made[arguments]
         except KeyError:
-            with making:
+            with _MAKING:
                 if arguments not in made:
                     made[arguments] = factory(*arguments)
                 return made[arguments]
@@ -67,37 +73,30 @@ def made_once(factory: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, KernelWarning, stacklevel=2)
+def _warn_once(message: str, detail: str = "") -> None:
+    """Warn, unless there was a warning with this message before, of whatever detail."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message + detail, KernelWarning, stacklevel=2)
 
 
-class _KernelCache(FunctionCache):
-    """Numba's cache of compiled functions. If it cannot be read, kernels are compiled again."""
+class _KernelCache(NullCache):
+    """What Numba asks for a compiled kernel before it compiles, and gives one afterwards."""
 
-    def _index_key(self, signature: object, codegen: Any) -> object:
-        # Numba's own key has a hash of the values in a function's closure, and each process gets another hash.
-        return signature, codegen.magic_tuple(), _FINGERPRINT
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def load_overload(self, signature: object, target_context: object) -> object:
-        try:
-            found = super().load_overload(signature, target_context)
-        except Exception:
-            found = None
-            self._try(self.flush)  # makes a new index: a broken one can take no new entries
+        found = kept.load(self._name, target_context)
         if found is None:
             _warn_once("compiling kernels not used on this machine before: up to a minute, and once")
         return found
 
-    def save_overload(self, signature: object, data: object) -> None:
-        self._try(lambda: super(_KernelCache, self).save_overload(signature, data))
-
-    @staticmethod
-    def _try(write: Callable[[], object]) -> None:
+    def save_overload(self, signature: object, compiled: Any) -> None:
         try:
-            write()
+            kept.save(self._name, compiled)
         except OSError as error:
-            _warn_once(f"compiled kernels cannot be kept for the next start: {error}")
+            _warn_once("compiled kernels cannot be kept for the next start", f": {error}")
 
 
 def part(*variant: object, borrows: bool = False) -> Callable[[Callable[..., Any]], Any]:
@@ -124,10 +123,7 @@ def kernel(signature: object, *variant: object, parallel: bool = True) -> Callab
 
     def compiled(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(parallel=parallel, nogil=True, **_OPTIONS)(_named(function, variant))
-        try:
-            dispatcher._cache = _KernelCache(function)
-        except RuntimeError as error:  # no folder to write in
-            _warn_once(f"compiled kernels cannot be kept for the next start: {error}")
+        dispatcher._cache = _KernelCache(f"{function.__module__}.{function.__qualname__}.kernel")
         dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher

@@ -1,4 +1,4 @@
-"""How many cores there are to run threads on, and what Numba has to run them. Who calls kernels says how many it wants.
+"""How many threads this process should run, and what Numba has to run them. Who calls kernels says how many it wants.
 
 Numba runs parallel loops on one of three layers: OpenMP or TBB where their libraries are installed, else its own,
 "workqueue", which takes fifty times as long to start a loop and must not be entered by two Python threads at once.
@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +20,10 @@ import numba
 
 from mistral_kernels import KernelWarning
 from mistral_kernels.caches import CPUS
+from mistral_kernels.forks import open_in_children
+from mistral_kernels.quota import processors
 
-_TURN = threading.RLock()
+_TURN = open_in_children(threading.RLock())
 
 
 def _listed(text: str) -> set[int]:
@@ -62,11 +64,19 @@ def _performance_cores_of_linux(allowed: set[int], root: Path = CPUS) -> int:
 
 @cache
 def performance_cores() -> int:
-    """Return the number of physical cores of the fastest kind that this process may run on.
+    """Return how many threads to run: the number of cores, or less where a container's quota allows less.
 
-    Two logical CPUs of one core share its arithmetic, and slow cores make the fast ones wait for them. Where the system
-    does not tell, all logical CPUs are counted.
+    Counted are the physical cores of the fastest kind that this process may run on. Two logical CPUs of one core share
+    its arithmetic, and slow cores make the fast ones wait for them. Where the system does not tell, all logical CPUs
+    are counted. A quota of 2.5 processors lets two threads run without a pause.
     """
+    quota = processors()
+    cores = _cores()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def _cores() -> int:
+    """Return the number of physical cores of the fastest kind that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return _performance_cores_of_linux(os.sched_getaffinity(0))
     if sys.platform == "darwin":
@@ -93,16 +103,41 @@ def layer() -> str:
     return name
 
 
+@cache
+def _first_process() -> int:
+    """Return the process that started the layer. A child that it forks has the layer's memory, but not its threads."""
+    layer()
+    return os.getpid()
+
+
+def usable(n_threads: int) -> int:
+    """Return how many threads a kernel may use: n, or 1 in a child that was forked after the layer had started.
+
+    There a parallel loop would wait for threads that do not exist, or OpenMP would end the process.
+    """
+    if n_threads == 1 or os.getpid() == _first_process():
+        return n_threads
+    _warn_of_fork(os.getpid())
+    return 1
+
+
+@cache
+def _warn_of_fork(pid: int) -> None:
+    warnings.warn(
+        f"process {pid} was forked after kernels had started their threads, so its kernels run on one thread; "
+        "processes started by multiprocessing's 'spawn' have all threads",
+        KernelWarning,
+        stacklevel=2,
+    )
+
+
 @contextmanager
 def using(n_threads: int) -> Iterator[None]:
     """Let the kernels that this Python thread starts meanwhile use n threads."""
-    if layer() == "workqueue":
-        _TURN.acquire()
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
-        if layer() == "workqueue":
-            _TURN.release()
+    with _TURN if layer() == "workqueue" else nullcontext():
+        before = numba.get_num_threads()
+        try:
+            numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+            yield
+        finally:
+            numba.set_num_threads(before)
