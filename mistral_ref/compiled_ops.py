@@ -168,7 +168,8 @@ class CompiledOps(ReferenceOps):
 
     def read(self, store: panels.PanelStore, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
         """Return the keys and the values (S, G, K) in these slots; int8 is multiplied by its scales."""
-        return panels.read(store, slots)
+        with np.errstate(invalid="ignore"):  # a scale may be infinite
+            return panels.read(store, slots)
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         """Attend: a generator that returns heads_THK. One compiled kernel computes scores, softmax and sum together.

@@ -85,13 +85,18 @@ def attends(query: Any, key: Any, window: int | None) -> Any:
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Return exp(x - max x) / sum of exp(x - max x), over the last axis.
+    """Return exp(x - max x) / sum of exp(x - max x), over the last axis. The share of -inf is 0, also beside NaN.
 
     >>> softmax(np.array([0.0, np.log(3.0), -np.inf])).tolist()
     [0.25, 0.75, 0.0]
+    >>> softmax(np.array([0.0, np.nan, -np.inf])).tolist()
+    [nan, nan, 0.0]
     """
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    largest = x.max(axis=-1, keepdims=True)
+    shares = np.exp(x - largest)
+    shares /= shares.sum(axis=-1, keepdims=True)
+    shares[(x == -np.inf) & (largest != -np.inf)] = 0
+    return shares
 
 
 def blocks(n: int, row_elements: int, most_elements: int) -> Iterator[slice]:
@@ -226,8 +231,9 @@ class ReferenceOps:
         """Return the keys and the values (S, G, K) in these slots; int8 is multiplied by its scales."""
         if store.k.dtype != np.int8:
             return store.k[slots], store.v[slots]
-        k_SGK = store.k[slots] * store.k_scales[slots][..., np.newaxis]
-        return k_SGK, store.v[slots] * store.v_scales[slots][..., np.newaxis]
+        with np.errstate(invalid="ignore"):  # a scale may be infinite
+            k_SGK = store.k[slots] * store.k_scales[slots][..., np.newaxis]
+            return k_SGK, store.v[slots] * store.v_scales[slots][..., np.newaxis]
 
     def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         """Attend. This is a generator; it returns heads_THK (arXiv:1706.03762; grouped queries: arXiv:2305.13245).
@@ -271,10 +277,21 @@ class ReferenceOps:
         return np.where(visible_BS, scores.reshape(n_heads, n_queries, n_keys), self.dtype.type(-np.inf))
 
     def gather(self, weights_HBS: np.ndarray, v_SGK: np.ndarray) -> np.ndarray:
-        """Return the sum over s of weights[h, b, s] v[s, h // (H/G)] as (B, H, K)."""
+        """Return the sum over s of weights[h, b, s] v[s, h // (H/G)] as (B, H, K).
+
+        The sum is over the keys whose weight is not 0: NaN and infinities in a key's values reach no other query.
+        """
         n_heads, n_queries, n_keys = weights_HBS.shape
         _, n_kv_heads, head_dim = v_SGK.shape
-        gathered = weights_HBS.reshape(n_kv_heads, -1, n_keys) @ v_SGK.transpose(1, 0, 2)
+        weights_GRS, v_GSK = weights_HBS.reshape(n_kv_heads, -1, n_keys), v_SGK.transpose(1, 0, 2)
+        is_apart_GSK = ~np.isfinite(v_GSK)
+        if is_apart_GSK.any():  # 0 * NaN is NaN, so what some query does not take is added apart
+            is_apart_GSK &= (weights_GRS == 0).any(axis=(0, 1))[:, np.newaxis]
+        gathered = weights_GRS @ np.where(is_apart_GSK, 0, v_GSK)
+        for s in np.flatnonzero(is_apart_GSK.any(axis=(0, 2))):
+            weights_GR1 = weights_GRS[:, :, s, np.newaxis]
+            v_G1K = np.where(is_apart_GSK[:, s], v_GSK[:, s], 0)[:, np.newaxis]
+            gathered += np.where(weights_GR1 == 0, 0, weights_GR1 * v_G1K)
         return gathered.reshape(n_heads, n_queries, head_dim).transpose(1, 0, 2)
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:

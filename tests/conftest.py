@@ -21,6 +21,7 @@ _COMPILED = {
     "tests/kernels/test_every_kernel.py",
     "tests/kernels/test_forks.py",
     "tests/test_compiled_ops.py",
+    "tests/test_nan_containment.py",
 }
 
 ALLOWED_SKIPS = {
