@@ -9,35 +9,30 @@ for token in model.generate("Once upon a time", max_tokens=64):
 
 from __future__ import annotations
 
-import importlib
-from importlib.metadata import version
-from types import ModuleType
-from typing import TYPE_CHECKING
-
-from mistral_ref.cache import KVCache
-from mistral_ref.config import ModelConfig
-from mistral_ref.errors import (
-    CacheError,
-    CheckpointError,
-    ConfigError,
-    InputError,
-    MistralRefError,
-    MistralRefWarning,
-    TokenizerError,
-)
-from mistral_ref.files.quantization import quantize
-from mistral_ref.generation import Token
-from mistral_ref.loading import load
-from mistral_ref.model import Model
-from mistral_ref.steps import Step
-from mistral_ref.trace import Trace
-from mistral_ref.walk import Walk
-
-if TYPE_CHECKING:  # so that editors find these names
+TYPE_CHECKING = False  # what is imported here is imported when it is first asked for: see __getattr__
+if TYPE_CHECKING:
+    from mistral_ref.cache import KVCache
+    from mistral_ref.config import ModelConfig
+    from mistral_ref.errors import (
+        CacheError,
+        CheckpointError,
+        ConfigError,
+        InputError,
+        MistralRefError,
+        MistralRefWarning,
+        TokenizerError,
+    )
+    from mistral_ref.files.quantization import quantize
+    from mistral_ref.generation import Token
+    from mistral_ref.loading import load
     from mistral_ref.measure import benchmark, cost, cost_table, machine, perplexity, shapes, speed, synthetic  # noqa: F401
+    from mistral_ref.model import Model
+    from mistral_ref.steps import Step
     from mistral_ref.study import broken, diagrams, drawing, lens, plots, report, stepper  # noqa: F401
+    from mistral_ref.trace import Trace
+    from mistral_ref.walk import Walk
 
-__version__ = version("mistral-ref")
+    __version__: str
 
 __all__ = [
     "CacheError",
@@ -58,19 +53,47 @@ __all__ = [
     "quantize",
 ]
 
-_MODULES = {
+_HOMES = {
+    "cache": ("KVCache",),
+    "config": ("ModelConfig",),
+    "errors": (*(name for name in __all__ if name.endswith("Error")), "MistralRefWarning"),
+    "files.quantization": ("quantize",),
+    "generation": ("Token",),
+    "loading": ("load",),
+    "model": ("Model",),
+    "steps": ("Step",),
+    "trace": ("Trace",),
+    "walk": ("Walk",),
+}
+_ROOMS = {
     "measure": ("benchmark", "cost", "cost_table", "machine", "perplexity", "shapes", "speed", "synthetic"),
     "study": ("broken", "diagrams", "drawing", "lens", "plots", "report", "stepper"),
 }
 
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
-def __getattr__(name: str) -> ModuleType:
-    """Return a module of measure/ or study/, imported on first use, for example `from mistral_ref import lens`."""
-    for room, modules in _MODULES.items():
-        if name in modules:
-            return importlib.import_module(f"mistral_ref.{room}.{name}")
-    raise AttributeError(f"module 'mistral_ref' has no attribute {name!r}")
+    def __getattr__(name):
+        """Import what is asked for: a name of __all__, a module of the ground floor, or one of measure/ or study/.
+
+        So `import mistral_ref` imports nothing else: the command line says first what Ctrl-C does, and then imports
+        NumPy.
+        """
+        from importlib import import_module  # noqa: PLC0415
+
+        for module, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(f"mistral_ref.{module}"), name)
+        if name == "__version__":
+            return import_module("importlib.metadata").version("mistral-ref")
+        room = next((f"{room}." for room, modules in _ROOMS.items() if name in modules), "")
+        module = f"mistral_ref.{room}{name}"
+        try:
+            return import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            raise AttributeError(f"module 'mistral_ref' has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *(name for modules in _MODULES.values() for name in modules)])
+    return sorted({*globals(), *__all__, *(name for modules in _ROOMS.values() for name in modules)})

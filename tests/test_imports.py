@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -74,8 +76,18 @@ def test_every_module_of_measure_and_study_comes_from_the_package_by_name() -> N
     for name in MODULES:
         if room(name) in ("measure", "study") and name.count(".") == 2:
             assert getattr(mistral_ref, name.rpartition(".")[2]).__name__ == name
+
+
+def test_the_package_imports_what_is_asked_for_and_nothing_before() -> None:
+    for name in mistral_ref.__all__:
+        assert getattr(mistral_ref, name).__module__.startswith("mistral_ref.")
+    assert mistral_ref.errors.__name__ == "mistral_ref.errors"
+    assert {*mistral_ref.__all__, "lens", "speed"} <= set(dir(mistral_ref))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mistral_ref.nothing  # noqa: B018
+    code = "import sys; before = {*sys.modules}; import mistral_ref; print(*{*sys.modules} - before)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert set(found.stdout.split()) == {"mistral_ref", "__future__"}
 
 
 def test_kernels_know_nothing_of_models() -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
 from support.command import COMMAND, run, run_process, start
 from support.errors import assert_complains
+from support.marks import slow
+from support.paths import ROOT
 from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
@@ -197,6 +200,38 @@ def test_ctrl_c_leaves_what_was_printed_and_exits_130(model_dir: Path) -> None:
     assert process.returncode == 130
     assert (printed + rest).startswith(b"The mill")
     assert errors.strip() == b""
+
+
+# Runs the command, and presses Ctrl-C when the AT-th module is imported, counted from the first import of __main__.
+PRESSING = """
+import os, runpy, sys
+n = 0
+def press(event, details):
+    global n
+    if event == "import" and (n or details[0] == "signal"):
+        n += 1
+        if n == AT:
+            os.kill(os.getpid(), 2)
+sys.addaudithook(press)
+"""
+ENTRIES = {
+    "python -m": "runpy.run_module('mistral_ref', run_name='__main__', alter_sys=True)",
+    "mistral-ref": "from mistral_ref.__main__ import main; sys.exit(main())",
+}
+
+
+@pytest.mark.parametrize("at", [1, 60, *slow(range(2, 600, 75))])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(model_dir: Path, entry: str, at: int) -> None:
+    code = PRESSING.replace("AT", str(at)) + ENTRIES[entry]
+    with start(sys.executable, "-c", code, "generate", "--model", model_dir, "--max-tokens", 99000, "A") as process:
+        printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, printed, errors.strip()) == (130, b"", b"")
+
+
+def test_the_command_is_what_python_m_runs() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert scripts == {"mistral-ref": "mistral_ref.__main__:main"}
 
 
 def test_a_reader_that_leaves_early_is_no_error(model_dir: Path) -> None:
