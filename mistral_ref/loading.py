@@ -88,7 +88,11 @@ def _make_ops(
 def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:
     """Return the tokenizer of a directory (None if it has no SentencePiece file) and the ids that end a text.
 
-    Raises ConfigError or TokenizerError if they do not fit the model's vocabulary.
+    The end ids are those in generation_config.json, else in config.json, else the tokenizer's own: `eos_token` in
+    tokenizer_config.json, else that of its file (`Model` takes the last two).
+
+    Raises ConfigError or TokenizerError if they do not fit the model's vocabulary. Warns if an added token does not:
+    models are published with tokens that are never used, such as "[PAD]".
     """
     eos_ids = read_eos_ids(directory)
     if eos_ids and max(eos_ids) >= config.vocab_size:
@@ -99,9 +103,14 @@ def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceToken
             warn(f"{directory}: holds {others[0]}; only SentencePiece can be read, so prompts must be token ids")
         return None, eos_ids
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.n_pieces > config.vocab_size:
         raise TokenizerError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces; "
+            f"{directory}: the tokenizer has {tokenizer.n_pieces} pieces; "
             f"expected at most the model's vocabulary of {config.vocab_size}"
+        )
+    if beyond := [token for token in tokenizer.added.by_id.values() if token.id >= config.vocab_size]:
+        warn(
+            f"{directory}: added token {short_repr(beyond[0].content)} has id {beyond[0].id}; expected at most "
+            f"{config.vocab_size - 1}; a prompt with this token is refused"
         )
     return tokenizer, eos_ids

@@ -78,15 +78,16 @@ class Model:
     def token_ids(self, prompt: Prompt, cache: KVCache | None = None) -> list[int]:
         """Return the token ids of a prompt. Each id is checked to be in [0, V).
 
-        A text is encoded; BOS is put in front unless the cache already holds tokens. Ids stay as they are. Raises
-        InputError if there is no token, if an id is out of range, or if the sequence becomes longer than max_seq_len.
+        A text is encoded, with the added tokens in it ("<|im_start|>"). BOS is put in front unless the cache already
+        holds tokens. Ids stay as they are. Raises InputError if there is no token, if an id is out of range, or if the
+        sequence becomes longer than max_seq_len.
         """
         self._check_cache(cache)
         length = 0 if cache is None else cache.length
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InputError("this model has no tokenizer; expected token ids, as in generate([1, 2])")
-            prompt = self.tokenizer.encode(prompt, bos=length == 0)
+            prompt = self.tokenizer.encode(prompt, bos=length == 0, added=True)
         try:
             array = np.asarray(prompt)
         except ValueError:  # rows of different lengths
@@ -286,8 +287,8 @@ class Model:
         """Return a TokenStream for the text of the ids that follow `prompt_ids`; None for a model without tokenizer."""
         if self.tokenizer is None:
             return None
-        n_pieces = self.tokenizer.vocab_size  # the model's vocabulary may be larger
-        return self.tokenizer.stream(token for token in prompt_ids if token < n_pieces)
+        n_ids = self.tokenizer.vocab_size  # the model's vocabulary may be larger
+        return self.tokenizer.stream(token for token in prompt_ids if token < n_ids)
 
     def complete(self, prompt: Prompt, **settings: object) -> str:
         """Return the whole text that `generate` yields for a prompt. It takes the same settings."""

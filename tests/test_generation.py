@@ -18,6 +18,7 @@ from support.tiny_tokenizers import tiny_tokenizer
 import mistral_ref
 from mistral_ref import CacheError, InputError, KVCache, Model, Token
 from mistral_ref.generation import StopStrings
+from mistral_ref.text.added_tokens import AddedToken, TokenizerConfig
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 
 TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
@@ -29,7 +30,7 @@ class Scripted(Model):
 
     def __init__(self, ids: list[int], **options: object) -> None:
         model = model_of(CONFIG.replace(max_seq_len=options.pop("max_seq_len", None)))
-        super().__init__(model.config, model.weights, model.ops, tokenizer=TOKENIZER, **options)
+        super().__init__(model.config, model.weights, model.ops, **({"tokenizer": TOKENIZER} | options))
         self.script, self.n_passes = [*ids, 0], 0
 
     def _next_logits(self, ids: list[int], cache: KVCache) -> np.ndarray:
@@ -103,6 +104,17 @@ def test_eos_may_be_a_list_and_comes_from_the_tokenizer_otherwise() -> None:
     assert Scripted([]).eos_ids == {2}
     model = Scripted([9, 7, 9], eos_ids=[7, 8])
     assert [token.finish_reason for token in model.generate("A", max_tokens=5)] == [None, "eos"]
+
+
+def test_added_tokens_that_are_marks_have_no_text_and_words_have_theirs() -> None:
+    mark, word = (AddedToken(384, "<|im_end|>"), AddedToken(385, "<tool>", special=False))
+    tokenizer = SentencePieceTokenizer(tiny_tokenizer(), config=TokenizerConfig(added=(mark, word), eos_token="</s>"))
+    (she,) = tokenizer.encode("she", bos=False)
+    model = Scripted([she, mark.id, word.id, 386, she, 2], tokenizer=tokenizer)
+    tokens = list(model.generate("A", max_tokens=9, stop="ool"))
+    assert [token.text for token in tokens] == [" she", "", "<t"]
+    assert [model.piece(token.id) for token in tokens] == ["▁she", "<|im_end|>", "<tool>"]
+    assert Scripted(model.script, tokenizer=tokenizer).complete("A", max_tokens=9) == " she<tool> she"
 
 
 def test_a_sequence_ends_where_the_models_positions_do() -> None:

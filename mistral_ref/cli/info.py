@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -128,12 +129,18 @@ def tokenizer(model: mistral_ref.Model) -> dict[str, object]:
     """Return the rows about the tokenizer; without a tokenizer there is one row that says so."""
     if model.tokenizer is None:
         return {"kind": "none; prompts are token ids"}
-    return {
-        "kind": "SentencePiece",
-        "pieces": model.tokenizer.vocab_size,
-        "begins with": f"{model.tokenizer.bos_id} {model.tokenizer.piece(model.tokenizer.bos_id)}",
-        "ends with": ", ".join(f"{token} {model.tokenizer.piece(token)}" for token in sorted(model.eos_ids)),
-    }
+    rows: dict[str, object] = {"kind": "SentencePiece", "pieces": model.tokenizer.n_pieces}
+    if added := sorted(model.tokenizer.added.by_id):
+        rows["added tokens"] = ids_with_names(model, added)
+    rows["begins with"] = ids_with_names(model, [model.tokenizer.bos_id])
+    return rows | {"ends with": ids_with_names(model, sorted(model.eos_ids))}
+
+
+def ids_with_names(model: mistral_ref.Model, ids: Sequence[int]) -> str:
+    """Return ids and their names, such as "2 </s>, 32000 <|im_end|>"; of more than eight ids the first ones."""
+    n_ids = model.tokenizer.vocab_size if model.tokenizer else 0
+    names = [f"{token} {model.piece(token) if token < n_ids else '(unknown to the tokenizer)'}" for token in ids[:8]]
+    return ", ".join(names) + (f", and {len(ids) - 8} more" if len(ids) > 8 else "")
 
 
 def hugging_name(name: str, tensor: Tensor, checkpoint: Checkpoint) -> str:

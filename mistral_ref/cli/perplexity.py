@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     if model.tokenizer is None:
         raise InputError(f"{arguments.model}: holds no tokenizer; a tokenizer is needed for the perplexity of a text")
-    ids, is_whole = model.tokenizer.encode(text), True
+    ids, is_whole = model.tokenizer.encode(text, added=True), True
     if arguments.max_tokens is not None:
         n_most = checked_int("--max-tokens", arguments.max_tokens, least=2)
         ids, is_whole = ids[:n_most], len(ids) <= n_most

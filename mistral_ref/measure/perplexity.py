@@ -168,7 +168,7 @@ def perplexity(
 def _checked_ids(model: Model, tokens: Prompt, context: int) -> list[int]:
     """Return the ids of a text. A window's length of them is checked at a time: all together may be too long."""
     if isinstance(tokens, str) and model.tokenizer is not None:
-        tokens = model.tokenizer.encode(tokens)
+        tokens = model.tokenizer.encode(tokens, added=True)
     ids: list[int] = []
     for start in range(0, max(len(tokens), 1), context):
         ids += model.token_ids(tokens[start : start + context])

@@ -13,7 +13,9 @@ import re
 from pathlib import Path
 
 from mistral_ref.errors import TokenizerError
-from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer, read_model
+from mistral_ref.text.added_tokens import read_tokenizer_config
+from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer
+from mistral_ref.text.sentencepiece_file import read_model
 
 __all__ = ["OTHER_FORMATS", "SentencePieceTokenizer", "find_tokenizer", "load_tokenizer"]
 
@@ -45,8 +47,8 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
 def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
     """Return the tokenizer in a SentencePiece file. `path` is the file, or a directory with one (`find_tokenizer`).
 
-    The file is read only if it is a regular file of at most `MAX_FILE_BYTES` bytes. Raises TokenizerError if there is
-    no such file, or if it is not a usable model. The message begins with the path.
+    Added tokens are read from tokenizer_config.json or added_tokens.json beside the file. Raises TokenizerError if
+    there is no such file, or if it cannot be used. The message begins with the path.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -59,4 +61,4 @@ def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
                 else f"{path}: holds no {TOKENIZER_FILE}"
             )
         path = found
-    return SentencePieceTokenizer(read_model(path), origin=str(path))
+    return SentencePieceTokenizer(read_model(path), origin=str(path), config=read_tokenizer_config(path.parent))

@@ -4,126 +4,56 @@ Three rules that other programs often break:
 
 - Only `encode(text, bos=True)` adds the beginning-of-sequence id, and it adds it exactly once.
 - Text is always text. `encode("<s>")` returns the ids of the three characters, never the control id. So a text cannot
-  forge the marks of a conversation.
+  forge the marks of a conversation. Added tokens (added_tokens.py) are no text: `encode(text, added=True)` reads them
+  all. Without it those are read that are not special.
 - The text of several ids is not the joined texts of the single ids. SentencePiece drops the space before a piece if
   the piece comes first, and one emoji may be four ids. So text that arrives id by id goes through a `TokenStream`.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from mistral_ref.errors import InputError, TokenizerError, escaped, short_repr
+from mistral_ref.errors import InputError, TokenizerError, escaped, short_repr, warn
+from mistral_ref.text.added_tokens import AddedToken, AddedTokens, TokenizerConfig
 from mistral_ref.text.stream import TokenStream
 
 TOKENIZER_FILE = "tokenizer.model"
-# A hostile file must not use much memory. SentencePiece takes up to 400 bytes of memory for a piece, and less for any
-# other text or message; in the file these may take only 2 bytes. The published files have 590,000 bytes and 32,768
-# pieces, and models of the same architecture have up to 64,000 pieces. These two maximums allow both, and the memory
-# stays below 28 MiB.
-MAX_FILE_BYTES = 1536 * 2**10
-MAX_PIECES = 72_500
-_PIECE = 1  # the number of the field that holds one piece
-
-
-def read_model(path: Path) -> bytes:
-    """Return the bytes of a SentencePiece file that the library can read in bounded memory.
-
-    Raises TokenizerError if the file is not a regular one, has more than MAX_FILE_BYTES bytes, or has more than
-    MAX_PIECES pieces.
-    """
-    # Checked before open(), because open() of a named pipe waits until another program writes to it.
-    if not os.path.isfile(path):
-        raise TokenizerError(f"{path}: there is no such file, or it is not a regular one")
-    try:
-        with path.open("rb") as file:
-            model = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(model) > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: is larger than {MAX_FILE_BYTES} bytes, the maximum for a SentencePiece model")
-    try:
-        n_pieces = count_pieces(model)
-    except (IndexError, ValueError) as error:
-        raise TokenizerError(f"{path}: is not a usable SentencePiece model: {error}") from None
-    if n_pieces > MAX_PIECES:
-        raise TokenizerError(f"{path}: has {n_pieces} pieces and texts beside them; expected at most {MAX_PIECES}")
-    return model
-
-
-def count_pieces(model: bytes) -> int:
-    r"""Return the number of pieces in a SentencePiece file, plus the number of texts and messages in its other parts.
-
-    The file is a protobuf message: a row of fields. A field is a tag and then either a number, or a length and this
-    many bytes. The tag holds the field's number and how it is stored. Raises IndexError or ValueError if the file is
-    not such a message.
-
-    >>> count_pieces(b"\x0a\x03\x0a\x01a" * 2)
-    2
-    """
-    data = memoryview(model)
-    return sum(1 if number == _PIECE else 1 + sum(1 for _ in _fields(part)) for number, part in _fields(data))
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield the field number and the bytes of each field with a length in a message. Other fields are skipped."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        number, stored = tag >> 3, tag & 7
-        if stored == 0:
-            _, at = _varint(message, at)
-        elif stored == 2:
-            length, at = _varint(message, at)
-            if length > len(message) - at:
-                raise ValueError(f"a field has {length} bytes; expected at most {len(message) - at}, the bytes left")
-            yield number, message[at : at + length]
-            at += length
-        elif stored in (1, 5):
-            at += 8 if stored == 1 else 4
-        else:
-            raise ValueError(f"a field is stored as type {stored}; expected type 0, 1, 2 or 5")
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """Return the number that begins at byte `at`, and the index of the byte after it.
-
-    Each byte holds seven bits of the number, the lowest first. Its eighth bit says whether another byte follows.
-    """
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("a number takes more than ten bytes")
+_NO_OTHER_FILES = TokenizerConfig()
 
 
 class SentencePieceTokenizer:
-    """Text to ids and back, with one SentencePiece model.
+    """Text to ids and back, with one SentencePiece model and the added tokens beside it.
 
     model       the bytes of the model's file
     origin      begins every message about the model, for example the path of its file
+    config      what other files say about the tokenizer
+
+    n_pieces    number of the model's pieces; their ids are the first
+    vocab_size  number of ids: one more than the largest id of a piece or an added token
+    bos_id, eos_id      the ids that begin and end a sequence
+    added       the added tokens
 
     The whole model is checked at creation: the ids that begin and end a sequence must exist and differ, and every
-    piece must be valid text. Raises TokenizerError if they are not.
+    piece must be valid text. Raises TokenizerError if they are not, or if an added token has the name of a piece and
+    another id. Warns if an added token takes the id of a piece and another name, or if `config.eos_token` is unknown.
     """
 
-    def __init__(self, model: bytes, origin: str = TOKENIZER_FILE) -> None:
-        self._processor = SentencePieceProcessor()
+    def __init__(self, model: bytes, origin: str = TOKENIZER_FILE, config: TokenizerConfig = _NO_OTHER_FILES) -> None:
+        self._processor, self._origin, self._config = SentencePieceProcessor(), origin, config
         try:
             self._processor.LoadFromSerializedProto(model)
-            self.vocab_size: int = self._processor.get_piece_size()
+            self.n_pieces: int = self._processor.get_piece_size()
             # Every piece is read and decoded once here, so a piece that is not valid UTF-8 cannot fail a later call.
-            self._pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
-            for first in range(0, self.vocab_size, 1024):  # one call for all pieces would take megabytes
-                self._processor.decode(list(range(first, min(first + 1024, self.vocab_size))))
+            for first in range(0, self.n_pieces, 1024):  # one call for all pieces would take megabytes
+                ids = list(range(first, min(first + 1024, self.n_pieces)))
+                self._processor.id_to_piece(ids)
+                self._processor.decode(ids)
         except Exception as error:  # the library raises several unrelated built-in exceptions
             raise TokenizerError(f"{origin}: is not a usable SentencePiece model: {short_repr(str(error))}") from error
         self.bos_id: int = self._processor.bos_id()
@@ -133,18 +63,73 @@ class SentencePieceTokenizer:
                 f"{origin}: begins a sequence with id {self.bos_id} and ends it with id {self.eos_id}; "
                 "expected two different ids of at least 0 (-1 means absent)"
             )
-        self._origin = origin
-        # The first piece of whole characters. TokenStream decodes ids behind it, so they do not begin a text.
-        self.anchor_id = next((i for i in range(self.vocab_size) if self.decode([i]).strip("\ufffd")), -1)
+        self.added = self._added_tokens()
+        self.vocab_size: int = max([self.n_pieces, *(token_id + 1 for token_id in self.added.by_id)])
+        if config.eos_token is not None:
+            self.eos_id = self._id_of_eos(config.eos_token)
+        # The first piece of whole characters. Ids are decoded behind it if they do not begin a text.
+        self.anchor_id = next((i for i in range(self.n_pieces) if self._is_text(i)), -1)
         if self.anchor_id < 0:
             raise TokenizerError(f"{origin}: has no piece of text; expected at least one")
 
-    def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
+    def _is_text(self, token_id: int) -> bool:
+        is_whole = self._processor.decode([token_id]).strip("\ufffd") != ""
+        return is_whole and token_id not in self.added.by_id
+
+    def _added_tokens(self) -> AddedTokens:
+        """Return the added tokens. Files list the model's own control pieces among them; these stay what they are."""
+        tokens, renamed = [], []
+        for token in self._config.added:
+            named = self._id_of_piece(token.content)
+            if named not in (None, token.id):
+                raise TokenizerError(
+                    f"{self._config.origin}: {short_repr(token.content)} is an added token with id {token.id}; "
+                    f"expected {named}, its id in {self._origin}"
+                )
+            is_control = token.id < self.n_pieces and self._is_control(token.id)
+            if is_control and named is not None:
+                continue
+            if token.id < self.n_pieces and named is None:
+                renamed.append(token)
+            tokens.append(dataclasses.replace(token, special=True) if is_control else token)
+        if renamed:
+            token, others = renamed[0], f", and {len(renamed) - 1} more" if renamed[1:] else ""
+            warn(
+                f"{self._config.origin}: id {token.id} is called {short_repr(token.content)}; in {self._origin} it is "
+                f"{short_repr(self._processor.id_to_piece(token.id))}, which is replaced{others}"
+            )
+        return AddedTokens(tokens, self._config.origin)
+
+    def _id_of_eos(self, name: str) -> int:
+        """Return the id of the token with this name, which ends a text; the model's own if no token has this name."""
+        added = self.added.by_content.get(name)
+        found = self._id_of_piece(name) if added is None else added.id
+        if found is None:
+            warn(
+                f"{self._config.origin}: eos_token is {short_repr(name)}, which is no piece and no added token; "
+                f"{short_repr(self._processor.id_to_piece(self.eos_id))} is used"
+            )
+        return self.eos_id if found is None else found
+
+    def _id_of_piece(self, name: str) -> int | None:
+        """Return the id of the model's piece with this name; None if it has no such piece."""
+        found: int = self._processor.piece_to_id(name)  # the id of "<unk>" for a name that no piece has
+        return found if self._processor.id_to_piece(found) == name else None
+
+    def _is_control(self, token_id: int) -> bool:
+        """Return whether one of the model's pieces is a mark: no characters of a text become this piece."""
+        kinds = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
+        return any(is_kind(token_id) for is_kind in kinds)
+
+    def encode(self, text: str, *, bos: bool = True, eos: bool = False, added: bool = False) -> list[int]:
         """Return the ids of `text`. `bos` and `eos` add the ids that begin and end a sequence.
 
+        added       read special added tokens too, such as "<|im_start|>". Control pieces are never read
+
         If the model was trained in this way, SentencePiece puts a space before the text: "Hello" becomes the piece
-        "▁Hello". Raises InputError if `text` is not a string, or holds half of a surrogate pair, which UTF-8 cannot
-        express.
+        "▁Hello". Behind an added token `TokenizerConfig.legacy` decides.
+
+        Raises InputError if `text` is not a string, or holds half of a surrogate pair, which UTF-8 cannot express.
         """
         if not isinstance(text, str):
             raise InputError(f"text is {short_repr(text)}; expected a string")
@@ -154,31 +139,76 @@ class SentencePieceTokenizer:
             raise InputError(
                 f"text holds {text[error.start]!a} at {error.start}, half of a surrogate pair; expected valid Unicode"
             ) from error
-        ids: list[int] = self._processor.encode(text)
+        ids: list[int] = []
+        for part in self.added.split(text, special=added):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            else:
+                processor = self._processor if self._config.legacy or not ids else self._without_space
+                ids += processor.encode(part)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`. Control ids have no text. A byte that is not part of a character becomes U+FFFD.
+    @cached_property
+    def _without_space(self) -> SentencePieceProcessor:
+        """The same model, except that it puts no space before a text.
 
-        Raises InputError unless every id is an integer in [0, vocab_size).
+        The bytes are a protobuf field: the normalizer (3), in which `add_dummy_prefix` (3) is 0. The last one counts of
+        a field that comes twice.
         """
-        return self._processor.decode(self.checked(ids))
+        processor = SentencePieceProcessor()
+        processor.LoadFromSerializedProto(self._processor.serialized_model_proto() + b"\x1a\x02\x18\x00")
+        return processor
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`. Control ids and special added tokens have no text.
+
+        A byte that is not part of a character becomes U+FFFD. Raises InputError unless every id is an integer in
+        [0, vocab_size).
+        """
+        text = ""
+        run: list[int] = []  # pieces up to the next added token that has a text
+        for token_id in self.checked(ids):
+            token = self.added.by_id.get(token_id)
+            if token is not None and not token.special:
+                text += self._text_of_pieces(run, begins=not text) + token.content
+                run = []
+            else:
+                is_piece = token is None and token_id < self.n_pieces
+                run.append(token_id if is_piece else self.bos_id)  # which has no text either
+        return text + self._text_of_pieces(run, begins=not text)
+
+    def _text_of_pieces(self, ids: list[int], *, begins: bool) -> str:
+        """Return the text of pieces. If they begin a text, SentencePiece drops the space before it."""
+        before = [] if begins else [self.anchor_id]
+        return self._processor.decode(before + ids)[len(self._processor.decode(before)) :]
 
     def stream(self, context_ids: Iterable[int] = ()) -> TokenStream:
         """Return a stream for the text of the ids that follow `context_ids`. It does not repeat the context's text."""
         return TokenStream(self, context_ids)
 
     def piece(self, token_id: int) -> str:
-        r"""Return the name of one piece, for tables: "▁Hello", "<s>", "<0x0A>". Other characters are escaped.
+        r"""Return the name of one id, for tables: "▁Hello", "<s>", "<0x0A>", "<|im_start|>", or "[7]" if 7 has no name.
 
-        Raises InputError unless the id is an integer in [0, vocab_size).
+        Characters that cannot be printed are escaped. Raises InputError unless the id is an integer in [0, vocab_size).
         """
         (token_id,) = self.checked([token_id])
-        return escaped(self._pieces[token_id])
+        if token := self.added.by_id.get(token_id):
+            return escaped(token.content)
+        return escaped(self._processor.id_to_piece(token_id)) if token_id < self.n_pieces else f"[{token_id}]"
+
+    def control_id(self, name: str) -> int:
+        """Return the id of a control piece or an added token by its name; raise InputError if there is none."""
+        if token := self.added.by_content.get(name):
+            return token.id
+        found = self._id_of_piece(name)
+        if found is None or found in self.added.by_id or not self._processor.is_control(found):
+            raise InputError(f"{self._origin}: has no control token {short_repr(name)}")
+        return found
 
     def byte(self, token_id: int) -> int | None:
-        """Return the byte that a piece like "<0x0A>" stands for; None for every other piece."""
-        return int(self._pieces[token_id][1:-1], 16) if self._processor.is_byte(token_id) else None
+        """Return the byte that a piece like "<0x0A>" stands for; None for every other id."""
+        is_byte = token_id < self.n_pieces and token_id not in self.added.by_id and self._processor.is_byte(token_id)
+        return int(self._processor.id_to_piece(token_id)[1:-1], 16) if is_byte else None
 
     def checked(self, ids: Iterable[int]) -> list[int]:
         """Return `ids` as a list of Python integers; raise InputError unless each is an integer in [0, vocab_size)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -118,6 +119,21 @@ def test_info_counts_and_names_what_is_in_the_files(tmp_path: Path) -> None:
     assert_complains(done.stderr, tmp_path / "wrapped", "vision_tower")
     assert "(ignored)" in done.stdout
     assert "model.language_model.layers.0.self_attn.q_proj.weight" in done.stdout
+
+
+def test_info_names_added_tokens_and_ends_that_no_tokenizer_knows(tmp_path: Path) -> None:
+    n_pieces = TOKENIZER.n_pieces
+    family = FAMILIES["dense_windowed"]
+    write_hf(tmp_path, replace(family, config=family.config.replace(vocab_size=n_pieces + 4)))
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": n_pieces, "\x1b[2J": n_pieces + 1}))
+    ends = [2, n_pieces, n_pieces + 3]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    rows = dict(re.findall(r"^  (\w.{17}) (.*)$", run("info", "--model", tmp_path).stdout, re.MULTILINE))
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["pieces"] == str(n_pieces)
+    assert rows["added tokens"] == f"{n_pieces} <|im_end|>, {n_pieces + 1} \\x1b[2J"
+    assert rows["ends with"] == f"2 </s>, {n_pieces} <|im_end|>, {n_pieces + 3} (unknown to the tokenizer)"
 
 
 @pytest.mark.parametrize("command", [[], ["--help"], ["generate", "--help"], ["info", "--help"]])

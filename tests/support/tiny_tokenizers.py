@@ -46,3 +46,12 @@ def tiny_tokenizer(variant: str = "mistral") -> bytes:
         **VARIANTS[variant],
     )
     return model.getvalue()
+
+
+def more_pieces(n: int, text: str = "%07x", tail: bytes = b"") -> bytes:
+    """Return n pieces to be put behind a model: in protobuf, a field is a tag, a length and a content.
+
+    text    of a piece, with its number; tail: the fields behind the text
+    """
+    fields = [b"\x0a" + bytes([len(piece)]) + piece + tail for piece in ((text % i).encode() for i in range(n))]
+    return b"".join(b"\x0a" + bytes([len(field)]) + field for field in fields)

@@ -17,11 +17,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.errors import refused, unsaid
-from support.tiny_tokenizers import PARAGRAPH, VARIANTS, tiny_tokenizer
+from support.streams import check_stream, ids_for
+from support.tiny_tokenizers import PARAGRAPH, VARIANTS, more_pieces, tiny_tokenizer
 
 from mistral_ref.errors import InputError, MistralRefError, TokenizerError
 from mistral_ref.text import find_tokenizer, load_tokenizer
-from mistral_ref.text.sentencepiece import MAX_FILE_BYTES, MAX_PIECES, SentencePieceTokenizer, count_pieces
+from mistral_ref.text.sentencepiece import SentencePieceTokenizer
+from mistral_ref.text.sentencepiece_file import MAX_FILE_BYTES, MAX_PIECES, MAX_TEXTS, count_fields
 
 try:
     from mistral_common.tokens.tokenizers import sentencepiece as mistral_common_sentencepiece
@@ -113,46 +115,6 @@ def test_piece_names_can_be_printed() -> None:
 
 
 # --- text id by id ----------------------------------------------------------------------------------------------------
-
-
-def stable(tokenizer: SentencePieceTokenizer, ids: list[int]) -> str:
-    """Return the text of `ids` without the bytes at their end that some continuation would make a character of."""
-
-    def can_become_a_character(run: list[int | None]) -> bool:
-        if not run or None in run:
-            return False
-        # The byte after the leading one has a range of its own; 0x80 or 0xBF lies in each of them. Surrogates are no
-        # characters, but Python's decoder sees that only at their last byte.
-        for n in (1, 2, 3):
-            for rest in itertools.product((0x80, 0xBF), repeat=n):
-                try:
-                    return len(bytes([*run, *rest]).decode(errors="surrogatepass")) == 1
-                except UnicodeDecodeError:
-                    continue
-        return False
-
-    run = [tokenizer.byte(token_id) for token_id in ids]
-    n_open = next((n for n in (3, 2, 1) if len(ids) >= n and can_become_a_character(run[-n:])), 0)
-    return tokenizer.decode(ids[: len(ids) - n_open])
-
-
-def check_stream(tokenizer: SentencePieceTokenizer, context: list[int], ids: list[int]) -> None:
-    stream = tokenizer.stream(context)
-    text = stable(tokenizer, context)
-    for n, token_id in enumerate(ids, start=1):
-        text += stream.push(token_id)
-        assert text == stable(tokenizer, context + ids[:n]), (context, ids[:n])
-    assert text + stream.flush() == tokenizer.decode(context + ids), (context, ids)
-
-
-def ids_for(tokenizer: SentencePieceTokenizer) -> st.SearchStrategy[list[int]]:
-    """Draw ids of which any may follow any, and those more often that matter: bytes of characters, controls, spaces."""
-    of_byte = {tokenizer.byte(token_id): token_id for token_id in range(tokenizer.vocab_size)}
-    byte_ids = [of_byte[byte] for byte in {*"é☀🙂\ufffd\ud7ff".encode(), 0x41, 0x80, 0xC0, 0xE0, 0xED, 0xF4, 0xFF}]
-    spaces = [token_id for token_id in range(tokenizer.vocab_size) if tokenizer.piece(token_id).startswith("▁")]
-    shortest = sorted(spaces, key=lambda token_id: len(tokenizer.piece(token_id)))[:4]
-    any_id = st.integers(0, tokenizer.vocab_size - 1)
-    return st.lists(any_id | st.sampled_from(byte_ids) | st.sampled_from(shortest) | st.integers(0, 4), max_size=12)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -261,17 +223,31 @@ def test_what_is_not_a_model_is_refused_at_once(
 
 def test_pieces_are_counted_and_not_the_bytes_of_their_scores(tmp_path: Path) -> None:
     """As many as SentencePiece finds; the first ones' scores are made of bytes that also stand before each piece."""
-    model = tiny_tokenizer()
-    n_others = count_pieces(model) - MISTRAL.vocab_size
-    assert 0 < n_others < 100  # texts in the other parts: symbols that the trainer was given, and its settings
+    n_pieces, n_texts = count_fields(tiny_tokenizer())
+    assert n_pieces == MISTRAL.n_pieces
+    assert 0 < n_texts < 100  # symbols that the trainer was given, and its settings
     content = b"\x0a\x01a\x15" + b"\x0a" * 4  # field 1, a text; field 2, a float
     piece = b"\x0a" + bytes([len(content)]) + content
-    assert count_pieces(piece * 50) == 50
+    assert count_fields(piece * 50) == (50, 0)
     path = tmp_path / "tokenizer.model"
-    for n, facts in ((MAX_PIECES + 1, (MAX_PIECES + 1, MAX_PIECES)), (1, ("SentencePiece model",))):
-        path.write_bytes(piece * n)
+    for field, n, facts in (
+        (piece, MAX_PIECES + 1, (MAX_PIECES, "pieces")),
+        (b"\x12\x00", MAX_TEXTS + 1, (MAX_TEXTS, "texts")),
+        (piece, 1, ("SentencePiece model",)),
+    ):
+        path.write_bytes(field * n)
         with refused(TokenizerError, path, *facts):
             load_tokenizer(path)
+
+
+def test_a_vocabulary_may_be_as_large_as_the_largest_published(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(tiny_tokenizer() + more_pieces(MAX_PIECES - MISTRAL.n_pieces))
+    started = time.thread_time()
+    tokenizer = load_tokenizer(path)
+    assert time.thread_time() - started < 3
+    assert tokenizer.n_pieces == MAX_PIECES
+    assert tokenizer.decode([*tokenizer.encode("she"), MAX_PIECES - 1]) == f"she{MAX_PIECES - MISTRAL.n_pieces - 1:07x}"
 
 
 def test_a_directory_that_cannot_be_listed_is_refused(tmp_path: Path) -> None:
