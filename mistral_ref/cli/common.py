@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import os
 import sys
 from collections.abc import Iterator
@@ -81,12 +82,31 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     """Return the prompt: the argument, or else standard input without the newline at its end."""
     if arguments.prompt is not None:
         return as_text(arguments.prompt)
+    return read_standard_input("no prompt: give it as an argument or on standard input").removesuffix("\n")
+
+
+def read_standard_input(without: str) -> str:
+    """Return the text on standard input; raise InputError with the message `without` if nothing is piped into it."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise InputError("no prompt: give it as an argument or on standard input")
+        raise InputError(without)
+    return decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def decoded(data: bytes, name: str) -> str:
+    r"""Return the text of a file with this name. What only belongs to how a text is stored is taken away.
+
+    This is a byte order mark, and the \r of a last line that ends with \r\n.
+
+    >>> decoded(b"\xef\xbb\xbfOnce upon\r\na time\r\n", "story.txt")
+    'Once upon\r\na time\n'
+    """
     try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not UTF-8 text: {error.reason} at {error.start}") from None
+        is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        found = "it begins like UTF-16" if is_utf_16 else f"{error.reason} at {error.start}"
+        raise InputError(f"{name} is not UTF-8 text: {found}") from None
+    return f"{text[:-2]}\n" if text.endswith("\r\n") else text
 
 
 def as_text(argument: str) -> str:

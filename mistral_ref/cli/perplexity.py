@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar
+from mistral_ref.cli.common import (
+    add_compute_options,
+    add_model_option,
+    decoded,
+    load_model,
+    progress_bar,
+    read_standard_input,
+)
 from mistral_ref.cli.pass_options import add_dtype_option
 from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.measure.perplexity import perplexity
@@ -137,18 +143,13 @@ def run(arguments: argparse.Namespace) -> None:
 def read_text(file: str) -> str:
     """Return the whole text of a file, or of standard input if the file is "-"."""
     name = "standard input" if file == "-" else short_repr(file)
-    try:
-        if file != "-":
-            data = Path(file).read_bytes()
-        elif sys.stdin is None or sys.stdin.isatty():
-            raise InputError("no text: give a file, or the text on standard input")
-        else:
-            data = sys.stdin.buffer.read()
-        text = data.decode()
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: is not UTF-8 text: {error.reason} at {error.start}") from None
+    if file == "-":
+        text = read_standard_input("no text: give a file, or the text on standard input")
+    else:
+        try:
+            text = decoded(Path(file).read_bytes(), name)
+        except OSError as error:
+            raise InputError(f"{name}: cannot be read: {error.strerror}") from None
     if not text:
         raise InputError(f"{name}: is empty; expected text")
     return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
@@ -21,6 +24,7 @@ from support.paths import ROOT
 from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
+from mistral_ref.cli.common import read_prompt
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 
 TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
@@ -60,6 +64,22 @@ def test_generate_prints_the_prompt_and_what_the_library_generates(model_dir: Pa
     options = ("--model", model_dir, "--temperature", 0, "--max-tokens", 30, "--no-echo")
     quiet = run("generate", *options, stdin="The mill stood\n")
     assert quiet.stdout == f"{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("stored", "text"),
+    [
+        (b"\xef\xbb\xbfThe mill\r\n", "The mill"),
+        (b"The\r\nmill\n\r\n", "The\r\nmill\n"),
+        (b"The mill\r", "The mill\r"),
+        (b"The mill\n\n", "The mill\n"),
+        (b"\xef\xbb\xbf\r\n", ""),
+        (b"\xef\xbb\xbf\xef\xbb\xbfThe", "\ufeffThe"),
+    ],
+)
+def test_how_a_text_is_stored_is_not_part_of_the_prompt(stored: bytes, text: str) -> None:
+    with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stored))):
+        assert read_prompt(argparse.Namespace(prompt=None)) == text
 
 
 def test_every_sampling_option_reaches_the_library(model_dir: Path) -> None:
@@ -160,9 +180,8 @@ def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Pat
     one_line_error(run("generate", "--model", model_dir, "--threads", 0, "A"), "threads", 0)
     one_line_error(run("generate", "--model", model_dir, "--no-such-option", "A"), "--no-such-option", "--help")
     one_line_error(run("generate", "Once", "upon", "a"), "upon a", "quotes", "--help")
-    done = run("generate", "--model", model_dir, stdin=b"\xff\xfe")
-    assert done.returncode == 2
-    assert_complains(done.stderr, "standard input", "UTF-8")
+    one_line_error(run("generate", "--model", model_dir, stdin=b"\xff"), "standard input", "UTF-8", 0)
+    one_line_error(run("generate", "--model", model_dir, stdin="A".encode("utf-16")), "standard input", "UTF-16")
 
 
 def test_a_truncated_file_is_one_line(model_dir: Path, tmp_path: Path) -> None:

@@ -160,6 +160,17 @@ def test_standard_input_is_the_same_text(
     assert piped["nats_per_token"] == from_file["nats_per_token"]
 
 
+def test_how_a_text_is_stored_is_not_measured(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, windows = tmp_path / "plain.txt", tmp_path / "windows.txt"
+    plain.write_bytes(PARAGRAPH.encode())
+    windows.write_bytes(b"\xef\xbb\xbf" + PARAGRAPH.encode()[:-1] + b"\r\n")
+    measured = ("tokens", "perplexity", "bits_per_byte")
+    of_plain, of_windows = (figures(capsys, model_dir, file, "--stride", 50) for file in (plain, windows))
+    assert [of_windows[name] for name in measured] == [of_plain[name] for name in measured]
+
+
 def test_what_is_no_number_is_null(model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = figures(capsys, model_dir, text_file, "--max-tokens", 3, "--context", 3)
     assert (shown["tokens_scored"], shown["perplexity_error"], shown["nats_per_token_error"]) == (1, None, None)

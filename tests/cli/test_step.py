@@ -525,6 +525,11 @@ def test_ctrl_c_keeps_place_and_edits_in_a_terminal_and_ctrl_d_leaves(terminal: 
     assert terminal.exit_status() == 0
 
 
+def test_commands_may_come_from_a_file_as_windows_stores_it() -> None:
+    plain = run("step", TEXT, stdin="next\nquit\n")
+    assert run("step", TEXT, stdin=b"\xef\xbb\xbfnext\r\nquit\r\n").stdout == plain.stdout
+
+
 def test_ctrl_c_over_a_pipe_ends_it() -> None:
     with start(*COMMAND, "step", TEXT, stdin=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stdout is not None

@@ -72,6 +72,7 @@ class Shell(cmd.Cmd):
 
     def precmd(self, line: str) -> str:
         """Print a command that came over a pipe, so that the output looks as if the command had been typed."""
+        line = line.removeprefix("\ufeff")  # a pipe from a file may begin with a byte order mark
         if not self.is_terminal and line != "EOF":
             self.say(f"({self.place()}) {line.rstrip()}")
         return line
