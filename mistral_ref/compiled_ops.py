@@ -7,8 +7,10 @@ the expected shapes. Indices come from the cache or have been checked before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numba
 import numpy as np
@@ -19,14 +21,15 @@ from mistral_kernels.matvec import FEW, ONE, are_few, matvec, matvec_tiled
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_ref.activations import Activations
+from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError
 from mistral_ref.host import chosen_threads
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.quantized_matrix import QuantizedMatrix
-from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.steps import Step, StepFactory, Steps
-from mistral_ref.weights import Matrix, TiledMatrix, bf16_bits, bf16_values
+from mistral_ref.weights import Matrix, TiledMatrix, Weights, bf16_bits, bf16_values, matrices
 
 # Below this much work one thread works alone: bytes of weights times tokens, and numbers of activations. Waking other
 # threads costs microseconds, or milliseconds if another program has taken their core.
@@ -90,6 +93,24 @@ class CompiledOps(ReferenceOps):
         with super().running(), threads.using(self.threads):
             yield
 
+    def prepare(self, config: ModelConfig, weights: Weights, cache_dtype: str, lengths: Collection[int]) -> None:
+        """Compile, or read from disk, each kernel that passes of these lengths need. Only the last token has logits."""
+        dtype, most = np.dtype(cache_dtype), max(lengths)
+        needed = [
+            partial(elementwise.rms_norm),
+            partial(elementwise.rotate),
+            partial(elementwise.swiglu),
+            _write(dtype),
+        ]
+        needed += [_attention(dtype, length, config.n_heads, config.n_kv_heads) for length in lengths]
+        needed += [self._product(weights.output, 1)]
+        # An expert gets some of a pass's tokens, so it may get one, a few or many.
+        some = lengths if config.moe is None else {*lengths, 1, min(2, most)}
+        needed += [self._product(weight, length) for weight in matrices(weights.layers) for length in some]
+        needed += [] if config.moe is None else [partial(elementwise.mix_experts)]
+        for factory, arguments in {(kernel.func, kernel.args): None for kernel in needed}:
+            factory(*arguments)
+
     def _threads_for(self, work: int, few: int) -> int:
         return 1 if work < few else threads.usable(self.threads)
 
@@ -112,38 +133,52 @@ class CompiledOps(ReferenceOps):
         if isinstance(weight_OI, QuantizedMatrix):
             self._quantized_linear(x_TI, weight_OI, y_TO)
             return y_TO
-        scale = _NO_SCALE if weight_OI.scale is None else weight_OI.scale
+        if self.rounds_to_bf16(weight_OI) and not self._takes_pairs(weight_OI):
+            x_TI = bf16_values(bf16_bits(x_TI))
+        stored, scale = weight_OI.as_bytes, _NO_SCALE if weight_OI.scale is None else weight_OI.scale
         n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
-        kind: str = weight_OI.kind
-        if self.rounds_to_bf16(weight_OI):
-            if n_in % _PAIRED_INPUTS:
-                x_TI = bf16_values(bf16_bits(x_TI))
-            else:
-                kind = "pairs"
-        is_tiled, stored = isinstance(weight_OI, TiledMatrix), weight_OI.as_bytes
-        if n_tokens == 1 and is_tiled:
-            matvec_tiled(kind)(stored, x_TI[0], y_TO[0], n_threads)
-        elif n_tokens and not is_tiled and are_few(kind, n_tokens):
-            matvec(kind, ONE if n_tokens == 1 else FEW)(stored, scale, x_TI, y_TO, n_threads)
+        product = self._product(weight_OI, n_tokens)
+        if product.func is matvec_tiled:
+            product()(stored, x_TI[0], y_TO[0], n_threads)
+        elif product.func is matvec:
+            product()(stored, scale, x_TI, y_TO, n_threads)
         else:
+            kind = product.args[0]
             for start in range(0, n_tokens, _TOKENS_AT_ONCE):
                 rows = slice(start, start + _TOKENS_AT_ONCE)
                 slabs = self._pool.empty(slab_shape(kind, len(x_TI[rows]), n_in))
-                matmul(kind, is_tiled)(stored, scale, x_TI[rows], slabs, y_TO[rows], n_threads)
+                product()(stored, scale, x_TI[rows], slabs, y_TO[rows], n_threads)
         return y_TO
 
+    def _takes_pairs(self, weight_OI: Matrix) -> bool:
+        """Return whether a matrix is multiplied by the kernel for pairs of bf16, which rounds the inputs itself."""
+        return self.rounds_to_bf16(weight_OI) and weight_OI.shape[1] % _PAIRED_INPUTS == 0
+
+    def _product(self, weight_OI: Matrix, n_tokens: int) -> partial[Any]:
+        """Return what makes the kernel for a product: a factory with its arguments."""
+        if isinstance(weight_OI, QuantizedMatrix):
+            how = weight_OI.bits, self.quantized_activations, weight_OI.group_size
+            return partial(matvec_quantized if n_tokens == 1 else matmul_quantized, *how)
+        kind = "pairs" if self._takes_pairs(weight_OI) else weight_OI.kind
+        is_tiled = isinstance(weight_OI, TiledMatrix)
+        if n_tokens == 1 and is_tiled:
+            return partial(matvec_tiled, kind)
+        if n_tokens and not is_tiled and are_few(kind, n_tokens):
+            return partial(matvec, kind, ONE if n_tokens == 1 else FEW)
+        return partial(matmul, kind, is_tiled)
+
     def _quantized_linear(self, x_TI: np.ndarray, weight_OI: QuantizedMatrix, y_TO: np.ndarray) -> None:
-        how = weight_OI.bits, self.quantized_activations, weight_OI.group_size
         stored, scales, unit = weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit
+        kernel = self._product(weight_OI, len(x_TI))()
         n_threads = self._threads_for(weight_OI.nbytes * len(x_TI), _FEW_BYTES)
         if len(x_TI) == 1:
-            matvec_quantized(*how)(stored, scales, unit, x_TI[0], y_TO[0], n_threads)
+            kernel(stored, scales, unit, x_TI[0], y_TO[0], n_threads)
             return
         for start in range(0, len(x_TI), _TOKENS_AT_ONCE):
             rows = slice(start, start + _TOKENS_AT_ONCE)
             q_shape, scales_shape = slab_shapes(weight_OI.group_size, *x_TI[rows].shape)
             q, scales_x = self._pool.empty(q_shape, self.quantized_activations), self._pool.empty(scales_shape)
-            matmul_quantized(*how)(stored, scales, unit, x_TI[rows], q, scales_x, y_TO[rows], n_threads)
+            kernel(stored, scales, unit, x_TI[rows], q, scales_x, y_TO[rows], n_threads)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """Return every pair of neighbours turned by its angle, by a compiled kernel."""
@@ -159,12 +194,13 @@ class CompiledOps(ReferenceOps):
     def write(self, store: panels.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
         """Put keys and values in these slots, rounded to the store's dtype, by a compiled kernel."""
         slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else np.ascontiguousarray(slots)
-        if store.k.dtype == np.int8:
-            panels.write_int8()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
+        kernel = _write(store.k.dtype)
+        if kernel.func is panels.write_int8:
+            kernel()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
             return
-        raw = "float32" if store.k.dtype == np.float32 else "uint16"
+        (raw,) = kernel.args
         k_TGK, v_TGK = (np.ascontiguousarray(part, store.k.dtype).view(raw) for part in (k_TGK, v_TGK))
-        panels.write(raw)(store.k.view(raw), store.v.view(raw), slots_T, k_TGK, v_TGK)
+        kernel()(store.k.view(raw), store.v.view(raw), slots_T, k_TGK, v_TGK)
 
     def read(self, store: panels.PanelStore, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
         """Return the keys and the values (S, G, K) in these slots; int8 is multiplied by its scales."""
@@ -184,17 +220,29 @@ class CompiledOps(ReferenceOps):
                 return step
 
             yield from super().attention(q_THK, view, only_shown)
-        return self._heads(q_THK, view)
+        heads_THK = self._heads(q_THK, view)
+        if len(q_THK) > 1 and not np.isfinite(heads_THK.sum()):
+            return self._shielded(heads_THK, q_THK, view)
+        return heads_THK
+
+    def _shielded(self, heads_THK: np.ndarray, q_THK: np.ndarray, view: KeyView) -> np.ndarray:
+        """Return the heads; those of a query that sees only finite keys and values are computed without the others.
+
+        The kernel multiplies a value that a query does not see by 0, and 0 times NaN or infinity is NaN.
+        """
+        k_SGK, v_SGK = self.read(view.store, view.slots)
+        broken_SG = ~(np.isfinite(k_SGK) & np.isfinite(v_SGK)).all(axis=2)
+        visible_TS = attends(np.array(view.query_positions)[:, np.newaxis], np.array(view.key_positions), view.window)
+        sees_broken_TG = visible_TS.astype(np.float32) @ broken_SG > 0
+        store = panels.PanelStore(*(np.where(np.isfinite(part), part, part.dtype.type(0)) for part in view.store))
+        sees_broken_TH = sees_broken_TG.repeat(q_THK.shape[1] // k_SGK.shape[1], axis=1)
+        return np.where(sees_broken_TH[..., np.newaxis], heads_THK, self._heads(q_THK, view._replace(store=store)))
 
     def _heads(self, q_THK: np.ndarray, view: KeyView) -> np.ndarray:
         q_THK = _floats(q_THK)
         (k, v, k_scales, v_scales), heads_THK = view.store, self._pool.empty(q_THK.shape)
-        n_tokens, n_heads, _ = q_THK.shape
         n_kv_heads, n_blocks = v.shape[:2]
-        is_few = n_tokens * n_heads <= n_kv_heads * attention.FEW_ROWS
-        kind = {4: "f32", 2: "f16", 1: "int8"}[k.itemsize]
-        kernel = attention.attention(kind, attention.FEW_ROWS if is_few else attention.MANY_ROWS)
-        kernel(
+        _attention(k.dtype, len(q_THK), q_THK.shape[1], n_kv_heads)()(
             q_THK,
             k.view(np.uint8).reshape(-1),
             v.view(np.uint8).reshape(-1),
@@ -226,6 +274,20 @@ class CompiledOps(ReferenceOps):
         tokens_N, experts_N = (np.ascontiguousarray(indices, np.int64) for indices in (tokens_N, experts_N))
         elementwise.mix_experts()(_floats(y_ND), tokens_N, experts_N, _floats(weights_TE), z_TD)
         return z_TD
+
+
+def _write(dtype: np.dtype) -> partial[Any]:
+    """Return what makes the kernel that writes into a store of this dtype."""
+    if dtype == np.int8:
+        return partial(panels.write_int8)
+    return partial(panels.write, "float32" if dtype == np.float32 else "uint16")
+
+
+def _attention(dtype: np.dtype, n_tokens: int, n_heads: int, n_kv_heads: int) -> partial[Any]:
+    """Return what makes the kernel for attention over a store of this dtype."""
+    is_few = n_tokens * n_heads <= n_kv_heads * attention.FEW_ROWS
+    kind = {4: "f32", 2: "f16", 1: "int8"}[dtype.itemsize]
+    return partial(attention.attention, kind, attention.FEW_ROWS if is_few else attention.MANY_ROWS)
 
 
 def _segments(view: KeyView) -> np.ndarray:

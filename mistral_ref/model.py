@@ -281,6 +281,8 @@ class Model:
         cache.require_room(n_prompt)
         if longest is not None and cache.length + n_prompt >= longest:
             raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len); expected a shorter one")
+        lengths = {1, min(n_prompt, cache.chunk), n_prompt % cache.chunk or 1}
+        self.ops.prepare(self.config, self.weights, cache.dtype, lengths)
         return generate(request, self._next_logits, cache, self.text_stream(request.prompt_ids))
 
     def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:

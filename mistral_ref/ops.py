@@ -6,7 +6,7 @@ other implementation must agree with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 from mistral_ref.config import ModelConfig, RowOrder
 from mistral_ref.rope import Rotation
 from mistral_ref.steps import StepFactory, Steps
-from mistral_ref.weights import Matrix
+from mistral_ref.weights import Matrix, Weights
 
 Slots = slice | np.ndarray
 
@@ -51,6 +51,8 @@ class Ops(Protocol):
     threads: int | None
 
     def running(self) -> AbstractContextManager[object]: ...
+
+    def prepare(self, config: ModelConfig, weights: Weights, cache_dtype: str, lengths: Collection[int]) -> None: ...
 
     def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation: ...
 

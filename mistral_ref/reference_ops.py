@@ -9,7 +9,7 @@ float64.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from mistral_ref.ops import KeyView, Slots
 from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.rope import AnglePrecision, Rotation, rotation
 from mistral_ref.steps import StepFactory, Steps
-from mistral_ref.weights import Matrix, bf16_bits, bf16_values
+from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values
 
 # Maximum elements of a temporary array. The rows that are widened to floats should still be in the processor's cache
 # when they are multiplied. Measured with bf16 and one token: 3.7 to 5.5 GB/s with 2**18, 2.5 to 3.9 GB/s with 2**22.
@@ -151,6 +151,9 @@ class ReferenceOps:
                 return
             with _BLAS_TURN, self._blas.limit(limits=self.threads, user_api="blas"):
                 yield
+
+    def prepare(self, config: ModelConfig, weights: Weights, cache_dtype: str, lengths: Collection[int]) -> None:
+        """Make everything ready for passes of these lengths. NumPy needs nothing."""
 
     def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation:
         """Return RoPE's cosines and sines at these positions (T,). rope.py has the formulas."""

@@ -29,13 +29,6 @@ from mistral_ref.weights import Matrix
 
 BROKEN = [np.nan, np.inf, -np.inf]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_attention = pytest.mark.parametrize(
-    "backend",
-    [
-        "numpy",
-        pytest.param("numba", marks=pytest.mark.xfail(reason="the kernel multiplies unseen values by 0", strict=True)),
-    ],
-)
 each_cache = pytest.mark.parametrize("dtype", ["float32", *slow(["float16", "int8"])])
 
 
@@ -131,7 +124,7 @@ def assert_contained(case: Attended, backend: str, dtype: str) -> None:
         assert np.isnan(found[reached_TH][:, slice(None) if is_whole else index]).all()
 
 
-@each_attention
+@each_backend
 @each_cache
 @given(attended())
 @example(with_broken_value([8], window=None, position=5))  # later than a query of the same pass
@@ -141,7 +134,7 @@ def test_a_broken_number_reaches_only_the_queries_that_see_it(backend: str, dtyp
 
 
 @pytest.mark.slow
-@each_attention
+@each_backend
 @each_cache
 @given(attended(is_long=True))
 @example(with_broken_value([600, 3], window=None, position=601))
@@ -173,7 +166,7 @@ def test_a_trace_shows_weights_of_0_for_unseen_keys_beside_nan(backend: str) -> 
 # ---------------------------------------------------------------------------------------------------- the whole model
 
 
-@each_attention
+@each_backend
 @given(configs(), st.integers(0, 39), st.integers(1, 40), st.integers(1, 12), seeds, st.sampled_from(BROKEN))
 @example(SMALL, 3, 30, 12, 0, np.nan)
 @settings(max_examples=30)

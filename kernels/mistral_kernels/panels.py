@@ -107,7 +107,7 @@ def write_int8() -> Any:
         largest = numba.float32(0)
         for i in range(len(x)):
             size = abs(x[i])
-            if not size <= largest:  # or NaN
+            if size > largest or math.isnan(size):  # nothing is larger than NaN, so it stays
                 largest = size
         scales[g, slot] = largest / numba.float32(127)
         bits[g, slot] = (bits[g, slot] + numba.uint32(0xFF)) & numba.uint32(0xFFFFFF00)
