@@ -7,6 +7,7 @@ asked for, and that is checked before anything is measured.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, MistralRefError
 from mistral_ref.files.build_weights import build_weights
 from mistral_ref.files.checkpoint import Checkpoint
+from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import Tensor
 from mistral_ref.host import available_memory
 from mistral_ref.measure.benchmark import Candidate, Limit, Measurement, spread, write_json
@@ -82,7 +84,7 @@ def finish(measure: Callable[[argparse.Namespace], None], arguments: argparse.Na
     """Run a script's work and return its exit status: 2 after one line for a user's mistake."""
     try:
         for path in (getattr(arguments, "json", None), getattr(arguments, "figure", None)):
-            if path and not Path(path).absolute().parent.is_dir():
+            if path and not os.path.isdir(local_path(path).parent):
                 raise InputError(f"{path}: cannot be written: no such folder")
         if getattr(arguments, "figure", None):
             _require_figures(arguments.figure)

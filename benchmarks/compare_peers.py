@@ -45,7 +45,7 @@ from mistral_ref.files.config_files import read_config
 from mistral_ref.files.quantization import quantize
 from mistral_ref.host import chosen_threads, process_memory
 from mistral_ref.measure.benchmark import Limit, ratios, read_limit, spread
-from mistral_ref.measure.machine import cache_folder, machine, machine_lines
+from mistral_ref.measure.machine import machine, machine_lines, work_folder
 from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.measure.synthetic import checkpoint_folder, make_checkpoint
 from mistral_ref.weights import matrices
@@ -88,7 +88,7 @@ def installed_peers(asked: Sequence[str]) -> list[str]:
 
 def checkpoint_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """Return the model's directory, made if necessary, and the one for what is written from it."""
-    work = Path(arguments.work_dir)
+    work = work_folder(arguments.work_dir)
     if arguments.model is not None:
         directory = Path(arguments.model).resolve()
         return directory, work / f"{directory.name}-{zlib.crc32(os.fsencode(directory)):08x}"
@@ -302,7 +302,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--flash-attention", choices=["auto", "on", "off"], default="auto", help="llama.cpp's (default: %(default)s)"
     )
-    parser.add_argument("--work-dir", default=cache_folder(), metavar="DIR", help="%(default)s")
+    parser.add_argument("--work-dir", metavar="DIR", help="for weights (default: in the user's cache folder)")
     parser.add_argument("--json", metavar="FILE", help="write the machine, versions and every sample there")
     parser.add_argument("--figure", metavar="FILE", help="draw the rates: .svg, .png or .pdf (needs the extra plots)")
     return parser.parse_args()

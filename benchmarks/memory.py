@@ -31,7 +31,7 @@ import mistral_ref
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_int
 from mistral_ref.host import chosen_threads, process_memory
-from mistral_ref.measure.machine import cache_folder, machine, machine_lines
+from mistral_ref.measure.machine import machine, machine_lines, work_folder
 from mistral_ref.measure.shapes import shape
 from mistral_ref.measure.speed import CHUNK
 from mistral_ref.measure.synthetic import checkpoint_folder, make_checkpoint
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     common.add_slice_options(parser)
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=4096, metavar="N", help="tokens in the cache (%(default)s)")
-    parser.add_argument("--work-dir", default=cache_folder(), metavar="DIR", help="for the weights: %(default)s")
+    parser.add_argument("--work-dir", metavar="DIR", help="for weights (default: in the user's cache folder)")
     common.add_threads_option(parser)
     common.add_output_options(parser, "no repacked weights", "anonymous and resident memory")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # dtype of the cache, and whether to repack
@@ -117,7 +117,8 @@ def measure(arguments: argparse.Namespace) -> None:
     longest = config.max_seq_len or 2**20
     checked_int("prompt", arguments.prompt, least=1, most=longest)
     checked_int("depth", arguments.depth, least=1, most=longest - 1)
-    directory = checkpoint_folder(arguments.shape, config, arguments.kind, Path(arguments.work_dir))
+    arguments.work_dir = work_folder(arguments.work_dir)
+    directory = checkpoint_folder(arguments.shape, config, arguments.kind, arguments.work_dir)
     if arguments.child:
         observe(directory, arguments)
         return

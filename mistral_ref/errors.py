@@ -1,7 +1,7 @@
 """The errors and warnings of this library, helpers for their messages, and the type of progress callbacks.
 
 Every message is one line. It names the file, the tensor or field, the value that was found and the value that was
-expected. All errors that this library raises on purpose are MistralRefErrors.
+expected. Paths are never shortened. All errors that this library raises on purpose are MistralRefErrors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ Progress = Callable[[int, int], None]  # called with (amount done, total amount)
 
 
 class MistralRefError(ValueError):
-    """Something given to mistral_ref cannot be used. The message is one line."""
+    r"""Something given to mistral_ref cannot be used. The message is one line, safe to print.
+
+    The message is the arguments joined. What cannot be printed is escaped, for example a line break in a path.
+
+    >>> str(InputError("a\nb: no such directory"))
+    'a\\nb: no such directory'
+    """
+
+    def __str__(self) -> str:
+        return escaped("".join(map(str, self.args)))
 
 
 class Field(str):
@@ -40,9 +49,6 @@ class ConfigError(MistralRefError):
     def __init__(self, *parts: str) -> None:
         super().__init__(*parts)
         self.parts = parts
-
-    def __str__(self) -> str:
-        return "".join(self.parts)
 
     @property
     def field(self) -> str | None:
@@ -75,11 +81,14 @@ class MistralRefWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Give a MistralRefWarning that points at the line of the user's code that called this package."""
+    """Give a MistralRefWarning that points at the line of the user's code that called this package.
+
+    What cannot be printed is escaped, as in errors.
+    """
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("mistral_ref."):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, MistralRefWarning, stacklevel=level)
+    warnings.warn(escaped(message), MistralRefWarning, stacklevel=level)
 
 
 _repr = reprlib.Repr()

@@ -9,8 +9,8 @@ from mistral_ref.activations import Activations
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import ConfigError, InputError, Progress, TokenizerError, short_repr, warn
 from mistral_ref.files.build_weights import open_model
-from mistral_ref.files.checkpoint import checked_directory
 from mistral_ref.files.config_files import read_eos_ids
+from mistral_ref.files.paths import checked_directory
 from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weights
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
@@ -99,7 +99,7 @@ def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceToken
         raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
     path = find_tokenizer(directory)
     if path is None:
-        if others := [name for name in OTHER_FORMATS if (directory / name).exists()]:
+        if others := [name for name in OTHER_FORMATS if os.path.exists(directory / name)]:
             warn(f"{directory}: holds {others[0]}; only SentencePiece can be read, so prompts must be token ids")
         return None, eos_ids
     tokenizer = load_tokenizer(path)

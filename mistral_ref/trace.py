@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -19,15 +18,13 @@ from mistral_ref.config import RowOrder
 from mistral_ref.display import steps_html
 from mistral_ref.errors import InputError, printable, short_repr
 from mistral_ref.files.dump import FORMAT, checked_row_order, read_dump, step_order, tokens_of
+from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import write_tensor_file
 from mistral_ref.steps import CATALOGUE, Step
 
 
 class MissingStepError(InputError, KeyError):
     """A trace does not hold the step that was asked for."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Trace(Mapping[str, np.ndarray]):
@@ -150,7 +147,7 @@ class Trace(Mapping[str, np.ndarray]):
         Values in F64 and F32 are not copied: they stay mapped from the file. Raises CheckpointError; the message
         names the file and the problem.
         """
-        found = read_dump(Path(path), checked_row_order(rope_row_order))
+        found = read_dump(local_path(path), checked_row_order(rope_row_order))
         return cls(found.steps, found.tokens, found.pieces, start=found.start, made_by=found.made_by)
 
     def __repr__(self) -> str:

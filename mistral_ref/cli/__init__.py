@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import mistral_ref
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     It is 0, or another status that the command has set; 1 if memory or the output is full; 2 for a user's mistake; 130
-    for Ctrl-C.
+    for Ctrl-C. SIGTERM and SIGHUP raise SystemExit.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; put a text of several words in quotes" if needs_quotes else ""
         parser.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ended_by_signals():
             warnings.simplefilter("always", mistral_ref.MistralRefWarning)
             warnings.showwarning = _show_notice  # type: ignore[assignment]
             arguments.run(arguments)
@@ -102,6 +105,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
     status: int = arguments.status
     return status
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, by an exception, so that no half-written file is left.
+
+    A signal that is ignored stays so, for example SIGHUP after `nohup`.
+    """
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    ours = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+    ours = [number for number in ours if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        ours = []
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _show_notice(message: Warning | str, category: type[Warning], *_: object) -> None:

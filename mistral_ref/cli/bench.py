@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.files.whole_file import remove_leftovers
 from mistral_ref.host import available_memory, chosen_threads, process_memory
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.measure.shapes import SHAPES, shape
@@ -253,7 +254,9 @@ def _synthetic(arguments: argparse.Namespace) -> Path:
             f"{arguments.shape} with {config.n_layers} layers takes {size(n_bytes)}, but only {size(available)} of "
             "memory is free. The rest would be read from the disk for every token. Use --layers for fewer layers"
         )
-    parent = Path(arguments.work_dir) if arguments.work_dir else machine.cache_folder()
+    parent = machine.work_folder(arguments.work_dir)
+    for other in parent.glob("*-*-*"):
+        remove_leftovers(other)
     folder = synthetic.checkpoint_folder(arguments.shape, config, arguments.kind, parent)
     with progress_bar("writing random weights", is_long=True) as bar:
         return synthetic.make_checkpoint(folder, config, kind=arguments.kind, progress=bar)

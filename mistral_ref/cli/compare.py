@@ -9,6 +9,7 @@ from mistral_ref.cli.common import add_threads_option, as_text, model_directory,
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.compare import compare_walks
 from mistral_ref.errors import InputError, checked_int
+from mistral_ref.files.paths import local_path
 from mistral_ref.loading import load
 from mistral_ref.model import Model
 from mistral_ref.steps import step_names
@@ -142,7 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
     """Return A (index 0) or B (index 1): a trace, or a model loaded with the options for this side."""
     path = (arguments.a, arguments.b)[index]
-    if os.path.isfile(path) or path.endswith(".safetensors"):
+    if os.path.isfile(local_path(path)) or path.endswith(".safetensors"):
         return Trace.load(path, rope_row_order=arguments.rope_row_order)
     model = load(
         model_directory(path),

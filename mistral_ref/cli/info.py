@@ -7,12 +7,12 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
 import mistral_ref
 from mistral_ref.cli.common import add_model_option, size
 from mistral_ref.config import ModelConfig
 from mistral_ref.files.checkpoint import Checkpoint, open_checkpoint
+from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import DTYPES, Tensor
 from mistral_ref.files.tensor_names import huggingface_name
 from mistral_ref.weights import matrices
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = mistral_ref.load(arguments.model, backend="numpy")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has already shown them
-        checkpoint = open_checkpoint(Path(arguments.model))
+        checkpoint = open_checkpoint(local_path(arguments.model))
     print_rows("architecture", architecture(model.config))
     print_rows("checkpoint", files(checkpoint, model))
     print_rows("memory", memory(model, checkpoint))

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from mistral_ref.cli.common import (
@@ -18,7 +17,8 @@ from mistral_ref.cli.common import (
     read_standard_input,
 )
 from mistral_ref.cli.pass_options import add_dtype_option
-from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.errors import InputError, checked_int
+from mistral_ref.files.paths import local_path
 from mistral_ref.measure.perplexity import perplexity
 
 _DEFAULT_CONTEXT = 512
@@ -142,12 +142,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def read_text(file: str) -> str:
     """Return the whole text of a file, or of standard input if the file is "-"."""
-    name = "standard input" if file == "-" else short_repr(file)
+    name = "standard input" if file == "-" else file
     if file == "-":
         text = read_standard_input("no text: give a file, or the text on standard input")
     else:
         try:
-            text = decoded(Path(file).read_bytes(), name)
+            text = decoded(local_path(file).read_bytes(), name)
         except OSError as error:
             raise InputError(f"{name}: cannot be read: {error.strerror}") from None
     if not text:

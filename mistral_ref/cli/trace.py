@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from mistral_ref.cache import KVCache
@@ -16,7 +15,8 @@ from mistral_ref.cli.pass_options import (
     split_prompt,
 )
 from mistral_ref.display import markdown_table, size_text
-from mistral_ref.errors import InputError, short_repr
+from mistral_ref.errors import InputError
+from mistral_ref.files.paths import local_path
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
 from mistral_ref.study import report
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the steps of a pass, or write them to a file."""
     output = arguments.output
     if output is not None and not output.endswith((".html", ".safetensors")):
-        raise InputError(f"-o is {short_repr(output)}; expected a name that ends in .html or .safetensors")
+        raise InputError(f"-o is {output}; expected a name that ends in .html or .safetensors")
     if arguments.no_cost and (output is None or not output.endswith(".html")):
         raise InputError("--no-cost is for a page only; expected -o FILE.html with it")
     model = maybe_broken(load_model(arguments), arguments.broken)
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     trace = model.trace(tokens, keep=arguments.keep or "*", cache=cache)
     if output is not None:
         trace.save(output)
-        print(f"{output}: {len(trace)} steps of {trace.n_tokens} tokens, {size(os.path.getsize(output))}")
+        print(f"{output}: {len(trace)} steps of {trace.n_tokens} tokens, {size(local_path(output).stat().st_size)}")
         return
     print(f"{trace.n_tokens} tokens from position {trace.start}: {' '.join(trace.pieces)}")
     rows = [[name, size_text(step.axes, step.value.shape), str(step.statistics)] for name, step in trace.steps.items()]
@@ -102,4 +102,5 @@ def _write_page(arguments: argparse.Namespace, model: Model, tokens: list[int], 
             model, tokens, arguments.output, keep=arguments.keep, cache=cache, with_cost=not arguments.no_cost,
             title=title, progress=progress,
         )  # fmt: skip
-    print(f"{arguments.output}: {len(tokens)} tokens, {size(os.path.getsize(arguments.output))}; open it in a browser")
+    n_bytes = local_path(arguments.output).stat().st_size
+    print(f"{arguments.output}: {len(tokens)} tokens, {size(n_bytes)}; open it in a browser")

@@ -9,8 +9,9 @@ import numpy as np
 
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CheckpointError, short_repr
-from mistral_ref.files.checkpoint import Checkpoint, checked_directory, open_checkpoint
+from mistral_ref.files.checkpoint import Checkpoint, open_checkpoint
 from mistral_ref.files.config_files import read_config
+from mistral_ref.files.paths import checked_directory
 from mistral_ref.files.quantized_format import bits_of, quantized_tensors
 from mistral_ref.files.tensor_file import Tensor
 from mistral_ref.files.tensor_names import huggingface_name

@@ -11,14 +11,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, CheckpointError, short_repr
+from mistral_ref.errors import CacheError, CheckpointError, escaped, short_repr
 from mistral_ref.files.json_file import parse_json
+from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import open_with_metadata, write_tensor_file
 
 _FORMAT = "mistral_ref.cache.v1"
@@ -61,8 +61,9 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
 
     Raises CacheError if the file is not a saved cache, is damaged, or belongs to another configuration.
     """
+    path = local_path(path)
     try:
-        found, metadata = open_with_metadata(Path(path))
+        found, metadata = open_with_metadata(path)
         if _FORMAT not in metadata or "config" not in metadata:
             raise CheckpointError(f"{path}: its metadata lack {_FORMAT} or config; expected both")
         settings = parse_json(metadata[_FORMAT])
@@ -88,7 +89,8 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
 
 def not_a_cache(path: str | os.PathLike[str], problem: object) -> CacheError:
     """Return the error for a file that is not a cache, or is damaged. Its message has the path once, at the start."""
-    problem = str(problem).removeprefix(f"{path}: ")
+    path = local_path(path)
+    problem = str(problem).removeprefix(escaped(f"{path}: "))
     return CacheError(f"{path}: the file is damaged, or save() did not write it: {problem}")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mistral_ref.config import RowOrder
-from mistral_ref.errors import CheckpointError, InputError, short_repr, warn
+from mistral_ref.errors import CheckpointError, short_repr, warn
 from mistral_ref.files.json_file import read_json
 from mistral_ref.files.tensor_file import Tensor, open_with_metadata
 from mistral_ref.files.tensor_names import is_unused, mistral_name, other_component
@@ -124,14 +124,3 @@ def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
                 f"{path}: {short_repr(tensor)} is in {short_repr(name)}; expected a safetensors file in this directory"
             )
     return [directory / name for name in sorted(set(weight_map.values()))], weight_map
-
-
-def checked_directory(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as a Path; raise InputError if it is not a directory."""
-    if not os.path.isdir(path):
-        file = os.path.exists(path)
-        raise InputError(
-            f"{short_repr(os.fspath(path))}: "
-            + ("a file, not a directory; give the directory that holds it" if file else "no such directory")
-        )
-    return Path(path)

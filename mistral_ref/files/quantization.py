@@ -11,7 +11,7 @@ it was. The directory also gets a copy of every small file of the old directory:
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,10 @@ import numpy as np
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import InputError, Progress, short_repr
 from mistral_ref.files.build_weights import open_model
+from mistral_ref.files.paths import local_path
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
 from mistral_ref.files.rounding import quantized
-from mistral_ref.files.tensor_file import DTYPES, TensorSpec, pieces_of_tensor_file
+from mistral_ref.files.tensor_file import DTYPES, TensorSpec, begin_tensor_file, require_space
 from mistral_ref.files.whole_file import whole_directory
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES, QuantizedMatrix
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
@@ -128,22 +129,39 @@ def quantize(
     it is there already, if the disk has no room, or if the model is quantized already; CheckpointError if a weight is
     not finite.
     """
-    source, target = Path(source), Path(target)
+    source, target = local_path(source), local_path(target)
     scheme = Scheme(bits, group_size, embedding, head)
     if os.path.lexists(target):
         raise InputError(f"{target}: exists already; expected the name of a new directory")
     config, weights = open_model(source)
     scheme.check(weights)
-    with whole_directory(target) as directory:
-        _copy_small_files(source, directory)
-        _write(directory / "consolidated.safetensors", config, weights, scheme, progress)
+    specs, kept = _planned(config, weights, scheme)
+    with whole_directory(target) as directory, open(directory / "consolidated.safetensors", "xb") as file:
+        require_space(target, sum(spec.nbytes for spec in specs.values()))
+        for name, content in _small_files(source):
+            (directory / name).write_bytes(content)
+        write = begin_tensor_file(file, specs, quantized_metadata(_bits(weights, scheme), scheme.group_size))
+        for name, array in kept.items():
+            write(name, array)
+        _write_rounded(write, config, weights, scheme, progress)
     return target
 
 
-def _copy_small_files(source: Path, directory: Path) -> None:
+def _small_files(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every file that goes to the new directory as it is."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.stat().st_size <= _LARGEST_COPY:
-            shutil.copyfile(path, directory / path.name)
+        is_small = os.path.isfile(path) and path.stat().st_size <= _LARGEST_COPY
+        if is_small and not path.name.endswith((*_WEIGHTS, ".partial")):
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise InputError(f"{path}: cannot be copied: {error.strerror}") from None
+            yield path.name, content
+
+
+def _bits(weights: Weights, scheme: Scheme) -> dict[str, int]:
+    """Return the bits of each matrix that is rounded, by its name."""
+    return {matrix.name: bits for matrix in matrices(weights) if (bits := scheme.bits_of(matrix.name))}
 
 
 def _interleaved(matrix: Matrix, config: ModelConfig) -> np.ndarray | None:
@@ -163,10 +181,12 @@ def _norms(weights: Weights) -> dict[str, np.ndarray]:
     return norms
 
 
-def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, progress: Progress | None) -> None:
-    """Write the tensors of a model: matrices rounded by the scheme, or unchanged; norms in float32."""
+def _planned(
+    config: ModelConfig, weights: Weights, scheme: Scheme
+) -> tuple[dict[str, TensorSpec], dict[str, np.ndarray]]:
+    """Return the tensors of the new file, and the values of those that are not rounded. Norms are float32."""
     norms, by_name = _norms(weights), {f"{matrix.name}.weight": matrix for matrix in matrices(weights)}
-    bits = {matrix.name: bits for matrix in by_name.values() if (bits := scheme.bits_of(matrix.name))}
+    bits = _bits(weights, scheme)
     specs: dict[str, TensorSpec] = {}
     kept: dict[str, np.ndarray] = {}
     for name, shape in tensor_shapes(config):
@@ -183,16 +203,25 @@ def _write(path: Path, config: ModelConfig, weights: Weights, scheme: Scheme, pr
             specs[f"{stem}.qscale_weight"] = TensorSpec("F32", matrix.scale.shape)
             kept[f"{stem}.qscale_weight"] = matrix.scale
     specs["units"] = TensorSpec("F32", (len(bits),))
-    with pieces_of_tensor_file(path, specs, quantized_metadata(bits, scheme.group_size)) as write:
-        for name, array in kept.items():
-            write(name, array)
-        done, total = 0, sum(matrix.size for matrix in by_name.values())
-        for matrix in by_name.values():
-            if matrix.name in bits:
-                small = quantized(matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
-                write(f"{matrix.name}.weight", small.data)
-                write(f"{matrix.name}.scales", small.scales)
-                write("units", small.unit.reshape(1))
-            done += matrix.size
-            if progress is not None:
-                progress(done, total)
+    return specs, kept
+
+
+def _write_rounded(
+    write: Callable[[str, np.ndarray], None],
+    config: ModelConfig,
+    weights: Weights,
+    scheme: Scheme,
+    progress: Progress | None,
+) -> None:
+    """Round one matrix after the other by the scheme, and write each."""
+    bits, every = _bits(weights, scheme), matrices(weights)
+    done, total = 0, sum(matrix.size for matrix in every)
+    for matrix in every:
+        if matrix.name in bits:
+            small = quantized(matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
+            write(f"{matrix.name}.weight", small.data)
+            write(f"{matrix.name}.scales", small.scales)
+            write("units", small.unit.reshape(1))
+        done += matrix.size
+        if progress is not None:
+            progress(done, total)

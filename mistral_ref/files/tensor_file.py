@@ -13,22 +13,21 @@ import os
 import shutil
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, short_repr
 from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.files.whole_file import whole_file
 from mistral_ref.weights import Kind, Matrix
 
-_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+_SPELLED = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "|u1": "U8"}
 _KINDS: dict[str, tuple[Kind, str]] = {
     "F32": ("f32", "<f4"),
     "F16": ("f16", "<f2"),
@@ -120,8 +119,11 @@ def write_tensor_file(
     error: type[MistralRefError] = CheckpointError,
 ) -> None:
     """Write a safetensors file. It gets its name only when it is complete. Raises `error` if writing fails."""
-    with whole_file(path, error) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    with whole_file(path, error) as file:
+        specs = {name: TensorSpec(_SPELLED[array.dtype.str], array.shape) for name, array in tensors.items()}
+        write = begin_tensor_file(file, specs, metadata)
+        for name, array in tensors.items():
+            write(name, array)
 
 
 class TensorSpec(NamedTuple):
@@ -141,43 +143,41 @@ def require_space(path: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if n_bytes + 2**30 > free:
         raise InputError(
-            f"{path}: the file needs {n_bytes / 2**30:.1f} GiB; expected that and 1 GiB more, "
+            f"{path}: needs {n_bytes / 2**30:.1f} GiB; expected that and 1 GiB more, "
             f"but the disk has {free / 2**30:.1f} GiB left"
         )
 
 
-@contextmanager
-def pieces_of_tensor_file(
-    path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
-) -> Iterator[Callable[[str, np.ndarray], None]]:
-    """Write a safetensors file of any size piece by piece. It gets its name only when it is complete.
+def begin_tensor_file(
+    file: BinaryIO, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+) -> Callable[[str, np.ndarray], None]:
+    """Write the header of a safetensors file of any size, and return a function write(name, array) for its data.
 
-    The context gives a function write(name, array). It writes the next piece of a tensor behind the tensor's earlier
-    pieces. The largest tensors come first in the file. Most of their sizes are multiples of 64 bytes, so they begin at
-    multiples of 64 bytes, which vector instructions prefer.
-
-    Raises InputError if the disk has no room, and CheckpointError if writing fails.
+    The function writes the next piece of a tensor behind the tensor's earlier pieces. Tensors whose sizes are multiples
+    of 64 bytes come first in the file. So they begin at multiples of 64 bytes, which vector instructions prefer. Each
+    other tensor begins at a multiple of the size of its numbers.
     """
-    require_space(path, sum(spec.nbytes for spec in specs.values()))
+
+    def order(item: tuple[str, TensorSpec]) -> tuple[bool, int]:
+        spec = item[1]
+        return spec.nbytes % 64 != 0, -_SIZES[spec.dtype]
+
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     next_bytes, end = {}, 0
-    for name, spec in sorted(specs.items(), key=lambda item: -item[1].nbytes):
+    for name, spec in sorted(specs.items(), key=order):
         next_bytes[name] = end
         end += spec.nbytes
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [next_bytes[name], end]}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % 64)
-    with whole_file(path) as partial, open(partial, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        file.truncate(start + end)
+    start = file.write(struct.pack("<Q", len(text)) + text)
+    file.truncate(start + end)
 
-        def write(name: str, piece: np.ndarray) -> None:
-            file.seek(start + next_bytes[name])
-            np.ascontiguousarray(piece).tofile(file)
-            next_bytes[name] += piece.nbytes
+    def write(name: str, piece: np.ndarray) -> None:
+        file.seek(start + next_bytes[name])
+        next_bytes[name] += file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
-        yield write
+    return write
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:

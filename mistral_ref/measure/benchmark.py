@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +25,7 @@ import numpy as np
 from mistral_kernels import limits, threads
 from mistral_kernels.instructions import LANES
 from mistral_ref.errors import InputError, checked_int
+from mistral_ref.files.whole_file import whole_file
 
 _PEAK_SECONDS = 0.02  # about how long one measurement of the multiply-add peak takes
 
@@ -207,7 +207,5 @@ def alternate(
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write figures as a JSON file; raise InputError if the file cannot be written."""
-    try:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    with whole_file(path, InputError) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")

@@ -19,6 +19,8 @@ from threadpoolctl import threadpool_info
 from mistral_kernels import threads
 from mistral_kernels.caches import CPUS, data_caches
 from mistral_kernels.instructions import LANES
+from mistral_ref.errors import InputError
+from mistral_ref.files.paths import local_path
 from mistral_ref.host import command_output
 
 _LARGEST_READ = 2**30  # bytes
@@ -66,9 +68,17 @@ def _commit() -> str | None:
     return command_output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
-def cache_folder() -> Path:
-    """Return the folder of files that can be made again: synthetic checkpoints, and their copies for other engines."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mistral_ref" / "benchmarks"
+def work_folder(asked: str | None) -> Path:
+    """Return the folder of files that can be made again: synthetic checkpoints, and their copies for other engines.
+
+    It is the folder that was asked for, or else one in the user's cache folder. Raises InputError if there is neither.
+    """
+    if asked:
+        return local_path(asked)
+    parent = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if parent.parts[0] == "~":
+        raise InputError("there is no home folder to keep files in; expected --work-dir, or HOME or XDG_CACHE_HOME")
+    return parent / "mistral_ref" / "benchmarks"
 
 
 def power_source() -> str | None:

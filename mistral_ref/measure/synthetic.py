@@ -19,12 +19,12 @@ from statistics import NormalDist
 from typing import Any, get_args
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mistral_ref.config import ModelConfig, tensor_shapes
-from mistral_ref.errors import InputError, Progress, checked_int, short_repr
+from mistral_ref.errors import CheckpointError, InputError, Progress, checked_int, short_repr
+from mistral_ref.files.paths import local_path
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
-from mistral_ref.files.tensor_file import DTYPES, TensorSpec, pieces_of_tensor_file
+from mistral_ref.files.tensor_file import DTYPES, TensorSpec, begin_tensor_file, open_with_metadata, require_space
 from mistral_ref.files.whole_file import whole_file
 from mistral_ref.quantized_matrix import GROUP_SIZE, scale_values
 from mistral_ref.weights import Kind, Matrix, Weights, bf16_bits, e4m3_values, weights_of
@@ -100,7 +100,9 @@ def write_planned(
     `progress` is called with (bytes written, bytes in all). Raises InputError if the disk has no room.
     """
     written, total = 0, sum(tensor.spec.nbytes for tensor in tensors)
-    with pieces_of_tensor_file(path, {tensor.name: tensor.spec for tensor in tensors}, metadata) as write:
+    require_space(path, total)
+    with whole_file(path, InputError) as file:
+        write = begin_tensor_file(file, {tensor.name: tensor.spec for tensor in tensors}, metadata)
         for tensor in tensors:
             for piece in tensor.pieces():
                 write(tensor.name, piece)
@@ -218,9 +220,8 @@ def hollow_weights(config: ModelConfig) -> Weights:
 def _made_of(path: Path) -> str | None:
     """Return the metadata entry that says what a file was made from; None for a file that was not made here."""
     try:
-        with safe_open(path, framework="np") as file:
-            return (file.metadata() or {}).get(_MADE_HERE)
-    except (OSError, SafetensorError):
+        return open_with_metadata(path)[1].get(_MADE_HERE)
+    except CheckpointError:
         return None
 
 
@@ -246,12 +247,15 @@ def make_checkpoint(
 
     If the directory already holds the same weights, they stay. Windows and max_seq_len do not matter for this: they
     only change params.json. Raises InputError if the disk has no room, or if the directory holds weights that were not
-    made here.
+    made here, or cannot be written to.
     """
     if kind not in get_args(Kind):
         raise InputError(f"kind is {short_repr(kind)}; expected one of {', '.join(get_args(Kind))}")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = local_path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be made: {error.strerror}") from None
     path = directory / "consolidated.safetensors"
     fields = dataclasses.asdict(config.replace(sliding_window=(None,) * config.n_layers, max_seq_len=None))
     made_of = json.dumps({"kind": kind, "seed": checked_int("seed", seed, least=0), "config": fields})
@@ -262,6 +266,6 @@ def make_checkpoint(
     if _made_of(path) != made_of:
         tensors = plan(config, kind, seed)
         write_planned(path, tensors, {_MADE_HERE: made_of} | plan_metadata(tensors, kind), progress)
-    with whole_file(directory / "params.json", InputError) as partial:
-        partial.write_text(json.dumps(params_json(config), indent=2) + "\n", encoding="utf-8")
+    with whole_file(directory / "params.json", InputError) as file:
+        file.write(json.dumps(params_json(config), indent=2).encode() + b"\n")
     return directory

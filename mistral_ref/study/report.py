@@ -61,11 +61,11 @@ def write(
     with_cost: bool = True, title: str = "", progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """Write the page of a pass to a file; `page` explains the arguments. The file appears only when it is complete."""
-    with whole_file(path, InputError) as partial:
+    with whole_file(path, InputError) as file:
         text = page(
             model, prompt, keep=keep, cache=cache, edits=edits, with_cost=with_cost, title=title, progress=progress
         )
-        partial.write_text(text, encoding="utf-8")
+        file.write(text.encode())
 
 
 def page(

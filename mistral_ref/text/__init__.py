@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from mistral_ref.errors import TokenizerError
+from mistral_ref.files.paths import local_path
 from mistral_ref.text.added_tokens import read_tokenizer_config
 from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer
 from mistral_ref.text.sentencepiece_file import read_model
@@ -31,7 +32,7 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
 
     Raises TokenizerError if the directory cannot be listed, or if it has several versioned names.
     """
-    directory = Path(directory)
+    directory = local_path(directory)
     try:
         names = sorted(os.listdir(directory))
     except (OSError, ValueError) as error:
@@ -50,7 +51,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
     Added tokens are read from tokenizer_config.json or added_tokens.json beside the file. Raises TokenizerError if
     there is no such file, or if it cannot be used. The message begins with the path.
     """
-    path = Path(path)
+    path = local_path(path)
     if os.path.isdir(path):
         found = find_tokenizer(path)
         if found is None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.command import COMMAND, run, start
 from support.errors import assert_complains
 
 from mistral_ref.cli import main
@@ -98,7 +102,7 @@ def test_a_shape_is_made_once_and_fits(
         (("--shape", "giant"), ("shape", "'giant'", "tiny")),
         (("--shape", "tiny", "--layers", "0"), ("layers", 0)),
         (("--shape", "tiny", "--model", "x"), ("--model", "--shape")),
-        (("--model", "nowhere"), ("'nowhere'", "no such directory")),
+        (("--model", "nowhere"), (Path("nowhere"), "no such directory")),
     ],
 )
 def test_mistakes_are_one_line(
@@ -128,3 +132,31 @@ def test_help_does_not_start_numba() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "mistral-ref bench --shape mistral-7b" in done.stdout
+
+
+@pytest.mark.parametrize("ended_by", ["SIGTERM", "SIGKILL"])
+def test_what_ends_the_writing_of_weights_leaves_nothing_for_long(ended_by: str, tmp_path: Path) -> None:
+    """A signal that can be heeded leaves nothing; what a killed process leaves, the next bench removes."""
+    process = start(*COMMAND, "bench", "--shape", "mistral-7b", "--layers", 4, "--work-dir", tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/.*.partial")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(getattr(signal, ended_by))
+    process.communicate(timeout=60)
+    left = list(tmp_path.glob("*/.*.partial"))
+    assert len(left) == (ended_by == "SIGKILL")
+    for path in left:
+        os.utime(path, (0, 0))
+    make_checkpoint(tmp_path / "tiny-2-bf16", shape("tiny"))
+    assert run("bench", "--shape", "tiny", "--work-dir", tmp_path, "--threads", 9999).returncode == 2
+    assert list(tmp_path.glob("*/.*.partial")) == []
+
+
+def test_without_a_home_a_folder_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without an entry in passwd
+    done = run("bench", "--shape", "tiny")
+    assert done.returncode == 2
+    assert_complains(done.stderr, "home", "--work-dir", "HOME", "XDG_CACHE_HOME")

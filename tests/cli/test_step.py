@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from support.command import COMMAND, heed_ctrl_c, run, start
+from support.command import COMMAND, heed_signals, run, start
 from support.errors import assert_complains, refused
 
 import mistral_ref
@@ -441,7 +441,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            heed_ctrl_c()
+            heed_signals()
             os.environ |= {"TERM": "dumb", "COLUMNS": "100"}
             os.execv(sys.executable, [sys.executable, "-m", "mistral_ref", *arguments])
         self.seen = ""

@@ -46,7 +46,7 @@ def test_trace_writes_what_the_library_keeps(tmp_path: Path, model: mistral_ref.
     ("arguments", "facts"),
     [
         (("compare", "demo", "demo"), ("no text",)),
-        (("compare", "demo", "nowhere", TEXT), ("'nowhere'", "no such directory")),
+        (("compare", "demo", "nowhere", TEXT), (Path("nowhere"), "no such directory")),
         (("compare", "nowhere.safetensors", "demo"), (Path("nowhere.safetensors"), "No such file")),
         (("compare", "demo", "demo", "--backend", "a,b,c", TEXT), ("--backend", "'a,b,c'")),
         (("compare", "demo", "demo", "--backend", "cuda", TEXT), ("backend", "'cuda'", "'numba'", "'numpy'")),
@@ -56,7 +56,7 @@ def test_trace_writes_what_the_library_keeps(tmp_path: Path, model: mistral_ref.
         (("compare", "demo", "demo", "--continue", "0", TEXT), ("--continue", 0)),
         (("step", "--last", "99", TEXT), ("--last", 99, "1 to 5")),
         (("step", ""), ()),
-        (("trace", TEXT, "-o", "x.txt"), ("'x.txt'", ".html", ".safetensors")),
+        (("trace", TEXT, "-o", "x.txt"), (Path("x.txt"), ".html", ".safetensors")),
         (("trace", TEXT, "-o", "nowhere/x.safetensors"), (Path("nowhere/x.safetensors"), "written")),
         (("trace", TEXT, "--keep", "nothing"), ("step", "'nothing'")),
     ],

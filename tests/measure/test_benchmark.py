@@ -197,7 +197,7 @@ def test_the_machine_is_described(tmp_path: Path) -> None:
     write_json(tmp_path / "machine.json", description)
     assert json.loads((tmp_path / "machine.json").read_text()) == description
     assert "threads: 3" in list(machine_lines(description))
-    with refused(InputError, tmp_path / "nowhere" / "machine.json", "No such file or directory"):
+    with refused(InputError, tmp_path / "nowhere" / "machine.json", "no directory"):
         write_json(tmp_path / "nowhere" / "machine.json", description)
 
 

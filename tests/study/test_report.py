@@ -257,7 +257,7 @@ def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "facts"),
     [
-        (["-o", "x.htm"], ("-o", "'x.htm'", ".html", ".safetensors")),
+        (["-o", "x.htm"], ("-o", Path("x.htm"), ".html", ".safetensors")),
         (["-o", "nowhere/x.html"], (Path("nowhere/x.html"), "no directory", "nowhere")),
         (["--no-cost"], ("--no-cost", "-o", ".html")),
         (["--no-cost", "--keep", "layers.9.q", "-o", "x.html"], ("step", "'layers.9.q'")),

@@ -46,11 +46,12 @@ def run_process(
 
 
 def start(*command: object, **options: Any) -> subprocess.Popen[Any]:
-    """Start a process that Ctrl-C ends, also where the tests themselves ignore it (`nohup`, a background job)."""
+    """Start a process that signals end, also where the tests themselves ignore them (`nohup`, a background job)."""
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([str(part) for part in command], preexec_fn=heed_ctrl_c, **(piped | options))  # noqa: PLW1509
+    return subprocess.Popen([str(part) for part in command], preexec_fn=heed_signals, **(piped | options))  # noqa: PLW1509
 
 
-def heed_ctrl_c() -> None:
-    """Set the handler that a process has when a terminal starts it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def heed_signals() -> None:
+    """Set the handlers that a process has when a terminal starts it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
