@@ -6,11 +6,14 @@ experts. The embedding and the head are rounded if their options say so. roundin
 The new directory holds one file of weights, under Mistral's own names and with the rows of wq and wk in Mistral's own
 order. quantized_format.py says which tensors and metadata it holds for a rounded matrix; any other matrix is written as
 it was. The directory also gets a copy of every small file of the old directory: configuration, tokenizer, licence.
+A symbolic link in the old directory may lead to a file that nobody means to pass on, for example a key.
+`_may_be_copied` says which links are followed.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from mistral_ref.config import ModelConfig, tensor_shapes
-from mistral_ref.errors import InputError, Progress, short_repr
+from mistral_ref.errors import InputError, Progress, short_repr, warn
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
@@ -29,6 +32,10 @@ from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES, Quantize
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack")
+_TEXT_FILES = re.compile(
+    r"(params|config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json"
+    r"|chat_template\.jinja|tekken\w*\.json|.+\.model(\.v\d+(m\d+)?)?"
+)
 _LARGEST_COPY = 2**26  # bytes; larger files are not copied. A tokenizer has at most 20 MB
 
 
@@ -148,15 +155,34 @@ def quantize(
 
 
 def _small_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of every file that goes to the new directory as it is."""
+    """Yield name and content of every file that goes to the new directory as it is; warn of links not followed."""
+    left = []
     for path in sorted(source.iterdir()):
         is_small = os.path.isfile(path) and path.stat().st_size <= _LARGEST_COPY
-        if is_small and not path.name.endswith((*_WEIGHTS, ".partial")):
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise InputError(f"{path}: cannot be copied: {error.strerror}") from None
-            yield path.name, content
+        if not is_small or path.name.endswith((*_WEIGHTS, ".partial")):
+            continue
+        if not _may_be_copied(path):
+            left.append(path.name)
+            continue
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be copied: {error.strerror}") from None
+        yield path.name, content
+    if left:
+        warn(f"{source}: links to files outside this directory are not copied: {', '.join(left[:20])}")
+
+
+def _may_be_copied(path: Path) -> bool:
+    """Return whether a file of a model's directory may be copied, although it may be a link.
+
+    A link is followed to a file in the same directory, and to a file in the hub's cache that the directory is part of:
+    there snapshots/COMMIT/NAME is a link to blobs/HASH. Links to other places are followed only if their names are
+    those of a configuration or a tokenizer.
+    """
+    directory, target = path.parent.resolve(), path.resolve()
+    blobs = directory.parent.with_name("blobs") if directory.parent.name == "snapshots" else directory
+    return bool(_TEXT_FILES.fullmatch(path.name)) or target.is_relative_to(directory) or target.parent == blobs
 
 
 def _bits(weights: Weights, scheme: Scheme) -> dict[str, int]:

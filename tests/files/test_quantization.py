@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES, Family, draw_weights, to_fp8, write_consolidated, write_hf, write_tensor_file
 from support.command import start
-from support.errors import refused
+from support.errors import refused, warned
 from support.hostile import Files, attempt, fill, header_of, other_bytes, other_json, tensor_file
 from support.marks import slow, slow_but
 from support.tiny import BACKENDS, tokens_for
@@ -274,6 +274,40 @@ def test_small_files_come_along_and_no_weights(tmp_path: Path) -> None:
     assert after.tokenizer.encode("a b") == before.tokenizer.encode("a b")
     assert after.eos_ids == before.eos_ids == {2}
     assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+def test_links_to_files_elsewhere_are_followed_by_name_only(source: Path, tmp_path: Path) -> None:
+    """Who passes a quantized model on does not pass on what a link in a downloaded model leads to."""
+    (tmp_path / "id_rsa").write_text("secret")
+    (tmp_path / "shared.model").write_bytes(tiny_tokenizer())
+    (source / "folder").mkdir()
+    (source / "folder" / "LICENSE").write_text("licence")
+    (source / "README.md").symlink_to(tmp_path / "id_rsa")
+    (source / "NOTICE").symlink_to("../../id_rsa")
+    (source / "LICENSE").symlink_to("folder/LICENSE")
+    (source / "tokenizer.model.v3").symlink_to(tmp_path / "shared.model")
+    with warned(source, "README.md", "NOTICE", "not copied"):
+        mistral_ref.quantize(source, tmp_path / "target")
+    assert names_in(tmp_path / "target") == sorted([WEIGHTS, "LICENSE", "params.json", "tokenizer.model.v3"])
+    assert (tmp_path / "target" / "LICENSE").read_text() == "licence"
+
+
+def test_a_snapshot_of_the_hubs_cache_is_copied_whole(source: Path, tmp_path: Path) -> None:
+    """Every file there is a link into blobs; a blob that is a link itself is not followed."""
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in (WEIGHTS, "params.json"):
+        shutil.move(source / name, blobs / name)
+    (blobs / "README").write_text("read me")
+    (tmp_path / "id_rsa").write_text("secret")
+    (blobs / "LICENSE").symlink_to(tmp_path / "id_rsa")
+    for name in (WEIGHTS, "params.json", "README", "LICENSE"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    with warned(snapshot, "LICENSE", "not copied"):
+        mistral_ref.quantize(snapshot, tmp_path / "target")
+    assert names_in(tmp_path / "target") == ["README", WEIGHTS, "params.json"]
 
 
 def test_paths_may_be_relative_and_lie_within_the_source(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
