@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from support.tiny import chunkings, configs, model_of, tokens_for
 
 import mistral_ref
 from mistral_ref import CacheError, InputError
+from mistral_ref.files.json_file import MAX_JSON_BYTES
 from mistral_ref.reference_ops import to_int8
 
 
@@ -229,11 +233,22 @@ def test_a_saved_cache_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
         rejected(tensors, metadata | {settings_key: json.dumps(json.loads(metadata[settings_key]) | bad)}, *facts)
     for broken in ("5", "[" * 100_000, '{"length"'):
         rejected(tensors, metadata | {settings_key: broken}, path)
+    path.write_bytes(struct.pack("<Q", 50_000_000))
+    os.truncate(path, 50_000_008)
+    tracemalloc.start()
+    with refused(CacheError, path, "header", MAX_JSON_BYTES):
+        model.load_cache(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
     save_file(tensors, path, metadata)
     with refused(CacheError, path, "another configuration"):
         model_of(config_with(window=4)).load_cache(path)
     path.write_bytes(path.read_bytes()[:-1])
     with refused(CacheError, path, "damaged"):
+        model.load_cache(path)
+    path.unlink()
+    os.mkfifo(path)  # which would be waited for
+    with refused(CacheError, path, "regular file"):
         model.load_cache(path)
     with refused(CacheError, tmp_path / "absent"):
         model.load_cache(tmp_path / "absent")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 import tracemalloc
 import warnings
 import weakref
@@ -511,6 +512,7 @@ HOSTILE: dict[str, tuple[bytes, tuple[object, ...]]] = {
     "pieces not JSON": (with_pieces(b'["\x1b[2J'), ("pieces",)),
     "pieces no list": (with_pieces(b'{"\\u001b[2J": 1}'), ("pieces", "x1b[2J", "list")),
     "pieces no texts": (with_pieces(b'["a", 1]'), ("pieces", "['a', 1]", "list")),
+    "pieces longer than the pass": (with_pieces(b'["a", "b", "\\\\\\""]'), ("pieces", "3 texts", "2 tokens")),
     "pieces nested": (with_pieces(b"[" * 9000), ("pieces", "nested")),
     "pieces costly": (with_pieces(b"[" + b"[]," * 30_000 + b"[]]"), ("pieces", 20000)),
     "no pieces": (with_pieces(b""), ("pieces", "Expecting value")),
@@ -539,6 +541,14 @@ def test_a_file_that_lies_is_refused_in_one_line(name: str, tmp_path: Path) -> N
         with refused(CheckpointError, tmp_path / "t", *facts) as caught:
             Trace.load(tmp_path / "t")
     assert len(str(caught.value)) < 500
+
+
+def test_many_pieces_for_few_tokens_are_not_even_read(tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes(with_pieces(b"[" + b'"",' * 2_000_000 + b'""]'))
+    started = time.thread_time()
+    with refused(CheckpointError, tmp_path / "t", "pieces", "2000001 texts", "2 tokens"):
+        Trace.load(tmp_path / "t")
+    assert time.thread_time() - started < 0.2
 
 
 @pytest.mark.parametrize("kind", ["directory", "nowhere", "pipe"])

@@ -74,7 +74,7 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
         if metadata["config"] != _config_json(config):
             raise CacheError(f"{path}: this cache belongs to a model of another configuration")
         length = settings["length"]
-        if not isinstance(length, int) or not 0 <= length < _MAX_LENGTH:
+        if type(length) is not int or not 0 <= length < _MAX_LENGTH:
             raise CheckpointError(f"{path}: length is {short_repr(length)}; expected 0 to {_MAX_LENGTH - 1}")
         tensors = {tensor.name: tensor for tensor in found}
         names = [[f"layers.{number}.{which}" for which in "kv"] for number in range(config.n_layers)]

@@ -52,7 +52,6 @@ def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
     tensors = {tensor.name: tensor for tensor in found}
     about = _about(path, metadata)
     tokens = _tokens(path, tensors)
-    pieces = _pieces(path, tensors, tokens)
     names = sorted((name for name in tensors if _is_step(name)), key=step_order)
     if not names:
         raise CheckpointError(f"{path}: holds no step; expected tensors with names like 'embedding' or 'layers.0.q'")
@@ -60,12 +59,16 @@ def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
         warn(f"{path}: {len(others)} tensors are not steps and are ignored: {_with_likely_names(others[:8])}")
     about["has_experts"] |= any(name.endswith((".router_logits", ".expert_weights")) for name in names)
     steps = [_step(tensors[name], about, about["rope_row_order"] or rope_row_order) for name in names]
-    _check_counts(path, steps, tokens)
+    n_tokens = _checked_count(path, steps, tokens)
+    pieces = _pieces(path, tensors, n_tokens) if "pieces" in tensors else [str(token) for token in tokens]
     return Dump(steps, tokens, pieces, about["start"], about["made_by"])
 
 
-def _check_counts(path: Path, steps: Sequence[Step], tokens: Sequence[int]) -> None:
-    """Raise CheckpointError unless all steps have the same number of tokens, and as many as the file has token ids."""
+def _checked_count(path: Path, steps: Sequence[Step], tokens: Sequence[int]) -> int:
+    """Return the number of tokens in the pass: the ids in the file, or else what the steps have.
+
+    Raises CheckpointError unless all steps have the same number of tokens, and as many as the file has token ids.
+    """
     counts = {step.name: tokens_of(step) for step in steps if tokens_of(step)}
     for name in {"norm", "logits"} & counts.keys():
         if counts[name] == 1:  # the step may hold only the last token
@@ -80,6 +83,7 @@ def _check_counts(path: Path, steps: Sequence[Step], tokens: Sequence[int]) -> N
             )
     if tokens and counts and len(tokens) != usual:
         raise CheckpointError(f"{path}: tokens holds {len(tokens)} ids; expected {usual}, as in the steps")
+    return len(tokens) or max(map(tokens_of, steps))
 
 
 def _with_likely_names(names: Sequence[str]) -> str:
@@ -152,11 +156,13 @@ def _tokens(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
     return ids
 
 
-def _pieces(path: Path, tensors: Mapping[str, Tensor], tokens: Sequence[int]) -> list[str]:
-    if "pieces" not in tensors:
-        return [str(token) for token in tokens]
+def _pieces(path: Path, tensors: Mapping[str, Tensor], n_tokens: int) -> list[str]:
+    text = tensors["pieces"].raw.tobytes()
+    n_pieces = text.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2  # counted first: parsing takes longer
+    if n_pieces > n_tokens:
+        raise CheckpointError(f"{path}: pieces holds {n_pieces} texts; expected one for each of {n_tokens} tokens")
     try:
-        pieces = parse_json(tensors["pieces"].raw.tobytes().decode())
+        pieces = parse_json(text.decode())
     except ValueError as error:
         raise CheckpointError(f"{path}: pieces cannot be read: {printable(str(error))}") from None
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
