@@ -15,7 +15,7 @@ from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weigh
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
-from mistral_ref.text import OTHER_FORMATS, SentencePieceTokenizer, find_tokenizer, load_tokenizer
+from mistral_ref.text import Tokenizer, find_tokenizer, load_tokenizer
 from mistral_ref.weights import repacked
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -85,8 +85,8 @@ def _make_ops(
     return CompiledOps(threads=threads, angles=angles, activations=activations)
 
 
-def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceTokenizer | None, tuple[int, ...]]:
-    """Return the tokenizer of a directory (None if it has no SentencePiece file) and the ids that end a text.
+def _text_side(directory: Path, config: ModelConfig) -> tuple[Tokenizer | None, tuple[int, ...]]:
+    """Return the tokenizer of a directory (None if it has none) and the ids that end a text.
 
     The end ids are those in generation_config.json, else in config.json, else the tokenizer's own: `eos_token` in
     tokenizer_config.json, else that of its file (`Model` takes the last two).
@@ -99,8 +99,6 @@ def _text_side(directory: Path, config: ModelConfig) -> tuple[SentencePieceToken
         raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
     path = find_tokenizer(directory)
     if path is None:
-        if others := [name for name in OTHER_FORMATS if os.path.exists(directory / name)]:
-            warn(f"{directory}: holds {others[0]}; only SentencePiece can be read, so prompts must be token ids")
         return None, eos_ids
     tokenizer = load_tokenizer(path)
     if tokenizer.n_pieces > config.vocab_size:

@@ -13,8 +13,8 @@ from mistral_ref.errors import CacheError, InputError, Progress, short_repr, war
 from mistral_ref.generation import GenerationRequest, Stop, Token, generate, split_stops
 from mistral_ref.ops import Ops
 from mistral_ref.sampling import SamplingSettings, log_softmax
-from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 from mistral_ref.text.stream import TokenStream
+from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.trace import Trace
 from mistral_ref.transformer import Transformer, drain
 from mistral_ref.walk import (
@@ -45,11 +45,12 @@ class Model:
         weights: Weights,
         ops: Ops,
         *,
-        tokenizer: SentencePieceTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         eos_ids: Sequence[int] = (),
     ) -> None:
         self.config, self.weights, self.ops, self.tokenizer = config, weights, ops, tokenizer
-        self.eos_ids = frozenset(eos_ids) or frozenset([tokenizer.eos_id] if tokenizer else [])
+        own = None if tokenizer is None else tokenizer.eos_id
+        self.eos_ids = frozenset(eos_ids) or frozenset([] if own is None else [own])
         self.transformer = Transformer(config, weights, ops)
 
     def __repr__(self) -> str:

@@ -129,10 +129,11 @@ def tokenizer(model: mistral_ref.Model) -> dict[str, object]:
     """Return the rows about the tokenizer; without a tokenizer there is one row that says so."""
     if model.tokenizer is None:
         return {"kind": "none; prompts are token ids"}
-    rows: dict[str, object] = {"kind": "SentencePiece", "pieces": model.tokenizer.n_pieces}
+    rows: dict[str, object] = {"kind": model.tokenizer.kind, "pieces": model.tokenizer.n_pieces}
     if added := sorted(model.tokenizer.added.by_id):
         rows["added tokens"] = ids_with_names(model, added)
-    rows["begins with"] = ids_with_names(model, [model.tokenizer.bos_id])
+    if model.tokenizer.bos_id is not None:
+        rows["begins with"] = ids_with_names(model, [model.tokenizer.bos_id])
     return rows | {"ends with": ids_with_names(model, sorted(model.eos_ids))}
 
 

@@ -5,26 +5,42 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mistral_ref.errors import ConfigError, MistralRefError, short_repr
 
-# Python's objects are larger than their JSON: "[]" is 2 bytes in a file and about 100 bytes in memory. With these two
-# maximums parsing takes at most 16 MiB. The largest honest file, the index of a mixture of experts, is well below both.
+
+class Limits(NamedTuple):
+    """How large a JSON file may be. Python's objects are larger than their JSON, so its bytes are not all that counts.
+
+    n_bytes         of the file
+    n_containers    lists and objects: "[]" is 2 bytes in a file and about 100 bytes in memory
+    n_values        values in lists and objects: "a text" is 8 bytes in a file and about 60 in memory
+    """
+
+    n_bytes: int
+    n_containers: int
+    n_values: int
+
+
+# Parsing a configuration takes at most 16 MiB. The largest honest file, the index of a mixture of experts, is well
+# below these maximums.
 MAX_JSON_BYTES = 512 * 1024
-MAX_JSON_CONTAINERS = 20_000
+CONFIG = Limits(MAX_JSON_BYTES, 20_000, MAX_JSON_BYTES)
+# The largest published tokenizers have 20 MB, 270,000 lists and objects, and 900,000 values.
+TOKENIZER = Limits(32 * 2**20, 400_000, 1_500_000)
 
 
-def read_json(path: Path, error: type[MistralRefError] = ConfigError) -> dict[str, Any]:
+def read_json(path: Path, error: type[MistralRefError] = ConfigError, limits: Limits = CONFIG) -> dict[str, Any]:
     """Return the object in a JSON file; raise `error` if the file cannot be read, is too large or holds no object."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # open() of a named pipe would wait for its other end
             raise ValueError("expected a regular file")
         with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise ValueError(f"expected at most {MAX_JSON_BYTES} bytes")
-        value = parse_json(data.decode("utf-8"))
+            data = file.read(limits.n_bytes + 1)
+        if len(data) > limits.n_bytes:
+            raise ValueError(f"expected at most {limits.n_bytes} bytes")
+        value = parse_json(data.decode("utf-8"), limits)
     except OSError as caught:
         problem = str(caught.strerror)
     except ValueError as caught:
@@ -36,10 +52,13 @@ def read_json(path: Path, error: type[MistralRefError] = ConfigError) -> dict[st
     raise error(f"{path}: cannot be read as JSON: {problem}")
 
 
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; raise ValueError if it is not JSON, or has too many lists and objects."""
-    if text.count("[") + text.count("{") > MAX_JSON_CONTAINERS:
-        raise ValueError(f"expected at most {MAX_JSON_CONTAINERS} lists and objects")
+def parse_json(text: str, limits: Limits = CONFIG) -> Any:
+    """Return the value of a JSON text; raise ValueError if it is not JSON, or has more in it than `limits` allow."""
+    n_containers = text.count("[") + text.count("{")
+    if n_containers > limits.n_containers:
+        raise ValueError(f"expected at most {limits.n_containers} lists and objects")
+    if n_containers + text.count(",") > limits.n_values:
+        raise ValueError(f"expected at most {limits.n_values} values")
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:

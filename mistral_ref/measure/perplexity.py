@@ -153,7 +153,8 @@ def perplexity(
     if len(ids) < 2:
         raise InputError("the text has 1 token; expected at least 2")
     windows = half_windows(len(ids), context) if stride is None else strided_windows(len(ids), context, stride)
-    first = [model.tokenizer.bos_id] if stride is None and model.tokenizer is not None else []
+    bos_id = None if model.tokenizer is None else model.tokenizer.bos_id
+    first = [] if stride is not None or bos_id is None else [bos_id]
     report = progress or (lambda done, total: None)
     nlls, n_evaluated = [], 0
     for start, stop, scored in windows:

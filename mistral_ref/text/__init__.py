@@ -13,22 +13,24 @@ import re
 from pathlib import Path
 
 from mistral_ref.errors import TokenizerError
+from mistral_ref.files.json_file import TOKENIZER, read_json
 from mistral_ref.files.paths import local_path
 from mistral_ref.text.added_tokens import read_tokenizer_config
 from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer
 from mistral_ref.text.sentencepiece_file import read_model
+from mistral_ref.text.tekken import tekken_tokenizer
+from mistral_ref.text.tokenizer import Tokenizer
 
-__all__ = ["OTHER_FORMATS", "SentencePieceTokenizer", "find_tokenizer", "load_tokenizer"]
+__all__ = ["SentencePieceTokenizer", "Tokenizer", "find_tokenizer", "load_tokenizer"]
 
 # Names in instruction models: tokenizer.model.v3, mistral_instruct_tokenizer_241114.model.v7m1, ...
 _VERSIONED_FILE = re.compile(r".+\.model\.v\d+(m\d+)?")
-OTHER_FORMATS = ("tekken.json", "tokenizer.json")
 
 
 def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the path of the SentencePiece file in a model's directory; None if it has none.
+    """Return the path of the tokenizer's file in a model's directory; None if it has none. The file is not opened.
 
-    It is `tokenizer.model`, or else the only file with a versioned name. The file is not opened.
+    It is `tekken.json`, else `tokenizer.model`, or else the only file with a versioned name.
 
     Raises TokenizerError if the directory cannot be listed, or if it has several versioned names.
     """
@@ -37,29 +39,40 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
         names = sorted(os.listdir(directory))
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{directory}: cannot be listed: {getattr(error, 'strerror', error)}") from error
-    if TOKENIZER_FILE in names:
-        return directory / TOKENIZER_FILE
+    for name in ("tekken.json", TOKENIZER_FILE):
+        if name in names:
+            return directory / name
     versioned = [name for name in names if _VERSIONED_FILE.fullmatch(name)]
     if len(versioned) > 1:
         raise TokenizerError(f"{directory}: holds several tokenizers, {', '.join(versioned)}; give the path of one")
     return directory / versioned[0] if versioned else None
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
-    """Return the tokenizer in a SentencePiece file. `path` is the file, or a directory with one (`find_tokenizer`).
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Return the tokenizer in a file, or in a directory (`find_tokenizer`). The file's content tells its kind.
 
-    Added tokens are read from tokenizer_config.json or added_tokens.json beside the file. Raises TokenizerError if
-    there is no such file, or if it cannot be used. The message begins with the path.
+    Added tokens of a SentencePiece model are read from tokenizer_config.json or added_tokens.json beside its file.
+
+    Raises TokenizerError if there is no such file, or if it cannot be used. The message begins with the path.
     """
     path = local_path(path)
     if os.path.isdir(path):
         found = find_tokenizer(path)
         if found is None:
-            others = [name for name in OTHER_FORMATS if os.path.exists(path / name)]
-            raise TokenizerError(
-                f"{path}: holds {others[0]}; expected a SentencePiece file (prompts of token ids need no tokenizer)"
-                if others
-                else f"{path}: holds no {TOKENIZER_FILE}"
-            )
+            raise TokenizerError(f"{path}: holds no tokenizer; expected tekken.json or {TOKENIZER_FILE}")
         path = found
+    if _begins_as_json(path):
+        document = read_json(path, TokenizerError, TOKENIZER)
+        return tekken_tokenizer(document, str(path))
     return SentencePieceTokenizer(read_model(path), origin=str(path), config=read_tokenizer_config(path.parent))
+
+
+def _begins_as_json(path: Path) -> bool:
+    """Return whether the first character of a file that is no space is "{"."""
+    if not os.path.isfile(path):  # open() of a named pipe would wait for its other end
+        raise TokenizerError(f"{path}: there is no such file, or it is not a regular one")
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip()[:1] == b"{"
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error

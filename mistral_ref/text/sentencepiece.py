@@ -16,36 +16,33 @@ import dataclasses
 from collections.abc import Iterable
 from functools import cached_property
 
-import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from mistral_ref.errors import InputError, TokenizerError, escaped, short_repr, warn
 from mistral_ref.text.added_tokens import AddedToken, AddedTokens, TokenizerConfig
-from mistral_ref.text.stream import TokenStream
+from mistral_ref.text.stream import SentencePieceStream
+from mistral_ref.text.tokenizer import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.model"
 _NO_OTHER_FILES = TokenizerConfig()
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """Text to ids and back, with one SentencePiece model and the added tokens beside it.
 
     model       the bytes of the model's file
     origin      begins every message about the model, for example the path of its file
     config      what other files say about the tokenizer
 
-    n_pieces    number of the model's pieces; their ids are the first
-    vocab_size  number of ids: one more than the largest id of a piece or an added token
-    bos_id, eos_id      the ids that begin and end a sequence
-    added       the added tokens
-
     The whole model is checked at creation: the ids that begin and end a sequence must exist and differ, and every
     piece must be valid text. Raises TokenizerError if they are not, or if an added token has the name of a piece and
     another id. Warns if an added token takes the id of a piece and another name, or if `config.eos_token` is unknown.
     """
 
+    kind = "SentencePiece"
+
     def __init__(self, model: bytes, origin: str = TOKENIZER_FILE, config: TokenizerConfig = _NO_OTHER_FILES) -> None:
-        self._processor, self._origin, self._config = SentencePieceProcessor(), origin, config
+        self._processor, self.origin, self._config = SentencePieceProcessor(), origin, config
         try:
             self._processor.LoadFromSerializedProto(model)
             self.n_pieces: int = self._processor.get_piece_size()
@@ -71,6 +68,16 @@ class SentencePieceTokenizer:
         self.anchor_id = next((i for i in range(self.n_pieces) if self._is_text(i)), -1)
         if self.anchor_id < 0:
             raise TokenizerError(f"{origin}: has no piece of text; expected at least one")
+        self.chat_format = self._chat_format()
+
+    def _chat_format(self) -> str | None:
+        """Return the format of conversations, by what tells the files of Mistral's models apart."""
+        if self._id_of_piece("[INST]") is None:  # then "[INST]" is text, in the first models; Llama's "▁" is another id
+            return "v1" if self._id_of_piece("▁") == 28705 and self.n_pieces == 32000 else None
+        if self._id_of_piece("[INST]") != 3:
+            return None
+        by_name = {"[SYSTEM_PROMPT]": "v7", "[PREFIX]": "v3", "[TOOL_CALLS]": "v2"}
+        return next((version for name, version in by_name.items() if self._id_of_piece(name) is not None), None)
 
     def _is_text(self, token_id: int) -> bool:
         is_whole = self._processor.decode([token_id]).strip("\ufffd") != ""
@@ -84,7 +91,7 @@ class SentencePieceTokenizer:
             if named not in (None, token.id):
                 raise TokenizerError(
                     f"{self._config.origin}: {short_repr(token.content)} is an added token with id {token.id}; "
-                    f"expected {named}, its id in {self._origin}"
+                    f"expected {named}, its id in {self.origin}"
                 )
             is_control = token.id < self.n_pieces and self._is_control(token.id)
             if is_control and named is not None:
@@ -95,7 +102,7 @@ class SentencePieceTokenizer:
         if renamed:
             token, others = renamed[0], f", and {len(renamed) - 1} more" if renamed[1:] else ""
             warn(
-                f"{self._config.origin}: id {token.id} is called {short_repr(token.content)}; in {self._origin} it is "
+                f"{self._config.origin}: id {token.id} is called {short_repr(token.content)}; in {self.origin} it is "
                 f"{short_repr(self._processor.id_to_piece(token.id))}, which is replaced{others}"
             )
         return AddedTokens(tokens, self._config.origin)
@@ -121,24 +128,12 @@ class SentencePieceTokenizer:
         kinds = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
         return any(is_kind(token_id) for is_kind in kinds)
 
-    def encode(self, text: str, *, bos: bool = True, eos: bool = False, added: bool = False) -> list[int]:
-        """Return the ids of `text`. `bos` and `eos` add the ids that begin and end a sequence.
-
-        added       read special added tokens too, such as "<|im_start|>". Control pieces are never read
+    def _ids_of(self, text: str, *, added: bool) -> list[int]:
+        """Return the ids of a checked text.
 
         If the model was trained in this way, SentencePiece puts a space before the text: "Hello" becomes the piece
         "▁Hello". Behind an added token `TokenizerConfig.legacy` decides.
-
-        Raises InputError if `text` is not a string, or holds half of a surrogate pair, which UTF-8 cannot express.
         """
-        if not isinstance(text, str):
-            raise InputError(f"text is {short_repr(text)}; expected a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text holds {text[error.start]!a} at {error.start}, half of a surrogate pair; expected valid Unicode"
-            ) from error
         ids: list[int] = []
         for part in self.added.split(text, special=added):
             if isinstance(part, AddedToken):
@@ -146,7 +141,7 @@ class SentencePieceTokenizer:
             else:
                 processor = self._processor if self._config.legacy or not ids else self._without_space
                 ids += processor.encode(part)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return ids
 
     @cached_property
     def _without_space(self) -> SentencePieceProcessor:
@@ -182,9 +177,9 @@ class SentencePieceTokenizer:
         before = [] if begins else [self.anchor_id]
         return self._processor.decode(before + ids)[len(self._processor.decode(before)) :]
 
-    def stream(self, context_ids: Iterable[int] = ()) -> TokenStream:
+    def stream(self, context_ids: Iterable[int] = ()) -> SentencePieceStream:
         """Return a stream for the text of the ids that follow `context_ids`. It does not repeat the context's text."""
-        return TokenStream(self, context_ids)
+        return SentencePieceStream(self, context_ids)
 
     def piece(self, token_id: int) -> str:
         r"""Return the name of one id, for tables: "▁Hello", "<s>", "<0x0A>", "<|im_start|>", or "[7]" if 7 has no name.
@@ -202,23 +197,10 @@ class SentencePieceTokenizer:
             return token.id
         found = self._id_of_piece(name)
         if found is None or found in self.added.by_id or not self._processor.is_control(found):
-            raise InputError(f"{self._origin}: has no control token {short_repr(name)}")
+            raise InputError(f"{self.origin}: has no control token {short_repr(name)}")
         return found
 
     def byte(self, token_id: int) -> int | None:
         """Return the byte that a piece like "<0x0A>" stands for; None for every other id."""
         is_byte = token_id < self.n_pieces and token_id not in self.added.by_id and self._processor.is_byte(token_id)
         return int(self._processor.id_to_piece(token_id)[1:-1], 16) if is_byte else None
-
-    def checked(self, ids: Iterable[int]) -> list[int]:
-        """Return `ids` as a list of Python integers; raise InputError unless each is an integer in [0, vocab_size)."""
-        ids = list(ids)
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
-                raise InputError(f"token id is {short_repr(token_id)}; expected an integer")
-            if not 0 <= token_id < self.vocab_size:
-                raise InputError(f"token id is {short_repr(token_id)}; expected at least 0 and below {self.vocab_size}")
-        return [int(token_id) for token_id in ids]
-
-    def __repr__(self) -> str:
-        return f"SentencePieceTokenizer({self._origin!r}, vocab_size={self.vocab_size})"

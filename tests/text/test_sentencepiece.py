@@ -163,10 +163,10 @@ def test_a_push_costs_the_same_however_long_the_text(monkeypatch: pytest.MonkeyP
 
 def test_the_names_that_a_tokenizer_is_found_by(tmp_path: Path) -> None:
     assert find_tokenizer(tmp_path) is None
-    for other in ("tekken.json", "tokenizer.json", "tokenizer.model.bak", "model.v3", "tokenizer.model.v3.part"):
+    for other in ("tokenizer.json", "tokenizer.model.bak", "model.v3", "tokenizer.model.v3.part"):
         (tmp_path / other).touch()
     assert find_tokenizer(str(tmp_path)) is None
-    with refused(TokenizerError, tmp_path, "tekken.json", "SentencePiece"):
+    with refused(TokenizerError, tmp_path, "tekken.json", "tokenizer.model"):
         load_tokenizer(tmp_path)
 
     (tmp_path / "mistral_instruct_tokenizer_241114.model.v7m1").write_bytes(tiny_tokenizer())

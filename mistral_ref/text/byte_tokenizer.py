@@ -1,0 +1,100 @@
+"""ByteTokenizer: text to token ids and back, with a byte-level BPE (byte_bpe.py), control tokens and added tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+from mistral_ref.errors import InputError, escaped, short_repr
+from mistral_ref.text.added_tokens import AddedToken, AddedTokens
+from mistral_ref.text.byte_bpe import ByteBPE
+from mistral_ref.text.stream import ByteStream
+from mistral_ref.text.tokenizer import Tokenizer
+
+
+class ByteTokenizer(Tokenizer):
+    """Text to ids and back, with a byte-level BPE.
+
+    bpe         how a text becomes pieces
+    controls    the ids of the control tokens by their names. No text becomes them, and they have no text
+
+    The other arguments are attributes of every `Tokenizer`.
+    """
+
+    def __init__(
+        self,
+        bpe: ByteBPE,
+        *,
+        kind: str,
+        origin: str,
+        controls: Mapping[str, int],
+        bos_id: int | None,
+        eos_id: int | None,
+        added: AddedTokens | None = None,
+        chat_format: str | None = None,
+    ) -> None:
+        self.bpe, self.kind, self.origin, self.controls = bpe, kind, origin, controls
+        self.bos_id, self.eos_id, self.chat_format = bos_id, eos_id, chat_format
+        self.added = AddedTokens() if added is None else added
+        self._bytes = {token_id: piece for piece, token_id in bpe.ids.items()}
+        self._names = {token_id: name for name, token_id in controls.items()}
+        self.n_pieces = len(self._bytes) + len(self._names)
+        self.vocab_size = 1 + max((*self._bytes, *self._names, *self.added.by_id))
+
+    def _ids_of(self, text: str, *, added: bool) -> list[int]:
+        ids: list[int] = []
+        for part in self.added.split(text, special=added):
+            ids += [part.id] if isinstance(part, AddedToken) else self.bpe.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`. Control tokens and special added tokens have no text.
+
+        A byte that is not part of a character becomes U+FFFD; so do the bytes of a character that a control token cuts
+        in two. Raises InputError unless every id is an integer in [0, vocab_size).
+        """
+        text = ""
+        for is_text, run in groupby(map(self.bytes_of, self.checked(ids)), lambda piece: piece is not None):
+            text += b"".join(piece or b"" for piece in run).decode(errors="replace") if is_text else ""
+        return text
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """Return the bytes that an id adds to a text; None if it has no text."""
+        if token := self.added.by_id.get(token_id):
+            return None if token.special else token.content.encode()
+        return self._bytes.get(token_id)
+
+    def stream(self, context_ids: Iterable[int] = ()) -> ByteStream:
+        """Return a stream for the text of the ids that follow `context_ids`. It does not repeat the context's text."""
+        return ByteStream(self, context_ids)
+
+    def piece(self, token_id: int) -> str:
+        r"""Return the name of one id, for tables: "▁Hello", "<s>", "\n", "\xe2", "<|im_start|>", or "[7]".
+
+        A space is shown as "▁". Characters that cannot be printed, and bytes that are no character, are escaped; an id
+        without a piece is its number. Raises InputError unless the id is an integer in [0, vocab_size).
+        """
+        (token_id,) = self.checked([token_id])
+        if token := self.added.by_id.get(token_id):
+            return escaped(token.content)
+        if token_id in self._names:
+            return escaped(self._names[token_id])
+        piece = self._bytes.get(token_id)
+        return f"[{token_id}]" if piece is None else shown(piece)
+
+    def control_id(self, name: str) -> int:
+        """Return the id of a control token or an added token by its name; raise InputError if there is none."""
+        if token := self.added.by_content.get(name):
+            return token.id
+        if name not in self.controls:
+            raise InputError(f"{self.origin}: has no control token {short_repr(name)}")
+        return self.controls[name]
+
+
+def shown(piece: bytes) -> str:
+    r"""Return the bytes of a piece as a text that can be printed; a space is shown as "▁".
+
+    >>> shown(" né\n".encode()), shown("☺".encode()[:2])
+    ('▁né\\n', '\\xe2\\x98')
+    """
+    return escaped(piece.decode(errors="backslashreplace")).replace(" ", "▁")
