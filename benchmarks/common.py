@@ -204,7 +204,7 @@ def filled_cache(
         for layer in range(config.n_layers):
             k_TGK, v_TGK = rng.standard_normal((2, n_tokens, config.n_kv_heads, config.head_dim), np.float32)
             written.write(layer, k_TGK, v_TGK)
-        cache.commit(written)
+        cache.commit(written, np.zeros(n_tokens, np.int64))
     return cache
 
 

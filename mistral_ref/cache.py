@@ -21,14 +21,16 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Never, SupportsIndex
 
 import numpy as np
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError, InputError, checked_int, short_repr
 from mistral_ref.files.cache_file import not_a_cache, read_cache_file, write_cache_file
+from mistral_ref.host import require_memory
 from mistral_ref.ops import KeyView, Ops
 
 DEFAULT_CHUNK = 512
@@ -85,13 +87,15 @@ class Ring:
 class KVCache:
     """Keys and values of one sequence. `model.new_cache()` makes it, and `model.forward(tokens, cache)` fills it.
 
-    length      number of tokens that have gone through a complete pass
+    tokens      the ids of all tokens that have gone through a complete pass, in order: also of those whose keys a ring
+                has overwritten since
+    length      the number of these tokens
     chunk       number of tokens in the longest pass; `model.forward` splits a longer input
     max_tokens  maximum of `length`; None: no maximum
     dtype       number format of the stored keys and values. "int8" stores whole numbers from -127 to 127, and one scale
                 for each head's key and one for its value
 
-    A pass may stop before its end, because of an exception or because a walk is abandoned. Then `length` does not
+    A pass may stop before its end, because of an exception or because a walk is abandoned. Then `tokens` does not
     change, and no key or value that later queries see changes. With dtype "float16" numbers above 65504 become
     infinite.
     """
@@ -113,7 +117,7 @@ class KVCache:
         if self.dtype not in ops.cache_dtypes:
             raise InputError(f"dtype is {short_repr(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
         self.config, self.ops = config, ops
-        self.length = 0
+        self._tokens: list[int] = []
         # A pass stores this number when it begins. If it has changed since, the pass stops with a CacheError.
         self._n_passes = 0
         self.rings = [self._new_ring(window) for window in config.sliding_window]
@@ -126,6 +130,16 @@ class KVCache:
 
     def _new_store(self, capacity: int) -> Any:
         return self.ops.new_store(capacity, self.config.n_kv_heads, self.config.head_dim, self.dtype)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids of all tokens that have gone through a complete pass, in order."""
+        return self._tokens.copy()
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that have gone through a complete pass."""
+        return len(self._tokens)
 
     def __repr__(self) -> str:
         return f"<KVCache of {self.length} tokens, {self.dtype}, chunk {self.chunk}, max_tokens {self.max_tokens}>"
@@ -149,6 +163,10 @@ class KVCache:
             )
         self.require_room(n_tokens)
         end = self.length + n_tokens
+        if any(ring.capacity_for(end) > ring.capacity for ring in self.rings):
+            more = self.bytes_for(end) - self.bytes_for(self.length)
+            hint = "new_cache(dtype='int8') takes less" if self.dtype != "int8" else ""
+            require_memory(more, f"a cache of {end} tokens, up from {self.length},", hint, CacheError)
         for ring in self.rings:
             self._grow(ring, ring.capacity_for(end))
             ring.oldest = max(ring.oldest, end - ring.capacity)
@@ -172,10 +190,14 @@ class KVCache:
         self.ops.write(store, kept, *self.ops.read(ring.store, kept))
         ring.capacity, ring.store = capacity, store
 
-    def commit(self, finished: Pass) -> None:
-        """End a pass: `length` now counts its tokens. Raises CacheError if another pass has used the cache since."""
+    def commit(self, finished: Pass, tokens_T: Sequence[int] | np.ndarray) -> None:
+        """End a pass, whose token ids (T,) are now the cache's last ones.
+
+        Raises CacheError if another pass has used the cache since it began.
+        """
         finished.check()
-        self.length = finished.stop
+        assert len(tokens_T) == finished.n_tokens
+        self._tokens += map(int, tokens_T)
         self._n_passes += 1
 
     def truncate(self, length: int) -> None:
@@ -195,23 +217,44 @@ class KVCache:
                 )
         for ring in self.rings:
             ring.oldest = min(ring.oldest, length)
-        self.length = length
+        del self._tokens[length:]
         self._n_passes += 1
+
+    def keep_shared(self, ids: Sequence[int]) -> int:
+        """Take back every token from the first one on that is not as in `ids`; return how many tokens remain.
+
+        None remain if the next token would see a key that a ring has overwritten (see `truncate`).
+        """
+        length = shared_length(self._tokens, ids)
+        try:
+            self.truncate(length)
+        except CacheError:
+            self.truncate(0)
+        return self.length
 
     def copy(self) -> KVCache:
         """Return an independent copy. With copies several texts can continue one prompt."""
-        twin = copy.copy(self)
-        twin.rings = copy.deepcopy(self.rings)
+        twin = object.__new__(type(self))
+        twin.__dict__ |= vars(self) | {"rings": copy.deepcopy(self.rings), "_tokens": self.tokens}
         return twin
 
+    def __copy__(self) -> KVCache:
+        return self.copy()
+
+    def __deepcopy__(self, memo: object) -> KVCache:
+        return self.copy()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
+        raise CacheError("a KVCache cannot be pickled; cache.save(path) writes it, and model.load_cache(path) reads it")
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache as a safetensors file: layers.N.k and layers.N.v (S, G, K), oldest position first.
+        """Write the cache as a safetensors file: its tokens, and layers.N.k and layers.N.v (S, G, K), oldest first.
 
         The file gets its name only when it is complete. Raises CacheError if it cannot be written.
         """
-        settings = {"length": self.length, "chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
+        settings = {"chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
         layers = (self.ops.read(ring.store, ring.slots(ring.oldest, self.length)) for ring in self.rings)
-        write_cache_file(path, self.config, settings, layers)
+        write_cache_file(path, self.config, settings, self._tokens, layers)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:
@@ -221,17 +264,16 @@ class KVCache:
         cache gets the dtype of `ops`. Raises CacheError if the file is not a saved cache, is damaged, or belongs to
         another configuration.
         """
-        settings, layers = read_cache_file(path, config)
-        length = settings.pop("length")
+        settings, tokens, layers = read_cache_file(path, config)
         if settings["dtype"] not in ops.cache_dtypes:
             settings["dtype"] = None
         try:
             cache = cls(config, ops, **settings)
             for ring, (k_SGK, v_SGK) in zip(cache.rings, layers, strict=True):
-                cache._restore(ring, length, k_SGK, v_SGK)
+                cache._restore(ring, len(tokens), k_SGK, v_SGK)
+            cache._tokens = tokens.tolist()
         except (ValueError, MemoryError) as error:
             raise not_a_cache(path, error) from None
-        cache.length = length
         return cache
 
     def _restore(self, ring: Ring, length: int, k_SGK: np.ndarray, v_SGK: np.ndarray) -> None:
@@ -243,6 +285,16 @@ class KVCache:
         self._grow(ring, capacity)
         ring.oldest = oldest
         self.ops.write(ring.store, ring.slots(oldest, length), k_SGK, v_SGK)
+
+
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences share from their beginning on.
+
+    >>> shared_length([1, 5, 6, 7], [1, 5, 8])
+    2
+    """
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 @dataclass(frozen=True, eq=False)

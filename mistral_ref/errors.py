@@ -12,6 +12,8 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from numbers import Real
 from typing import SupportsIndex
 
 Progress = Callable[[int, int], None]  # called with (amount done, total amount) during long work
@@ -136,8 +138,24 @@ def checked_int(name: str, value: object, least: int, most: int | None = None) -
     mistral_ref.errors.InputError: max_tokens is 0; expected a whole number of at least 1
     """
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        number = operator.index(value)
-        if least <= number and (most is None or number <= most):
-            return number
+        with suppress(TypeError):  # an array of several numbers
+            number = operator.index(value)
+            if least <= number and (most is None or number <= most):
+                return number
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise InputError(f"{name} is {short_repr(value)}; expected a whole number {bounds}")
+
+
+def checked_float(name: str, value: object, least: float, most: float) -> float:
+    """Return an argument as a float; raise InputError unless it is a number from `least` to `most`.
+
+    NumPy's numbers count as numbers.
+
+    >>> checked_float("top_p", float("nan"), least=0, most=1)
+    Traceback (most recent call last):
+    mistral_ref.errors.InputError: top_p is nan; expected a number from 0 to 1
+    """
+    # Compared before it is converted, because float() of a very large integer raises OverflowError.
+    if isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most:  # type: ignore[operator]
+        return float(value)
+    raise InputError(f"{name} is {short_repr(value)}; expected a number from {least:g} to {most:g}")

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 
-from mistral_ref.cache import KVCache
-from mistral_ref.errors import CacheError, InputError, Progress, checked_int
-from mistral_ref.sampling import SamplingSettings, log_softmax, sample
+from mistral_ref.cache import KVCache, shared_length
+from mistral_ref.errors import CacheError, InputError, Progress, checked_float, checked_int, short_repr, warn
+from mistral_ref.sampling import SamplingSettings, likeliest, log_softmax, sample
 from mistral_ref.text.stream import TokenStream
 
-FinishReason = Literal["eos", "stop", "length", "model_length"]
+FinishReason = Literal["eos", "stop", "length", "model_length", "time"]
+Kind = Literal["text", "thinking", "tool_call"]
 Stop = str | int | Iterable[str | int] | None
+LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]  # the ids so far, logits (V,) -> logits (V,)
 NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # token ids, a cache -> the last token's logits (V,)
+
+_REPEATED = 4  # so many tokens at the beginning of a prompt that are also in the cache are no chance
+
+
+class GenerationSettings(TypedDict, total=False):
+    """The settings of `Model.generate`, for functions that hand them on. Its docstring explains them."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: Stop
+    progress: Progress | None
+    cache: KVCache | None
+    prompt_cache: KVCache | None
+    logits_processor: LogitsProcessor | None
+    top_logprobs: int
+    max_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -28,13 +53,41 @@ class Token:
     logprob         natural logarithm of the token's probability by the model alone, before any sampling setting
     finish_reason   for the last token the reason to end; None for the tokens before. "eos": the model ended the text;
                     "stop": a stop string or stop id; "length": max_tokens, or the cache is full; "model_length": the
-                    longest sequence that the model is meant for
+                    longest sequence that the model is meant for; "time": max_seconds
+    kind            "text"
+    stop            the stop string or the stop id that ended the text; None unless the reason is "stop"
+    top_logprobs    the likeliest tokens here, as many as asked for: pairs of an id and its logprob, the likeliest first
     """
 
     id: int
     text: str
     logprob: float
     finish_reason: FinishReason | None = None
+    kind: Kind = "text"
+    stop: str | int | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Generation(Iterator[Token]):
+    """The tokens of one text, each computed when it is asked for. `Model.generate` returns it.
+
+    `async for token in ...` computes each token in another thread, so the event loop goes on meanwhile. A task that is
+    cancelled ends the text after the pass that is running.
+    """
+
+    def __init__(self, tokens: Generator[Token, None, None]) -> None:
+        self._tokens = tokens
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        while (token := await asyncio.to_thread(next, self._tokens, None)) is not None:
+            yield token
+
+    def close(self) -> None:
+        """End the text here: there are no more tokens."""
+        self._tokens.close()
 
 
 class StopStrings:
@@ -42,25 +95,25 @@ class StopStrings:
 
     >>> watch = StopStrings(["END"])
     >>> watch.push("one E"), watch.push("N"), watch.push("tre END two"), watch.found
-    ('one ', '', 'ENtre ', True)
+    ('one ', '', 'ENtre ', 'END')
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = strings
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
         """Take the next text; return the text that cannot be part of a stop string.
 
-        If a stop string is found, the result is the text before it, and `found` becomes true.
+        If a stop string is found, the result is the text before it, and `found` becomes that string.
         """
         text = self._held + text
-        starts = [start for string in self._strings if (start := text.find(string)) >= 0]
-        if starts:
-            self.found = True
+        found = [(start, string) for string in self._strings if (start := text.find(string)) >= 0]
+        if found:
+            start, self.found = min(found)
             self._held = ""
-            return text[: min(starts)]
+            return text[:start]
         longest = max((_overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - longest :]
         return text[: len(text) - longest]
@@ -79,13 +132,18 @@ def _overlap(text: str, string: str) -> int:
 def split_stops(stop: Stop, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:
     """Return the stop strings and the stop ids in `stop`. `stop` is one of them, several of them, or None.
 
-    Raises InputError for an empty string, or for an id outside [0, vocab_size).
+    Raises InputError for an empty string, for an id outside [0, vocab_size), and for anything else, such as bytes.
     """
-    stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else () if stop is None else (stop,)
-    if "" in stops:
-        raise InputError("stop holds an empty string; expected text, or token ids")
-    ids = (checked_int("stop", one, least=0, most=vocab_size - 1) for one in stops if not isinstance(one, str))
-    return tuple(one for one in stops if isinstance(one, str)), frozenset(ids)
+    is_one = isinstance(stop, (str, bytes, bytearray, memoryview)) or not isinstance(stop, Iterable)
+    stops: list[object] = [] if stop is None else [stop] if is_one else [*stop]  # type: ignore[misc]
+    strings = tuple(one for one in stops if isinstance(one, str))
+    try:
+        ids = frozenset(checked_int("stop", one, 0, vocab_size - 1) for one in stops if not isinstance(one, str))
+    except InputError as error:
+        raise InputError(f"{error}, a token id, or text") from None
+    if "" in strings:
+        raise InputError("stop is ''; expected text of at least one character, or a token id")
+    return strings, ids
 
 
 def prefill(next_logits: NextLogits, ids: Sequence[int], cache: KVCache, progress: Progress | None) -> np.ndarray:
@@ -107,6 +165,7 @@ class GenerationRequest:
     """The checked arguments of `Model.generate`.
 
     prompt_ids      the token ids of the prompt
+    shares_prompt   whether the cache may hold a beginning of the prompt; else the prompt follows what the cache holds
     sampling        how each token is chosen
     max_tokens      generate at most this number of tokens
     seed            the same seed gives the same draws; None: different draws each time
@@ -114,11 +173,13 @@ class GenerationRequest:
     eos_ids         the model ends a text with one of these ids
     max_seq_len     length of the longest sequence that the model is meant for; None: no maximum
     progress        called with (tokens done, tokens in all) while the prompt is read
+    logits_processor, top_logprobs, max_seconds     as in `Model.generate`
 
-    Raises InputError for `max_tokens` below 1, and for a seed below 0.
+    Raises InputError for a value that cannot be used.
     """
 
     prompt_ids: Sequence[int]
+    shares_prompt: bool
     sampling: SamplingSettings
     max_tokens: int
     seed: int | None
@@ -127,16 +188,81 @@ class GenerationRequest:
     eos_ids: frozenset[int]
     max_seq_len: int | None
     progress: Progress | None
+    logits_processor: LogitsProcessor | None
+    top_logprobs: int
+    max_seconds: float | None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_tokens", checked_int("max_tokens", self.max_tokens, least=1))
         if self.seed is not None:
             object.__setattr__(self, "seed", checked_int("seed", self.seed, least=0))
+        if self.max_seconds is not None:
+            checked_float("max_seconds", self.max_seconds, least=0, most=1e9)
+        for name in ("progress", "logits_processor"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise InputError(f"{name} is {short_repr(getattr(self, name))}; expected a function")
+
+    def warn_of_mistakes(self, held: Sequence[int], bos_id: int | None) -> None:
+        """Warn of settings without effect, and of a prompt that repeats the tokens `held` by the cache it follows."""
+        without_effect = self.sampling.without_effect
+        if self.sampling.temperature == 0 and self.seed is not None:
+            without_effect.append("seed")
+        if without_effect:
+            warn(f"temperature is 0, so the likeliest token is always taken, whatever {', '.join(without_effect)} is")
+        prompt, before = (ids[1:] if ids[:1] == [bos_id] else ids for ids in (list(self.prompt_ids), list(held)))
+        n_shared = shared_length(prompt, before)
+        if (
+            not self.shares_prompt
+            and n_shared >= _REPEATED
+            and (n_shared == len(prompt) or 2 * n_shared >= len(before))
+        ):
+            warn(
+                f"the prompt begins with {n_shared} tokens that the cache begins with too, and they are read a second "
+                "time; if the prompt is the whole text, give the cache as prompt_cache="
+            )
+
+    def limit(self, count: int, length: int, cache_size: int | None, seconds: float) -> FinishReason | None:
+        """Return the limit that a text has reached with its `count`-th token; None if it may go on.
+
+        length      number of tokens in the cache, which does not hold this token yet
+        cache_size  the most tokens that the cache holds; None: no maximum
+        seconds     how long ago the text began
+        """
+        if self.max_seq_len is not None and length + 1 >= self.max_seq_len:
+            return "model_length"
+        if count == self.max_tokens or length == cache_size:
+            return "length"
+        return "time" if self.max_seconds is not None and seconds >= self.max_seconds else None
+
+    def top_of(self, logprobs_V: np.ndarray) -> tuple[tuple[int, float], ...]:
+        """Return the `top_logprobs` likeliest tokens: pairs of an id and its log-probability, the likeliest first."""
+        if not self.top_logprobs:
+            return ()
+        return tuple((int(token), float(logprobs_V[token])) for token in likeliest(logprobs_V, self.top_logprobs))
+
+    def processed(self, ids: Sequence[int], logits_V: np.ndarray) -> np.ndarray:
+        """Return the logits (V,) that the logits processor makes of the model's; raise InputError if they are unfit."""
+        if self.logits_processor is None:
+            return logits_V
+        found = self.logits_processor(list(ids), logits_V.copy())
+        try:
+            array = np.asarray(found)
+        except ValueError:  # rows of different lengths
+            array = np.empty(0)
+        if array.shape != logits_V.shape or array.dtype.kind not in "fiu":
+            raise InputError(
+                f"logits_processor returned {short_repr(found)}; expected {len(logits_V)} numbers, one for each token"
+            )
+        if np.isnan(array).any() and not np.isnan(logits_V).any():
+            raise InputError(
+                f"logits_processor returned NaN for token {np.flatnonzero(np.isnan(array))[0]}; expected a number"
+            )
+        return array
 
 
 def generate(
     request: GenerationRequest, next_logits: NextLogits, cache: KVCache, stream: TokenStream | None
-) -> Iterator[Token]:
+) -> Generator[Token, None, None]:
     """Yield tokens until there is a reason to end (`Token.finish_reason`).
 
     Each token is yielded as soon as it is known. The pass for the next token runs when the caller asks for that token.
@@ -145,28 +271,31 @@ def generate(
 
     Raises CacheError if the cache is full, or if another pass uses it between two tokens.
     """
-    logits_V = prefill(next_logits, request.prompt_ids, cache, request.progress)
+    started = time.monotonic()
+    n_kept = cache.keep_shared(request.prompt_ids[:-1]) if request.shares_prompt else 0
+    logits_V = prefill(next_logits, request.prompt_ids[n_kept:], cache, request.progress)
     rng = np.random.default_rng(request.seed)
     length = cache.length
     watch = StopStrings(request.stop_strings)
     seen = list(request.prompt_ids)
     for count in range(1, request.max_tokens + 1):
-        token = sample(logits_V, request.sampling, rng, seen)
-        logprob = float(log_softmax(logits_V)[token])
+        token = sample(request.processed(seen, logits_V), request.sampling, rng, seen)
+        logprobs_V = log_softmax(logits_V)
         seen.append(token)
-        reason: FinishReason | None = "length" if count == request.max_tokens or length == cache.max_tokens else None
-        if request.max_seq_len is not None and length + 1 >= request.max_seq_len:
-            reason = "model_length"
+        reason = request.limit(count, length, cache.max_tokens, time.monotonic() - started)
         text = ""
-        if token in request.eos_ids or token in request.stop_ids:
-            reason = "eos" if token in request.eos_ids else "stop"
+        stop: str | int | None = None
+        if token in request.eos_ids:
+            reason = "eos"
+        elif token in request.stop_ids:
+            reason, stop = "stop", token
         elif stream and token < stream.tokenizer.vocab_size:
             text = watch.push(stream.push(token))
-        if reason is not None and stream and not watch.found:
+        if reason is not None and stream and watch.found is None:
             text += watch.push(stream.flush()) + watch.flush()
-        if watch.found:
-            reason = "stop"
-        yield Token(token, text, logprob, reason)
+        if watch.found is not None:
+            reason, stop = "stop", watch.found
+        yield Token(token, text, float(logprobs_V[token]), reason, "text", stop, request.top_of(logprobs_V))
         if reason is not None:
             return
         if cache.length != length:

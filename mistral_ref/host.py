@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from mistral_kernels import quota
-from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.errors import InputError, MistralRefError, checked_int, short_repr
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
+_MUCH = 2**26  # bytes
 
 
 def chosen_threads(threads_asked: int | None) -> int:
@@ -41,6 +42,19 @@ def available_memory() -> int | None:
         return int(found) if found and found.isdecimal() else None
     sizes = bytes_told(Path("/proc/meminfo"), "MemAvailable:"), quota.memory()
     return min((size for size in sizes if size is not None), default=None)
+
+
+def require_memory(n_bytes: int, what: str, hint: str = "", kind: type[MistralRefError] = InputError) -> None:
+    """Raise an error of this kind if `what` takes more memory than this process can still get.
+
+    Small amounts are not looked up: that takes longer than a token of a small model.
+    """
+    left = available_memory() if n_bytes >= _MUCH else None
+    if left is not None and n_bytes > left:
+        raise kind(
+            f"{what} would take {n_bytes / 2**30:.2f} GiB of memory, and {left / 2**30:.2f} GiB are left"
+            + (f"; {hint}" if hint else "")
+        )
 
 
 def process_memory(pid: int) -> dict[str, int | None]:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Never, SupportsIndex, Unpack, overload
 
 import numpy as np
 
-from mistral_ref.cache import DEFAULT_CHUNK, KVCache
+from mistral_ref import passes
+from mistral_ref.cache import DEFAULT_CHUNK, KVCache, shared_length
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, Progress, short_repr, warn
-from mistral_ref.generation import GenerationRequest, Stop, Token, generate, split_stops
+from mistral_ref.errors import CacheError, InputError, Progress, checked_int, short_repr, warn
+from mistral_ref.generation import (
+    Generation,
+    GenerationRequest,
+    GenerationSettings,
+    LogitsProcessor,
+    Stop,
+    generate,
+    split_stops,
+)
+from mistral_ref.host import require_memory
 from mistral_ref.ops import Ops
-from mistral_ref.sampling import SamplingSettings, log_softmax
+from mistral_ref.passes import Scores, pass_lengths
+from mistral_ref.sampling import SamplingSettings
+from mistral_ref.steps import count_values
 from mistral_ref.text.stream import TokenStream
 from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.trace import Trace
-from mistral_ref.transformer import Transformer, drain
+from mistral_ref.transformer import Transformer
 from mistral_ref.walk import (
     Edit,
     Walk,
@@ -56,6 +69,12 @@ class Model:
     def __repr__(self) -> str:
         tokenizer = "no tokenizer" if self.tokenizer is None else repr(self.tokenizer)
         return f"<Model of {self.config.n_parameters:,} parameters, {self.ops.dtype} by {self.ops.name}, {tokenizer}>"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
+        raise InputError(
+            "a Model cannot be copied or pickled: threads share one Model, with a cache for each text (new_cache), and "
+            "another process calls load() itself"
+        )
 
     def new_cache(
         self, *, max_tokens: int | None = None, chunk: int = DEFAULT_CHUNK, dtype: str | None = None
@@ -127,29 +146,23 @@ class Model:
         edits       a map from names of steps, or globs, to an array or to a function of the step's value. A pass with
                     edits is never split, so T is at most the cache's chunk
 
-        An interrupted call keeps the chunks that are finished; `cache.length` counts their tokens. Raises InputError
-        or CacheError.
+        An interrupted call keeps the chunks that are finished: `cache.tokens` holds their tokens. Raises InputError or
+        CacheError, also if less memory is left than the logits take.
         """
         ids = self.token_ids(tokens, cache)
+        require_memory(
+            (1 if last_only else len(ids)) * self.config.vocab_size * self.ops.dtype.itemsize,
+            f"the logits of {len(ids)} tokens",
+            "last_only=True computes those of the last token, and score(tokens) the log-probabilities of all tokens",
+        )
         if edits:
             touched = check_edits(edits, self.config)
             return self._walk(ids, cache, last_only, inside_attention(touched), edits).finish().copy()
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
-        return self._logits(ids, cache, last_only)
-
-    def _logits(self, ids: Sequence[int], cache: KVCache, last_only: bool) -> np.ndarray:
-        """Take checked ids through the model, a chunk at a time; return logits (T, V), or (1, V) with `last_only`."""
-        cache.require_room(len(ids))
-        logits_TV = np.empty((1 if last_only else len(ids), self.config.vocab_size), self.ops.dtype)
-        for start in range(0, len(ids), cache.chunk):
-            chunk = np.array(ids[start : start + cache.chunk])
-            steps = self.transformer.forward_steps(chunk, cache.begin(len(chunk)), last_only=last_only)
-            rows = slice(None) if last_only else slice(start, start + len(chunk))
-            logits_TV[rows] = drain(steps, self.ops)
-        return logits_TV
+        return passes.logits(self.transformer, ids, cache, last_only=last_only)
 
     def _next_logits(self, ids: Sequence[int], cache: KVCache) -> np.ndarray:
-        return self._logits(ids, cache, last_only=True)[0]
+        return passes.logits(self.transformer, ids, cache, last_only=True)[0]
 
     def steps(self, tokens: Prompt, cache: KVCache | None = None, *, edits: Mapping[str, Edit] | None = None) -> Walk:
         """Return a Walk through the forward pass of these tokens. Iterate over it to get every Step.
@@ -185,6 +198,11 @@ class Model:
         touched = check_edits(edits, self.config)
         kept = matching_steps(keep, self.config)
         start = 0 if cache is None else cache.length
+        require_memory(
+            count_values(self.config, len(ids), start, kept) * self.ops.dtype.itemsize,
+            f"the steps to be kept of {len(ids)} tokens",
+            "keep=... chooses fewer steps",
+        )
         walk = self._walk(ids, cache, False, inside_attention([*kept, *touched]), edits)
         steps = [step for step in walk if step.name in kept]
         pieces = [self.piece(token) for token in ids]
@@ -205,6 +223,12 @@ class Model:
         edits: Mapping[str, Edit],
     ) -> Walk:
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
+        if observe_attention:
+            require_memory(
+                2 * count_values(self.config, len(ids), cache.length, ["scores"]) * self.ops.dtype.itemsize,
+                f"the scores of {len(ids)} tokens",
+                "a pass over a cache can take fewer tokens at once",
+            )
         steps = self.transformer.forward_steps(
             np.array(ids), cache.begin(len(ids)), last_only=last_only, observe_attention=observe_attention
         )
@@ -218,19 +242,31 @@ class Model:
         if cache.ops is not self.ops or cache.config != self.config:
             raise CacheError("the cache belongs to another model; expected one from this model's new_cache()")
 
-    def score(self, tokens: Prompt) -> np.ndarray:
+    @overload
+    def score(self, tokens: Prompt, *, top: None = None) -> np.ndarray: ...
+
+    @overload
+    def score(self, tokens: Prompt, *, top: int) -> Scores: ...
+
+    def score(self, tokens: Prompt, *, top: int | None = None) -> np.ndarray | Scores:
         """Return the log-probability of each token after the first, given the tokens before it: (T-1,), in nats.
 
-        The result is float64. Only the logits of one chunk are in memory at a time. Raises InputError as `token_ids`.
+        top     return Scores: also the ids and the log-probabilities of so many of the likeliest tokens at each place
+
+        The results are float64. Only the logits of one chunk are in memory at a time. Raises InputError.
         """
         ids = self.token_ids(tokens)
-        cache = self.new_cache(max_tokens=len(ids))
-        scores = [np.empty(0)]
-        for start in range(0, len(ids) - 1, cache.chunk):
-            following = ids[start + 1 : start + cache.chunk + 1]
-            logprobs_TV = log_softmax(self._logits(ids[start : start + len(following)], cache, last_only=False))
-            scores.append(logprobs_TV[np.arange(len(following)), following])
-        return np.concatenate(scores)
+        n_top = 0 if top is None else checked_int("top", top, least=1, most=self.config.vocab_size)
+        found = passes.scores(self.transformer, ids, self.new_cache(max_tokens=len(ids)), n_top)
+        return found.logprobs if top is None else found
+
+    def embed(self, tokens: Prompt) -> np.ndarray:
+        """Return a vector for a text, (D,) float32: the mean of the step "norm" over its tokens.
+
+        Raises InputError.
+        """
+        ids = self.token_ids(tokens)
+        return passes.embedding(self.transformer, ids, self.new_cache(max_tokens=len(ids)))
 
     def generate(
         self,
@@ -244,28 +280,46 @@ class Model:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Stop = (),
-        cache: KVCache | None = None,
         progress: Progress | None = None,
-    ) -> Iterator[Token]:
-        """Yield the tokens that follow a prompt, one by one.
+        cache: KVCache | None = None,
+        prompt_cache: KVCache | None = None,
+        logits_processor: LogitsProcessor | None = None,
+        top_logprobs: int = 0,
+        max_seconds: float | None = None,
+    ) -> Generation:
+        """Return the tokens that follow a prompt: an iterator, which computes each token when it is asked for.
 
         max_tokens          how many at most
-        temperature, top_k, top_p, min_p    see sampling.py; temperature 0 takes the likeliest token
+        temperature, top_k, top_p, min_p    see sampling.py. Temperature 0 takes the likeliest token, so the other three
+                            change nothing. The command line has other defaults: temperature 0.7 and top_p 0.9
         repetition_penalty  see sampling.py; it applies to the tokens of this prompt and the generated tokens
         seed                the same seed gives the same draws; None: different draws each time
         stop                strings and token ids that end the text; a stop string is not part of the text
-        cache               holds the tokens before the prompt; afterwards also the prompt and all tokens except the
-                            last one
         progress            called with (tokens done, tokens in all) while the prompt is read
+        cache               the prompt follows the tokens in it. Afterwards it also holds the prompt and all generated
+                            tokens except the last one; a prompt that goes on there begins with the last token's id
+        prompt_cache        the prompt is the whole text, and what the cache holds of its beginning is not computed
+                            again. The result is the same as without it. Afterwards it holds the prompt and all
+                            generated tokens except the last one. Not together with `cache`
+        logits_processor    called as logits_processor(ids, logits) before every token: `ids` are those of the prompt
+                            and of the generated tokens, `logits` (V,) a copy of the model's. The token is chosen from
+                            the logits (V,) that it returns, in which -inf makes a token impossible
+        top_logprobs        for how many of the likeliest tokens `Token.top_logprobs` holds the log-probability
+        max_seconds         ends the text at the first token that comes so long after the first one was asked for
 
-        Decode the prompt and the tokens together: the part after the prompt equals the joined texts of the tokens. All
+        Decode the prompt and the tokens together: the part after the prompt equals the joined texts of the tokens.
+        Log-probabilities are the model's own, before the logits processor and before every sampling setting. All
         arguments are checked before this function returns. Raises InputError or CacheError.
         """
+        self._check_cache(prompt_cache)
+        if cache is not None and prompt_cache is not None:
+            raise InputError("cache and prompt_cache are both given; expected one of them")
         stop_strings, stop_ids = split_stops(stop, self.config.vocab_size)
         if stop_strings and self.tokenizer is None:
             raise InputError("this model has no tokenizer; expected stops as token ids")
         request = GenerationRequest(
             prompt_ids=self.token_ids(prompt, cache),
+            shares_prompt=prompt_cache is not None,
             sampling=SamplingSettings(
                 temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
             ),
@@ -276,15 +330,22 @@ class Model:
             eos_ids=self.eos_ids,
             max_seq_len=self.config.max_seq_len,
             progress=progress,
+            logits_processor=logits_processor,
+            top_logprobs=checked_int("top_logprobs", top_logprobs, least=0, most=self.config.vocab_size),
+            max_seconds=max_seconds,
         )
-        n_prompt, longest = len(request.prompt_ids), self.config.max_seq_len
-        cache = self.new_cache() if cache is None else cache
-        cache.require_room(n_prompt)
-        if longest is not None and cache.length + n_prompt >= longest:
+        held, longest = [] if cache is None else cache.tokens, self.config.max_seq_len
+        end = len(held) + len(request.prompt_ids)
+        used = prompt_cache if cache is None else cache
+        used = self.new_cache() if used is None else used
+        used.require_room(end - used.length)
+        if longest is not None and end >= longest:
             raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len); expected a shorter one")
-        lengths = {1, min(n_prompt, cache.chunk), n_prompt % cache.chunk or 1}
-        self.ops.prepare(self.config, self.weights, cache.dtype, lengths)
-        return generate(request, self._next_logits, cache, self.text_stream(request.prompt_ids))
+        n_shared = shared_length(used.tokens, request.prompt_ids[:-1]) if request.shares_prompt else 0
+        lengths = {n for first in {0, n_shared} for n in pass_lengths(len(request.prompt_ids) - first, used.chunk)}
+        self.ops.prepare(self.config, self.weights, used.dtype, {1, *lengths})
+        request.warn_of_mistakes(held, None if self.tokenizer is None else self.tokenizer.bos_id)
+        return Generation(generate(request, self._next_logits, used, self.text_stream(request.prompt_ids)))
 
     def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
         """Return a TokenStream for the text of the ids that follow `prompt_ids`; None for a model without tokenizer."""
@@ -293,6 +354,6 @@ class Model:
         n_ids = self.tokenizer.vocab_size  # the model's vocabulary may be larger
         return self.tokenizer.stream(token for token in prompt_ids if token < n_ids)
 
-    def complete(self, prompt: Prompt, **settings: object) -> str:
+    def complete(self, prompt: Prompt, **settings: Unpack[GenerationSettings]) -> str:
         """Return the whole text that `generate` yields for a prompt. It takes the same settings."""
-        return "".join(token.text for token in self.generate(prompt, **settings))  # type: ignore[arg-type]
+        return "".join(token.text for token in self.generate(prompt, **settings))

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
-from mistral_ref.errors import InputError, short_repr
+from mistral_ref.errors import InputError, checked_float, checked_int
 
 Floats = NDArray[np.float64]
 
@@ -52,13 +52,15 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         ranges = {"temperature": (0, 1e4), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (1e-4, 1e4)}
         for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-            if not (is_number and low <= value <= high):
-                raise InputError(f"{name} is {short_repr(value)}; expected a number from {low:g} to {high:g}")
-        k = self.top_k
-        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
-            raise InputError(f"top_k is {short_repr(k)}; expected a whole number of at least 1, or None")
+            checked_float(name, getattr(self, name), low, high)
+        if self.top_k is not None:
+            checked_int("top_k", self.top_k, least=1)
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Names of the settings that are given, but change nothing because the temperature is 0."""
+        names = ("top_k", "top_p", "min_p") if self.temperature == 0 else ()
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
 
 
 def sample(logits_V: ArrayLike, settings: SamplingSettings, rng: Generator, seen_ids: Iterable[int]) -> int:
@@ -146,6 +148,17 @@ def draw(p_N: Floats, uniform: float) -> int:
     """
     cdf_N = np.cumsum(p_N)
     return int(np.searchsorted(cdf_N, uniform * cdf_N[-1], side="right"))
+
+
+def likeliest(logprobs_V: np.ndarray, n: int) -> np.ndarray:
+    """Return the ids (n,) of the n most probable tokens, the most probable first, equal ones by the lower id.
+
+    >>> likeliest(np.log([0.1, 0.3, 0.3, 0.2, 0.1]), 3).tolist()
+    [1, 2, 3]
+    """
+    nth = np.partition(logprobs_V, -n)[-n]  # so that only a few tokens need be sorted
+    ids = np.flatnonzero(~(logprobs_V < nth))  # NaN is among them
+    return ids[np.argsort(-logprobs_V[ids], kind="stable")[:n]]
 
 
 def log_softmax(logits: ArrayLike) -> Floats:

@@ -9,7 +9,8 @@ H query heads, G key/value heads, K head width, F feed-forward width, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import math
+from collections.abc import Generator, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -100,6 +101,22 @@ def step_names(config: ModelConfig) -> Iterator[str]:
     for layer in range(config.n_layers):
         yield from (f"layers.{layer}.{name}" for name in block)
     yield from ("norm", "logits")
+
+
+def count_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[str]) -> int:
+    """Return how many values these steps have together, in a pass of n_tokens from position `start`, or a few more.
+
+    Layers with windows count as if each had the longest of them.
+    """
+    window = max((start + n_tokens if window is None else window) for window in config.sliding_window)
+    per_token, n_experts = (1, 0) if config.moe is None else (config.moe.num_experts_per_tok, config.moe.num_experts)
+    sizes = {
+        "token": n_tokens, "query": n_tokens, "key": min(start + n_tokens, window + n_tokens - 1),
+        "pair": n_tokens * per_token, "dim": config.dim, "head": config.n_heads, "kv_head": config.n_kv_heads,
+        "head_dim": config.head_dim, "ffn": config.hidden_dim, "expert": n_experts, "vocabulary": config.vocab_size,
+    }  # fmt: skip
+    catalogue = catalogue_of(config)
+    return sum(math.prod(sizes[axis] for axis in catalogue[name.rpartition(".")[2]].axes) for name in names)
 
 
 class Step:

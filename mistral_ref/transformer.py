@@ -46,7 +46,7 @@ class Transformer:
         """Yield every step of one pass and return logits (T, V); with `last_only` the last token's logits (1, V).
 
         tokens_T            the token ids, (T,)
-        this_pass           reads and writes the cache. The cache's `length` counts the tokens of this pass only after
+        this_pass           reads and writes the cache. The tokens of this pass are among the cache's tokens only after
                             the caller has sent back the value of the last step
         observe_attention   yield "scores" and "attention_weights" too
         """
@@ -60,7 +60,7 @@ class Transformer:
             x_TD = x_TD[-1:]
         x_TD = yield step("norm", ops.rms_norm(x_TD, weights.norm, config.norm_eps))
         logits_TV = yield step("logits", ops.linear(x_TD, weights.output))
-        this_pass.cache.commit(this_pass)
+        this_pass.cache.commit(this_pass, tokens_T)
         return logits_TV
 
     def block_steps(
@@ -120,12 +120,16 @@ class Transformer:
         return out_TD
 
 
-def drain(steps: Steps, ops: Ops) -> np.ndarray:
-    """Run a pass to its end and return its result. Every value is sent straight back."""
+def drain(steps: Steps, ops: Ops, *, until: str | None = None) -> np.ndarray:
+    """Run a pass to its end and return its result, or only to the step `until` and return the step's value.
+
+    Every value is sent straight back.
+    """
     with ops.running():
         step = next(steps)
         try:
-            while True:
+            while step.name != until:
                 step = steps.send(step.value)
         except StopIteration as end:
             return end.value
+    return step.value

@@ -216,22 +216,28 @@ def test_a_saved_cache_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
             model.load_cache(path)
 
     for cut in (
-        {name: values[3:] for name, values in tensors.items()},
-        {name: values[:, :1] for name, values in tensors.items()},
+        {name: values[3:] for name, values in tensors.items() if name != "tokens"},
+        {name: values[:, :1] for name, values in tensors.items() if name != "tokens"},
     ):
-        rejected(cut, metadata, "keys", "values", cut["layers.0.k"].shape, "7 tokens")
+        rejected(cut | {"tokens": tensors["tokens"]}, metadata, "keys", "values", cut["layers.0.k"].shape, "7 tokens")
     rejected(tensors, {}, path)
     rejected({}, metadata, path)
     settings_key = next(key for key in metadata if key != "config")
-    for bad, facts in (
-        ({"length": 3}, ("keys", "values", tensors["layers.0.k"].shape, "3 tokens")),
-        ({"length": "7"}, (path, "length", "'7'")),
-        ({"length": -1}, (path, "length", -1)),
-        ({"chunk": 0}, (path, "chunk", 0)),
-        ({"length": 2**70}, (path, "length", 2**70)),
+    shape = tensors["layers.0.k"].shape
+    rejected(tensors | {"tokens": tensors["tokens"][:3]}, metadata, path, "keys", "values", shape, "3 tokens")
+    for ids, facts in (
+        (np.int32([1, 2, 3, 4, 5, 6, 7]), ("I32", "I64")),
+        (np.int64([[1, 2, 3, 4, 5, 6, 7]]), ("(1, 7)", "one axis")),
+        (np.int64([1, 2, 3, 13, 5, 6, 7]), (13, "0 to 12")),
+        (np.int64([1, 2, -3, 4, 5, 6, 7]), (-3, "0 to 12")),
     ):
+        rejected(tensors | {"tokens": ids}, metadata, path, "tokens", *facts)
+    for name in tensors:
+        rejected({other: values for other, values in tensors.items() if other != name}, metadata, path, name)
+    for bad, facts in (({"chunk": 0}, (path, "chunk", 0)), ({"max_tokens": 3}, (path, "7 tokens"))):
         rejected(tensors, metadata | {settings_key: json.dumps(json.loads(metadata[settings_key]) | bad)}, *facts)
-    for broken in ("5", "[" * 100_000, '{"length"'):
+    rejected(tensors, {"mistral_ref.cache.v1": "{}", "config": metadata["config"]}, path, "0.1.0", "token ids")
+    for broken in ("5", "[" * 100_000, '{"chunk"'):
         rejected(tensors, metadata | {settings_key: broken}, path)
     path.write_bytes(struct.pack("<Q", 50_000_000))
     os.truncate(path, 50_000_008)

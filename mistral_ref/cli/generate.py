@@ -23,6 +23,7 @@ examples:
   mistral-ref generate --temperature 0 --stop "." "Lily saw a"
   cat story.txt | mistral-ref generate --model DIR --stop "The end" --stats
 """
+_TOP_P = 0.9
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,7 +64,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a token is drawn."""
     sampling = parser.add_argument_group(
         "sampling",
-        "How the next token is drawn from the model's probabilities.\nThe options are applied in this order.",
+        "How the next token is drawn from the model's probabilities.\nThe options are applied in this order.\n"
+        "model.generate in Python has other defaults: temperature 0, top_p 1.",
     )
     sampling.add_argument(
         "--repetition-penalty",
@@ -84,9 +86,9 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--top-p",
         type=float,
-        default=0.9,
         metavar="P",
-        help="draw only from the likeliest tokens whose probabilities together reach P (default: 0.9)",
+        help="draw only from the likeliest tokens whose probabilities together reach P "
+        f"(default: {_TOP_P}; 1 with temperature 0)",
     )
     sampling.add_argument(
         "--min-p",
@@ -113,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
             max_tokens=arguments.max_tokens,
             temperature=arguments.temperature,
             top_k=arguments.top_k,
-            top_p=arguments.top_p,
+            top_p=(_TOP_P if arguments.temperature else 1.0) if arguments.top_p is None else arguments.top_p,
             min_p=arguments.min_p,
             repetition_penalty=arguments.repetition_penalty,
             seed=arguments.seed,

@@ -35,7 +35,7 @@ from mistral_ref.files.whole_file import whole_file
 from mistral_ref.measure.cost_table import CostTable, cost_table
 from mistral_ref.model import Model, Prompt
 from mistral_ref.rope import inverse_frequencies
-from mistral_ref.steps import CATALOGUE, Step, catalogue_of, step_names
+from mistral_ref.steps import CATALOGUE, Step, catalogue_of, count_values, step_names
 from mistral_ref.study import lens
 from mistral_ref.trace import Trace
 from mistral_ref.walk import Edit, matching_steps, source_lines
@@ -124,7 +124,7 @@ def _kept(config: ModelConfig, n_tokens: int, start: int, keep: str | Iterable[s
     """Return the names of the steps of which the page holds all values."""
     if keep is not None:
         chosen = matching_steps(keep, config)
-        n_values = _n_values(config, n_tokens, start, chosen)
+        n_values = count_values(config, n_tokens, start, chosen)
         if n_values > _MAX_EVER:
             raise InputError(
                 f"keep chooses {n_values:,} values; expected at most {_MAX_EVER:,}: browsers cannot open a larger page"
@@ -132,22 +132,9 @@ def _kept(config: ModelConfig, n_tokens: int, start: int, keep: str | Iterable[s
         return set(chosen)
     for patterns in _BY_DEFAULT:
         chosen = matching_steps(patterns, config)
-        if _n_values(config, n_tokens, start, chosen) <= _MAX_BY_DEFAULT:
+        if count_values(config, n_tokens, start, chosen) <= _MAX_BY_DEFAULT:
             break
     return set(chosen)
-
-
-def _n_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[str]) -> int:
-    """Return how many values these steps have together, in a pass of n_tokens from position `start`."""
-    window = max((start + n_tokens if window is None else window) for window in config.sliding_window)
-    per_token, n_experts = (1, 0) if config.moe is None else (config.moe.num_experts_per_tok, config.moe.num_experts)
-    sizes = {
-        "token": n_tokens, "query": n_tokens, "key": min(start + n_tokens, window + n_tokens - 1),
-        "pair": n_tokens * per_token, "dim": config.dim, "head": config.n_heads, "kv_head": config.n_kv_heads,
-        "head_dim": config.head_dim, "ffn": config.hidden_dim, "expert": n_experts, "vocabulary": config.vocab_size,
-    }  # fmt: skip
-    catalogue = catalogue_of(config)
-    return sum(math.prod(sizes[axis] for axis in catalogue[name.rpartition(".")[2]].axes) for name in names)
 
 
 def _step_entry(step: Step, is_kept: bool, config: ModelConfig) -> dict[str, Any]:

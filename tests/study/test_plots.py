@@ -268,7 +268,7 @@ def test_ring_shows_what_a_cache_holds(window: int, chunk: int, n_tokens: int) -
         this_pass = cache.begin(stop - start)
         keys = np.broadcast_to(this_pass.positions[:, np.newaxis, np.newaxis], (stop - start, *shape))
         this_pass.write(0, keys, keys)
-        cache.commit(this_pass)
+        cache.commit(this_pass, this_pass.positions)
         stored = cache.rings[0].store.k[:, 0, 0]
         assert all(stored[slot] == position for slot, position in slots.items())
         expected |= {(query, slot): position for query in range(start, stop) for slot, position in slots.items()}

@@ -25,7 +25,7 @@ import mistral_ref
 from mistral_ref.cli import main
 from mistral_ref.display import statistics
 from mistral_ref.errors import InputError
-from mistral_ref.steps import step_names
+from mistral_ref.steps import count_values, step_names
 from mistral_ref.study import lens, report
 from mistral_ref.walk import matching_steps
 
@@ -121,7 +121,7 @@ def test_a_page_of_any_model(data: st.DataObject) -> None:
     assert cache.length == (before + 1) * len(tokens)
     assert [step["name"] for step in about["steps"]] == list(step_names(config))
     n_values = sum(int(np.prod(step["shape"])) for step in about["steps"])
-    bound = report._n_values(config, len(tokens), about["start"], step_names(config))
+    bound = count_values(config, len(tokens), about["start"], step_names(config))
     assert n_values <= bound  # layers with a window have fewer keys than the widest
 
 

@@ -100,6 +100,17 @@ class CacheMachine(RuleBasedStateMachine):
             return
         del tokens[length:]
 
+    @rule(cache=caches, tokens=st.lists(st.integers(0, 12), max_size=60), n_shared=st.integers(0, 60))
+    def keep_shared(self, cache: KVCache, tokens: list[int], n_shared: int) -> None:
+        before = self.tokens[id(cache)]
+        wanted = [*before[:n_shared], *tokens]
+        shared = next(
+            (n for n, (a, b) in enumerate(zip(before, wanted, strict=False)) if a != b), min(len(before), len(wanted))
+        )
+        kept = cache.keep_shared(wanted)
+        assert kept in (0, shared)
+        del before[kept:]
+
     @rule(target=caches, cache=caches)
     def copy(self, cache: KVCache) -> KVCache:
         return self.known(cache.copy(), list(self.tokens[id(cache)]))
@@ -112,8 +123,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     @precondition(lambda self: self.keep)
-    def lengths_agree(self) -> None:
-        assert all(cache.length == len(self.tokens[id(cache)]) for cache in self.keep)
+    def tokens_agree(self) -> None:
+        assert all(cache.tokens == self.tokens[id(cache)] for cache in self.keep)
+        assert all(cache.length == len(cache.tokens) for cache in self.keep)
 
 
 def run_cache_machine(

@@ -1,0 +1,85 @@
+"""What a model computes of a text: logits, log-probabilities, a vector. Each pass takes a chunk of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mistral_ref.cache import KVCache, Pass
+from mistral_ref.host import require_memory
+from mistral_ref.sampling import likeliest, log_softmax
+from mistral_ref.transformer import Transformer, drain
+
+
+class Scores(NamedTuple):
+    """What `Model.score` returns with `top`: the log-probabilities of the tokens of a text after its first one.
+
+    logprobs        of each token, given the tokens before it: (T-1,)
+    top_ids         the N tokens that are the likeliest there, the likeliest first: (T-1, N)
+    top_logprobs    their log-probabilities (T-1, N)
+    """
+
+    logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+def pass_lengths(n_tokens: int, chunk: int) -> set[int]:
+    """Return the different numbers of tokens in the passes that together take `n_tokens` tokens.
+
+    >>> sorted(pass_lengths(1000, 400))
+    [200, 400]
+    """
+    return {min(chunk, n_tokens - start) for start in range(0, n_tokens, chunk)}
+
+
+def _passes(ids: Sequence[int], cache: KVCache) -> Iterator[tuple[int, np.ndarray, Pass]]:
+    """Yield the passes that take these ids through the model: the first index, the ids (T,) and the Pass of each."""
+    for start in range(0, len(ids), cache.chunk):
+        chunk = np.array(ids[start : start + cache.chunk])
+        yield start, chunk, cache.begin(len(chunk))
+
+
+def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last_only: bool) -> np.ndarray:
+    """Append ids to the tokens in a cache; return their logits (T, V), or (1, V) of the last one with `last_only`."""
+    cache.require_room(len(ids))
+    ops = transformer.ops
+    logits_TV = np.empty((1 if last_only else len(ids), transformer.config.vocab_size), ops.dtype)
+    for start, chunk, this_pass in _passes(ids, cache):
+        rows = slice(None) if last_only else slice(start, start + len(chunk))
+        logits_TV[rows] = drain(transformer.forward_steps(chunk, this_pass, last_only=last_only), ops)
+    return logits_TV
+
+
+def scores(transformer: Transformer, ids: Sequence[int], cache: KVCache, n_top: int) -> Scores:
+    """Return the Scores of a text, with the `n_top` likeliest tokens at each place. The cache holds no token yet.
+
+    The logits of one chunk are in memory at a time. Raises InputError if less memory is left than they take.
+    """
+    n_scored, ops = len(ids) - 1, transformer.ops
+    n_together = min(cache.chunk, n_scored)
+    require_memory(
+        n_together * transformer.config.vocab_size * ops.dtype.itemsize, f"the logits of {n_together} tokens"
+    )
+    found = Scores(np.empty(n_scored), np.empty((n_scored, n_top), np.int64), np.empty((n_scored, n_top)))
+    for start, chunk, this_pass in _passes(ids[:-1], cache):
+        logits_TV = drain(transformer.forward_steps(chunk, this_pass), ops)
+        for at, logits_V in enumerate(logits_TV, start):  # one by one, because log-probabilities are float64
+            logprobs_V = log_softmax(logits_V)
+            found.logprobs[at] = logprobs_V[ids[at + 1]]
+            if n_top:
+                found.top_ids[at] = likeliest(logprobs_V, n_top)
+                found.top_logprobs[at] = logprobs_V[found.top_ids[at]]
+    return found
+
+
+def embedding(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> np.ndarray:
+    """Return the mean of the step "norm" over the tokens of a text, (D,) float32. The cache holds no token yet."""
+    sum_D = np.zeros(transformer.config.dim)
+    for _, chunk, this_pass in _passes(ids, cache):
+        norm_TD = drain(transformer.forward_steps(chunk, this_pass), transformer.ops, until="norm")
+        cache.commit(this_pass, chunk)  # the pass ends before the logits, which nobody needs
+        sum_D += norm_TD.sum(axis=0, dtype=np.float64)
+    return (sum_D / len(ids)).astype(np.float32)
