@@ -33,6 +33,8 @@ ALLOWED_SKIPS = {
     "nbclient or ipykernel is not installed",
     "only root can become another user",
     "playwright is not installed",
+    "the oldest versions cannot be downloaded",
+    "the system does not tell this process's memory",
     "this system has no fork",
     "transformers is not installed",
 }
