@@ -234,10 +234,13 @@ class Comparison(Sequence[Difference]):
     def __str__(self) -> str:
         return self.text()
 
-    def text(self, *, every: bool = True) -> str:
-        """Return the table and the verdict: a row for every step, or (`every=False`) as in `furthest_by_layer`."""
+    def text(self, *, every: bool = True, width: int | None = None) -> str:
+        """Return the table and the verdict: a row for every step, or (`every=False`) as in `furthest_by_layer`.
+
+        If the table needs more than `width` columns, it becomes a list.
+        """
         rows = self.rows() if every else self.furthest_by_layer().rows()
-        lines = [markdown_table(HEADINGS, rows), self.verdict()]
+        lines = [markdown_table(HEADINGS, rows, width), self.verdict()]
         if self.unmatched:
             few = ", ".join(self.unmatched[:3]) + (", ..." if len(self.unmatched) > 3 else "")
             lines.append(f"{len(self.unmatched)} more are in one of the two alone: {few}")

@@ -257,17 +257,23 @@ def _png(rgb: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, data) for name, data in chunks)
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
     """Return a Markdown table that is also readable as plain text.
 
-    The first column is aligned to the left, the others to the right.
+    The first column is aligned to the left, the others to the right. A table that needs more than `width` columns
+    becomes a list, as `list_of_rows` makes it.
 
     >>> print(markdown_table(["what", "ms"], [["read", "1.5"]]))
     | what |  ms |
     |------|----:|
     | read | 1.5 |
+    >>> print(markdown_table(["what", "ms"], [["read", "1.5"]], width=12))
+    read
+      ms  1.5
     """
     widths = [max(cell_len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
+    if width is not None and sum(widths) + 3 * len(widths) + 1 > width:
+        return list_of_rows(headings, rows)
 
     def line(cells: Sequence[str]) -> str:
         blanks = [" " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=True)]
@@ -277,6 +283,16 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
     return "\n".join([line(headings), f"|{rule}|", *(line(row) for row in rows)])
+
+
+def list_of_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as a narrow list: each row is its first cell, and below that a line for each other cell."""
+    margin = max(map(cell_len, headings[1:]), default=0)
+    lines = []
+    for first, *cells in rows:
+        named = zip(headings[1:], cells, strict=True)
+        lines += [first, *(f"  {name:<{margin}}  {cell}" for name, cell in named if cell)]
+    return "\n".join(lines)
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:

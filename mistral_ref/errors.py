@@ -6,12 +6,13 @@ expected. Paths are never shortened. All errors that this library raises on purp
 
 from __future__ import annotations
 
+import difflib
 import operator
 import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from numbers import Real
 from typing import SupportsIndex
@@ -126,6 +127,16 @@ def printable(text: str) -> str:
     'unknown variant `\\x1b[2J\\n`'
     """
     return escaped(text if len(text) <= 200 else f"{text[:197]}...")
+
+
+def did_you_mean(text: str, names: Iterable[str]) -> str:
+    """Return a question about the name that is most like a mistyped one; "" if none is like it.
+
+    >>> did_you_mean("genrate", ["generate", "trace"]), did_you_mean("x", ["generate"])
+    ("did you mean 'generate'?", '')
+    """
+    nearest = difflib.get_close_matches(text[:100], names, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def checked_int(name: str, value: object, least: int, most: int | None = None) -> int:

@@ -2,12 +2,12 @@
 
 Results go to standard output. Errors, notices and progress bars go to standard error. Each command is a file in this
 folder with two functions: `add_to(commands)` describes the options, and `run(arguments)` runs the command. Options and
-helpers that several commands share are in common.py and pass_options.py.
+helpers that several commands share are in common.py and pass_options.py. parsers.py and width.py lay out errors, help
+and tables.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import signal
@@ -16,44 +16,26 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import mistral_ref
 from mistral_ref.cli import bench, compare, generate, info, perplexity, quantize, step, trace
+from mistral_ref.cli.parsers import CommandParser, OneLineParser
+from mistral_ref.errors import did_you_mean, short_repr
+
+_COMMANDS = {
+    "generate": generate,
+    "step": step,
+    "trace": trace,
+    "compare": compare,
+    "bench": bench,
+    "perplexity": perplexity,
+    "quantize": quantize,
+    "info": info,
+}
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like the errors of the library."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line that says what is wrong, and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-class CommandParser(OneLineParser):
-    """A parser of one command. Its options may stand anywhere among its other arguments.
-
-    argparse by itself drops an optional positional argument that follows an option.
-    """
-
-    _is_intermixed = False
-
-    def parse_known_args(self, args: Any, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse the options first, and then the other arguments. Arguments with "--" are parsed in argparse's own way.
-
-        parse_known_intermixed_args calls this method again, once for the options and once for the other arguments.
-        `_is_intermixed` marks these calls.
-        """
-        if self._is_intermixed or "--" in args:
-            return super().parse_known_args(args, namespace)
-        self._is_intermixed = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._is_intermixed = False
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """Return the parser of all commands."""
     parser = OneLineParser(
         prog="mistral-ref",
@@ -61,8 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Run mistral-ref COMMAND --help to read about one command.",
     )
     parser.add_argument("--version", action="version", version=f"mistral-ref {mistral_ref.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=CommandParser)
-    for command in (generate, step, trace, compare, bench, perplexity, quantize, info):
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", prog=parser.prog, parser_class=CommandParser
+    )
+    for command in _COMMANDS.values():
         command.add_to(commands)
     return parser
 
@@ -77,11 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
     parser = build_parser()
     parser.set_defaults(run=lambda _: parser.print_help(), status=0)  # a command may set another status
-    arguments, extra = parser.parse_known_args(argv)
-    if extra:
-        needs_quotes = not any(word.startswith("-") for word in extra)
-        hint = "; put a text of several words in quotes" if needs_quotes else ""
-        parser.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
+    words = sys.argv[1:] if argv is None else argv
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in _COMMANDS:
+        hint = did_you_mean(name, _COMMANDS) or f"expected one of {', '.join(_COMMANDS)}"
+        parser.error(f"{short_repr(name)} is no command; {hint}")
+    arguments = parser.parse_args(words)
     try:
         with warnings.catch_warnings(), _ended_by_signals():
             warnings.simplefilter("always", mistral_ref.MistralRefWarning)

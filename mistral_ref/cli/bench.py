@@ -16,6 +16,7 @@ from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any, get_args
 
 from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
+from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.files.whole_file import remove_leftovers
@@ -55,8 +56,7 @@ examples:
   mistral-ref bench --quick --model DIR
   # random weights in the shape of a published model; nothing is downloaded
   mistral-ref bench --shape mistral-7b --layers 8
-  # generation after 0, 4096 and 8192 tokens: beyond its window a model gets no
-  # slower
+  # beyond its window a model gets no slower
   mistral-ref bench --shape mistral-7b -p 0 -n 32 -d 0,4096,8192
   mistral-ref bench --model DIR -o json > results.json
 """
@@ -71,7 +71,6 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="measure how fast a model is, and what limits it",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_weights_options(parser)
     add_compute_options(parser)
@@ -81,7 +80,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--output",
         choices=["md", "json", "csv"],
         default="md",
-        help="the format of the results: a Markdown table, JSON with every sample, or CSV (default: %(default)s)",
+        metavar="FORMAT",
+        help="the format of the results: md, a Markdown table; json, with every sample; or csv (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
@@ -326,12 +326,12 @@ def _print(records: Sequence[dict[str, Any]], description: dict[str, Any], outpu
         print(text.getvalue(), end="")
     else:
         first = records[0]
-        print(markdown_table(_HEADINGS, [_cells(record) for record in records]))
+        print(fitted(markdown_table(_HEADINGS, [_cells(record) for record in records], terminal_width())))
         times = ", ".join(f"{name} {first[f'{name}_s']:.2f} s" for name in ("load", "first_token", "compile"))
         memory = ", ".join(f"{size(first[key])} {words}" for key, words in _MEMORY.items() if first[key] is not None)
         throttled = {None: "unknown", 0: "no"}.get(first["throttled"], f"{first['throttled']} times")
-        print(f"\n{times.replace('_', ' ')}\nmemory: {memory or 'unknown'}\nthrottled: {throttled}")
-        print("\n".join(machine_lines(description)))
+        print(fitted(f"\n{times.replace('_', ' ')}\nmemory: {memory or 'unknown'}\nthrottled: {throttled}"))
+        print(fitted("\n".join(machine_lines(description))))
 
 
 def _cells(record: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ def model_directory(name: str) -> str | Path:
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that says which model to load."""
     parser.add_argument(
+        "-m",
         "--model",
         metavar="DIR",
         type=model_directory,
@@ -60,6 +61,7 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
     parser.add_argument(
         "--activations",
         choices=get_args(Activations),
+        metavar="TYPE",
         help="the type to which activations are rounded before they are multiplied by weights. For weights of 8 or 4 "
         "bits: int16 (the default), int8 (faster, less exact), or float (no rounding; needs --backend numpy). For bf16 "
         "weights: bfloat16 (default: no rounding); results are less exact, and prompts twice as fast on AMD processors "

@@ -7,6 +7,7 @@ import os
 
 from mistral_ref.cli.common import add_threads_option, as_text, model_directory, progress_bar
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
+from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.compare import compare_walks
 from mistral_ref.errors import InputError, checked_int
 from mistral_ref.files.paths import local_path
@@ -54,7 +55,6 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="compare two passes and find the first step that departs",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("a", metavar="A", help="the model or trace that is checked")
     parser.add_argument("b", metavar="B", help="the model or trace that A is compared with")
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
         ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
         comparison = ours.compare(theirs, **bound)
     arguments.status = 1 if comparison.departed else 0  # set before printing: `head` may close the output
-    print(comparison.text(every=arguments.all))
+    print(fitted(comparison.text(every=arguments.all, width=terminal_width())))
     if arguments.broken and not comparison.departed and BUGS[arguments.broken].shows:
         print(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")
     if n_more is not None:

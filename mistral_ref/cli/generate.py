@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from itertools import pairwise
@@ -21,6 +22,7 @@ examples:
   mistral-ref generate "Once upon a time"
   mistral-ref generate --temperature 0.8 --top-p 1 --seed 7 --max-tokens 100 "Tom had a red ball."
   mistral-ref generate --temperature 0 --stop "." "Lily saw a"
+  mistral-ref generate --stop '\\n' "Tom said:"
   cat story.txt | mistral-ref generate --model DIR --stop "The end" --stats
 """
 _TOP_P = 0.9
@@ -33,7 +35,6 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="continue a text",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; without it, standard input is read")
     add_model_option(parser)
@@ -50,7 +51,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         action="append",
         default=[],
         metavar="TEXT",
-        help="end the continuation before TEXT; the option may be given several times",
+        help="end the continuation before TEXT; the option may be given several times. In TEXT, \\n is a newline, "
+        "\\t is a tab, and \\\\ is a backslash",
     )
     parser.add_argument("--no-echo", action="store_true", help="print only the continuation, not the prompt")
     parser.add_argument(
@@ -119,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
             min_p=arguments.min_p,
             repetition_penalty=arguments.repetition_penalty,
             seed=arguments.seed,
-            stop=[as_text(stop) for stop in arguments.stop],
+            stop=[unescaped(as_text(stop)) for stop in arguments.stop],
             progress=progress,
         )
         first = next(tokens)  # before the prompt is printed: a bar or a notice would appear in the middle of the text
@@ -132,6 +134,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.stats:
         ended = time.perf_counter()
         print_stats(model, last, len(ids), count, [started, loaded, first_at, ended])
+
+
+def unescaped(text: str) -> str:
+    r"""Return a text in which \n and \t have become a newline and a tab, and two backslashes one.
+
+    >>> unescaped(r"a\n"), unescaped(r"a\\n\d")
+    ('a\n', 'a\\n\\d')
+    """
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 
 def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:

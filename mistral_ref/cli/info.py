@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +12,9 @@ from itertools import groupby
 
 import mistral_ref
 from mistral_ref.cli.common import add_model_option, size
+from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.config import ModelConfig
+from mistral_ref.display import list_of_rows
 from mistral_ref.files.checkpoint import Checkpoint, open_checkpoint
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import DTYPES, Tensor
@@ -53,7 +57,7 @@ def print_rows(title: str, rows: dict[str, object]) -> None:
     """Print a title, and below it rows of names and values; the values are aligned."""
     print(title)
     for name, value in rows.items():
-        print(f"  {name:<20}{value}")
+        print(fitted(f"  {name:<20}{value}"))
 
 
 def architecture(config: ModelConfig) -> dict[str, object]:
@@ -159,5 +163,8 @@ def print_tensors(checkpoint: Checkpoint) -> None:
     header = ("Mistral's name", "Hugging Face's name", "dtype", "shape", "file")
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     print("tensors")
+    if sum(widths) + 2 * len(widths) > (terminal_width() or math.inf):
+        print(fitted(textwrap.indent(list_of_rows(header, rows), "  ")))
+        return
     for row in [header, *rows]:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

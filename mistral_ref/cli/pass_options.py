@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
+from typing import Any
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.cli.common import progress_bar
+from mistral_ref.cli.width import terminal_width, wrapped
 from mistral_ref.errors import checked_int
 from mistral_ref.model import Model, Prompt
 from mistral_ref.study.broken import BUGS, broken
@@ -35,18 +36,26 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _BugAction(argparse.Action):
+    """Stores the name of a bug. "list" prints all of them and ends the program, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
+        if values == "list":
+            width = terminal_width() or 80
+            print("\n".join(wrapped(f"{name:<{_NAME_WIDTH}}{bug.sentence}", width) for name, bug in BUGS.items()))
+            parser.exit()
+        namespace.broken = values
+
+
 def add_broken_option(parser: argparse.ArgumentParser, which: str) -> None:
-    """Add the option that plants a bug, and a list of the bugs to the help text."""
+    """Add the option that plants a bug, or lists the bugs."""
     parser.add_argument(
         "--broken",
         metavar="BUG",
-        help=f"plant a bug in {which} to see what it does; NumPy computes the values then; the bugs are listed below",
+        action=_BugAction,
+        help=f"plant a bug in {which} to see what it does; NumPy computes the values then. `--broken list` lists the "
+        f"{len(BUGS)} bugs",
     )
-    bugs = (
-        textwrap.fill(bug.sentence, 80, initial_indent=name.ljust(_NAME_WIDTH), subsequent_indent=" " * _NAME_WIDTH)
-        for name, bug in BUGS.items()
-    )
-    parser.add_argument_group("bugs that --broken can plant", "\n".join(bugs))
 
 
 def maybe_broken(model: Model, bug: str | None) -> Model:

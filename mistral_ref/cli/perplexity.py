@@ -17,6 +17,7 @@ from mistral_ref.cli.common import (
     read_standard_input,
 )
 from mistral_ref.cli.pass_options import add_dtype_option
+from mistral_ref.cli.width import fitted
 from mistral_ref.errors import InputError, checked_int
 from mistral_ref.files.paths import local_path
 from mistral_ref.measure.perplexity import perplexity
@@ -72,7 +73,6 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="measure how surprised a model is by a text",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "file", nargs="?", default="-", metavar="FILE", help="a file with UTF-8 text (default: standard input)"
@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(model.ops.dtype),
         "threads": model.ops.threads,
     }
-    print(as_json(figures) if arguments.json else as_rows(figures))
+    print(as_json(figures) if arguments.json else fitted(as_rows(figures)))
 
 
 def read_text(file: str) -> str:

@@ -35,7 +35,6 @@ generates tokens about three times faster.
 Rounding makes a model less exact. With 8 bits the difference is very small.
 docs/quantization.md shows the difference measured with 4 bits.""",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="IN", help="directory of the model, or `demo` for the demonstration model")
     parser.add_argument("target", metavar="OUT", help="the new directory; it must not exist yet")

@@ -15,11 +15,11 @@ _EXAMPLES = """\
 examples:
   mistral-ref step "Once upon a time"
   # the pass of the last 4 tokens; the tokens before them are in a cache
-  mistral-ref step --last 4 "Once upon a time there was a little girl"
+  mistral-ref step --last 4 "Once upon a time there was a girl"
   # a model with a bug
   mistral-ref step --broken tiled-heads "Tom had a red ball"
   # commands from a pipe
-  printf 'jump 2\\njump heads\\nzero head 3\\npredict\\n' | mistral-ref step "Lily saw a"
+  printf 'jump q\\nzero head 3\\npredict\\n' | mistral-ref step "Lily saw a"
 """
 
 
@@ -37,7 +37,6 @@ prediction of the next token changes.
 You type commands at a prompt; the command `help` lists them. Standard input
 may also be a pipe with one command on each line.""",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", help="the text to walk through")
     add_model_option(parser)

@@ -14,6 +14,7 @@ from mistral_ref.cli.pass_options import (
     maybe_broken,
     split_prompt,
 )
+from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table, size_text
 from mistral_ref.errors import InputError
 from mistral_ref.files.paths import local_path
@@ -46,7 +47,6 @@ depends on -o:
   -o NAME.safetensors   a file with the values; mistral_ref.Trace.load and
                         mistral-ref compare read it""",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", nargs="?", help="the text; without it, standard input is read")
     add_model_option(parser)
@@ -89,9 +89,9 @@ def run(arguments: argparse.Namespace) -> None:
         trace.save(output)
         print(f"{output}: {len(trace)} steps of {trace.n_tokens} tokens, {size(local_path(output).stat().st_size)}")
         return
-    print(f"{trace.n_tokens} tokens from position {trace.start}: {' '.join(trace.pieces)}")
+    print(fitted(f"{trace.n_tokens} tokens from position {trace.start}: {' '.join(trace.pieces)}"))
     rows = [[name, size_text(step.axes, step.value.shape), str(step.statistics)] for name, step in trace.steps.items()]
-    print(markdown_table(["step", "axes", "statistics"], rows))
+    print(fitted(markdown_table(["step", "axes", "statistics"], rows, terminal_width())))
 
 
 def _write_page(arguments: argparse.Namespace, model: Model, tokens: list[int], cache: KVCache | None) -> None:

@@ -125,6 +125,11 @@ class CostTable:
         return CostRow(total_cost(name, costs), predicted, longest.bound(limits), seconds)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """Return the limits and the table. If the table needs more than `width` columns, it becomes a list."""
+
         def cells(row: CostRow) -> list[str]:
             cost, us = row.cost, [1e6 * seconds for seconds in row.seconds]
             counts = [f"{cost.flops:,}", f"{cost.bytes:,}", f"{cost.intensity:.2f}", row.bound]
@@ -134,7 +139,7 @@ class CostTable:
         headings = ["step", "FLOP", "bytes", "FLOP/byte", "bound by", "predicted us", "measured us", "min to max"]
         rows = [cells(row) for row in self.rows(by_kind=self.by_kind)]
         limits = f"limits: {self.limits.bandwidth / 1e9:.1f} GB/s, {self.limits.peak / 1e9:.1f} GFLOP/s"
-        return f"{limits}\n\n{markdown_table([*headings, 'measured/predicted'], rows)}"
+        return f"{limits}\n\n{markdown_table([*headings, 'measured/predicted'], rows, width)}"
 
 
 def cost_table(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from mistral_ref.cache import KVCache
 from mistral_ref.compare import Comparison, compare_walks
-from mistral_ref.errors import InputError, Progress, checked_int, printable, short_repr
+from mistral_ref.errors import InputError, Progress, checked_int, did_you_mean, printable, short_repr
 from mistral_ref.model import Model, Prompt
 from mistral_ref.steps import Step, step_names
 from mistral_ref.trace import Trace
@@ -112,9 +111,7 @@ class Stepper:
         if number and (len(number[1]) > 9 or int(number[1]) > last):
             return f"there are layers 0 to {last}"
         known = list(dict.fromkeys([*(name.rpartition(".")[2] for name in self.names), *self.names]))
-        if nearest := get_close_matches(text[:100], known, n=1):
-            return f"did you mean {nearest[0]!r}?"
-        return "names are like 'layers.0.q_rotated', 'q', or 'logits'"
+        return did_you_mean(text, known) or "names are like 'layers.0.q_rotated', 'q', or 'logits'"
 
     def edit(self, description: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
         """Change the value of the present step, now and each time the Stepper comes here again.

@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from rich.cells import cell_len
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
 from support.command import COMMAND, run, run_process, start
 from support.errors import assert_complains
@@ -80,6 +82,20 @@ def test_generate_prints_the_prompt_and_what_the_library_generates(model_dir: Pa
 def test_how_a_text_is_stored_is_not_part_of_the_prompt(stored: bytes, text: str) -> None:
     with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stored))):
         assert read_prompt(argparse.Namespace(prompt=None)) == text
+
+
+def test_escapes_in_a_stop_text_are_a_newline_and_a_tab(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def generate(
+        model: mistral_ref.Model, ids: list[int], *, stop: list[str], **_: object
+    ) -> Iterator[mistral_ref.Token]:
+        asked.append(stop)
+        yield mistral_ref.Token(1, "", 0.0, "length")
+
+    monkeypatch.setattr(mistral_ref.Model, "generate", generate)
+    assert run("generate", "--stop", r"\n", "--stop", r"a\tb", "--stop", r"\\n\d", "A").returncode == 0
+    assert asked == [["\n", "a\tb", r"\n\d"]]
 
 
 def test_every_sampling_option_reaches_the_library(model_dir: Path) -> None:
@@ -163,6 +179,40 @@ def test_help_teaches(command: list[str]) -> None:
     assert "usage: mistral-ref" in done.stdout
 
 
+WALK = "help\nhelp show\nnext\ninto\nshow\njump scores\nmap\ntop\nsource\nzero head 3\npredict\nwhy\ncompare\n"
+HELPS = ["", *["generate", "step", "trace", "compare", "bench", "perplexity", "quantize", "info"]]
+
+
+def without_blanks(text: str) -> str:
+    """Return a text without blanks, and without what is added where a line is broken."""
+    return re.sub(r"\\\n|\s|#", "", text)
+
+
+@pytest.mark.parametrize("command", [*(f"{name} --help" for name in HELPS), "step --broken list", "info"])
+def test_a_narrow_terminal_shows_the_same_words(command: str) -> None:
+    wide, narrow = (run(*command.split(), columns=columns) for columns in (None, 40))
+    assert max(map(cell_len, narrow.stdout.splitlines())) <= 40
+    assert without_blanks(narrow.stdout) == without_blanks(wide.stdout)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info --tensors",
+        "trace --backend numpy A",
+        "compare demo demo --backend numpy --broken tiled-heads A",
+        "perplexity --backend numpy --context 8 --stride 4",
+        "bench --backend numpy -p 2 -n 2 -r 1",
+        "step A",
+    ],
+)
+def test_a_narrow_terminal_has_no_wide_tables(command: str) -> None:
+    stdin = WALK if command == "step A" else "Once upon a time there was a red ball."
+    done = run(*command.split(), stdin=stdin, columns=40)
+    assert done.stdout
+    assert [line for line in done.stdout.splitlines() if cell_len(line) > 40 and not line.startswith("(layers.")] == []
+
+
 def one_line_error(done: subprocess.CompletedProcess[str], *facts: object) -> None:
     assert done.returncode == 2
     assert_complains(done.stderr, *facts)
@@ -170,7 +220,9 @@ def one_line_error(done: subprocess.CompletedProcess[str], *facts: object) -> No
 
 
 def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Path) -> None:
-    one_line_error(run("no-such-command"), "'no-such-command'")
+    one_line_error(run("no-such-command"), "'no-such-command'", "generate, step, trace")
+    one_line_error(run("genrate", "A"), "'genrate'", "'generate'")
+    one_line_error(run("generate", "--tempreature", "1", "A"), "--tempreature", "'--temperature'")
     one_line_error(run("generate", "--model", tmp_path / "absent", "A"), "absent", "no such directory")
     one_line_error(run("generate", "--model", model_dir / "config.json", "A"), "config.json", "not a directory")
     one_line_error(run("generate", "--model", tmp_path, "A"), tmp_path, "params.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -16,14 +17,26 @@ from mistral_ref.cli import main
 COMMAND = (sys.executable, "-m", "mistral_ref")
 
 
-def run(*arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
-    """Run a command in this process; standard streams are pipes, as those of a process would be."""
+class _Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(*arguments: object, stdin: str | bytes = "", columns: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process; standard streams are pipes, as those of a process would be.
+
+    With `columns`, standard output is a terminal of this width, without colours.
+    """
     given = stdin if isinstance(stdin, bytes) else stdin.encode()
     streams = {
-        name: io.TextIOWrapper(io.BytesIO(data), "utf-8", write_through=True)
+        name: (_Terminal if name == "stdout" and columns else io.TextIOWrapper)(
+            io.BytesIO(data), "utf-8", write_through=True
+        )
         for name, data in (("stdin", given), ("stdout", b""), ("stderr", b""))
     }
+    terminal = {"COLUMNS": str(columns), "TERM": "dumb", "NO_COLOR": "1"} if columns else {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, terminal))
         for name, stream in streams.items():
             stack.enter_context(mock.patch.object(sys, name, stream))
         try:

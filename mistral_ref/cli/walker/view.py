@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mistral_ref.cli.walker.focus import Focus, Selected
 from mistral_ref.cli.walker.selection import as_index
+from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import cell_ranges, heat_map, legend, merged_text, numbers, shade, size_text
 from mistral_ref.errors import InputError, Progress, printable, short_repr
 from mistral_ref.measure.cost import step_costs
@@ -38,10 +39,11 @@ class View:
         self.stepper, self.focus, self.model = stepper, focus, stepper.model
         self.pieces, self.start = focus.pieces, focus.start
         self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.width = terminal_width()
 
     def say(self, text: str) -> None:
-        """Print a text without changing it."""
-        self.console.print(Text(text))
+        """Print a text; a terminal gets lines that fit it."""
+        self.console.print(Text(fitted(text)))
 
     def greeting(self) -> None:
         """Print the model and the tokens of the walk, and how to begin."""
@@ -105,7 +107,7 @@ class View:
             self.say(" " * margin + ruler([at[column.start] for column in columns]))
             pieces = self.focus.pieces_along(part.axes[-1])
             if pieces and len(columns) == len(at):
-                self.say(wrapped(self._columns(at, pieces), self.console.width))
+                self.say(in_lines(self._columns(at, pieces), self.console.width))
         self.say(legend(heat))
 
     def _columns(self, at: Sequence[int], pieces: Sequence[str]) -> list[str]:
@@ -169,7 +171,7 @@ class View:
 
     def costs(self) -> None:
         """Print the cost of each kind of step: the time that the machine's limits predict, and the time measured."""
-        self.say(str(cost_table(self.model, self.stepper.tokens, self.stepper.cache)))
+        self.say(cost_table(self.model, self.stepper.tokens, self.stepper.cache).text(self.width))
 
     def why(self) -> None:
         """Print which parts of the model made the likeliest next token likely."""
@@ -202,7 +204,7 @@ class View:
         if not self.stepper.edits:
             self.say("nothing has been edited")
             return
-        self.say(self.stepper.compare().text(every=False))
+        self.say(self.stepper.compare().text(every=False, width=self.width))
 
     def _likeliest(self, logits_V: np.ndarray) -> str:
         if why_none := nothing_likeliest(logits_V):
@@ -240,10 +242,10 @@ def ruler(at: Sequence[int]) -> str:
     return "".join(f"{tick:<10}" for column, tick in ticks if column + len(tick) <= max(len(at), 1)).rstrip()
 
 
-def wrapped(texts: Sequence[str], width: int) -> str:
+def in_lines(texts: Sequence[str], width: int) -> str:
     """Return texts in lines of at most `width` cells; a text is never broken into two lines.
 
-    >>> print(wrapped(["0 <s>", "1 ▁Once", "2 ▁upon"], 16))
+    >>> print(in_lines(["0 <s>", "1 ▁Once", "2 ▁upon"], 16))
     0 <s>  1 ▁Once
     2 ▁upon
     """
