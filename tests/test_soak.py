@@ -96,7 +96,7 @@ def test_the_suite_passes_with_the_oldest_versions_that_are_allowed(tmp_path: Pa
     python = tmp_path / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "-q", *(package.replace(">=", "==") for package in wanted)]
     installed = subprocess.run([*install, "-e", ROOT], capture_output=True, text=True, check=False)
-    if "No matching distribution" in installed.stderr or "connection" in installed.stderr.lower():
+    if "from versions: none" in installed.stderr:  # no package index can be reached
         pytest.skip("the oldest versions cannot be downloaded")
     assert installed.returncode == 0, installed.stderr
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
