@@ -53,6 +53,10 @@ def load(
                   dtype="float64"
     progress      called with (done, in all): matrices while repacking, weights while rounding
 
+    Do not change the files while the model is in use. To replace one, write a new file and rename it to the old name.
+    A pass raises CheckpointError if a file has become shorter. If it becomes shorter during the pass, the system may
+    end the process (SIGBUS).
+
     Raises MistralRefError; the message names the file and the problem. Warns with MistralRefWarning if something is
     assumed or ignored.
     """

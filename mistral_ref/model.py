@@ -223,6 +223,7 @@ class Model:
         edits: Mapping[str, Edit],
     ) -> Walk:
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
+        self.weights.check_files()
         if observe_attention:
             require_memory(
                 2 * count_values(self.config, len(ids), cache.length, ["scores"]) * self.ops.dtype.itemsize,

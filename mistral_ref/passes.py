@@ -35,9 +35,10 @@ def pass_lengths(n_tokens: int, chunk: int) -> set[int]:
     return {min(chunk, n_tokens - start) for start in range(0, n_tokens, chunk)}
 
 
-def _passes(ids: Sequence[int], cache: KVCache) -> Iterator[tuple[int, np.ndarray, Pass]]:
+def _passes(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> Iterator[tuple[int, np.ndarray, Pass]]:
     """Yield the passes that take these ids through the model: the first index, the ids (T,) and the Pass of each."""
     for start in range(0, len(ids), cache.chunk):
+        transformer.weights.check_files()
         chunk = np.array(ids[start : start + cache.chunk])
         yield start, chunk, cache.begin(len(chunk))
 
@@ -47,7 +48,7 @@ def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last
     cache.require_room(len(ids))
     ops = transformer.ops
     logits_TV = np.empty((1 if last_only else len(ids), transformer.config.vocab_size), ops.dtype)
-    for start, chunk, this_pass in _passes(ids, cache):
+    for start, chunk, this_pass in _passes(transformer, ids, cache):
         rows = slice(None) if last_only else slice(start, start + len(chunk))
         logits_TV[rows] = drain(transformer.forward_steps(chunk, this_pass, last_only=last_only), ops)
     return logits_TV
@@ -64,7 +65,7 @@ def scores(transformer: Transformer, ids: Sequence[int], cache: KVCache, n_top: 
         n_together * transformer.config.vocab_size * ops.dtype.itemsize, f"the logits of {n_together} tokens"
     )
     found = Scores(np.empty(n_scored), np.empty((n_scored, n_top), np.int64), np.empty((n_scored, n_top)))
-    for start, chunk, this_pass in _passes(ids[:-1], cache):
+    for start, chunk, this_pass in _passes(transformer, ids[:-1], cache):
         logits_TV = drain(transformer.forward_steps(chunk, this_pass), ops)
         for at, logits_V in enumerate(logits_TV, start):  # one by one, because log-probabilities are float64
             logprobs_V = log_softmax(logits_V)
@@ -78,7 +79,7 @@ def scores(transformer: Transformer, ids: Sequence[int], cache: KVCache, n_top: 
 def embedding(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> np.ndarray:
     """Return the mean of the step "norm" over the tokens of a text, (D,) float32. The cache holds no token yet."""
     sum_D = np.zeros(transformer.config.dim)
-    for _, chunk, this_pass in _passes(ids, cache):
+    for _, chunk, this_pass in _passes(transformer, ids, cache):
         norm_TD = drain(transformer.forward_steps(chunk, this_pass), transformer.ops, until="norm")
         cache.commit(this_pass, chunk)  # the pass ends before the logits, which nobody needs
         sum_D += norm_TD.sum(axis=0, dtype=np.float64)

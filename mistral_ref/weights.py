@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import DTypeLike
 
 from mistral_kernels.layout import rows_of_tiles, to_tiles
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import Progress
+from mistral_ref.errors import CheckpointError, Progress
+from mistral_ref.files.mapped_file import MappedFile
 
 Kind = Literal["f32", "f16", "bf16", "fp8", "int8", "int4"]
 Rows = slice | np.ndarray
@@ -193,12 +195,26 @@ class Weights:
     layers          the L blocks
     norm            weight of the last norm, float32 (D,)
     output          (V, D); with tied embeddings it is the same object as tok_embeddings
+    files           the mapped files that matrices are views of
     """
 
     tok_embeddings: Matrix
     layers: tuple[Layer, ...]
     norm: np.ndarray
     output: Matrix
+    files: tuple[MappedFile, ...] = ()
+
+    def check_files(self) -> None:
+        """Raise CheckpointError if a file with weights has become shorter: the system ends a process that reads on."""
+        for file in self.files:
+            if file.is_cut and any(file.holds(matrix.data) for matrix in matrices(self)):
+                raise CheckpointError(
+                    f"{file.path}: it has become shorter since it was opened; expected {len(file.bytes)} bytes"
+                )
+
+    def path_of(self, matrix: Matrix) -> Path | None:
+        """Return the path of the file that a matrix is a view of; None if it is in memory."""
+        return next((file.path for file in self.files if file.holds(matrix.data)), None)
 
 
 def weights_of(tensors: Mapping[str, Any], config: ModelConfig) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import tempfile
 import time
@@ -291,10 +292,8 @@ def is_mapped(array: np.ndarray) -> bool:
     """Return whether an array's numbers lie in a file."""
     base: object = array
     while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap):
-            return True
         base = base.base
-    return False
+    return isinstance(base, mmap.mmap)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

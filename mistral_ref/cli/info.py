@@ -100,7 +100,7 @@ def windows(config: ModelConfig) -> str:
 
 def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]:
     """Return the rows about the files: their layout, their sizes, and the parameters in them."""
-    every, names = matrices(model.weights), [path.name for path in checkpoint.files]
+    every, names = matrices(model.weights), [file.path.name for file in checkpoint.files]
     n_bits, n_weights = 8 * sum(matrix.nbytes for matrix in every), sum(matrix.size for matrix in every)
     stored = Counter[str]()
     for matrix in every:
@@ -110,7 +110,7 @@ def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]
     return {
         "layout": checkpoint.layout,
         "files": names[0] if len(names) == 1 else f"{len(names)}, {names[0]} to {names[-1]}",
-        "size on disk": size(sum(path.stat().st_size for path in checkpoint.files)),
+        "size on disk": size(sum(len(file.bytes) for file in checkpoint.files)),
         "parameters": f"{sum(stored.values()):,}",
         "stored as": ", ".join(f"{dtype} ({n:,})" for dtype, n in stored.most_common() if n),
         "bits a weight": f"{n_bits / n_weights:.2f}",

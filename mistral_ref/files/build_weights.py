@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -50,7 +51,7 @@ def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
             f"{tensor.path}: {short_repr(tensor.name)} has no place in a model of {config.n_layers} layers"
             f" with{'' if config.moe else 'out'} experts"
         )
-    return weights_of(taken, config)
+    return dataclasses.replace(weights_of(taken, config), files=checkpoint.files)
 
 
 class _Untaken:

@@ -20,7 +20,7 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError, CheckpointError, escaped, short_repr
 from mistral_ref.files.json_file import parse_json
 from mistral_ref.files.paths import local_path
-from mistral_ref.files.tensor_file import Tensor, open_with_metadata, write_tensor_file
+from mistral_ref.files.tensor_file import Tensor, open_tensor_file, write_tensor_file
 
 _FORMAT = "mistral_ref.cache.v2"
 _WITHOUT_TOKENS = "mistral_ref.cache.v1"
@@ -68,7 +68,7 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
     """
     path = local_path(path)
     try:
-        found, metadata = open_with_metadata(path)
+        found, metadata, _ = open_tensor_file(path)
         if _WITHOUT_TOKENS in metadata:
             raise CacheError(f"{path}: mistral_ref 0.1.0 saved this cache, without its token ids; compute it again")
         if _FORMAT not in metadata or "config" not in metadata:

@@ -19,7 +19,8 @@ from pathlib import Path
 from mistral_ref.config import RowOrder
 from mistral_ref.errors import CheckpointError, short_repr, warn
 from mistral_ref.files.json_file import read_json
-from mistral_ref.files.tensor_file import Tensor, open_with_metadata
+from mistral_ref.files.mapped_file import MappedFile
+from mistral_ref.files.tensor_file import Tensor, open_tensor_file
 from mistral_ref.files.tensor_names import is_unused, mistral_name, other_component
 
 # The largest model has several times fewer tensors. Without a limit a hostile file could use up the memory, because a
@@ -37,7 +38,7 @@ class Checkpoint:
     """The mapped tensors of one directory.
 
     directory   the directory
-    files       paths of the files that were opened
+    files       the files
     tensors     each Tensor by Mistral's own name; the Tensor keeps the name that it has in its file
     row_order   which rows of wq and wk form RoPE's pairs; it follows from the layout of the tensors' names
     ignored     tensors of other parts of the model (vision), and tensors that the forward pass does not use
@@ -45,7 +46,7 @@ class Checkpoint:
     """
 
     directory: Path
-    files: tuple[Path, ...]
+    files: tuple[MappedFile, ...]
     tensors: dict[str, Tensor]
     row_order: RowOrder
     ignored: tuple[Tensor, ...]
@@ -66,12 +67,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     paths, expected = _choose_files(directory)
     tensors: dict[str, Tensor] = {}
     ignored: list[Tensor] = []
+    files: list[MappedFile] = []
     own_names = 0
     metadata: dict[str, str] = {}
     for path in paths:
-        stored, about = open_with_metadata(path)
-        metadata |= about
-        for tensor in stored:
+        opened = open_tensor_file(path)
+        metadata |= opened.metadata
+        files.append(opened.mapped)
+        for tensor in opened.tensors:
             if expected is not None and expected.pop(tensor.name, path.name) != path.name:
                 raise CheckpointError(f"{path}: {short_repr(tensor.name)} is in another file according to the index")
             if other_component(tensor.name) or is_unused(tensor.name):
@@ -98,7 +101,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if parts := sorted({part for tensor in ignored if (part := other_component(tensor.name))}):
         warn(f"{directory}: only the text model is read, not {', '.join(parts)}")
     row_order: RowOrder = "interleaved" if own_names else "halves"
-    return Checkpoint(directory, tuple(paths), tensors, row_order, tuple(ignored), metadata)
+    return Checkpoint(directory, tuple(files), tensors, row_order, tuple(ignored), metadata)
 
 
 def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:

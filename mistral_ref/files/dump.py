@@ -13,7 +13,7 @@ import numpy as np
 from mistral_ref.config import RowOrder
 from mistral_ref.errors import CheckpointError, InputError, checked_int, printable, short_repr, warn
 from mistral_ref.files.json_file import parse_json
-from mistral_ref.files.tensor_file import Tensor, open_with_metadata
+from mistral_ref.files.tensor_file import Tensor, open_tensor_file
 from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
 
 FORMAT = "mistral_ref.trace.v1"
@@ -48,7 +48,7 @@ def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
 
     rope_row_order  the order of RoPE's pairs if the file's metadata do not hold it; None: "interleaved"
     """
-    found, metadata = open_with_metadata(path)
+    found, metadata, _ = open_tensor_file(path)
     tensors = {tensor.name: tensor for tensor in found}
     about = _about(path, metadata)
     tokens = _tokens(path, tensors)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_ref.errors import ConfigError, MistralRefError, short_repr
+from mistral_ref.files.paths import refuse_pointer
 
 
 class Limits(NamedTuple):
@@ -40,9 +41,12 @@ def read_json(path: Path, error: type[MistralRefError] = ConfigError, limits: Li
             data = file.read(limits.n_bytes + 1)
         if len(data) > limits.n_bytes:
             raise ValueError(f"expected at most {limits.n_bytes} bytes")
+        refuse_pointer(path, data, error)
         value = parse_json(data.decode("utf-8"), limits)
     except OSError as caught:
         problem = str(caught.strerror)
+    except MistralRefError:
+        raise
     except ValueError as caught:
         problem = str(caught)
     else:

@@ -1,11 +1,11 @@
-"""Paths that a user gave: `~` is the user's home, and a model's directory is looked at before its files are."""
+"""Paths that a user gave: `~` is the user's home, and what lies there instead of a model is told by name."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, MistralRefError
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -28,6 +28,12 @@ def checked_directory(path: str | os.PathLike[str]) -> Path:
         snapshot = _snapshot(directory)
         raise InputError(f"{directory}: a folder of the hub's cache, not a model's directory; expected {snapshot}")
     return directory
+
+
+def refuse_pointer(path: Path, beginning: bytes, error: type[MistralRefError]) -> None:
+    """Raise `error` if a file that begins with these bytes is a pointer of Git LFS, in place of the file itself."""
+    if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise error(f"{path}: a pointer of Git LFS, not the file itself; expected the file: `git lfs pull` fetches it")
 
 
 def _snapshot(repository: Path) -> Path:

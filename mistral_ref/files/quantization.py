@@ -103,6 +103,7 @@ def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | Non
     def change(matrix: Matrix) -> Matrix:
         nonlocal done
         if id(matrix) not in rounded:
+            weights.check_files()
             bits = scheme.bits_of(matrix.name)
             rounded[id(matrix)] = matrix if bits is None else quantized(matrix, bits, scheme.group_size)
             done += matrix.size
@@ -243,6 +244,7 @@ def _write_rounded(
     bits, every = _bits(weights, scheme), matrices(weights)
     done, total = 0, sum(matrix.size for matrix in every)
     for matrix in every:
+        weights.check_files()
         if matrix.name in bits:
             small = quantized(matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
             write(f"{matrix.name}.weight", small.data)

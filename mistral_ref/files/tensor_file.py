@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import stat
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, short_repr
 from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
+from mistral_ref.files.mapped_file import MappedFile, require_regular_file
+from mistral_ref.files.paths import refuse_pointer
 from mistral_ref.files.whole_file import whole_file
 from mistral_ref.weights import Kind, Matrix
 
@@ -77,39 +78,31 @@ class Tensor:
         return Matrix(self.name, kind, stored.reshape(1, -1)).rows(slice(None), np.float32).reshape(self.shape)
 
 
-def require_regular_file(path: Path) -> int:
-    """Return the size of the file at `path` in bytes. Links are followed.
+class TensorFile(NamedTuple):
+    """The contents of a file: its tensors, its metadata ({} without metadata), and the mapping that holds the data."""
 
-    Raises CheckpointError if there is no file, or if it is not a regular file.
-    """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: not a regular file")
-    return status.st_size
+    tensors: list[Tensor]
+    metadata: dict[str, str]
+    mapped: MappedFile
 
 
-def open_tensor_file(path: Path) -> list[Tensor]:
-    """Return the tensors of a safetensors file, mapped read-only.
+def open_tensor_file(path: Path) -> TensorFile:
+    """Return the contents of a safetensors file, mapped read-only.
 
     Raises CheckpointError if it is not a regular file, if it is truncated, or if its header is too long or broken.
     Offsets that overlap, leave gaps or lie outside the file count as broken.
     """
-    return open_with_metadata(path)[0]
-
-
-def open_with_metadata(path: Path) -> tuple[list[Tensor], dict[str, str]]:
-    """Return the tensors as `open_tensor_file` does, and the file's metadata; {} without metadata."""
     size = require_regular_file(path)
     try:
         header, start = _read_header(path, size)
-        mapped = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
+    mapped = MappedFile(path)
+    if len(mapped.bytes) != size:
+        raise CheckpointError(f"{path}: it had {size} bytes and now has {len(mapped.bytes)}; another program writes it")
     metadata = header.pop("__metadata__", None) or {}  # the value may be null
-    return [_tensor(path, name, entry, mapped[start:]) for name, entry in header.items()], metadata
+    data = mapped.bytes[start:]
+    return TensorFile([_tensor(path, name, entry, data) for name, entry in header.items()], metadata, mapped)
 
 
 def write_tensor_file(
@@ -185,6 +178,8 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        refuse_pointer(path, prefix + file.read(64), CheckpointError)
+        file.seek(8)
         if length > size - 8:
             raise CheckpointError(f"{path}: truncated, or not a safetensors file: it has only {size} bytes")
         if length > MAX_JSON_BYTES:

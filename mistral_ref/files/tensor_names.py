@@ -35,8 +35,17 @@ _OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|multi_modal_projector|vision_encoder|vision_language_adapter|patch_merger"
     r"|pre_mm_projector_norm)\."
 )
-# Tables and calibration data that some converters saved; the forward pass does not use them.
-_UNUSED = (".rotary_emb.inv_freq", ".qscale_act", ".activation_scale")
+# Parts of names: tables of RoPE that the pass computes itself, and calibration data, which some converters saved.
+_UNUSED_PARTS = {"rotary_emb", "rotary_pos_emb", "rope", "kv_fake_quantizer"}
+_UNUSED_ENDS = {
+    "inv_freq",
+    "original_inv_freq",
+    "cos_cached",
+    "sin_cached",
+    "freqs_cis",
+    "qscale_act",
+    "activation_scale",
+}
 
 
 def mistral_name(name: str) -> str | None:
@@ -89,5 +98,10 @@ def other_component(name: str) -> str | None:
 
 
 def is_unused(name: str) -> bool:
-    """Return whether a tensor is a table or calibration data that the forward pass does not use."""
-    return name.endswith(_UNUSED) or "kv_fake_quantizer." in name
+    """Return whether a tensor is a table or calibration data that the forward pass does not use.
+
+    >>> is_unused("model.layers.3.self_attn.rotary_emb.cos_cached"), is_unused("layers.3.attention.wq.weight")
+    (True, False)
+    """
+    parts = name.split(".")
+    return parts[-1] in _UNUSED_ENDS or not _UNUSED_PARTS.isdisjoint(parts)

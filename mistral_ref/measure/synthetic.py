@@ -24,7 +24,7 @@ from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CheckpointError, InputError, Progress, checked_int, short_repr
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
-from mistral_ref.files.tensor_file import DTYPES, TensorSpec, begin_tensor_file, open_with_metadata, require_space
+from mistral_ref.files.tensor_file import DTYPES, TensorSpec, begin_tensor_file, open_tensor_file, require_space
 from mistral_ref.files.whole_file import whole_file
 from mistral_ref.quantized_matrix import GROUP_SIZE, scale_values
 from mistral_ref.weights import Kind, Matrix, Weights, bf16_bits, e4m3_values, weights_of
@@ -220,7 +220,7 @@ def hollow_weights(config: ModelConfig) -> Weights:
 def _made_of(path: Path) -> str | None:
     """Return the metadata entry that says what a file was made from; None for a file that was not made here."""
     try:
-        return open_with_metadata(path)[1].get(_MADE_HERE)
+        return open_tensor_file(path).metadata.get(_MADE_HERE)
     except CheckpointError:
         return None
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mistral_ref.errors import TokenizerError
+from mistral_ref.files.paths import refuse_pointer
 
 # A hostile file must not use much memory. A piece takes up to 400 bytes of it, and in the file only 2 bytes. So what
 # loading takes grows with the pieces: about 100 MiB for the most. Published files have 32,000 to 256,000 pieces, and up
@@ -37,6 +38,7 @@ def read_model(path: Path) -> bytes:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
     if len(model) > MAX_FILE_BYTES:
         raise TokenizerError(f"{path}: is larger than {MAX_FILE_BYTES} bytes, the maximum for a SentencePiece model")
+    refuse_pointer(path, model, TokenizerError)
     try:
         n_pieces, n_texts = count_fields(model)
     except (IndexError, ValueError) as error:

@@ -38,6 +38,8 @@ from mistral_ref.errors import CheckpointError, short_repr
 from mistral_ref.files.build_weights import build_weights
 from mistral_ref.files.checkpoint import open_checkpoint
 from mistral_ref.files.config_files import read_config
+from mistral_ref.files.mapped_file import MappedFile
+from mistral_ref.files.quantization import Scheme, quantized_weights
 from mistral_ref.files.tensor_names import huggingface_name, mistral_name
 from mistral_ref.weights import Matrix, Weights, e4m3_values
 
@@ -106,7 +108,7 @@ def arrays(weights: Weights) -> Iterator[tuple[str, Matrix | np.ndarray]]:
         elif isinstance(found, tuple):
             for number, part in enumerate(found):
                 yield from walk(f"{path}.{number}", part)
-        else:
+        elif not isinstance(found, MappedFile):
             for field in dataclasses.fields(found):
                 yield from walk(f"{path}.{field.name}".lstrip("."), getattr(found, field.name))
 
@@ -383,7 +385,7 @@ def is_mapped(array: np.ndarray) -> bool:
 
 def test_the_check_for_a_mapped_file_sees_a_copy(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(64))
-    mapped = np.memmap(tmp_path / "file", mode="r", dtype=np.uint8)
+    mapped = MappedFile(tmp_path / "file").bytes
     assert is_mapped(mapped[3:9].view("<u2"))
     assert not is_mapped(np.array(mapped))
 
@@ -426,6 +428,44 @@ def test_unaligned_tensors(write: Write, file: str, family: Family, spaces: int,
         assert not model.weights.tok_embeddings.data.flags.aligned
     assert model.weights.tok_embeddings.rows(slice(None), np.float32).flags.aligned
     np.testing.assert_array_equal(model.forward(TOKENS), expected)
+
+
+@pytest.mark.parametrize("write", [write_consolidated, partial(write_hf, shards=3)])
+def test_a_file_cut_while_it_is_in_use_is_an_error_and_not_the_end(write: Write, tmp_path: Path) -> None:
+    write(tmp_path, DENSE)
+    model = load(tmp_path)
+    cache, tokens = model.new_cache(), model.generate(TOKENS)
+    next(tokens)
+    path = next(tmp_path.glob("*.safetensors"))
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    uses: list[Callable[[], object]] = [
+        lambda: model.forward(TOKENS, cache),
+        lambda: model.score(TOKENS),
+        lambda: model.trace(TOKENS, keep="norm"),
+        lambda: next(model.generate(TOKENS)),
+        lambda: next(tokens),
+        lambda: quantized_weights(model.weights, Scheme(8)),
+    ]
+    for use in uses:
+        with refused(CheckpointError, path, "shorter", size):
+            use()
+    assert cache.length == 0
+
+
+def test_a_file_that_is_replaced_or_no_longer_needed_may_be_shorter(tmp_path: Path) -> None:
+    write_consolidated(tmp_path, DENSE)
+    path = tmp_path / "consolidated.safetensors"
+    model = load(tmp_path)
+    expected = model.forward(TOKENS)
+    (tmp_path / "new").write_bytes(b"shorter")
+    (tmp_path / "new").replace(path)
+    np.testing.assert_array_equal(model.forward(TOKENS), expected)
+    write_consolidated(tmp_path, DENSE)
+    in_memory = load(tmp_path, quantize=8)
+    expected = in_memory.forward(TOKENS)
+    os.truncate(path, 0)
+    np.testing.assert_array_equal(in_memory.forward(TOKENS), expected)
 
 
 def test_loading_reads_and_allocates_next_to_nothing(tmp_path: Path) -> None:
@@ -515,6 +555,14 @@ def test_one_scale_has_any_shape_of_one_number(shape: tuple[int, ...], tmp_path:
         (write_consolidated, "layers.{}.attention.kv_fake_quantizer.qscale_act"),
         (write_hf, "model.layers.{}.self_attn.q_proj.activation_scale"),
         (write_hf, "model.layers.{}.self_attn.rotary_emb.inv_freq"),
+        (write_hf, "model.layers.{}.self_attn.rotary_emb.cos_cached"),
+        (write_hf, "layers.{}.rotary_emb.tables.anything"),
+        (write_hf, "model.rotary_emb.inv_freq"),
+        (write_hf, "model.language_model.rotary_emb.original_inv_freq"),
+        (write_hf, "sin_cached"),
+        (write_consolidated, "layers.{}.attention.inner_attention.rope.freqs"),
+        (write_consolidated, "rope.freqs"),
+        (write_consolidated, "freqs_cis"),
     ],
 )
 def test_what_the_forward_pass_has_no_use_for_is_ignored(write: Write, unused: str, tmp_path: Path) -> None:

@@ -300,3 +300,14 @@ def test_what_is_no_regular_file(kind: str, name: str, tmp_path: Path) -> None:
     else:
         file.symlink_to({"device": "/dev/zero", "loop": name, "nowhere": "nowhere"}[kind])
     assert_says(attempt(tmp_path), file)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 14483464192\n"
+
+
+@pytest.mark.parametrize("layout", ["consolidated", "shards"])
+def test_a_pointer_of_git_lfs_is_told_apart_from_a_broken_file(layout: str, tmp_path: Path) -> None:
+    for name, content in valid(layout).items():
+        fill(tmp_path, valid(layout) | {name: POINTER})
+        assert_says(attempt(tmp_path), tmp_path / name, "pointer", "git lfs pull")
+        fill(tmp_path, {name: content})

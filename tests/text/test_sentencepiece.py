@@ -202,10 +202,8 @@ def make_huge(path: Path) -> None:
         (Path.mkdir, ("tokenizer.model",)),
         (make_huge, ("larger", MAX_FILE_BYTES)),
         (Path.touch, ("SentencePiece model", "unk")),
-        (
-            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
-            ("SentencePiece model", "type 6"),
-        ),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ("pointer", "git lfs pull")),
+        (lambda path: path.write_text("version of a text\n"), ("SentencePiece model", "type 6")),
         (lambda path: path.write_bytes(tiny_tokenizer()[:-100]), ("SentencePiece model", "field")),
         (lambda path: path.write_bytes(tiny_tokenizer().replace(b"\n\x03<s>", b"\n\x03<t>")), ("id", -1, 2, "two")),
     ],
