@@ -106,7 +106,7 @@ class Model:
         length = 0 if cache is None else cache.length
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise InputError("this model has no tokenizer; expected token ids, as in generate([1, 2])")
+                raise InputError("this model has no tokenizer; expected token ids, as in generate([1, 2]) or --ids 1,2")
             prompt = self.tokenizer.encode(prompt, bos=length == 0, added=True)
         try:
             array = np.asarray(prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Protocol, get_args
 
 from mistral_ref.activations import Activations
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, short_repr
+from mistral_ref.generation import Token
 from mistral_ref.loading import DEMO_MODEL, load
 from mistral_ref.model import Model
 from mistral_ref.quantized_matrix import BITS
@@ -80,11 +82,43 @@ def add_threads_option(parser: argparse.ArgumentParser, whose: str = "") -> None
     )
 
 
-def read_prompt(arguments: argparse.Namespace) -> str:
-    """Return the prompt: the argument, or else standard input without the newline at its end."""
-    if arguments.prompt is not None:
-        return as_text(arguments.prompt)
+def add_ids_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that gives a text as token ids."""
+    parser.add_argument(
+        "--ids",
+        type=_token_ids,
+        metavar="IDS",
+        help='token ids in place of a text, such as "1,22177" or "1 22177"; no BOS is put in front of them',
+    )
+
+
+def _token_ids(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not words or not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
+        raise argparse.ArgumentTypeError(f"{short_repr(text)} is no list of token ids, such as 1,22177")
+    return [int(word) for word in words]
+
+
+def given_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
+    """Return the text among the arguments, or the token ids of --ids; None if neither is there."""
+    if arguments.prompt is None:
+        return arguments.ids
+    if arguments.ids is not None:
+        raise InputError("a text and --ids are both given; expected one of them")
+    return as_text(arguments.prompt)
+
+
+def read_prompt(arguments: argparse.Namespace) -> str | list[int]:
+    """Return the prompt: from the arguments, or else standard input without the newline at its end."""
+    given = given_prompt(arguments)
+    if given is not None:
+        return given
     return read_standard_input("no prompt: give it as an argument or on standard input").removesuffix("\n")
+
+
+def text_of(model: Model, token: Token) -> str:
+    """Return what is printed for a generated token: its text; for a model without a tokenizer its id and a blank."""
+    return f"{token.id} " if model.tokenizer is None else token.text
 
 
 def read_standard_input(without: str) -> str:

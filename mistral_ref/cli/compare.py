@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 
-from mistral_ref.cli.common import add_threads_option, as_text, model_directory, progress_bar
+from mistral_ref.cli.common import (
+    add_ids_option,
+    add_threads_option,
+    given_prompt,
+    model_directory,
+    progress_bar,
+    text_of,
+)
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.compare import compare_walks
@@ -59,6 +66,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("a", metavar="A", help="the model or trace that is checked")
     parser.add_argument("b", metavar="B", help="the model or trace that A is compared with")
     parser.add_argument("prompt", nargs="?", help="the text (default: the tokens in the trace, if A or B is a trace)")
+    add_ids_option(parser)
     _add_compute_options(parser)
     add_broken_option(parser, "A")
     add_last_option(parser)
@@ -182,12 +190,15 @@ def _one_of_two(option: str, text: str, index: int) -> str:
 
 
 def _prompt(arguments: argparse.Namespace, sides: list[Model | Trace]) -> str | list[int]:
-    if arguments.prompt is not None:
-        return as_text(arguments.prompt)
+    given = given_prompt(arguments)
+    if given is not None:
+        return given
     for side in sides:
         if isinstance(side, Trace) and (side.tokens or all(isinstance(other, Trace) for other in sides)):
             return side.tokens
-    raise InputError("no text: give it as the third argument, or compare with a trace that holds its tokens")
+    raise InputError(
+        "no text: give it as the third argument or with --ids, or compare with a trace that holds its tokens"
+    )
 
 
 def _traced(side: Model | Trace, prompt: str | list[int], last: int | None, sides: list[Model | Trace]) -> Trace:
@@ -203,5 +214,5 @@ def _print_texts(models: list[Model], prompt: str | list[int], n_more: int) -> N
     for name, model in zip("AB" if len(models) == 2 else ["the model"], models, strict=True):
         print(f"{name} goes on: ", end="", flush=True)
         for token in model.generate(prompt, max_tokens=n_more):
-            print(token.text, end="", flush=True)
+            print(text_of(model, token), end="", flush=True)
         print()

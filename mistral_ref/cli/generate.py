@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 
-import mistral_ref
 from mistral_ref.cache import DEFAULT_CHUNK
-from mistral_ref.cli.common import add_compute_options, add_model_option, as_text, load_model, progress_bar, read_prompt
+from mistral_ref.cli.common import (
+    add_compute_options,
+    add_ids_option,
+    add_model_option,
+    as_text,
+    load_model,
+    progress_bar,
+    read_prompt,
+    text_of,
+)
+from mistral_ref.cli.width import fitted, terminal_width
+from mistral_ref.display import markdown_table
+from mistral_ref.generation import Token
+from mistral_ref.model import Model
 
 _DESCRIPTION = """\
 Continue a text with a model. The prompt and its continuation are printed to
@@ -23,6 +37,7 @@ examples:
   mistral-ref generate --temperature 0.8 --top-p 1 --seed 7 --max-tokens 100 "Tom had a red ball."
   mistral-ref generate --temperature 0 --stop "." "Lily saw a"
   mistral-ref generate --stop '\\n' "Tom said:"
+  mistral-ref generate --ids 1,346 --top-logprobs 3 --max-tokens 8
   cat story.txt | mistral-ref generate --model DIR --stop "The end" --stats
 """
 _TOP_P = 0.9
@@ -37,6 +52,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         epilog=_EXAMPLES,
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; without it, standard input is read")
+    add_ids_option(parser)
     add_model_option(parser)
     add_compute_options(parser)
     parser.add_argument(
@@ -54,9 +70,20 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="end the continuation before TEXT; the option may be given several times. In TEXT, \\n is a newline, "
         "\\t is a tab, and \\\\ is a backslash",
     )
+    parser.add_argument(
+        "--max-seconds", type=float, metavar="S", help="end the continuation S seconds after the model has been loaded"
+    )
     parser.add_argument("--no-echo", action="store_true", help="print only the continuation, not the prompt")
     parser.add_argument(
         "--stats", action="store_true", help="at the end print times and tokens per second to standard error"
+    )
+    parser.add_argument(
+        "--top-logprobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="at the end print every token with its probability, and the N likeliest tokens there, to standard error; "
+        "the probabilities are the model's, before sampling (default: 0, no list)",
     )
     _add_sampling_options(parser)
     parser.set_defaults(run=run)
@@ -109,8 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     model = load_model(arguments)
     loaded = time.perf_counter()
-    prompt = read_prompt(arguments)
-    ids = model.token_ids(prompt)
+    ids = model.token_ids(prompt := read_prompt(arguments))
     with progress_bar("reading the prompt", is_long=len(ids) > DEFAULT_CHUNK) as progress:
         tokens = model.generate(
             ids,
@@ -122,18 +148,39 @@ def run(arguments: argparse.Namespace) -> None:
             repetition_penalty=arguments.repetition_penalty,
             seed=arguments.seed,
             stop=[unescaped(as_text(stop)) for stop in arguments.stop],
+            top_logprobs=arguments.top_logprobs,
+            max_seconds=arguments.max_seconds,
             progress=progress,
         )
-        first = next(tokens)  # before the prompt is printed: a bar or a notice would appear in the middle of the text
-    print(("" if arguments.no_echo else prompt) + first.text, end="", flush=True)
-    first_at, count, last = time.perf_counter(), 1, first
-    for last in tokens:
-        count += 1
-        print(last.text, end="", flush=True)
+        given = [next(tokens)]  # before the prompt is printed: a bar or a notice would be in the middle of the text
+    echo = "" if arguments.no_echo else prompt if isinstance(prompt, str) else text_of_ids(model, ids)
+    print(echo + text_of(model, given[0]), end="", flush=True)
+    first_at = time.perf_counter()
+    for token in tokens:
+        given.append(token)
+        print(text_of(model, token), end="", flush=True)
     print()
+    ended = time.perf_counter()
+    if arguments.top_logprobs:
+        print(table_of_tokens(model, given), file=sys.stderr)
     if arguments.stats:
-        ended = time.perf_counter()
-        print_stats(model, last, len(ids), count, [started, loaded, first_at, ended])
+        print_stats(model, given[-1], len(ids), len(given), [started, loaded, first_at, ended])
+
+
+def text_of_ids(model: Model, ids: Sequence[int]) -> str:
+    """Return what is printed for a prompt of token ids: its text; for a model without a tokenizer the ids."""
+    return "".join(f"{token} " for token in ids) if model.tokenizer is None else model.tokenizer.decode(ids)
+
+
+def table_of_tokens(model: Model, tokens: Sequence[Token]) -> str:
+    """Return a table: a row for each token, with its probability and the likeliest tokens in its place."""
+
+    def cell(token: int, logprob: float) -> str:
+        return f"{model.piece(token)} {math.exp(logprob):.1%}"
+
+    rows = [[cell(token.id, token.logprob), *(cell(*likely) for likely in token.top_logprobs)] for token in tokens]
+    headings = ["token", *(f"choice {n + 1}" for n in range(len(tokens[0].top_logprobs)))]
+    return fitted(markdown_table(headings, rows, terminal_width()))
 
 
 def unescaped(text: str) -> str:
@@ -145,7 +192,7 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 
-def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int, count: int, at: list[float]) -> None:
+def print_stats(model: Model, last: Token, n_prompt: int, count: int, at: list[float]) -> None:
     """Print to standard error how long loading and generating took.
 
     `at` holds four times: of the start, of the end of loading, of the first token, and of the end.
@@ -156,7 +203,7 @@ def print_stats(model: mistral_ref.Model, last: mistral_ref.Token, n_prompt: int
         f"load          {load_s:.3f} s\n"
         f"first token   {first_s:.3f} s after loading, {n_prompt} prompt tokens, {n_prompt / first_s:.1f} tokens/s\n"
         f"then          {rest}\n"
-        f"ended by      {last.finish_reason}\n"
+        f"ended by      {last.finish_reason}{'' if last.stop is None else f' {last.stop!r}'}\n"
         f"computed by   {model.ops.name}, {model.ops.dtype}",
         file=sys.stderr,
     )

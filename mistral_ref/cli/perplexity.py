@@ -10,6 +10,7 @@ from typing import Any
 
 from mistral_ref.cli.common import (
     add_compute_options,
+    add_ids_option,
     add_model_option,
     decoded,
     load_model,
@@ -77,6 +78,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "file", nargs="?", default="-", metavar="FILE", help="a file with UTF-8 text (default: standard input)"
     )
+    add_ids_option(parser)
     add_model_option(parser)
     parser.add_argument(
         "--context",
@@ -102,11 +104,17 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the perplexity of a text."""
-    text = read_text(arguments.file)
+    if arguments.ids is not None and arguments.file != "-":
+        raise InputError("a file and --ids are both given; expected one of them")
+    text = None if arguments.ids else read_text(arguments.file)
     model = load_model(arguments)
-    if model.tokenizer is None:
-        raise InputError(f"{arguments.model}: holds no tokenizer; a tokenizer is needed for the perplexity of a text")
-    ids, is_whole = model.tokenizer.encode(text, added=True), True
+    if text is None:
+        ids = arguments.ids
+    elif model.tokenizer is None:
+        raise InputError(f"{arguments.model}: holds no tokenizer; expected the token ids of the text, by --ids")
+    else:
+        ids = model.tokenizer.encode(text, added=True)
+    is_whole = True
     if arguments.max_tokens is not None:
         n_most = checked_int("--max-tokens", arguments.max_tokens, least=2)
         ids, is_whole = ids[:n_most], len(ids) <= n_most
@@ -130,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         "perplexity_error": found.error,
         "nats_per_token": found.nll,
         "nats_per_token_error": found.nll_error,
-        "bits_per_byte": found.bits_per_byte(len(text.encode())) if is_all_scored else None,
+        "bits_per_byte": found.bits_per_byte(len(text.encode())) if is_all_scored and text is not None else None,
         "seconds": seconds,
         "tokens_per_second": found.n_evaluated / seconds,
         "backend": model.ops.name,

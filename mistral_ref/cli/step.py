@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mistral_ref.cli.common import add_compute_options, add_model_option, as_text, load_model
+from mistral_ref.cli.common import add_compute_options, add_ids_option, add_model_option, given_prompt, load_model
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.cli.walker.walker import Walker
 from mistral_ref.errors import InputError
@@ -38,7 +38,8 @@ You type commands at a prompt; the command `help` lists them. Standard input
 may also be a pipe with one command on each line.""",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("prompt", help="the text to walk through")
+    parser.add_argument("prompt", nargs="?", help="the text to walk through")
+    add_ids_option(parser)
     add_model_option(parser)
     add_compute_options(parser, backend="numpy")
     add_last_option(parser)
@@ -50,8 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the commands of a walk until the last one."""
     if sys.stdin is None:
         raise InputError("standard input is closed; the commands of a walk are read from it")
+    prompt = given_prompt(arguments)
+    if prompt is None:
+        raise InputError("no text: give it as an argument, or its token ids with --ids")
     model = maybe_broken(load_model(arguments), arguments.broken)
-    tokens, cache = split_prompt(model, as_text(arguments.prompt), arguments.last)
+    tokens, cache = split_prompt(model, prompt, arguments.last)
     walker = Walker(Stepper(model, tokens, cache))
     walker.begin()
     walker.cmdloop()

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 
 from mistral_ref.cache import KVCache
-from mistral_ref.cli.common import add_compute_options, add_model_option, load_model, progress_bar, read_prompt, size
+from mistral_ref.cli.common import (
+    add_compute_options,
+    add_ids_option,
+    add_model_option,
+    load_model,
+    progress_bar,
+    read_prompt,
+    size,
+)
 from mistral_ref.cli.pass_options import (
     add_broken_option,
     add_dtype_option,
@@ -49,6 +57,7 @@ depends on -o:
         epilog=_EXAMPLES,
     )
     parser.add_argument("prompt", nargs="?", help="the text; without it, standard input is read")
+    add_ids_option(parser)
     add_model_option(parser)
     add_compute_options(parser)
     add_dtype_option(parser)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from rich.cells import cell_len
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
@@ -81,7 +82,7 @@ def test_generate_prints_the_prompt_and_what_the_library_generates(model_dir: Pa
 )
 def test_how_a_text_is_stored_is_not_part_of_the_prompt(stored: bytes, text: str) -> None:
     with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stored))):
-        assert read_prompt(argparse.Namespace(prompt=None)) == text
+        assert read_prompt(argparse.Namespace(prompt=None, ids=None)) == text
 
 
 def test_escapes_in_a_stop_text_are_a_newline_and_a_tab(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +107,57 @@ def test_every_sampling_option_reaches_the_library(model_dir: Path) -> None:
     assert done.stdout == f"A{text}\n"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--temperature", 0, "--max-tokens", 6),
+        ("trace",),
+        ("step",),
+        ("compare", "MODEL", "MODEL"),
+    ],
+)
+def test_token_ids_are_a_prompt(model_dir: Path, command: tuple[object, ...]) -> None:
+    ids = mistral_ref.load(model_dir).token_ids("The mill")
+    options = [model_dir if word == "MODEL" else word for word in command]
+    options += [] if "compare" in command else ["--backend", "numpy", "--model", model_dir]
+    by_text = run(*options, "The mill", stdin="next\n")
+    for separator in (",", " ", ", "):
+        by_ids = run(*options, "--ids", separator.join(map(str, ids)), stdin="next\n")
+        assert (by_ids.returncode, by_ids.stdout) == (by_text.returncode, by_text.stdout)
+
+
 def test_stats_go_to_standard_error(model_dir: Path) -> None:
     done = run("generate", "--model", model_dir, "--temperature", 0, "--max-tokens", 5, "--stats", "A mill")
     assert re.search(r"first token +\d+\.\d+ s after loading, \d+ prompt tokens", done.stderr)
     assert re.search(r"then +4 tokens in \d+\.\d+ s, \d+\.\d tokens/s", done.stderr)
     assert "tokens/s" not in done.stdout
+    stopped = run("generate", "--temperature", 0, "--stop", "zzz", "--stop", ".", "--stats", "Once upon a time")
+    assert re.search(r"ended by +stop '\.'$", stopped.stderr, re.MULTILINE)
+    late = run("generate", "--max-seconds", 1e-9, "--stats", "Once upon a time")
+    assert re.search(r"ended by +time$", late.stderr, re.MULTILINE)
+
+
+def test_top_logprobs_are_a_table_on_standard_error(model_dir: Path) -> None:
+    model = mistral_ref.load(model_dir)
+    options = {"max_tokens": 3, "top_logprobs": 2}
+    tokens = list(model.generate("A mill", **options))
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    done = run("generate", "--model", model_dir, "--temperature", 0, *flags, "A mill")
+    rows = [line.strip("|").split(" | ") for line in done.stderr.splitlines()[2:]]
+    assert len(rows) == 3
+    for row, token in zip(rows, tokens, strict=True):
+        likely = [(token.id, token.logprob), *token.top_logprobs]
+        assert [cell.strip() for cell in row] == [f"{model.piece(i)} {np.exp(p):.1%}" for i, p in likely]
+
+
+def test_without_a_tokenizer_ids_are_printed(tmp_path: Path) -> None:
+    write_consolidated(tmp_path, FAMILIES["dense_windowed"])
+    ids = [token.id for token in mistral_ref.load(tmp_path).generate([1, 2], max_tokens=4)]
+    options = ("--model", tmp_path, "--temperature", 0, "--max-tokens", 4)
+    assert run("generate", *options, "--ids", "1,2").stdout.split() == list(map(str, [1, 2, *ids]))
+    done = run("compare", tmp_path, tmp_path, "--ids", "1,2", "--continue", "4")
+    assert done.stdout.splitlines()[-1].split()[-4:] == list(map(str, ids))
+    one_line_error(run("generate", *options, "A"), "tokenizer", "--ids")
 
 
 def test_info_shows_the_model(model_dir: Path) -> None:
@@ -232,6 +279,10 @@ def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Pat
     one_line_error(run("generate", "--model", model_dir, "--threads", 0, "A"), "threads", 0)
     one_line_error(run("generate", "--model", model_dir, "--no-such-option", "A"), "--no-such-option", "--help")
     one_line_error(run("generate", "Once", "upon", "a"), "upon a", "quotes", "--help")
+    one_line_error(run("generate", "--ids", "1,x"), "--ids", "'1,x'")
+    one_line_error(run("generate", "--ids", "99999"), "99999", "2047")
+    one_line_error(run("step", "--ids", "1,2", "A"), "--ids", "text")
+    one_line_error(run("step"), "--ids", "no text")
     one_line_error(run("generate", "--model", model_dir, stdin=b"\xff"), "standard input", "UTF-8", 0)
     one_line_error(run("generate", "--model", model_dir, stdin="A".encode("utf-16")), "standard input", "UTF-16")
 

@@ -255,3 +255,16 @@ def test_the_examples_of_the_help_run_as_printed(
         found = re.search(r"perplexity +(\S+) ± ", capsys.readouterr().out)
         assert found is not None
         assert 1 < float(found[1]) < 10
+
+
+def test_token_ids_are_scored_as_the_text_is(
+    model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ",".join(map(str, TOKENIZER.encode(PARAGRAPH)))
+    options = ("--context", 8, "--stride", 4)
+    by_text = figures(capsys, model_dir, *options, text_file)
+    by_ids = figures(capsys, model_dir, *options, "--ids", ids)
+    assert by_ids["perplexity"] == by_text["perplexity"]
+    assert by_text["bits_per_byte"]
+    assert by_ids["bits_per_byte"] is None
+    assert_one_error(capsys, command(model_dir, "--ids", ids, text_file), "file", "--ids")
