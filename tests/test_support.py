@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 from support.errors import assert_complains, assert_says, refused, unsaid, warned
 
-from mistral_ref.errors import CheckpointError, InputError, warn
+from mistral_ref.errors import CheckpointError, InputError, MistralRefWarning, warn
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,15 @@ def test_a_message_without_facts_a_wrong_kind_and_a_second_line_are_failures() -
         raise InputError("q is 128")
     for text in ("q is\n128", "q is \x1b[2J"):
         with pytest.raises(AssertionError), refused(InputError, "q"):
-            raise InputError(text)
+            raise NotEscaped(text)
         with pytest.raises(AssertionError), warned("q"):
-            warn(text)
+            warnings.warn(text, MistralRefWarning, stacklevel=1)
+
+
+class NotEscaped(InputError):
+    """An error whose message is shown as it is."""
+
+    __str__ = ValueError.__str__
 
 
 def test_of_several_warnings_one_says_it_all() -> None:
