@@ -73,12 +73,12 @@ def test_a_message_without_facts_a_wrong_kind_and_a_second_line_are_failures() -
         raise InputError("q is 128")
     for text in ("q is\n128", "q is \x1b[2J"):
         with pytest.raises(AssertionError), refused(InputError, "q"):
-            raise NotEscaped(text)
+            raise UnescapedError(text)
         with pytest.raises(AssertionError), warned("q"):
             warnings.warn(text, MistralRefWarning, stacklevel=1)
 
 
-class NotEscaped(InputError):
+class UnescapedError(InputError):
     """An error whose message is shown as it is."""
 
     __str__ = ValueError.__str__
