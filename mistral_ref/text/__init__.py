@@ -16,12 +16,22 @@ from mistral_ref.errors import TokenizerError
 from mistral_ref.files.json_file import TOKENIZER, read_json
 from mistral_ref.files.paths import local_path
 from mistral_ref.text.added_tokens import read_tokenizer_config
+from mistral_ref.text.chat import encode_chat, encode_fim
+from mistral_ref.text.reply import parse_reply
 from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer
 from mistral_ref.text.sentencepiece_file import read_model
 from mistral_ref.text.tekken import tekken_tokenizer
 from mistral_ref.text.tokenizer import Tokenizer
 
-__all__ = ["SentencePieceTokenizer", "Tokenizer", "find_tokenizer", "load_tokenizer"]
+__all__ = [
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "encode_chat",
+    "encode_fim",
+    "find_tokenizer",
+    "load_tokenizer",
+    "parse_reply",
+]
 
 # Names in instruction models: tokenizer.model.v3, mistral_instruct_tokenizer_241114.model.v7m1, ...
 _VERSIONED_FILE = re.compile(r".+\.model\.v\d+(m\d+)?")

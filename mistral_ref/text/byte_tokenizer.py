@@ -32,9 +32,10 @@ class ByteTokenizer(Tokenizer):
         eos_id: int | None,
         added: AddedTokens | None = None,
         chat_format: str | None = None,
+        settings: object = None,
     ) -> None:
         self.bpe, self.kind, self.origin, self.controls = bpe, kind, origin, controls
-        self.bos_id, self.eos_id, self.chat_format = bos_id, eos_id, chat_format
+        self.bos_id, self.eos_id, self.chat_format, self.settings = bos_id, eos_id, chat_format, settings
         self.added = AddedTokens() if added is None else added
         self._bytes = {token_id: piece for piece, token_id in bpe.ids.items()}
         self._names = {token_id: name for name, token_id in controls.items()}

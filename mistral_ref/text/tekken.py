@@ -55,6 +55,7 @@ def tekken_tokenizer(document: dict[str, Any], origin: str) -> ByteTokenizer:
         bos_id=controls.index("<s>"),
         eos_id=controls.index("</s>"),
         chat_format=version,
+        settings=document.get("model_settings_builder"),
     )
 
 

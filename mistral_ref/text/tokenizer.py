@@ -24,6 +24,8 @@ class Tokenizer(ABC):
     added       the added tokens
     chat_format "v1", "v2", "v3", "v7", "v11", "v13" or "v15": the format of conversations that Mistral's models with
                 this tokenizer have learnt; None: not known
+    settings    `model_settings_builder` of tekken.json, which says what a conversation of format "v15" may set; None:
+                the file has none
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Tokenizer(ABC):
     eos_id: int | None
     added: AddedTokens
     chat_format: str | None = None
+    settings: object = None
 
     def encode(self, text: str, *, bos: bool = True, eos: bool = False, added: bool = False) -> list[int]:
         """Return the ids of `text`. `bos` and `eos` add the ids that begin and end a sequence, if there are such.
