@@ -159,7 +159,7 @@ def test_ids_of_random_conversations(name: str) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("name", FILES)
 def test_ids_of_many_random_conversations(name: str) -> None:
-    fuzz(name, 500, seed=2)
+    fuzz(name, 5000, seed=2)
 
 
 @pytest.mark.parametrize("name", FILES)
