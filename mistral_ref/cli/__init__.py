@@ -3,7 +3,7 @@
 Results go to standard output. Errors, notices and progress bars go to standard error. Each command is a file in this
 folder with two functions: `add_to(commands)` describes the options, and `run(arguments)` runs the command. Options and
 helpers that several commands share are in common.py and pass_options.py. parsers.py and width.py lay out errors, help
-and tables.
+and tables. All that the commands print goes through output.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import NoReturn
 
 import mistral_ref
 from mistral_ref.cli import bench, compare, generate, info, perplexity, quantize, step, trace
+from mistral_ref.cli.output import say
 from mistral_ref.cli.parsers import CommandParser, OneLineParser
-from mistral_ref.errors import did_you_mean, short_repr
+from mistral_ref.errors import did_you_mean, escaped, short_repr
 
 _COMMANDS = {
     "generate": generate,
@@ -72,21 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", mistral_ref.MistralRefWarning)
             warnings.showwarning = _show_notice  # type: ignore[assignment]
             arguments.run(arguments)
-            print(end="", flush=True)
+            say(end="")
     except mistral_ref.MistralRefError as error:
-        print(f"mistral-ref: {error}", file=sys.stderr)
+        say(f"mistral-ref: {error}", error=True)
         return 2
     except MemoryError:
-        print("mistral-ref: not enough memory", file=sys.stderr)
+        say("mistral-ref: not enough memory", error=True)
         return 1
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        say(error=True)
         return 130
     except OSError as error:
         # Standard output is closed or full. Python flushes it at exit, and without this line that would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # a reader such as `head` may stop early: this is no error
-            print(f"mistral-ref: {error}", file=sys.stderr)
+            say(f"mistral-ref: {escaped(str(error))}", error=True)
             return 1
     status: int = arguments.status
     return status
@@ -116,4 +117,4 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _show_notice(message: Warning | str, category: type[Warning], *_: object) -> None:
-    print(f"mistral-ref: note: {message}", file=sys.stderr)
+    say(f"mistral-ref: note: {escaped(str(message))}", error=True)

@@ -16,9 +16,10 @@ from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any, get_args
 
 from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
+from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.errors import InputError, checked_int, escaped, short_repr
 from mistral_ref.files.whole_file import remove_leftovers
 from mistral_ref.host import available_memory, chosen_threads, process_memory
 from mistral_ref.loading import DEMO_MODEL
@@ -316,28 +317,28 @@ def _print(records: Sequence[dict[str, Any]], description: dict[str, Any], outpu
     from mistral_ref.measure.machine import machine_lines  # noqa: PLC0415
 
     if output == "json":
-        print(json.dumps(records, indent=1))
+        say(json.dumps(records, indent=1))
     elif output == "csv":
         text = io.StringIO()
         names = dict.fromkeys(name for record in records for name in record)
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-        print(text.getvalue(), end="")
+        say(text.getvalue(), end="")
     else:
         first = records[0]
-        print(fitted(markdown_table(_HEADINGS, [_cells(record) for record in records], terminal_width())))
+        say(fitted(markdown_table(_HEADINGS, [_cells(record) for record in records], terminal_width())))
         times = ", ".join(f"{name} {first[f'{name}_s']:.2f} s" for name in ("load", "first_token", "compile"))
         memory = ", ".join(f"{size(first[key])} {words}" for key, words in _MEMORY.items() if first[key] is not None)
         throttled = {None: "unknown", 0: "no"}.get(first["throttled"], f"{first['throttled']} times")
-        print(fitted(f"\n{times.replace('_', ' ')}\nmemory: {memory or 'unknown'}\nthrottled: {throttled}"))
-        print(fitted("\n".join(machine_lines(description))))
+        say(fitted(f"\n{times.replace('_', ' ')}\nmemory: {memory or 'unknown'}\nthrottled: {throttled}"))
+        say(fitted("\n".join(machine_lines(description))))
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
     unit = "gbs" if "gbs" in record else "gflops"
     return [
-        record["model_type"],
+        escaped(record["model_type"]),
         f"{record['model_size'] / 2**30:.2f} GiB",
         f"{record['model_n_params'] / 1e9:.2f} B",
         record["backends"],

@@ -13,6 +13,7 @@ from mistral_ref.cli.common import (
     progress_bar,
     text_of,
 )
+from mistral_ref.cli.output import say
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.compare import compare_walks
@@ -141,9 +142,9 @@ def run(arguments: argparse.Namespace) -> None:
         ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
         comparison = ours.compare(theirs, **bound)
     arguments.status = 1 if comparison.departed else 0  # set before printing: `head` may close the output
-    print(fitted(comparison.text(every=arguments.all, width=terminal_width())))
+    say(fitted(comparison.text(every=arguments.all, width=terminal_width())))
     if arguments.broken and not comparison.departed and BUGS[arguments.broken].shows:
-        print(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")
+        say(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")
     if n_more is not None:
         _print_texts(models, prompt, n_more)
 
@@ -212,7 +213,7 @@ def _traced(side: Model | Trace, prompt: str | list[int], last: int | None, side
 
 def _print_texts(models: list[Model], prompt: str | list[int], n_more: int) -> None:
     for name, model in zip("AB" if len(models) == 2 else ["the model"], models, strict=True):
-        print(f"{name} goes on: ", end="", flush=True)
+        say(f"{name} goes on: ", end="")
         for token in model.generate(prompt, max_tokens=n_more):
-            print(text_of(model, token), end="", flush=True)
-        print()
+            say(text_of(model, token), end="")
+        say()

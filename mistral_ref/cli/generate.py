@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,6 +20,7 @@ from mistral_ref.cli.common import (
     read_prompt,
     text_of,
 )
+from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table
 from mistral_ref.generation import Token
@@ -154,15 +154,15 @@ def run(arguments: argparse.Namespace) -> None:
         )
         given = [next(tokens)]  # before the prompt is printed: a bar or a notice would be in the middle of the text
     echo = "" if arguments.no_echo else prompt if isinstance(prompt, str) else text_of_ids(model, ids)
-    print(echo + text_of(model, given[0]), end="", flush=True)
+    say(echo + text_of(model, given[0]), end="")
     first_at = time.perf_counter()
     for token in tokens:
         given.append(token)
-        print(text_of(model, token), end="", flush=True)
-    print()
+        say(text_of(model, token), end="")
+    say()
     ended = time.perf_counter()
     if arguments.top_logprobs:
-        print(table_of_tokens(model, given), file=sys.stderr)
+        say(table_of_tokens(model, given), error=True)
     if arguments.stats:
         print_stats(model, given[-1], len(ids), len(given), [started, loaded, first_at, ended])
 
@@ -199,11 +199,11 @@ def print_stats(model: Model, last: Token, n_prompt: int, count: int, at: list[f
     """
     load_s, first_s, rest_s = (later - earlier for earlier, later in pairwise(at))
     rest = f"{count - 1} tokens in {rest_s:.3f} s, {(count - 1) / rest_s:.1f} tokens/s" if count > 1 else "no tokens"
-    print(
+    say(
         f"load          {load_s:.3f} s\n"
         f"first token   {first_s:.3f} s after loading, {n_prompt} prompt tokens, {n_prompt / first_s:.1f} tokens/s\n"
         f"then          {rest}\n"
         f"ended by      {last.finish_reason}{'' if last.stop is None else f' {last.stop!r}'}\n"
         f"computed by   {model.ops.name}, {model.ops.dtype}",
-        file=sys.stderr,
+        error=True,
     )

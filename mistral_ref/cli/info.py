@@ -12,9 +12,11 @@ from itertools import groupby
 
 import mistral_ref
 from mistral_ref.cli.common import add_model_option, size
+from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import list_of_rows
+from mistral_ref.errors import escaped
 from mistral_ref.files.checkpoint import Checkpoint, open_checkpoint
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import DTYPES, Tensor
@@ -55,9 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def print_rows(title: str, rows: dict[str, object]) -> None:
     """Print a title, and below it rows of names and values; the values are aligned."""
-    print(title)
+    say(title)
     for name, value in rows.items():
-        print(fitted(f"  {name:<20}{value}"))
+        say(fitted(f"  {name:<20}{value}"))
 
 
 def architecture(config: ModelConfig) -> dict[str, object]:
@@ -100,7 +102,7 @@ def windows(config: ModelConfig) -> str:
 
 def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]:
     """Return the rows about the files: their layout, their sizes, and the parameters in them."""
-    every, names = matrices(model.weights), [file.path.name for file in checkpoint.files]
+    every, names = matrices(model.weights), [escaped(file.path.name) for file in checkpoint.files]
     n_bits, n_weights = 8 * sum(matrix.nbytes for matrix in every), sum(matrix.size for matrix in every)
     stored = Counter[str]()
     for matrix in every:
@@ -158,13 +160,14 @@ def print_tensors(checkpoint: Checkpoint) -> None:
     named = [(name, hugging_name(name, tensor, checkpoint), tensor) for name, tensor in checkpoint.tensors.items()]
     named += [("(ignored)", tensor.name, tensor) for tensor in checkpoint.ignored]
     rows = [
-        (own, theirs, tensor.dtype, "x".join(map(str, tensor.shape)), tensor.path.name) for own, theirs, tensor in named
+        [escaped(cell) for cell in (own, theirs, tensor.dtype, "x".join(map(str, tensor.shape)), tensor.path.name)]
+        for own, theirs, tensor in named
     ]
     header = ("Mistral's name", "Hugging Face's name", "dtype", "shape", "file")
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    print("tensors")
+    say("tensors")
     if sum(widths) + 2 * len(widths) > (terminal_width() or math.inf):
-        print(fitted(textwrap.indent(list_of_rows(header, rows), "  ")))
+        say(fitted(textwrap.indent(list_of_rows(header, rows), "  ")))
         return
     for row in [header, *rows]:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mistral_ref.cli.width import wrapped
-from mistral_ref.errors import did_you_mean
+from mistral_ref.errors import did_you_mean, escaped
 
 _WORD = re.compile(r"""(?:"[^"]*"|'[^']*'|[^\s"'])+""")  # of a shell
 _OPTIONS = argparse.Action([], "options", nargs="?", metavar="OPTIONS")
@@ -57,7 +57,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line that says what is wrong, and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {escaped(message)} (see {self.prog} --help)\n")
 
 
 class CommandParser(OneLineParser):

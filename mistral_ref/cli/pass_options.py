@@ -7,6 +7,7 @@ from typing import Any
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.cli.common import progress_bar
+from mistral_ref.cli.output import say
 from mistral_ref.cli.width import terminal_width, wrapped
 from mistral_ref.errors import checked_int
 from mistral_ref.model import Model, Prompt
@@ -42,7 +43,7 @@ class _BugAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
         if values == "list":
             width = terminal_width() or 80
-            print("\n".join(wrapped(f"{name:<{_NAME_WIDTH}}{bug.sentence}", width) for name, bug in BUGS.items()))
+            say("\n".join(wrapped(f"{name:<{_NAME_WIDTH}}{bug.sentence}", width) for name, bug in BUGS.items()))
             parser.exit()
         namespace.broken = values
 

@@ -17,6 +17,7 @@ from mistral_ref.cli.common import (
     progress_bar,
     read_standard_input,
 )
+from mistral_ref.cli.output import say
 from mistral_ref.cli.pass_options import add_dtype_option
 from mistral_ref.cli.width import fitted
 from mistral_ref.errors import InputError, checked_int
@@ -145,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(model.ops.dtype),
         "threads": model.ops.threads,
     }
-    print(as_json(figures) if arguments.json else fitted(as_rows(figures)))
+    say(as_json(figures) if arguments.json else fitted(as_rows(figures)))
 
 
 def read_text(file: str) -> str:

@@ -7,6 +7,8 @@ import time
 
 import mistral_ref
 from mistral_ref.cli.common import model_directory, progress_bar, size
+from mistral_ref.cli.output import say
+from mistral_ref.errors import escaped
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES
 from mistral_ref.weights import matrices
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     before, after = (matrices(open_model(directory)[1]) for directory in (source, target))
     n_before, n_after = (sum(matrix.nbytes for matrix in every) for every in (before, after))
     n_weights = sum(matrix.size for matrix in after)
-    print(
-        f"{target}: {size(n_after)} for {size(n_before)}, {8 * n_after / n_weights:.2f} bits a weight "
+    say(
+        f"{escaped(str(target))}: {size(n_after)} for {size(n_before)}, {8 * n_after / n_weights:.2f} bits a weight "
         f"for {8 * n_before / n_weights:.2f}, in {seconds:.1f} s"
     )

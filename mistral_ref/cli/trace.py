@@ -15,6 +15,7 @@ from mistral_ref.cli.common import (
     read_prompt,
     size,
 )
+from mistral_ref.cli.output import say
 from mistral_ref.cli.pass_options import (
     add_broken_option,
     add_dtype_option,
@@ -24,7 +25,7 @@ from mistral_ref.cli.pass_options import (
 )
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table, size_text
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, escaped
 from mistral_ref.files.paths import local_path
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
@@ -96,11 +97,12 @@ def run(arguments: argparse.Namespace) -> None:
     trace = model.trace(tokens, keep=arguments.keep or "*", cache=cache)
     if output is not None:
         trace.save(output)
-        print(f"{output}: {len(trace)} steps of {trace.n_tokens} tokens, {size(local_path(output).stat().st_size)}")
+        n_bytes = local_path(output).stat().st_size
+        say(f"{escaped(output)}: {len(trace)} steps of {trace.n_tokens} tokens, {size(n_bytes)}")
         return
-    print(fitted(f"{trace.n_tokens} tokens from position {trace.start}: {' '.join(trace.pieces)}"))
+    say(fitted(f"{trace.n_tokens} tokens from position {trace.start}: {' '.join(trace.pieces)}"))
     rows = [[name, size_text(step.axes, step.value.shape), str(step.statistics)] for name, step in trace.steps.items()]
-    print(fitted(markdown_table(["step", "axes", "statistics"], rows, terminal_width())))
+    say(fitted(markdown_table(["step", "axes", "statistics"], rows, terminal_width())))
 
 
 def _write_page(arguments: argparse.Namespace, model: Model, tokens: list[int], cache: KVCache | None) -> None:
@@ -112,4 +114,4 @@ def _write_page(arguments: argparse.Namespace, model: Model, tokens: list[int], 
             title=title, progress=progress,
         )  # fmt: skip
     n_bytes = local_path(arguments.output).stat().st_size
-    print(f"{arguments.output}: {len(tokens)} tokens, {size(n_bytes)}; open it in a browser")
+    say(f"{escaped(arguments.output)}: {len(tokens)} tokens, {size(n_bytes)}; open it in a browser")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
+from mistral_ref.cli.output import say
 from mistral_ref.errors import InputError, MistralRefError, checked_int, short_repr
 
 
@@ -48,8 +49,8 @@ class Shell(cmd.Cmd):
         self.use_rawinput = self.is_terminal
 
     def say(self, text: str) -> None:
-        """Print a text without changing it."""
-        print(text)
+        """Print a text."""
+        say(text)
 
     def place(self) -> str:
         """Return the name of the place where the walk stands; the prompt shows it."""

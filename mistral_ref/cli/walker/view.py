@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from mistral_ref.cli.output import fit_for
 from mistral_ref.cli.walker.focus import Focus, Selected
 from mistral_ref.cli.walker.selection import as_index
 from mistral_ref.cli.width import fitted, terminal_width
@@ -43,7 +44,7 @@ class View:
 
     def say(self, text: str) -> None:
         """Print a text; a terminal gets lines that fit it."""
-        self.console.print(Text(fitted(text)))
+        self.console.print(Text(fitted(fit_for(self.console.file, text))))
 
     def greeting(self) -> None:
         """Print the model and the tokens of the walk, and how to begin."""

@@ -1,0 +1,28 @@
+"""All that the commands print: text from outside must not act as a command of the terminal that shows it.
+
+Such text is what a model writes, a path, or a name in a file. Names and paths go through `errors.escaped` where they
+become part of a line, so that they stay on it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import IO
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the line feed and the tab
+
+
+def say(text: object = "", *, end: str = "\n", error: bool = False) -> None:
+    """Print a text at once, to standard output or to standard error.
+
+    A terminal gets its control characters as escapes. A pipe or a file gets the exact text.
+    """
+    stream = sys.stderr if error else sys.stdout
+    if stream is not None:  # it is None where the program was started without it
+        print(fit_for(stream, str(text)), end=end, file=stream, flush=True)
+
+
+def fit_for(stream: IO[str], text: str) -> str:
+    r"""Return a text as a stream may get it: for a terminal, control characters other than \n and \t are escaped."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text) if stream.isatty() else text
