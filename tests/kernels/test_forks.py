@@ -98,7 +98,13 @@ def test_a_turn_that_is_interrupted_is_given_back(where: str, monkeypatch: pytes
         with pytest.raises(KeyboardInterrupt), threads.using(1):
             pass
     taken: list[bool] = []
-    other = threading.Thread(target=lambda: taken.append(threads._TURN.acquire(timeout=1)))
+
+    def take() -> None:
+        taken.append(threads._TURN.acquire(timeout=1))
+        if taken[0]:
+            threads._TURN.release()  # a thread that has ended would keep it for ever
+
+    other = threading.Thread(target=take)
     other.start()
     other.join()
     assert taken == [True]
