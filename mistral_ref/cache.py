@@ -155,7 +155,7 @@ class KVCache:
     def begin(self, n_tokens: int) -> Pass:
         """Start a pass of `n_tokens` tokens: make room, and return the Pass that reads and writes this cache.
 
-        Raises CacheError if the tokens are more than `chunk`, or if the cache would hold more than `max_tokens`.
+        Raises CacheError if the tokens are more than `chunk`, or as `require_room` does.
         """
         if n_tokens > self.chunk:
             raise CacheError(
@@ -163,10 +163,6 @@ class KVCache:
             )
         self.require_room(n_tokens)
         end = self.length + n_tokens
-        if any(ring.capacity_for(end) > ring.capacity for ring in self.rings):
-            more = self.bytes_for(end) - self.bytes_for(self.length)
-            hint = "new_cache(dtype='int8') takes less" if self.dtype != "int8" else ""
-            require_memory(more, f"a cache of {end} tokens, up from {self.length},", hint, CacheError)
         for ring in self.rings:
             self._grow(ring, ring.capacity_for(end))
             ring.oldest = max(ring.oldest, end - ring.capacity)
@@ -174,13 +170,17 @@ class KVCache:
         return Pass(self, self.length, n_tokens, self._n_passes)
 
     def require_room(self, n_tokens: int) -> None:
-        """Raise CacheError if the cache would hold more than `max_tokens` tokens with `n_tokens` more."""
+        """Raise CacheError if `n_tokens` more tokens would be more than `max_tokens`, or more than memory holds."""
         end = self.length + n_tokens
         if self.max_tokens is not None and end > self.max_tokens:
             raise CacheError(
                 f"the cache would hold {end} tokens; expected at most {self.max_tokens}: new_cache(max_tokens=...) "
                 "sets this number"
             )
+        if any(ring.capacity_for(end) > ring.capacity for ring in self.rings):
+            hint = "" if self.dtype == "int8" else "new_cache(dtype='int8') takes less"
+            more = self.bytes_for(end) - self.bytes_for(self.length)
+            require_memory(more, f"a cache that grows from {self.length} to {end} tokens", hint, CacheError)
 
     def _grow(self, ring: Ring, capacity: int) -> None:
         if capacity == ring.capacity:

@@ -30,6 +30,7 @@ ALLOWED_SKIPS = {
     "llama-cpp-python or gguf is not installed",
     "mistral-common is not installed",
     "mkdocs is not installed",
+    "mypy is not installed",
     "nbclient or ipykernel is not installed",
     "only root can become another user",
     "playwright is not installed",

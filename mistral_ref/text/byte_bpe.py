@@ -46,6 +46,13 @@ class ByteBPE:
         self.ids = ids
         self._ids_of_word = lru_cache(_MOST_KEPT)(self._merge_word)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_ids_of_word"}  # it cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._ids_of_word = lru_cache(_MOST_KEPT)(self._merge_word)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         ids: list[int] = []
