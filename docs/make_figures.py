@@ -26,7 +26,6 @@ SENTENCE = "Once upon a time there was a little girl. She"
 
 def figures(model: mistral_ref.Model) -> dict[str, Axes]:
     """Return every figure by the name of its file."""
-    window = model.config.sliding_window[2]
     trace = model.trace(SENTENCE)
     story = model.token_ids(STORY)[:N_STORY]
     long_trace = model.trace(story, keep="layers.2.attention_weights")
@@ -36,8 +35,8 @@ def figures(model: mistral_ref.Model) -> dict[str, Axes]:
     prompt = cost_table(model, story)
     token = cost_table(model, story[-1:], cache, limits=prompt.limits)
     return {
-        "attention": plots.attention(trace, 2, 3, window=window),
-        "attention_window": plots.attention(long_trace, 2, 3, window=window),
+        "attention": plots.attention(trace, 2, 3),
+        "attention_window": plots.attention(long_trace, 2, 3),
         "ring": plots.ring(window=4, n_tokens=12),
         "ring_chunks": plots.ring(window=4, chunk=2, n_tokens=12),
         "rope": rope(model.config),

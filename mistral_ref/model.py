@@ -206,7 +206,8 @@ class Model:
         walk = self._walk(ids, cache, False, inside_attention([*kept, *touched]), edits)
         steps = [step for step in walk if step.name in kept]
         pieces = [self.piece(token) for token in ids]
-        return Trace(steps, ids, pieces, start=start, made_by=f"{self.ops.dtype} by {self.ops.name}")
+        made_by, windows = f"{self.ops.dtype} by {self.ops.name}", self.config.sliding_window
+        return Trace(steps, ids, pieces, start=start, made_by=made_by, windows=windows)
 
     def piece(self, token: int) -> str:
         """Return the tokenizer's piece of a token id, safe to print; "[7]" for an id 7 without a piece."""

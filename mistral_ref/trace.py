@@ -39,14 +39,23 @@ class Trace(Mapping[str, np.ndarray]):
     pieces      the tokenizer's piece of each token, safe to print
     start       position of the first token
     made_by     dtype and backend, or the text in a file's metadata
+    windows     the window of each layer, None for a layer without one; None if it is not known which windows there are
     """
 
     def __init__(
-        self, steps: Iterable[Step], tokens: Sequence[int], pieces: Sequence[str], *, start: int = 0, made_by: str = ""
+        self,
+        steps: Iterable[Step],
+        tokens: Sequence[int],
+        pieces: Sequence[str],
+        *,
+        start: int = 0,
+        made_by: str = "",
+        windows: Sequence[int | None] | None = None,
     ) -> None:
         self.steps = {step.name: step for step in steps}
         self.tokens, self.pieces = list(tokens), [printable(piece) for piece in pieces]
         self.start, self.made_by = start, made_by
+        self.windows = None if windows is None else tuple(windows)
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
@@ -121,6 +130,7 @@ class Trace(Mapping[str, np.ndarray]):
         about = {
             "start": self.start,
             "made_by": self.made_by,
+            "windows": self.windows,
             "rope_row_order": "interleaved",
             "has_experts": any(step.kind != CATALOGUE.get(kind, step.kind) for kind, step in kinds.items()),
             "sources": {kind: step.source for kind, step in kinds.items()},
@@ -136,8 +146,8 @@ class Trace(Mapping[str, np.ndarray]):
         last token. Scores of -3e4 or less count as -inf: the query does not see the key.
 
         A dump may also hold "tokens", the ids as I64, I32 or U32. Its metadata may hold the position of the first
-        token: {"mistral_ref.trace.v1": '{"start": 7}'}. Without it the pass begins at position 0. Other tensors are
-        ignored, with a warning.
+        token and the window of each layer: {"mistral_ref.trace.v1": '{"start": 7, "windows": [4096, null]}'}. Without
+        a start the pass begins at position 0. Other tensors are ignored, with a warning.
 
         rope_row_order      "halves" for an engine whose RoPE pairs lie half a head apart, as in Hugging Face's layout:
                             q, k, q_rotated and k_rotated are then reordered, so that pairs are neighbours. If the
@@ -148,7 +158,9 @@ class Trace(Mapping[str, np.ndarray]):
         names the file and the problem.
         """
         found = read_dump(local_path(path), checked_row_order(rope_row_order))
-        return cls(found.steps, found.tokens, found.pieces, start=found.start, made_by=found.made_by)
+        return cls(
+            found.steps, found.tokens, found.pieces, start=found.start, made_by=found.made_by, windows=found.windows
+        )
 
     def __repr__(self) -> str:
         made_by = f", {self.made_by}" if self.made_by else ""

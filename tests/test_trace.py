@@ -234,7 +234,7 @@ def test_a_trace_comes_back_as_it_was_saved(config: ModelConfig, dtype: str, tmp
     assert_same(loaded, trace)
     assert (loaded.start, loaded.tokens, loaded.pieces) == (20, [4, 5, 4], ["[4]", "[5]", "[4]"])
     assert loaded.steps["layers.1.scores"].key_positions.stop == 23
-    assert loaded.made_by == f"{dtype} by numpy"
+    assert (loaded.made_by, loaded.windows) == (f"{dtype} by numpy", config.sliding_window)
     assert os.listdir(tmp_path) == ["t.safetensors"]
     loaded.save(tmp_path / "t.safetensors")  # over the file that its values are mapped from
     assert_same(Trace.load(tmp_path / "t.safetensors"), trace)
@@ -524,6 +524,9 @@ HOSTILE: dict[str, tuple[bytes, tuple[object, ...]]] = {
     "start a digit too many": (with_about(f'{{"start": {"9" * 5000}}}'), (FORMAT,)),
     "start a truth": (with_about('{"start": true}'), ("start", True, "whole number")),
     "start twice": (with_about('{"start": 1, "start": 2}'), (FORMAT, "'start'", "twice")),
+    "windows a number": (with_about('{"windows": 3}'), ("windows", 3, "list")),
+    "a window of 0": (with_about('{"windows": [null, 0]}'), ("windows", 0)),
+    "a window that is text": (with_about('{"windows": ["4"]}'), ("windows", "'4'")),
     "maker a list": (with_about('{"made_by": ["\\u001b[2J"]}'), ("made_by", r"['\x1b[2J']", "str")),
     "sources a list": (with_about('{"sources": []}'), ("sources", "[]", "dict")),
     "experts a number": (with_about('{"has_experts": 1}'), ("has_experts", 1, "bool")),
@@ -606,7 +609,7 @@ def test_what_a_file_says_of_itself_is_shown_and_not_obeyed(tmp_path: Path) -> N
 
 
 # What a fuzzed file is made from: every field of the metadata, every kind of tensor.
-SEED_ABOUT = {"start": 3, "made_by": "x", "has_experts": False, "sources": {"q": "a.py:1"}}
+SEED_ABOUT = {"start": 3, "made_by": "x", "windows": [4, None], "has_experts": False, "sources": {"q": "a.py:1"}}
 SEED = tensors_of(
     embedding=(2, 4),
     layers__0__q=(1, 2, 2, 4),

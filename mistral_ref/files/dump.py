@@ -41,6 +41,7 @@ class Dump(NamedTuple):
     pieces: list[str]
     start: int
     made_by: str
+    windows: list[int | None] | None
 
 
 def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
@@ -61,7 +62,7 @@ def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
     steps = [_step(tensors[name], about, about["rope_row_order"] or rope_row_order) for name in names]
     n_tokens = _checked_count(path, steps, tokens)
     pieces = _pieces(path, tensors, n_tokens) if "pieces" in tensors else [str(token) for token in tokens]
-    return Dump(steps, tokens, pieces, about["start"], about["made_by"])
+    return Dump(steps, tokens, pieces, about["start"], about["made_by"], about["windows"])
 
 
 def _checked_count(path: Path, steps: Sequence[Step], tokens: Sequence[int]) -> int:
@@ -120,7 +121,8 @@ def tokens_of(step: Step) -> int:
 
 def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields in a trace's metadata; an absent field gets its default. Raises CheckpointError."""
-    about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}, "rope_row_order": None}
+    about: dict[str, Any] = {"start": 0, "made_by": "", "has_experts": False, "sources": {}}
+    about |= {"rope_row_order": None, "windows": None}
     try:
         about |= _checked("it", parse_json(metadata.get(FORMAT, "{}")), dict)
         start = checked_int("start", about["start"], 0, _MAX_POSITIONS)
@@ -128,6 +130,10 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         has_experts = _checked("has_experts", about["has_experts"], bool)
         sources = {kind: printable(str(source)) for kind, source in _checked("sources", about["sources"], dict).items()}
         row_order = checked_row_order(about["rope_row_order"])
+        windows = None if about["windows"] is None else _checked("windows", about["windows"], list)
+        for window in windows or []:
+            if window is not None:
+                checked_int("windows", window, 1, _MAX_POSITIONS)
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata {FORMAT} cannot be read: {printable(str(error))}") from None
     return {
@@ -136,6 +142,7 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         "has_experts": has_experts,
         "sources": sources,
         "rope_row_order": row_order,
+        "windows": windows,
     }
 
 

@@ -3,7 +3,7 @@
     from mistral_ref.study import plots
 
     trace = model.trace("Once upon a time", keep="layers.*.attention_weights")
-    ax = plots.attention(trace, layer=2, head=3, window=model.config.sliding_window[2])
+    ax = plots.attention(trace, layer=2, head=3)
     ax.figure.savefig("attention.svg")
 
 Every function draws into `ax`, or without `ax` into a new figure, and returns the Axes. If new Axes are the last value
@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from mistral_ref.cache import Ring
-from mistral_ref.errors import checked_int
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.measure.cost_table import CostTable
 from mistral_ref.reference_ops import attends
 from mistral_ref.study import lens
@@ -56,7 +56,9 @@ __all__ = [
 
 
 @styled
-def attention(trace: Trace, layer: int, head: int, *, window: int | None, ax: Axes | None = None) -> Axes:
+def attention(
+    trace: Trace, layer: int, head: int, *, window: int | Literal["auto"] | None = "auto", ax: Axes | None = None
+) -> Axes:
     """Draw the attention weights of one query head: a row for each query, a column for each key, oldest first.
 
     A query sees the keys with 0 <= query - key < window. Two lines enclose them: the causal edge on the right, the edge
@@ -64,10 +66,16 @@ def attention(trace: Trace, layer: int, head: int, *, window: int | None, ax: Ax
     outside the lines that is not 0 is drawn as well, so that the reader sees a wrong window. A value that no weight can
     have (NaN, or more than 1) is orange.
 
-    window      the layer's window, model.config.sliding_window[layer]; None if the layer has no window
+    window      the window to draw; "auto": the layer's own, as the trace knows it; None: the layer has no window
+
+    Raises InputError if the trace does not know the layers' windows, as a dump of another engine may not.
     """
-    window = None if window is None else checked_int("window", window, least=1)
     picture = lens.attention(trace, layer, head)
+    if window == "auto":
+        if trace.windows is None or layer >= len(trace.windows):
+            raise InputError(f"this trace does not know layer {layer}'s window; expected window=, a number or None")
+        window = trace.windows[layer]
+    window = None if window is None else checked_int("window", window, least=1)
     weights_TS = picture.weights_TS
     n_queries, n_keys = weights_TS.shape
     queries_T = trace.start + np.arange(n_queries)

@@ -105,7 +105,7 @@ def test_attention_draws_the_weights_and_hides_what_is_out_of_sight(name: str) -
     config = FAMILIES[name].config
     trace = model_of(config).trace(tokens_for(config, 20), keep="*.attention_weights")
     for layer, window in enumerate(config.sliding_window):
-        ax = plots.attention(trace, layer, 1, window=window)
+        ax = plots.attention(trace, layer, 1)
         cells = ax.images[0].get_array()
         query, key = np.indices((20, 20))
         assert np.array_equal(np.ma.getmaskarray(cells), ~attends(query, key, window))
@@ -130,11 +130,29 @@ def test_attention_of_more_tokens_than_the_window_thins_its_labels(demo: Model) 
     assert "window's edge: 64 keys, itself included" in strings(ax.get_legend().get_texts())
 
 
+def test_attention_finds_the_windows_of_a_trace_in_a_file(tmp_path: Path) -> None:
+    config = FAMILIES["interleaved_windows"].config  # None, 6, 6, 6
+    model_of(config).trace(tokens_for(config, 9), keep="*.attention_weights").save(tmp_path / "t")
+    trace = Trace.load(tmp_path / "t")
+    assert trace.windows == config.sliding_window
+    asked = [(0, {}, 0), (1, {}, 1), (3, {}, 1), (1, {"window": None}, 0), (0, {"window": 3}, 1)]
+    for layer, window, n_edges in asked:
+        ax = plots.attention(trace, layer, 0, **window)
+        assert [line.get_color() for line in ax.lines].count(VERMILLION) == n_edges
+
+
+def test_attention_of_a_dump_needs_a_window() -> None:
+    step = Step("layers.0.attention_weights", CATALOGUE["attention_weights"], np.eye(3)[np.newaxis], range(3))
+    for windows in (None, ()):
+        with refused(InputError, "layer 0", "window"):
+            plots.attention(Trace([step], [], [], windows=windows), 0, 0)
+
+
 def test_attention_after_a_cache_names_positions_before_the_trace(demo: Model) -> None:
     cache = demo.new_cache()
     demo.forward(tokens_for(demo.config, 99), cache)
     trace = demo.trace(" girl", cache=cache)
-    ax = plots.attention(trace, 0, 0, window=64)
+    ax = plots.attention(trace, 0, 0)
     check_drawn(ax)
     assert labels_of(ax.xaxis)[0] == f"@{100 + trace.n_tokens - trace['layers.0.attention_weights'].shape[2] - 1}"
     (edge,) = (line for line in ax.lines if line.get_color() == VERMILLION)
