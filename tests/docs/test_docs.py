@@ -12,7 +12,15 @@ from support.marks import slow_but
 from support.paths import ROOT
 
 COURSE = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "course").glob("*.md")))
-PAGES = ("README.md", "docs/weights.md", "docs/in-a-program.md", "docs/stepping.md", "docs/quantization.md", *COURSE)
+PAGES = (
+    "README.md",
+    "docs/weights.md",
+    "docs/generating.md",
+    "docs/in-a-program.md",
+    "docs/stepping.md",
+    "docs/quantization.md",
+    *COURSE,
+)
 GUIDES = ("architecture", "benchmarks", "changelog", "contributing", "kernels")
 MEASUREMENTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "measurements").glob("*.md"))]
 LINKED = (*PAGES, *(f"docs/{guide}.md" for guide in GUIDES), *MEASUREMENTS)

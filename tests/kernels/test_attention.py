@@ -106,31 +106,27 @@ def test_one_query_hears_nothing_of_what_it_does_not_see(dtype: str, past: Past,
     np.testing.assert_array_equal(attended(past, store, slots), expected)
 
 
-@pytest.mark.parametrize(
-    "is_key",
-    [
-        pytest.param(True, id="key"),
-        pytest.param(
-            False, id="value", marks=pytest.mark.xfail(reason="the kernel multiplies unseen values by 0", strict=True)
-        ),
-    ],
-)
+@pytest.mark.parametrize("is_key", [True, False], ids=["key", "value"])
 @given(pasts(), st.integers(0, 70), st.data())
 @some
-def test_nan_in_a_key_or_value_reaches_exactly_the_heads_that_see_it(
+def test_nan_in_a_key_or_value_reaches_the_heads_that_see_it(
     is_key: bool, past: Past, spare: int, data: st.DataObject
 ) -> None:
-    """A key that is NaN makes NaN of whole heads, a number of a value makes NaN of one number in each head."""
+    """A key that is NaN makes NaN of whole heads, a number of a value makes NaN of one number in each head.
+
+    A value may also reach other queries of the same pass, because the kernel multiplies it by 0 for them. CompiledOps
+    computes these queries again (tests/test_nan_containment.py).
+    """
     key, g = data.draw(st.integers(0, len(past.k) - 1)), data.draw(st.integers(0, past.k.shape[1] - 1))
     i = data.draw(st.integers(0, past.k.shape[2] - 1))
     (past.k if is_key else past.v)[key, g, i] = np.nan
     n_heads, n_kv_heads = past.q.shape[1], past.k.shape[1]
     of_group = np.arange(n_heads) // (n_heads // n_kv_heads) == g
-    reached = past.visible()[:, key, np.newaxis, np.newaxis] & of_group[:, np.newaxis] & np.ones(past.k.shape[2], bool)
-    if not is_key:
-        reached &= np.arange(past.k.shape[2]) == i
-    found = attended(past, *filled(past, spare, "float32"))
-    np.testing.assert_array_equal(np.isnan(found), reached)
+    of_key_HK = of_group[:, np.newaxis] & (is_key | (np.arange(past.k.shape[2]) == i))
+    sees_T = past.visible()[:, key]
+    found = np.isnan(attended(past, *filled(past, spare, "float32")))
+    np.testing.assert_array_equal(found[sees_T], np.broadcast_to(of_key_HK, found[sees_T].shape))
+    assert not found[~sees_T].any() if is_key else not np.any(found & ~of_key_HK)
 
 
 @each_store
