@@ -71,6 +71,10 @@ class TokenizerError(MistralRefError):
     """A tokenizer file cannot be read, or does not belong to the model."""
 
 
+class UnknownTokenizerError(TokenizerError):
+    """A tokenizer file is of a kind, or asks for something, that this library does not have."""
+
+
 class InputError(MistralRefError):
     """An argument of a call cannot be used: token ids, a prompt, an edit, a sampling setting."""
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from mistral_ref.activations import Activations
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import ConfigError, InputError, Progress, TokenizerError, short_repr, warn
+from mistral_ref.errors import (
+    ConfigError,
+    InputError,
+    Progress,
+    TokenizerError,
+    UnknownTokenizerError,
+    short_repr,
+    warn,
+)
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.config_files import read_eos_ids
 from mistral_ref.files.paths import checked_directory
@@ -96,7 +104,7 @@ def _text_side(directory: Path, config: ModelConfig) -> tuple[Tokenizer | None, 
     tokenizer_config.json, else that of its file (`Model` takes the last two).
 
     Raises ConfigError or TokenizerError if they do not fit the model's vocabulary. Warns if an added token does not:
-    models are published with tokens that are never used, such as "[PAD]".
+    models are published with tokens that are never used, such as "[PAD]". Warns if the tokenizer is of an unknown kind.
     """
     eos_ids = read_eos_ids(directory)
     if eos_ids and max(eos_ids) >= config.vocab_size:
@@ -104,7 +112,11 @@ def _text_side(directory: Path, config: ModelConfig) -> tuple[Tokenizer | None, 
     path = find_tokenizer(directory)
     if path is None:
         return None, eos_ids
-    tokenizer = load_tokenizer(path)
+    try:
+        tokenizer = load_tokenizer(path)
+    except UnknownTokenizerError as error:
+        warn(f"{error}; without a tokenizer, prompts must be token ids")
+        return None, eos_ids
     if tokenizer.n_pieces > config.vocab_size:
         raise TokenizerError(
             f"{directory}: the tokenizer has {tokenizer.n_pieces} pieces; "

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from mistral_ref.errors import TokenizerError
+from mistral_ref.errors import TokenizerError, UnknownTokenizerError
 from mistral_ref.files.json_file import TOKENIZER, read_json
 from mistral_ref.files.paths import local_path
 from mistral_ref.text.added_tokens import read_tokenizer_config
@@ -22,6 +22,7 @@ from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenize
 from mistral_ref.text.sentencepiece_file import read_model
 from mistral_ref.text.tekken import tekken_tokenizer
 from mistral_ref.text.tokenizer import Tokenizer
+from mistral_ref.text.tokenizer_json import tokenizer_json
 
 __all__ = [
     "SentencePieceTokenizer",
@@ -40,7 +41,8 @@ _VERSIONED_FILE = re.compile(r".+\.model\.v\d+(m\d+)?")
 def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
     """Return the path of the tokenizer's file in a model's directory; None if it has none. The file is not opened.
 
-    It is `tekken.json`, else `tokenizer.model`, or else the only file with a versioned name.
+    It is `tekken.json`, else `tokenizer.model`, else the only file with a versioned name, or else `tokenizer.json`,
+    which is made from the others, and sometimes made wrongly.
 
     Raises TokenizerError if the directory cannot be listed, or if it has several versioned names.
     """
@@ -55,25 +57,33 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
     versioned = [name for name in names if _VERSIONED_FILE.fullmatch(name)]
     if len(versioned) > 1:
         raise TokenizerError(f"{directory}: holds several tokenizers, {', '.join(versioned)}; give the path of one")
-    return directory / versioned[0] if versioned else None
+    last = [*versioned, *({"tokenizer.json"} & {*names})]
+    return directory / last[0] if last else None
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Return the tokenizer in a file, or in a directory (`find_tokenizer`). The file's content tells its kind.
 
-    Added tokens of a SentencePiece model are read from tokenizer_config.json or added_tokens.json beside its file.
+    tokenizer_config.json or added_tokens.json beside it are read, too, except beside tekken.json, which says all.
 
-    Raises TokenizerError if there is no such file, or if it cannot be used. The message begins with the path.
+    Raises TokenizerError if there is no such file, or if it cannot be used; UnknownTokenizerError, a kind of it, if the
+    file is of another kind than these. The message begins with the path.
     """
     path = local_path(path)
     if os.path.isdir(path):
         found = find_tokenizer(path)
         if found is None:
-            raise TokenizerError(f"{path}: holds no tokenizer; expected tekken.json or {TOKENIZER_FILE}")
+            raise TokenizerError(
+                f"{path}: holds no tokenizer; expected tekken.json, {TOKENIZER_FILE} or tokenizer.json"
+            )
         path = found
     if _begins_as_json(path):
         document = read_json(path, TokenizerError, TOKENIZER)
-        return tekken_tokenizer(document, str(path))
+        if "config" in document and "vocab" in document:
+            return tekken_tokenizer(document, str(path))
+        if "model" in document:
+            return tokenizer_json(document, str(path), read_tokenizer_config(path.parent))
+        raise UnknownTokenizerError(f"{path}: has neither the fields of tekken.json nor those of tokenizer.json")
     return SentencePieceTokenizer(read_model(path), origin=str(path), config=read_tokenizer_config(path.parent))
 
 

@@ -108,6 +108,8 @@ class TokenizerConfig:
     origin      the directory of the files
     added       the added tokens
     eos_token   the content of the token that ends a text; None: the tokenizer's own file names it
+    bos_token   the content of the token that begins a text
+    add_bos_token       whether texts begin with it; None: the tokenizer's own file says it
     legacy      True: the text behind an added token is encoded like a text of its own, so SentencePiece puts a space
                 before it. False: no space is put there. Files from before there was this choice mean True
     """
@@ -115,6 +117,8 @@ class TokenizerConfig:
     origin: str = "tokenizer"
     added: tuple[AddedToken, ...] = ()
     eos_token: str | None = None
+    bos_token: str | None = None
+    add_bos_token: bool | None = None
     legacy: bool = True
 
 
@@ -138,14 +142,27 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
         unused = {token.content: token.id for token in added}
         added = [added_token(_id_of(key, where), fields, f"{where} {key}:") for key, fields in listed.items()]
         _warn_of_unused(unused, added, added_json, config_json)
-    eos_token, legacy = config.get("eos_token"), config.get("legacy")
-    if isinstance(eos_token, dict):
-        eos_token = eos_token.get("content")
-    if not isinstance(eos_token, str | None):
-        raise TokenizerError(f"{config_json}: eos_token is {short_repr(eos_token)}; expected the content of a token")
-    if not isinstance(legacy, bool | None):
-        raise TokenizerError(f"{config_json}: legacy is {short_repr(legacy)}; expected true or false")
-    return TokenizerConfig(str(directory), tuple(added), eos_token, legacy=legacy is not False)
+    for field in ("add_bos_token", "legacy"):
+        if not isinstance(config.get(field), bool | None):
+            raise TokenizerError(f"{config_json}: {field} is {short_repr(config[field])}; expected true or false")
+    return TokenizerConfig(
+        str(directory),
+        tuple(added),
+        eos_token=_content_of(config, "eos_token", config_json),
+        bos_token=_content_of(config, "bos_token", config_json),
+        add_bos_token=config.get("add_bos_token"),
+        legacy=config.get("legacy") is not False,
+    )
+
+
+def _content_of(config: dict[str, Any], field: str, config_json: Path) -> str | None:
+    """Return the content of the token that a field names: a text, or an object with it."""
+    value = config.get(field)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if not isinstance(value, str | None):
+        raise TokenizerError(f"{config_json}: {field} is {short_repr(value)}; expected the content of a token")
+    return value
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -4,114 +4,147 @@ Three steps make ids of a text:
 
     split   a pattern cuts the text into words, about as one would say them:   "I saw them"  ->  "I", " saw", " them"
     merge   each word begins as its bytes. Of all pairs of neighbours that may be merged, the one that training merged
-            earliest is merged, the leftmost if it occurs twice. This repeats until no pair can be merged
-    look up each piece that is left has an id
+            first is merged, the leftmost if it occurs twice. This repeats until no pair can be merged
+    look up each part that is left is a piece of the vocabulary, and has an id
 
         " them"     ▁|t|h|e|m     ▁t|h|e|m     ▁t|he|m     ▁the|m     ▁them
 
-So there is no unknown text: what was never merged stays bytes. `merges` shows the second step, and the ids do not
-depend on how it is done.
+So no text is unknown: what was never merged stays bytes. Files differ in how they say which pairs training merged. In
+tekken.json a pair may be merged if it is a piece, and pieces are in the order of training (`ByteBPE`). tokenizer.json
+and GGUF files have a list of merges (`MergeListBPE`).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-import regex
+from mistral_ref.text.split_patterns import split
 
-_LETTERS = r"\p{L}\p{N}"
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-# The patterns that are known. A pattern of strangers is never compiled: it could take for ever on a short text.
-TEKKEN = (
-    rf"[^\r\n{_LETTERS}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n{_LETTERS}]?[{_UPPER}]+[{_LOWER}]*"
-    rf"|\p{{N}}| ?[^\s{_LETTERS}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-_LONGEST_KEPT, _MOST_KEPT = 32, 2**16  # characters of a word, words: their ids are kept, in about 10 MB at most
+_LONGEST_KEPT, _MOST_KEPT = 32, 2**15  # characters of a word, words: their ids are kept, in about 10 MB at most
 
 
 class ByteBPE:
-    """The three steps, with one vocabulary.
+    """The three steps, with one vocabulary. A pair of parts may be merged if together they are a piece.
 
-    patterns    how a text is split: by the first, then each part by the next
-    ids         the id of each piece, a string of bytes
+    patterns    how a text is split (split_patterns.py)
+    ids         the ids of the pieces, in the order of the merges. Each byte is a piece
     """
 
-    def __init__(self, patterns: Sequence[str], ids: Mapping[bytes, int]) -> None:
-        self._patterns = [regex.compile(pattern) for pattern in patterns]
-        self.ids = ids
-        self._ids_of_word = lru_cache(_MOST_KEPT)(self._merge_word)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_ids_of_word"}  # it cannot be pickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._ids_of_word = lru_cache(_MOST_KEPT)(self._merge_word)
+    def __init__(self, patterns: Sequence[str], ids: Mapping[Any, int]) -> None:
+        self.patterns, self.ids = patterns, ids
+        self._kept: dict[str, list[int]] = {}  # ids of words: a text says many words often
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         ids: list[int] = []
-        for word in self.split(text):
-            ids += self._ids_of_word(word) if len(word) <= _LONGEST_KEPT else self._merge_word(word)
+        for word in split(text, self.patterns):
+            found = self._kept.get(word)
+            if found is None:
+                found = self._ids_of_word(word)
+                if len(word) <= _LONGEST_KEPT:
+                    if len(self._kept) >= _MOST_KEPT:
+                        self._kept.clear()
+                    self._kept[word] = found
+            ids += found
         return ids
 
-    def split(self, text: str) -> list[str]:
-        """Return the words of a text; together they are the text."""
-        words = [text]
-        for pattern in self._patterns:
-            words = [part for word in words for part in pattern.findall(word)]
-        return words
+    def _ids_of_word(self, word: str) -> list[int]:
+        spelled = word.encode()
+        whole = self.whole(spelled)
+        return [self.ids[part] for part in merged(self.parts(spelled), self.rank)] if whole is None else [whole]
 
-    def rank(self, left: bytes, right: bytes) -> int | None:
-        """Return how early training merged this pair, 0 first; None: it may not be merged."""
-        return self.ids.get(left + right)
-
-    def _merge_word(self, word: str) -> tuple[int, ...]:
-        """Return the ids of one word."""
-        piece = word.encode()
-        if (token_id := self.ids.get(piece)) is not None:
-            return (token_id,)
-        parts = merge([piece[at : at + 1] for at in range(len(piece))], self.rank)
-        return tuple(self.ids[part] for part in parts)
-
-    def merges(self, word: str) -> Iterator[list[bytes]]:
-        """Yield the parts of a word before each merge, and after the last one."""
-        piece = word.encode()
-        parts = [piece[at : at + 1] for at in range(len(piece))]
-        yield parts
+    def merges(self, word: bytes) -> Iterator[list[bytes]]:
+        """Yield the parts of a word before each merge, and at the end. `merged` finds the same end faster."""
+        parts = self.parts(word)
         while True:
+            yield [self.bytes_of(part) for part in parts]
             ranks = [self.rank(*pair) for pair in pairwise(parts)]
             allowed = [(rank, at) for at, rank in enumerate(ranks) if rank is not None]
             if not allowed:
                 return
             _, at = min(allowed)
-            parts = [*parts[:at], parts[at] + parts[at + 1], *parts[at + 2 :]]
-            yield parts
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+    def parts(self, word: bytes) -> list[Any]:
+        """Return what a word is before the first merge: its bytes, as pieces have them."""
+        return [word[at : at + 1] for at in range(len(word))]
+
+    def bytes_of(self, piece: Any) -> bytes:
+        """Return the bytes of a piece."""
+        return piece
+
+    def rank(self, left: Any, right: Any) -> int | None:
+        """Return the place of a merge in the order of training; None: this pair may not be merged."""
+        return self.ids.get(left + right)
+
+    def whole(self, word: bytes) -> int | None:
+        """Return the id of a word that is a piece, so that nothing is merged; None for other words."""
+        return self.ids.get(word)
 
 
-def merge(parts: list[Any], rank: Callable[[Any, Any], int | None]) -> list[Any]:
-    """Return what is left of the parts of a word when no pair of neighbours can be merged.
+# GPT-2 writes each byte as a character that can be printed, so that a list of pieces is a text. It is the character of
+# this number if that can be printed. The others, from U+0100 on, stand for the rest of the bytes: "Ġ" is the space.
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_REST = [byte for byte in range(256) if byte not in _PRINTABLE]
+_LETTER = {byte: byte for byte in _PRINTABLE} | {byte: 0x100 + n for n, byte in enumerate(_REST)}
+_BYTE = {letter: byte for byte, letter in _LETTER.items()}
+LETTERS = "".join(chr(_LETTER[byte]) for byte in range(256))
 
-    The pairs wait in a heap, so the time is in proportion to n log n for n parts. A merge does not search the heap for
-    the pairs that it ends: when one of them comes up, its parts are no longer there. A part that was merged into the
-    part before it is None.
+
+class MergeListBPE(ByteBPE):
+    """The pairs that may be merged are listed. Pieces are written in GPT-2's letters for bytes, `LETTERS`.
+
+    ids             the ids of the pieces. A byte that is no piece is left out of every text
+    ranks           the ranks of the merges, each written as "Ġt he"
+    whole_words     a word that is a piece is not merged. Without this a piece that no merges lead to is never found
+    """
+
+    def __init__(
+        self, patterns: Sequence[str], ids: Mapping[str, int], ranks: Mapping[str, int], *, whole_words: bool
+    ) -> None:
+        super().__init__(patterns, ids)
+        self._ranks, self._whole_words = ranks, whole_words
+
+    def parts(self, word: bytes) -> list[Any]:
+        return [letter for letter in _in_letters(word) if letter in self.ids]
+
+    def bytes_of(self, piece: Any) -> bytes:
+        try:
+            return bytes(map(_BYTE.__getitem__, map(ord, piece)))
+        except KeyError:  # an unusual piece is written as it is
+            return piece.encode()
+
+    def rank(self, left: Any, right: Any) -> int | None:
+        return self._ranks.get(f"{left} {right}")
+
+    def whole(self, word: bytes) -> int | None:
+        return self.ids.get(_in_letters(word)) if self._whole_words else None
+
+
+def _in_letters(word: bytes) -> str:
+    r"""Return bytes in GPT-2's letters.
+
+    >>> _in_letters(" né\n".encode())
+    'ĠnÃ©Ċ'
+    """
+    return word.decode("latin-1").translate(_LETTER)
+
+
+def merged(parts: list[Any], rank: Callable[[Any, Any], int | None]) -> list[Any]:
+    """Return what is left of the parts of a word when no pair of neighbours can be merged. `parts` is used up.
+
+    The pairs wait in a heap, so n parts take a time in proportion to n log n. A merge does not search the heap for the
+    pairs that it ends: when such a pair comes up, its parts are no longer there. A part that was merged into the part
+    before it is None.
     """
     n = len(parts)
     before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-    heap: list[tuple[int, int, Any, Any]] = []
-
-    def add(at: int, to: int) -> None:
-        found = rank(parts[at], parts[to])
-        if found is not None:
-            heapq.heappush(heap, (found, at, parts[at], parts[to]))
-
-    for at in range(n - 1):
-        add(at, at + 1)
+    ranks = [(rank(*pair), at, *pair) for at, pair in enumerate(pairwise(parts))]
+    heap = [entry for entry in ranks if entry[0] is not None]
+    heapq.heapify(heap)
     while heap:
         _, at, left, right = heapq.heappop(heap)
         to = after[at]
@@ -121,7 +154,10 @@ def merge(parts: list[Any], rank: Callable[[Any, Any], int | None]) -> list[Any]
         after[at] = beyond = after[to]
         if beyond < n:
             before[beyond] = at
-            add(at, beyond)
-        if before[at] >= 0:
-            add(before[at], at)
+        for first, second in ((before[at], at), (at, beyond)):
+            if first >= 0 and second < n:
+                left, right = parts[first], parts[second]
+                found = rank(left, right)
+                if found is not None:
+                    heapq.heappush(heap, (found, first, left, right))
     return [part for part in parts if part is not None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Literal
 
 from mistral_ref.errors import InputError, escaped, short_repr
 from mistral_ref.text.added_tokens import AddedToken, AddedTokens
@@ -11,12 +13,15 @@ from mistral_ref.text.byte_bpe import ByteBPE
 from mistral_ref.text.stream import ByteStream
 from mistral_ref.text.tokenizer import Tokenizer
 
+NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
+
 
 class ByteTokenizer(Tokenizer):
     """Text to ids and back, with a byte-level BPE.
 
     bpe         how a text becomes pieces
     controls    the ids of the control tokens by their names. No text becomes them, and they have no text
+    normal_forms    the Unicode normal forms, such as "NFC", that a text gets before it is split, one after the other
 
     The other arguments are attributes of every `Tokenizer`.
     """
@@ -33,20 +38,27 @@ class ByteTokenizer(Tokenizer):
         added: AddedTokens | None = None,
         chat_format: str | None = None,
         settings: object = None,
+        normal_forms: Sequence[NormalForm] = (),
     ) -> None:
         self.bpe, self.kind, self.origin, self.controls = bpe, kind, origin, controls
         self.bos_id, self.eos_id, self.chat_format, self.settings = bos_id, eos_id, chat_format, settings
+        self._normal_forms = normal_forms
         self.added = AddedTokens() if added is None else added
-        self._bytes = {token_id: piece for piece, token_id in bpe.ids.items()}
+        self._pieces = {token_id: piece for piece, token_id in bpe.ids.items()}
         self._names = {token_id: name for name, token_id in controls.items()}
-        self.n_pieces = len(self._bytes) + len(self._names)
-        self.vocab_size = 1 + max((*self._bytes, *self._names, *self.added.by_id))
+        self.n_pieces = len(self._pieces) + len(self._names)
+        self.vocab_size = 1 + max((*self._pieces, *self._names, *self.added.by_id))
 
     def _ids_of(self, text: str, *, added: bool) -> list[int]:
         ids: list[int] = []
         for part in self.added.split(text, special=added):
-            ids += [part.id] if isinstance(part, AddedToken) else self.bpe.encode(part)
+            ids += [part.id] if isinstance(part, AddedToken) else self.bpe.encode(self._normalized(part))
         return ids
+
+    def _normalized(self, text: str) -> str:
+        for form in self._normal_forms:
+            text = unicodedata.normalize(form, text)
+        return text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`. Control tokens and special added tokens have no text.
@@ -63,7 +75,8 @@ class ByteTokenizer(Tokenizer):
         """Return the bytes that an id adds to a text; None if it has no text."""
         if token := self.added.by_id.get(token_id):
             return None if token.special else token.content.encode()
-        return self._bytes.get(token_id)
+        piece = self._pieces.get(token_id)
+        return None if piece is None else self.bpe.bytes_of(piece)
 
     def stream(self, context_ids: Iterable[int] = ()) -> ByteStream:
         """Return a stream for the text of the ids that follow `context_ids`. It does not repeat the context's text."""
@@ -80,7 +93,7 @@ class ByteTokenizer(Tokenizer):
             return escaped(token.content)
         if token_id in self._names:
             return escaped(self._names[token_id])
-        piece = self._bytes.get(token_id)
+        piece = self.bytes_of(token_id)
         return f"[{token_id}]" if piece is None else shown(piece)
 
     def control_id(self, name: str) -> int:

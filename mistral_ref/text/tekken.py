@@ -5,9 +5,10 @@ from __future__ import annotations
 import binascii
 from typing import Any
 
-from mistral_ref.errors import TokenizerError, short_repr
-from mistral_ref.text.byte_bpe import TEKKEN, ByteBPE
+from mistral_ref.errors import TokenizerError, UnknownTokenizerError, short_repr
+from mistral_ref.text.byte_bpe import ByteBPE
 from mistral_ref.text.byte_tokenizer import ByteTokenizer
+from mistral_ref.text.split_patterns import TEKKEN
 
 VERSIONS = ("v3", "v7", "v11", "v13", "v15")
 # The control tokens of files that list none, which only the first two versions may.
@@ -26,16 +27,20 @@ def tekken_tokenizer(document: dict[str, Any], origin: str) -> ByteTokenizer:
     The control tokens have the first ids, usually 1000 of them; the piece of rank r is the id behind them. A file lists
     more pieces than the model has: those of the highest ranks are left out.
 
-    Raises TokenizerError if something is missing or wrong; the message begins with `origin`.
+    Raises TokenizerError if something is missing or wrong, and UnknownTokenizerError for an unknown pattern or version; the message begins with `origin`.
     """
     config, vocab = document.get("config"), document.get("vocab")
     if not isinstance(config, dict) or not isinstance(vocab, list):
         raise TokenizerError(f"{origin}: expected an object 'config' and a list 'vocab'")
     if config.get("pattern") != TEKKEN:
-        raise TokenizerError(f"{origin}: config.pattern is {short_repr(config.get('pattern'))}; expected Tekken's own")
+        raise UnknownTokenizerError(
+            f"{origin}: config.pattern is {short_repr(config.get('pattern'))}; expected Tekken's own"
+        )
     version = config.get("version")
     if version not in VERSIONS:
-        raise TokenizerError(f"{origin}: config.version is {short_repr(version)}; expected {', '.join(VERSIONS)}")
+        raise UnknownTokenizerError(
+            f"{origin}: config.version is {short_repr(version)}; expected {', '.join(VERSIONS)}"
+        )
     n_controls = _count(config, "default_num_special_tokens", 2, _MAX_CONTROLS, origin)
     size = _count(config, "default_vocab_size", n_controls + 256, n_controls + len(vocab), origin)
     controls = _control_names(document.get("special_tokens"), n_controls, version, origin)
