@@ -27,7 +27,8 @@ def tekken_tokenizer(document: dict[str, Any], origin: str) -> ByteTokenizer:
     The control tokens have the first ids, usually 1000 of them; the piece of rank r is the id behind them. A file lists
     more pieces than the model has: those of the highest ranks are left out.
 
-    Raises TokenizerError if something is missing or wrong, and UnknownTokenizerError for an unknown pattern or version; the message begins with `origin`.
+    Raises UnknownTokenizerError for an unknown pattern or version, and TokenizerError if something else is missing or
+    wrong. The message begins with `origin`.
     """
     config, vocab = document.get("config"), document.get("vocab")
     if not isinstance(config, dict) or not isinstance(vocab, list):

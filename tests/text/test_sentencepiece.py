@@ -163,7 +163,7 @@ def test_a_push_costs_the_same_however_long_the_text(monkeypatch: pytest.MonkeyP
 
 def test_the_names_that_a_tokenizer_is_found_by(tmp_path: Path) -> None:
     assert find_tokenizer(tmp_path) is None
-    for other in ("tokenizer.json", "tokenizer.model.bak", "model.v3", "tokenizer.model.v3.part"):
+    for other in ("tekken.json.bak", "tokenizer.model.bak", "model.v3", "tokenizer.model.v3.part"):
         (tmp_path / other).touch()
     assert find_tokenizer(str(tmp_path)) is None
     with refused(TokenizerError, tmp_path, "tekken.json", "tokenizer.model"):
@@ -179,6 +179,7 @@ def test_the_names_that_a_tokenizer_is_found_by(tmp_path: Path) -> None:
             call(tmp_path)
     (tmp_path / "tokenizer.model").symlink_to(tmp_path / "tokenizer.model.v3")
     assert find_tokenizer(tmp_path) == tmp_path / "tokenizer.model"
+    (tmp_path / "tokenizer.json").write_text("{")
     assert load_tokenizer(tmp_path).vocab_size == load_tokenizer(tmp_path / "tokenizer.model.v3").vocab_size
 
 
