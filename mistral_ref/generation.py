@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -21,7 +22,7 @@ Stop = str | int | Iterable[str | int] | None
 LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]  # the ids so far, logits (V,) -> logits (V,)
 NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # token ids, a cache -> the last token's logits (V,)
 
-_REPEATED = 4  # so many tokens at the beginning of a prompt that are also in the cache are no chance
+_REPEATED = 4  # as many tokens that begin a prompt and also a cache are no chance
 
 
 class GenerationSettings(TypedDict, total=False):
@@ -134,8 +135,10 @@ def split_stops(stop: Stop, vocab_size: int) -> tuple[tuple[str, ...], frozenset
 
     Raises InputError for an empty string, for an id outside [0, vocab_size), and for anything else, such as bytes.
     """
-    is_one = isinstance(stop, (str, bytes, bytearray, memoryview)) or not isinstance(stop, Iterable)
-    stops: list[object] = [] if stop is None else [stop] if is_one else [*stop]  # type: ignore[misc]
+    stops: list[object] = [] if stop is None else [stop]
+    if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes, bytearray, memoryview)):
+        with suppress(TypeError):  # a NumPy array that holds one number has no items
+            stops = list(stop)
     strings = tuple(one for one in stops if isinstance(one, str))
     try:
         ids = frozenset(checked_int("stop", one, 0, vocab_size - 1) for one in stops if not isinstance(one, str))
@@ -203,19 +206,18 @@ class GenerationRequest:
                 raise InputError(f"{name} is {short_repr(getattr(self, name))}; expected a function")
 
     def warn_of_mistakes(self, held: Sequence[int], bos_id: int | None) -> None:
-        """Warn of settings without effect, and of a prompt that repeats the tokens `held` by the cache it follows."""
+        """Warn of settings without effect, and of a prompt that repeats the tokens `held` by the cache it follows.
+
+        The prompt repeats them if all of it, or at least half of them, is shared.
+        """
         without_effect = self.sampling.without_effect
         if self.sampling.temperature == 0 and self.seed is not None:
             without_effect.append("seed")
         if without_effect:
-            warn(f"temperature is 0, so the likeliest token is always taken, whatever {', '.join(without_effect)} is")
+            warn(f"temperature is 0, so the likeliest token is always taken; ignored: {', '.join(without_effect)}")
         prompt, before = (ids[1:] if ids[:1] == [bos_id] else ids for ids in (list(self.prompt_ids), list(held)))
         n_shared = shared_length(prompt, before)
-        if (
-            not self.shares_prompt
-            and n_shared >= _REPEATED
-            and (n_shared == len(prompt) or 2 * n_shared >= len(before))
-        ):
+        if n_shared >= max(_REPEATED, min(len(prompt), len(before) / 2)):
             warn(
                 f"the prompt begins with {n_shared} tokens that the cache begins with too, and they are read a second "
                 "time; if the prompt is the whole text, give the cache as prompt_cache="

@@ -265,7 +265,7 @@ class Model:
     def embed(self, tokens: Prompt) -> np.ndarray:
         """Return a vector for a text, (D,) float32: the mean of the step "norm" over its tokens.
 
-        Raises InputError.
+        Raises InputError as `token_ids`.
         """
         ids = self.token_ids(tokens)
         return passes.embedding(self.transformer, ids, self.new_cache(max_tokens=len(ids)))
@@ -301,8 +301,8 @@ class Model:
         cache               the prompt follows the tokens in it. Afterwards it also holds the prompt and all generated
                             tokens except the last one; a prompt that goes on there begins with the last token's id
         prompt_cache        the prompt is the whole text, and what the cache holds of its beginning is not computed
-                            again. The result is the same as without it. Afterwards it holds the prompt and all
-                            generated tokens except the last one. Not together with `cache`
+                            again. The logits are those over an empty cache, up to rounding. Afterwards it holds the
+                            prompt and all generated tokens except the last one. Not together with `cache`
         logits_processor    called as logits_processor(ids, logits) before every token: `ids` are those of the prompt
                             and of the generated tokens, `logits` (V,) a copy of the model's. The token is chosen from
                             the logits (V,) that it returns, in which -inf makes a token impossible

@@ -467,6 +467,7 @@ def test_text_gets_bos_only_where_a_sequence_begins() -> None:
         {"stop": 1.5},
         {"stop": True},
         {"stop": [["a"]]},
+        {"stop": np.array(1.5)},
         {"progress": 1},
         {"logits_processor": "x"},
         {"top_logprobs": -1},
