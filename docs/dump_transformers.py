@@ -6,7 +6,8 @@
 
 DIR holds a model in Hugging Face's layout, Mistral's block without experts; the numbers are token ids. Everything is
 float32. Steps that transformers never has in hand (scores before the softmax) are left out. An engine of your own would
-be dumped in the same way: its values under the names of the steps, in one safetensors file.
+be dumped in the same way: its values under the names of the steps, in one safetensors file. NumPy arrays have to go
+through np.ascontiguousarray first, as tensors go through contiguous() here: save_file writes others out of order.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ _CONFIG_JSON_ONLY = {
 # Other fields of published params.json files. They do not change the results of the text model.
 _PARAMS_JSON_HARMLESS = {"vision_encoder", "audio", "multimodal", "quantization", "quantization_config"}
 _PARAMS_JSON_HARMLESS |= {"dtype", "max_batch_size", "model_parallel", "model_max_length"}
-
 # The supported model types, and for each the values that fields have if config.json does not hold them. They are the
 # defaults of transformers' classes (5.23, models/*/configuration_*.py). Every field that is not listed must be there.
 _PLAIN = {"head_dim": None, "rope_type": "default", "query_temperature.beta": 0}
@@ -50,7 +50,8 @@ _WRAPPER, _WRAPPED = "mistral3", ("mistral", "ministral3")
 def read_config(directory: Path) -> ModelConfig:
     """Return the configuration in `directory`.
 
-    If both files are there, params.json is used, and a warning names the fields that differ. `rope_row_order` is
+    If both files are there, params.json is used, and a warning names the fields that differ. Theta, the longest
+    sequence and tied embeddings are taken from config.json if only config.json says them. `rope_row_order` is
     "interleaved" for params.json and "halves" for config.json; `open_model` replaces it by the order of the weights.
     Raises ConfigError. The message names the file, the field, its value and the expected value.
     """
@@ -65,7 +66,7 @@ def read_config(directory: Path) -> ModelConfig:
             other = _from_config_json(config_json)
         except ConfigError as error:
             warn(f"{error}; params.json is used")
-    config = _from_params_json(params_json, None if other is None else other.rope_theta)
+    config = _from_params_json(params_json, {} if other is None else _said(config_json, other))
     if other is not None and (differences := _differences(config, other)):
         warn(f"{config_json}: params.json disagrees and is used: {differences}")
     return config
@@ -115,11 +116,20 @@ def _magnitude(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _from_params_json(path: Path, theta_beside: float | None) -> ModelConfig:
-    """Return the configuration in params.json.
+def _said(config_json: Path, config: ModelConfig) -> dict[str, Any]:
+    """Return the fields of config.json that count if params.json does not hold them: those whose absence says nothing.
 
-    theta_beside    the theta in the config.json of the same directory; it is used if params.json has no theta
+    config      what config.json was read as
     """
+    said: dict[str, Any] = {"rope_theta": config.rope_theta, "max_seq_len": config.max_seq_len}
+    file = read_json(config_json)
+    if any(value_at(file, f"{level}tie_word_embeddings") is not None for level in ("", "text_config.")):
+        said["tied_embeddings"] = config.tied_embeddings
+    return said
+
+
+def _from_params_json(path: Path, beside: Mapping[str, Any]) -> ModelConfig:
+    """Return the configuration in params.json. `beside` has the fields that count if the file does not hold them."""
     file = read_json(path)
     with naming(path):
         fields = Fields(file, {field: names for field, (names, _) in NAMES.items()})
@@ -129,9 +139,8 @@ def _from_params_json(path: Path, theta_beside: float | None) -> ModelConfig:
                 bool(value_at(file, name)) for name in ("yarn", "llama_4_scaling", "moe")
             )
             windows = _params_json_windows(fields)
-            if fields.values.get("rope_theta") is None and theta_beside is not None:
-                fields.values["rope_theta"] = theta_beside
-            elif fields.values.get("rope_theta") is None and (None not in windows or not any(windows)):
+            fields.values |= {field: value for field, value in beside.items() if fields.values.get(field) is None}
+            if fields.values.get("rope_theta") is None and (None not in windows or not any(windows)):
                 theta, which = (1e4, "a") if any(windows) else (1e6, "no")
                 warn(f"{path}: rope_theta is missing; {theta:g} is assumed, because there is {which} sliding window")
                 fields.values["rope_theta"] = theta

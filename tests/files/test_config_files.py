@@ -549,9 +549,17 @@ def test_inconsistent_values(
     assert_says(refusal(tmp_path, name, base, **{field: value}), field, repr(value), *expected)
 
 
-def test_a_theta_absent_from_params_json_is_that_of_config_json(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"rope_theta": 5e5}))
-    assert read(tmp_path, "params.json", PARAMS, rope_theta=GONE).rope_theta == 5e5
+@pytest.mark.parametrize(
+    ("field", "ours", "theirs", "value"),
+    [
+        ("rope_theta", "rope_theta", "rope_theta", 5e5),
+        ("max_seq_len", "max_seq_len", "max_position_embeddings", 32768),
+        ("tied_embeddings", "tied_embeddings", "tie_word_embeddings", True),
+    ],
+)
+def test_what_only_config_json_says_counts(field: str, ours: str, theirs: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {theirs: value}))
+    assert getattr(read(tmp_path, "params.json", PARAMS, **{ours: GONE}), field) == value
 
 
 def test_a_value_that_reads_like_a_field_is_shown_as_it_is(tmp_path: Path) -> None:
