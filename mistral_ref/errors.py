@@ -143,6 +143,27 @@ def did_you_mean(text: str, names: Iterable[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else ""
 
 
+def first_difference(found: object, expected: object, name: str = "") -> str:
+    """Return the first place where two values differ, what was found there and what was expected; "" if they are equal.
+
+    >>> first_difference({"dim": 8, "windows": [4, 4]}, {"dim": 8, "windows": [4, None]})
+    'windows[1] is 4; expected None'
+    >>> first_difference([1, 2], [1], "tokens")
+    'tokens has 2 entries; expected 1'
+    """
+    if found == expected:
+        return ""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        key = next(key for key in (*expected, *found) if found.get(key) != expected.get(key))
+        return first_difference(found.get(key), expected.get(key), f"{name}.{key}".lstrip("."))
+    if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        if len(found) != len(expected):
+            return f"{name} has {len(found)} entries; expected {len(expected)}"
+        at = next(at for at, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+        return first_difference(found[at], expected[at], f"{name}[{at}]")
+    return f"{name or 'it'} is {short_repr(found)}; expected {short_repr(expected)}"
+
+
 def checked_int(name: str, value: object, least: int, most: int | None = None) -> int:
     """Return an argument as an int; raise InputError unless it is a whole number from `least` to `most`.
 

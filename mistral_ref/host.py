@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mistral_kernels import quota
-from mistral_ref.errors import InputError, MistralRefError, checked_int, short_repr
+from mistral_ref.errors import InputError, MistralRefError, checked_int
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 _MUCH = 2**26  # bytes
@@ -27,9 +27,8 @@ def chosen_threads(threads_asked: int | None) -> int:
         from mistral_kernels.threads import performance_cores  # noqa: PLC0415 (the import of Numba is slow)
 
         return performance_cores()
-    if not (found.isdecimal() and len(found) < 10):
-        raise InputError(f"{THREADS_VARIABLE} is {short_repr(found)}; expected a whole number of at least 1")
-    return checked_int(THREADS_VARIABLE, int(found), least=1, most=1024)
+    number = int(found) if found.isdecimal() and len(found) < 10 else found
+    return checked_int(THREADS_VARIABLE, number, least=1, most=1024)
 
 
 def available_memory() -> int | None:

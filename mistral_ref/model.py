@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Never, SupportsIndex, Unpack, overload
@@ -11,7 +12,7 @@ import numpy as np
 from mistral_ref import passes
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache, shared_length
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, Progress, checked_int, short_repr, warn
+from mistral_ref.errors import CacheError, InputError, Progress, checked_int, first_difference, short_repr, warn
 from mistral_ref.generation import (
     Generation,
     GenerationRequest,
@@ -242,7 +243,14 @@ class Model:
         if not isinstance(cache, KVCache):
             raise InputError(f"cache is {short_repr(cache)}; expected one from this model's new_cache()")
         if cache.ops is not self.ops or cache.config != self.config:
-            raise CacheError("the cache belongs to another model; expected one from this model's new_cache()")
+            facts = [
+                {"dtype": str(ops.dtype), "backend": ops.name, **dataclasses.asdict(config)}
+                for ops, config in ((cache.ops, cache.config), (self.ops, self.config))
+            ]
+            difference = first_difference(facts[0], facts[1]) or "its settings are the same"
+            raise CacheError(
+                f"the cache belongs to another model: {difference}; expected one from this model's new_cache()"
+            )
 
     @overload
     def score(self, tokens: Prompt, *, top: None = None) -> np.ndarray: ...

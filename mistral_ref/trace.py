@@ -16,7 +16,7 @@ import numpy as np
 from mistral_ref.compare import DEFAULT_BOUND, Comparison, step_difference
 from mistral_ref.config import RowOrder
 from mistral_ref.display import steps_html
-from mistral_ref.errors import InputError, printable, short_repr
+from mistral_ref.errors import InputError, first_difference, printable, short_repr
 from mistral_ref.files.dump import FORMAT, checked_row_order, read_dump, step_order, tokens_of
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import write_tensor_file
@@ -101,7 +101,8 @@ class Trace(Mapping[str, np.ndarray]):
         InputError if the traces have different tokens or first positions, or if they have no step in common.
         """
         if self.tokens and reference.tokens and self.tokens != reference.tokens:
-            raise InputError("the two traces have different tokens, so their values cannot be compared")
+            difference = first_difference(self.tokens, reference.tokens, "tokens")
+            raise InputError(f"the two traces have different tokens, so their values cannot be compared: {difference}")
         if self.start != reference.start:
             raise InputError(
                 f"the two traces begin at positions {self.start} and {reference.start}; expected the same position "
@@ -109,7 +110,8 @@ class Trace(Mapping[str, np.ndarray]):
             )
         shared = [name for name in self if name in reference]
         if not shared:
-            raise InputError("the two traces have no step in common")
+            held = " and ".join(short_repr(list(trace)) for trace in (self, reference))
+            raise InputError(f"the two traces have no step in common: they hold {held}")
         pairs = [(self.steps[name], reference.steps[name]) for name in shared]
         return Comparison(
             [step_difference(ours, theirs, bound) for ours, theirs in pairs],

@@ -325,10 +325,11 @@ def test_a_cache_saved_by_one_backend_is_taken_up_by_the_other(
 
 def test_a_cache_of_another_backend_or_model_is_refused() -> None:
     model = compiled(SMALL)
-    for other in (model_of(SMALL), compiled(SMALL)):
-        with refused(CacheError, "cache", "another model"):
+    cases = ((model_of(SMALL), ("backend", "'numpy'", "'numba'")), (compiled(SMALL), ("the same",)))
+    for other, facts in (*cases, (compiled(SMALL.replace(rope_theta=5.0)), ("rope_theta", 5.0, SMALL.rope_theta))):
+        with refused(CacheError, "cache", "another model", *facts):
             model.forward([1], other.new_cache())
-        with refused(CacheError, "cache", "another model"):
+        with refused(CacheError, "cache", "another model", *facts):
             other.forward([1], model.new_cache())
 
 
@@ -349,7 +350,7 @@ def test_threads_do_not_change_a_bit() -> None:
 @pytest.mark.parametrize("bad", ["0", "-1", "1.5", "two", "1025", "1 2", "9" * 5000, "\N{SUPERSCRIPT TWO}"])
 def test_the_environments_number_of_threads_is_checked(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MISTRAL_REF_THREADS", bad)
-    with refused(InputError, "MISTRAL_REF_THREADS", short_repr(bad).strip("'"), "whole number") as caught:
+    with refused(InputError, "MISTRAL_REF_THREADS", short_repr(bad).strip("'"), "whole number", 1, 1024) as caught:
         mistral_ref.load(backend="numba")
     assert len(str(caught.value)) < 200
     assert mistral_ref.load(backend="numba", threads=1).ops.threads == 1  # what is asked for goes before

@@ -9,7 +9,7 @@ from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.cli.common import progress_bar
 from mistral_ref.cli.output import say
 from mistral_ref.cli.width import terminal_width, wrapped
-from mistral_ref.errors import checked_int
+from mistral_ref.errors import checked_int, short_repr
 from mistral_ref.model import Model, Prompt
 from mistral_ref.study.broken import BUGS, broken
 
@@ -45,6 +45,8 @@ class _BugAction(argparse.Action):
             width = terminal_width() or 80
             say("\n".join(wrapped(f"{name:<{_NAME_WIDTH}}{bug.sentence}", width) for name, bug in BUGS.items()))
             parser.exit()
+        if values not in BUGS:
+            raise argparse.ArgumentError(self, f"{short_repr(values)} is no bug; expected one of {', '.join(BUGS)}")
         namespace.broken = values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 
@@ -64,7 +65,8 @@ class _Untaken:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.tensors = dict(checkpoint.tensors)
-        self.bits, self.group_size = bits_of(checkpoint.metadata, checkpoint.directory)
+        path = checkpoint.files[0].path if len(checkpoint.files) == 1 else checkpoint.directory
+        self.bits, self.group_size = bits_of(checkpoint.metadata, path)
         self.units = self._units() if self.bits else {}
 
     def take(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, Matrix | np.ndarray]:
@@ -77,15 +79,13 @@ class _Untaken:
             return {name: self._vector(stem, shape)}
         return {name: self._matrix(stem, *shape)}
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _tensor(self, name: str, shape: tuple[int, ...], said_by: str = "the configuration") -> Tensor:
         tensor = self.tensors.pop(name, None)
         if tensor is None:
             raise CheckpointError(f"{self.checkpoint.directory}: {self._missing(name, shape)}")
         if tensor.shape != shape:
             found = short_repr(tensor.shape)
-            raise CheckpointError(
-                f"{tensor.path}: {tensor.name} has shape {found}; expected {shape}, as in the configuration"
-            )
+            raise CheckpointError(f"{tensor.path}: {tensor.name} has shape {found}; expected {shape}, as in {said_by}")
         return tensor
 
     def _missing(self, name: str, shape: tuple[int, ...]) -> str:
@@ -120,7 +120,8 @@ class _Untaken:
     def _quantized(self, stem: str, n_out: int, n_in: int) -> QuantizedMatrix:
         """Take a quantized matrix."""
         if stem not in self.bits:
-            raise CheckpointError(f"{self.checkpoint.directory}: the metadata do not give the bits of {stem}")
+            path = self.tensors[f"{stem}.scales"].path
+            raise CheckpointError(f"{path}: its metadata do not give the bits of {stem}; expected 8 or 4")
         bits = self.bits[stem]
         found = {}
         for ending, spec in quantized_tensors(n_out, n_in, bits, self.group_size).items():
@@ -134,12 +135,13 @@ class _Untaken:
 
     def _units(self) -> dict[str, np.float32]:
         """Take the units of all quantized matrices."""
-        tensor = self._tensor("units", (len(self.bits),))
+        tensor = self._tensor("units", (len(self.bits),), said_by="the metadata")
         if tensor.dtype != "F32":
             raise CheckpointError(f"{tensor.path}: units is {tensor.dtype}; expected F32")
         units = tensor.mapped()[1]
-        if not (np.isfinite(units) & (units > 0) & (np.frexp(units)[0] == 0.5)).all():
-            raise CheckpointError(f"{tensor.path}: units are {short_repr(units.tolist())}; expected powers of two")
+        for name, unit in zip(self.bits, units.tolist(), strict=True):
+            if not (math.isfinite(unit) and unit > 0 and math.frexp(unit)[0] == 0.5):
+                raise CheckpointError(f"{tensor.path}: units has {unit} for {name}; expected powers of two")
         return dict(zip(self.bits, map(np.float32, units), strict=True))
 
     def _fused_experts(self, stem: str, config: ModelConfig) -> Iterator[tuple[str, Matrix]]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, CheckpointError, escaped, short_repr
+from mistral_ref.errors import CacheError, CheckpointError, escaped, first_difference, short_repr
 from mistral_ref.files.json_file import parse_json
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import Tensor, open_tensor_file, write_tensor_file
@@ -78,8 +78,8 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
             raise CheckpointError(
                 f"{path}: its settings are {short_repr(settings)}; expected {', '.join(sorted(_SETTINGS))}"
             )
-        if metadata["config"] != _config_json(config):
-            raise CacheError(f"{path}: this cache belongs to a model of another configuration")
+        if difference := first_difference(parse_json(metadata["config"]), parse_json(_config_json(config))):
+            raise CacheError(f"{path}: this cache belongs to a model of another configuration: {difference}")
         tensors = {tensor.name: tensor for tensor in found}
         names = [[f"layers.{number}.{which}" for which in "kv"] for number in range(config.n_layers)]
         if missing := [name for name in ("tokens", *(name for pair in names for name in pair)) if name not in tensors]:

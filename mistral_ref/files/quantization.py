@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from mistral_ref.config import ModelConfig, tensor_shapes
-from mistral_ref.errors import InputError, Progress, short_repr, warn
+from mistral_ref.errors import CheckpointError, InputError, Progress, short_repr, warn
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
@@ -87,8 +87,11 @@ class Scheme:
                 f"embedding is {self.embedding} and head is {self.head}, but this model has one matrix for both; "
                 "expected the same for both"
             )
-        if done := [matrix.name for matrix in matrices(weights) if isinstance(matrix, QuantizedMatrix)]:
-            raise InputError(f"{done[0]} is quantized already; expected a model with float weights")
+        if done := [matrix for matrix in matrices(weights) if isinstance(matrix, QuantizedMatrix)]:
+            where = weights.path_of(done[0])
+            raise InputError(
+                f"{'' if where is None else f'{where}: '}{done[0].name} is quantized already; expected float weights"
+            )
 
 
 def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | None = None) -> Weights:
@@ -103,15 +106,25 @@ def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | Non
     def change(matrix: Matrix) -> Matrix:
         nonlocal done
         if id(matrix) not in rounded:
-            weights.check_files()
             bits = scheme.bits_of(matrix.name)
-            rounded[id(matrix)] = matrix if bits is None else quantized(matrix, bits, scheme.group_size)
+            rounded[id(matrix)] = matrix if bits is None else _rounded(weights, matrix, bits, scheme.group_size)
             done += matrix.size
             if progress is not None:
                 progress(done, total)
         return rounded[id(matrix)]
 
     return with_matrices(weights, change)
+
+
+def _rounded(
+    weights: Weights, matrix: Matrix, bits: int, group_size: int, row_order: np.ndarray | None = None
+) -> QuantizedMatrix:
+    """Return one of the weights' matrices, rounded as `quantized` does it. Errors name the matrix's file."""
+    weights.check_files()
+    try:
+        return quantized(matrix, bits, group_size, row_order)
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights.path_of(matrix) or 'memory'}: {error}") from None
 
 
 def quantize(
@@ -244,9 +257,8 @@ def _write_rounded(
     bits, every = _bits(weights, scheme), matrices(weights)
     done, total = 0, sum(matrix.size for matrix in every)
     for matrix in every:
-        weights.check_files()
         if matrix.name in bits:
-            small = quantized(matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
+            small = _rounded(weights, matrix, bits[matrix.name], scheme.group_size, _interleaved(matrix, config))
             write(f"{matrix.name}.weight", small.data)
             write(f"{matrix.name}.scales", small.scales)
             write("units", small.unit.reshape(1))

@@ -51,7 +51,7 @@ def test_trace_writes_what_the_library_keeps(tmp_path: Path, model: mistral_ref.
         (("compare", "demo", "demo", "--backend", "a,b,c", TEXT), ("--backend", "'a,b,c'")),
         (("compare", "demo", "demo", "--backend", "cuda", TEXT), ("backend", "'cuda'", "'numba'", "'numpy'")),
         (("compare", "demo", "demo", "--dtype", "float64", "--backend", "numba", TEXT), ("'float64'", "'float32'")),
-        (("compare", "demo", "demo", "--broken", "everything", TEXT), ("'everything'", "not-causal")),
+        (("compare", "demo", "demo", "--broken", "everything", TEXT), ("--broken", "'everything'", "not-causal")),
         (("compare", "demo", "demo", "--last", "0", TEXT), ("--last", 0)),
         (("compare", "demo", "demo", "--continue", "0", TEXT), ("--continue", 0)),
         (("step", "--last", "99", TEXT), ("--last", 99, "1 to 5")),

@@ -444,11 +444,11 @@ def test_weights_that_cannot_be_rounded_leave_nothing(bad: float, name: str, tmp
     weights = draw_weights(DENSE)
     weights[f"{name}.weight"][3, 5] = bad
     write_consolidated(source, DENSE, weights)
-    with refused(CheckpointError, name, bad, "steps") as caught:
+    with refused(CheckpointError, source / WEIGHTS, name, bad, "steps") as caught:
         mistral_ref.quantize(source, tmp_path / "target")
     assert_short(caught)
     assert names_in(tmp_path) == ["source"]
-    with refused(CheckpointError, name, bad, "steps"):
+    with refused(CheckpointError, source / WEIGHTS, name, bad, "steps"):
         load(source, quantize=4)
 
 
@@ -540,11 +540,11 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
 def test_a_quantized_model_is_not_quantized_again(bits: int, source: Path) -> None:
     target = source.parent / "target"
     mistral_ref.quantize(source, target, bits)
-    with refused(InputError, "tok_embeddings", "quantized already", "float weights") as caught:
+    with refused(InputError, target / WEIGHTS, "tok_embeddings", "quantized already", "float weights") as caught:
         mistral_ref.quantize(target, source.parent / "again", 8)
     assert_short(caught)
     assert names_in(source.parent) == ["source", "target"]
-    with refused(InputError, "tok_embeddings", "quantized already"):
+    with refused(InputError, target / WEIGHTS, "tok_embeddings", "quantized already"):
         load(target, quantize=bits)
 
 
@@ -778,7 +778,7 @@ REFUSED: dict[str, tuple[Callable[[], Files], tuple[object, ...]]] = {
         (f"{WQ}.weight", (4, 8, 8, 4), (32, 40)),
     ),
     **{
-        f"a unit of {unit}": (lambda unit=unit: with_unit(unit), ("units", "powers of two"))
+        f"a unit of {unit}": (lambda unit=unit: with_unit(unit), ("units", float(np.float32(unit)), "powers of two"))
         for unit in (0.0, -1.0, 3.0, float("nan"), float("inf"), 2.0**-149 * 3)
     },
     "units of another dtype": (lambda: with_entry("units", dtype="I32"), ("units", "I32", "F32")),
@@ -796,7 +796,8 @@ REFUSED: dict[str, tuple[Callable[[], Files], tuple[object, ...]]] = {
 def test_hostile_quantized_files_are_refused(name: str, tmp_path: Path) -> None:
     make, expected = REFUSED[name]
     fill(tmp_path, valid() | make())
-    with refused(CheckpointError, str(tmp_path), *expected) as caught:
+    file = str(tmp_path) if "missing" in expected else tmp_path / WEIGHTS
+    with refused(CheckpointError, file, *expected) as caught:
         load(tmp_path)
     assert_short(caught)
     assert attempt(tmp_path) == str(caught.value)
