@@ -25,7 +25,18 @@ if TYPE_CHECKING:
     from mistral_ref.files.quantization import quantize
     from mistral_ref.generation import Token
     from mistral_ref.loading import load
-    from mistral_ref.measure import benchmark, cost, cost_table, machine, perplexity, shapes, speed, synthetic  # noqa: F401
+    from mistral_ref.measure import (  # noqa: F401
+        benchmark,
+        busy,
+        cost,
+        cost_table,
+        machine,
+        perplexity,
+        records,
+        shapes,
+        speed,
+        synthetic,
+    )
     from mistral_ref.model import Model
     from mistral_ref.steps import Step
     from mistral_ref.study import broken, diagrams, drawing, lens, plots, report, stepper  # noqa: F401
@@ -66,7 +77,10 @@ _HOMES = {
     "walk": ("Walk",),
 }
 _ROOMS = {
-    "measure": ("benchmark", "cost", "cost_table", "machine", "perplexity", "shapes", "speed", "synthetic"),
+    "measure": (
+        *("benchmark", "busy", "cost", "cost_table", "machine", "perplexity", "records", "shapes", "speed"),
+        "synthetic",
+    ),
     "study": ("broken", "diagrams", "drawing", "lens", "plots", "report", "stepper"),
 }
 

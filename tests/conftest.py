@@ -34,6 +34,7 @@ ALLOWED_SKIPS = {
     "nbclient or ipykernel is not installed",
     "only root can become another user",
     "playwright is not installed",
+    "the system does not say how busy it is",
     "the oldest versions cannot be downloaded",
     "the system does not tell this process's memory",
     "this system has no fork",

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import io
 import itertools
 import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any, get_args
 
 from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
 from mistral_ref.cli.output import say
-from mistral_ref.cli.width import fitted, terminal_width
-from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, checked_int, escaped, short_repr
+from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.files.paths import local_path
 from mistral_ref.files.whole_file import remove_leftovers
 from mistral_ref.host import available_memory, chosen_threads, process_memory
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.model import Model
-from mistral_ref.weights import Kind, matrices
+from mistral_ref.weights import Kind
 
 if TYPE_CHECKING:
-    from mistral_ref.measure.speed import SpeedResult
+    from mistral_ref.measure.records import Record
+    from mistral_ref.measure.speed import SpeedTest
 
 _DESCRIPTION = """\
 Measure how many tokens per second a model processes on this machine. There are
@@ -45,9 +41,10 @@ Each run is compared with a limit of this machine, which is measured just
 before the run. For generation the limit is how many GB/s the machine can read
 from memory. For prompts it is how many GFLOP/s of multiply-adds it can do. The
 table shows the GB/s or GFLOP/s that the model reached, and how many percent of
-the limit that is.
+the limit that is. "others" is how many percent of the processors' time other
+programs took during the runs; only Linux tells.
 
--p, -n and -d take one number or a list such as 128,512.
+-p, -n, -d and -t take one number or a list such as 128,512.
 """
 _EXAMPLES = """\
 examples:
@@ -59,7 +56,8 @@ examples:
   mistral-ref bench --shape mistral-7b --layers 8
   # beyond its window a model gets no slower
   mistral-ref bench --shape mistral-7b -p 0 -n 32 -d 0,4096,8192
-  mistral-ref bench --model DIR -o json > results.json
+  mistral-ref bench --model DIR -t 1,2,4 -o before.json
+  mistral-ref bench --compare before.json after.json
 """
 _QUICK = {"n_prompt": "64", "n_gen": "16", "repetitions": 3}
 _QUICK_SECONDS = 10.0  # about how long the runs of one test take with --quick
@@ -74,15 +72,22 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         epilog=_EXAMPLES,
     )
     _add_weights_options(parser)
-    add_compute_options(parser)
+    add_compute_options(parser, several_threads=True)
     _add_test_options(parser)
     parser.add_argument(
         "-o",
         "--output",
-        choices=["md", "json", "csv"],
         default="md",
-        metavar="FORMAT",
-        help="the format of the results: md, a Markdown table; json, with every sample; or csv (default: %(default)s)",
+        metavar="OUTPUT",
+        help="md: print a Markdown table; json or csv: print every sample in this form; FILE.json or FILE.csv: print "
+        "the table, and write every sample to this file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; show the figures of two files side by side. The files of llama-bench -o json can be "
+        "read, too",
     )
     parser.set_defaults(run=run)
 
@@ -167,31 +172,73 @@ def _add_test_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, and print the results."""
+    """Measure and print the results, or compare two files of results."""
     # Imported here and in the functions below: the import starts Numba, and --help does not need Numba.
-    from mistral_ref.measure import benchmark, machine, speed  # noqa: PLC0415
+    from mistral_ref.cli import bench_tables  # noqa: PLC0415
+    from mistral_ref.measure import records  # noqa: PLC0415
 
+    if arguments.compare is not None:
+        say(bench_tables.comparison(*map(records.read_records, arguments.compare)))
+        return
+    _check_output(arguments.output)
     if arguments.quick:
         vars(arguments).update(_QUICK)
+    tests = _tests(arguments)
+    counts = [None] if arguments.threads is None else _whole_numbers("threads", arguments.threads)
+    if arguments.shape is not None:
+        arguments.model = _synthetic(arguments)
+    found: list[records.Record] = []
+    for arguments.threads in counts:
+        measured, description = _measured(arguments, tests)
+        found += measured
+    if arguments.output == "json":
+        say(json.dumps(found, indent=1))
+    elif arguments.output == "csv":
+        say(records.as_csv(found), end="")
+    else:
+        if arguments.output != "md":
+            records.write_records(arguments.output, found)
+        threads = ", ".join(dict.fromkeys(str(record["n_threads"]) for record in found))
+        say(bench_tables.figures(found, description | {"threads": threads}))
+
+
+def _check_output(output: str) -> None:
+    """Raise InputError if -o is no form of the results, and no file that can be written."""
+    file = local_path(output)
+    if output in ("md", "json", "csv"):
+        return
+    if file.suffix not in (".json", ".csv"):
+        raise InputError(f"-o is {short_repr(output)}; expected md, json, csv, or a name that ends in .json or .csv")
+    if not file.parent.is_dir():
+        raise InputError(f"{file}: cannot be written: {file.parent} is no directory")
+
+
+def _tests(arguments: argparse.Namespace) -> list[SpeedTest]:
+    from mistral_ref.measure import speed  # noqa: PLC0415
+
     checked_int("--repetitions", arguments.repetitions, least=1)
     numbers = {name: getattr(arguments, name) for name in ("n_prompt", "n_gen", "n_depth")}
     tests = speed.speed_tests(*(_whole_numbers(name, text) for name, text in numbers.items()))
     if not tests:
         raise InputError("nothing to measure; expected --n-prompt or --n-gen above 0")
-    n_tokens = max(test.depth + test.n for test in tests)
-    if arguments.shape is not None:
-        arguments.model = _synthetic(arguments)
+    return tests
+
+
+def _measured(arguments: argparse.Namespace, tests: Sequence[SpeedTest]) -> tuple[list[Record], dict[str, Any]]:
+    """Load the model and run the tests with one number of threads; return records, and the machine described."""
+    from mistral_ref.measure import benchmark, machine, records, speed  # noqa: PLC0415
+
     throttled = machine.throttle_count()
-    model, started = _started(arguments, n_tokens)
+    model, started = _started(arguments, max(test.depth + test.n for test in tests))
     n_threads = chosen_threads(model.ops.threads)
-    n_bytes = sum(matrix.nbytes for matrix in matrices(model.weights))
+    about = records.about_model(model, arguments.model, cache_dtype=arguments.cache_dtype, repacked=arguments.repack)
     total, counter = sum(bool(test.depth) + 1 + arguments.repetitions for test in tests), itertools.count()
     with progress_bar("measuring", is_long=True) as bar:
         results = speed.measure_speed(
             model,
             tests,
             repeats=arguments.repetitions,
-            read=benchmark.read_limit(n_threads, machine.uncached_bytes(n_bytes)),
+            read=benchmark.read_limit(n_threads, machine.uncached_bytes(about["model_size"])),
             peak=benchmark.multiply_add_limit(n_threads),
             cache_dtype=arguments.cache_dtype,
             seconds=_QUICK_SECONDS if arguments.quick else None,
@@ -199,35 +246,13 @@ def run(arguments: argparse.Namespace) -> None:
             progress=(lambda text: bar(next(counter), total, text)) if bar else None,
         )
     description = machine.machine(n_threads)
-    about = {
-        **_about(model, arguments),
+    about |= {
         "n_threads": n_threads,
         **started,
         **process_memory(os.getpid()),
         "throttled": None if throttled is None else (machine.throttle_count() or 0) - throttled,
     }
-    _print([_record(result, about, description) for result in results], description, arguments.output)
-
-
-def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of llama-bench's records that describe the model and its settings, but not the threads."""
-    from mistral_ref.measure.speed import CHUNK  # noqa: PLC0415 (starts Numba)
-
-    weights = matrices(model.weights)
-    cache_type = _CACHE_TYPES[model.new_cache(dtype=arguments.cache_dtype).dtype]
-    return {
-        "model_filename": os.fspath(arguments.model),
-        "model_type": f"{Path(arguments.model).name} {'+'.join(sorted({matrix.kind for matrix in weights}))}",
-        "model_size": sum(matrix.nbytes for matrix in weights),
-        "model_n_params": model.config.n_parameters,
-        "backends": model.ops.name,
-        "n_batch": CHUNK,
-        "n_ubatch": CHUNK,
-        "type_k": cache_type,
-        "type_v": cache_type,
-        "dtype": str(model.ops.dtype),
-        "repacked": arguments.repack,
-    }
+    return [records.record(result, about, description) for result in results], description
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:
@@ -281,75 +306,3 @@ def _started(arguments: argparse.Namespace, n_tokens: int) -> tuple[Model, dict[
         first_token = time.perf_counter()
         model.forward([0, 0], last_only=True)  # several tokens need other kernels than one token
     return model, {"load_s": loaded - start, "first_token_s": first_token - loaded, "compile_s": sum(compiling)}
-
-
-def _record(result: SpeedResult, about: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-    """Return a result as a record: fields that llama-bench has under its names, other fields under names of ours."""
-    work = "gbs" if result.test.n_gen else "gflops"
-    return {
-        "build_commit": description["commit"],
-        "build_number": description["mistral_ref"],
-        "cpu_info": description["cpu"],
-        "gpu_info": "",
-        **about,
-        "n_prompt": result.test.n_prompt,
-        "n_gen": result.test.n_gen,
-        "n_depth": result.test.depth,
-        "test": result.test.name,
-        "test_time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "avg_ns": round(1e9 * mean(result.seconds)),
-        "stddev_ns": round(1e9 * stdev(result.seconds)) if len(result.seconds) > 1 else 0,
-        "avg_ts": result.mean,
-        "stddev_ts": result.deviation,
-        "median_ts": median(result.rates),
-        "samples_ns": [round(1e9 * seconds) for seconds in result.seconds],
-        "samples_ts": result.rates,
-        work: median(result.work_rates),
-        f"{work}_limit": median(result.limits),
-        "percent_of_limit": 100 * median(result.shares),
-        "samples_percent_of_limit": [100 * share for share in result.shares],
-        **{name: description[name] for name in ("numba", "numpy", "blas", "threading_layer", "power_source", "system")},
-    }
-
-
-def _print(records: Sequence[dict[str, Any]], description: dict[str, Any], output: str) -> None:
-    """Print results as Markdown for people, or as JSON or CSV for programs."""
-    from mistral_ref.measure.machine import machine_lines  # noqa: PLC0415
-
-    if output == "json":
-        say(json.dumps(records, indent=1))
-    elif output == "csv":
-        text = io.StringIO()
-        names = dict.fromkeys(name for record in records for name in record)
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        say(text.getvalue(), end="")
-    else:
-        first = records[0]
-        say(fitted(markdown_table(_HEADINGS, [_cells(record) for record in records], terminal_width())))
-        times = ", ".join(f"{name} {first[f'{name}_s']:.2f} s" for name in ("load", "first_token", "compile"))
-        memory = ", ".join(f"{size(first[key])} {words}" for key, words in _MEMORY.items() if first[key] is not None)
-        throttled = {None: "unknown", 0: "no"}.get(first["throttled"], f"{first['throttled']} times")
-        say(fitted(f"\n{times.replace('_', ' ')}\nmemory: {memory or 'unknown'}\nthrottled: {throttled}"))
-        say(fitted("\n".join(machine_lines(description))))
-
-
-def _cells(record: dict[str, Any]) -> list[str]:
-    unit = "gbs" if "gbs" in record else "gflops"
-    return [
-        escaped(record["model_type"]),
-        f"{record['model_size'] / 2**30:.2f} GiB",
-        f"{record['model_n_params'] / 1e9:.2f} B",
-        record["backends"],
-        str(record["n_threads"]),
-        record["test"],
-        f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}",
-        f"{record[unit]:.1f} {'GB/s' if unit == 'gbs' else 'GFLOP/s'}",
-        f"{record['percent_of_limit']:.0f}% of {record[f'{unit}_limit']:.1f}",
-    ]
-
-
-_HEADINGS = ["model", "size", "params", "backend", "threads", "test", "t/s", "reached", "limit"]
-_MEMORY = {"peak_resident": "resident at most", "anonymous": "not mapped from a file"}
-_CACHE_TYPES = {"float32": "f32", "float16": "f16", "float64": "f64", "int8": "i8"}

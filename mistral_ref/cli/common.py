@@ -37,8 +37,14 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = None) -> None:
-    """Add the options that choose how values are computed; `backend` is the default of --backend."""
+def add_compute_options(
+    parser: argparse.ArgumentParser, backend: str | None = None, *, several_threads: bool = False
+) -> None:
+    """Add the options that choose how values are computed.
+
+    backend             the default of --backend
+    several_threads     --threads is a text: one number or a list
+    """
     parser.add_argument(
         "--backend",
         choices=["numba", "numpy"],
@@ -46,7 +52,7 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
         help="what computes the values: numba uses compiled kernels, numpy uses the plain mathematics "
         f"(default: {backend or 'numba'})",
     )
-    add_threads_option(parser)
+    add_threads_option(parser, several=several_threads)
     parser.add_argument(
         "--repack",
         action="store_true",
@@ -71,14 +77,19 @@ def add_compute_options(parser: argparse.ArgumentParser, backend: str | None = N
     )
 
 
-def add_threads_option(parser: argparse.ArgumentParser, whose: str = "") -> None:
-    """Add the option that chooses the number of threads; `whose` says whose threads they are, if there are several."""
+def add_threads_option(parser: argparse.ArgumentParser, whose: str = "", *, several: bool = False) -> None:
+    """Add the option that chooses the number of threads.
+
+    whose       says whose threads they are, if there are several
+    several     the option is a text: one number or a list
+    """
     parser.add_argument(
+        "-t",
         "--threads",
-        type=int,
+        type=str if several else int,
         metavar="N",
-        help=f"number of threads{whose} (default: the environment variable MISTRAL_REF_THREADS, or one thread for each "
-        "physical performance core)",
+        help=f"number of threads{whose}{', or a list such as 1,2' if several else ''} (default: the environment "
+        "variable MISTRAL_REF_THREADS, or one thread for each physical performance core)",
     )
 
 

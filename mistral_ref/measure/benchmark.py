@@ -205,7 +205,7 @@ def alternate(
     return measured
 
 
-def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write figures as a JSON file; raise InputError if the file cannot be written."""
     with whole_file(path, InputError) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")

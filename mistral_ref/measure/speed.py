@@ -23,6 +23,7 @@ import numpy as np
 from mistral_ref.cache import KVCache
 from mistral_ref.errors import checked_int
 from mistral_ref.measure.benchmark import Limit, ratios
+from mistral_ref.measure.busy import processor_time, share_of_others
 from mistral_ref.measure.cost import StepCost, step_costs
 from mistral_ref.model import Model
 
@@ -76,6 +77,7 @@ class SpeedResult:
     work        the least that one run must do: the GB that it reads to generate its tokens, or the GFLOP of its prompt
     seconds     the time of each run
     limits      the limit of the machine in `unit`, measured just before each run
+    others      the share of the processors' time that other programs took meanwhile; None: not known
     """
 
     test: SpeedTest
@@ -83,6 +85,7 @@ class SpeedResult:
     work: float
     seconds: list[float] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
+    others: float | None = None
 
     @property
     def rates(self) -> list[float]:
@@ -158,7 +161,6 @@ def measure_speed(
         cache = model.new_cache(chunk=CHUNK, dtype=cache_dtype)
         flops, n_bytes = work_of(model, test, cache.dtype)
         limit, work = (read, n_bytes / 1e9) if test.n_gen else (peak, flops / 1e9)
-        result = SpeedResult(test, limit.unit, work)
         rng = np.random.default_rng(_SEED)
         if test.depth:
             report(f"{test.name}: the {test.depth} tokens before")
@@ -171,11 +173,13 @@ def measure_speed(
             took = _run(model, cache, test, first) * test.n / len(first)
         if seconds is not None and took:
             n_runs = min(repeats, max(1, int(seconds / took)))
+        limits, times, before = [], [], processor_time()
         for number in range(n_runs):
             report(f"{test.name}: {number + 1} of {n_runs}")
-            result.limits.append(limit.measure())
-            result.seconds.append(_run(model, cache, test, ids))
-        results.append(result)
+            limits.append(limit.measure())
+            times.append(_run(model, cache, test, ids))
+        others = share_of_others(before, processor_time())
+        results.append(SpeedResult(test, limit.unit, work, times, limits, others))
     return results
 
 

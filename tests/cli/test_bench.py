@@ -17,7 +17,10 @@ import pytest
 from support.command import COMMAND, run, start
 from support.errors import assert_complains
 
+import mistral_ref
 from mistral_ref.cli import main
+from mistral_ref.cli.bench_tables import parameters
+from mistral_ref.cli.common import size
 from mistral_ref.measure.shapes import shape
 from mistral_ref.measure.synthetic import make_checkpoint
 
@@ -29,7 +32,7 @@ LLAMA_BENCH_KEYS = {
 }
 OUR_KEYS = {
     "dtype", "load_s", "first_token_s", "compile_s", "percent_of_limit", "peak_resident", "anonymous", "power_source",
-    "throttled", "numba", "numpy", "blas", "threading_layer",
+    "throttled", "percent_of_others", "numba", "numpy", "blas", "threading_layer",
 }
 # fmt: on
 
@@ -37,6 +40,12 @@ OUR_KEYS = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), shape("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the limit of reading with less than the caches hold: it is quicker, and the figure is not looked at."""
+    monkeypatch.setattr("mistral_ref.measure.machine.uncached_bytes", lambda _: 2**20)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -76,6 +85,48 @@ def test_markdown_and_csv(capsys: pytest.CaptureFixture[str], tiny: Path) -> Non
     assert float(rows[0]["avg_ts"]) > 0
 
 
+def test_each_number_of_threads_has_its_rows_and_a_file_keeps_all(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    options = ("-m", tiny, "-p", 4, "-n", 2, "-r", 2, "-t", "1,2")
+    text = printed(capsys, *options, "-o", tmp_path / "a.json")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if " numba " in line]
+    assert [(row[4], row[5]) for row in rows] == [("1", "pp4"), ("1", "tg2"), ("2", "pp4"), ("2", "tg2")]
+    assert "\nthreads: 1, 2\n" in text
+    records = json.loads((tmp_path / "a.json").read_text())
+    config = mistral_ref.load(tiny).config
+    assert {(row[1], row[2]) for row in rows} == {(size(records[0]["model_size"]), parameters(config.n_parameters))}
+    assert [f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}" for record in records] == [row[6] for row in rows]
+    printed(capsys, *options, "-o", tmp_path / "b.csv")
+    assert len((tmp_path / "b.csv").read_text().splitlines()) == 5
+
+
+def test_two_files_are_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    common = {"n_prompt": 0, "n_gen": 8, "n_threads": 2}
+    a = [common | {"samples_ts": [10.0, 20.0, 12.0], "percent_of_limit": 50.0, "numba": "1"}]
+    b = [common | {"samples_ts": [24.0, 30.0, 16.0], "numba": "2"}, common | {"n_gen": 9, "samples_ts": [1.0]}]
+    for name, records in (("a.json", a), ("b.json", b)):
+        (tmp_path / name).write_text(json.dumps(records))
+    text = printed(capsys, "--compare", tmp_path / "a.json", tmp_path / "b.json")
+    cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
+    assert cells == ["tg8", "2", "12.00", "24.00", "2.00", "0.80 to 3.00", "50%", "unknown"]
+    assert text.splitlines()[3:] == ["only in B: tg9", "numba: A 1, B 2"]
+    (tmp_path / "b.json").write_text(json.dumps(b[1:]))
+    assert main(["bench", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    assert_complains(capsys.readouterr().err, "tg8", "tg9")
+
+
+@pytest.mark.parametrize(("others", "is_said"), [(None, False), (0.02, False), (0.4, True)])
+def test_what_others_compute_stands_beside_the_figures(
+    capsys: pytest.CaptureFixture[str], tiny: Path, monkeypatch: pytest.MonkeyPatch, others: float | None, is_said: bool
+) -> None:
+    monkeypatch.setattr("mistral_ref.measure.speed.share_of_others", lambda *_: others)
+    text = printed(capsys, "-m", tiny, "-p", 4, "-n", 0, "-r", 1, "--backend", "numpy")
+    shown = "unknown" if others is None else f"{100 * others:.0f}%"
+    assert text.splitlines()[2].strip("|").split("|")[-1].strip() == shown
+    assert ("up to 40%" in text) == is_said
+
+
 def test_a_shape_is_made_once_and_fits(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +150,11 @@ def test_a_shape_is_made_once_and_fits(
         (("-n", "-5"), ("--n-gen", "'-5'")),
         (("-p", "0", "-n", "0"), ("nothing to measure", "--n-prompt", "--n-gen")),
         (("-r", "0"), ("--repetitions", 0)),
+        (("-t", "1,x"), ("--threads", "'1,x'")),
+        (("-t", "0"), ("threads", 0)),
+        (("-o", "xml"), ("-o", "'xml'", "json")),
+        (("-o", "nowhere/a.json"), ("nowhere/a.json", "nowhere")),
+        (("--compare", "nowhere.json", "b.json"), ("nowhere.json", "No such file")),
         (("--shape", "giant"), ("shape", "'giant'", "tiny")),
         (("--shape", "tiny", "--layers", "0"), ("layers", 0)),
         (("--shape", "tiny", "--model", "x"), ("--model", "--shape")),
