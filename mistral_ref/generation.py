@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -14,10 +14,10 @@ import numpy as np
 from mistral_ref.cache import KVCache, shared_length
 from mistral_ref.errors import CacheError, InputError, Progress, checked_float, checked_int, short_repr, warn
 from mistral_ref.sampling import SamplingSettings, likeliest, log_softmax, sample
+from mistral_ref.text.reply import Kind, ReplyReader
 from mistral_ref.text.stream import TokenStream
 
-FinishReason = Literal["eos", "stop", "length", "model_length", "time"]
-Kind = Literal["text", "thinking", "tool_call"]
+FinishReason = Literal["eos", "stop", "length", "model_length", "time", "tool_calls"]
 Stop = str | int | Iterable[str | int] | None
 LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]  # the ids so far, logits (V,) -> logits (V,)
 NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # token ids, a cache -> the last token's logits (V,)
@@ -54,8 +54,9 @@ class Token:
     logprob         natural logarithm of the token's probability by the model alone, before any sampling setting
     finish_reason   for the last token the reason to end; None for the tokens before. "eos": the model ended the text;
                     "stop": a stop string or stop id; "length": max_tokens, or the cache is full; "model_length": the
-                    longest sequence that the model is meant for; "time": max_seconds
-    kind            "text"
+                    longest sequence that the model is meant for; "time": max_seconds; "tool_calls": the model ended an
+                    answer (`Model.chat`) in which it calls tools
+    kind            what the token belongs to in an answer: "text", "thinking" or "tool_call"; elsewhere "text"
     stop            the stop string or the stop id that ended the text; None unless the reason is "stop"
     top_logprobs    the likeliest tokens here, as many as asked for: pairs of an id and its logprob, the likeliest first
     """
@@ -304,3 +305,11 @@ def generate(
             raise CacheError("another pass has used the cache since the last token; this text cannot go on")
         logits_V = next_logits([token], cache)
         length += 1
+
+
+def answer(tokens: Generation, reader: ReplyReader) -> Generator[Token, None, None]:
+    """Yield the tokens of an answer; each says its kind, and the last one whether the answer calls tools."""
+    for token in tokens:
+        kind = reader.push(token.id)
+        calls_tools = token.finish_reason == "eos" and reader.calls_tools
+        yield replace(token, kind=kind, finish_reason="tool_calls" if calls_tools else token.finish_reason)

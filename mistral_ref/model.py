@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Never, SupportsIndex, Unpack, overload
+from typing import Any, Never, SupportsIndex, Unpack, overload
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from mistral_ref.generation import (
     GenerationSettings,
     LogitsProcessor,
     Stop,
+    answer,
     generate,
     split_stops,
 )
@@ -27,6 +28,8 @@ from mistral_ref.ops import Ops
 from mistral_ref.passes import Scores, pass_lengths
 from mistral_ref.sampling import SamplingSettings
 from mistral_ref.steps import count_values
+from mistral_ref.text.chat import encode_chat
+from mistral_ref.text.reply import ReplyReader
 from mistral_ref.text.stream import TokenStream
 from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.trace import Trace
@@ -296,6 +299,7 @@ class Model:
         logits_processor: LogitsProcessor | None = None,
         top_logprobs: int = 0,
         max_seconds: float | None = None,
+        follows: Sequence[int] | None = None,
     ) -> Generation:
         """Return the tokens that follow a prompt: an iterator, which computes each token when it is asked for.
 
@@ -316,6 +320,8 @@ class Model:
                             the logits (V,) that it returns, in which -inf makes a token impossible
         top_logprobs        for how many of the likeliest tokens `Token.top_logprobs` holds the log-probability
         max_seconds         ends the text at the first token that comes so long after the first one was asked for
+        follows             the ids that the text of the tokens follows; None: those of the prompt. SentencePiece drops
+                            the space before a text that follows nothing
 
         Decode the prompt and the tokens together: the part after the prompt equals the joined texts of the tokens.
         Log-probabilities are the model's own, before the logits processor and before every sampling setting. All
@@ -355,7 +361,37 @@ class Model:
         lengths = {n for first in {0, n_shared} for n in pass_lengths(len(request.prompt_ids) - first, used.chunk)}
         self.ops.prepare(self.config, self.weights, used.dtype, {1, *lengths})
         request.warn_of_mistakes(held, None if self.tokenizer is None else self.tokenizer.bos_id)
-        return Generation(generate(request, self._next_logits, used, self.text_stream(request.prompt_ids)))
+        stream = self.text_stream(request.prompt_ids if follows is None else follows)
+        return Generation(generate(request, self._next_logits, used, stream))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
+        chat_format: str | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> Generation:
+        """Return the tokens of the answer to a conversation. The settings are those of `generate`, without `cache`.
+
+        messages, tools, reasoning_effort, chat_format      see `mistral_ref.text.encode_chat`
+
+        `Token.kind` says what a token belongs to: "text", "thinking" or "tool_call". `parse_reply` makes a message of
+        the tokens' ids. With `prompt_cache` each turn of a conversation computes only what is new in it.
+
+        Raises InputError or CacheError.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer; a conversation cannot be encoded")
+        if settings.get("cache") is not None:
+            raise InputError("cache is given; expected prompt_cache, since a conversation is the whole text")
+        ids = encode_chat(
+            messages, self.tokenizer, tools=tools, reasoning_effort=reasoning_effort, chat_format=chat_format
+        )
+        goes_on = bool(messages[-1].get("prefix"))  # the answer's first words are the last message
+        tokens = self.generate(ids, follows=None if goes_on else (), **settings)
+        return Generation(answer(tokens, ReplyReader(self.tokenizer)))
 
     def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
         """Return a TokenStream for the text of the ids that follow `prompt_ids`; None for a model without tokenizer."""

@@ -16,17 +16,19 @@ from mistral_ref.errors import TokenizerError, UnknownTokenizerError
 from mistral_ref.files.json_file import TOKENIZER, read_json
 from mistral_ref.files.paths import local_path
 from mistral_ref.text.added_tokens import read_tokenizer_config
-from mistral_ref.text.chat import encode_chat, encode_fim
+from mistral_ref.text.chat import can_chat, encode_chat, encode_fim
 from mistral_ref.text.reply import parse_reply
 from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer
 from mistral_ref.text.sentencepiece_file import read_model
 from mistral_ref.text.tekken import tekken_tokenizer
+from mistral_ref.text.template_file import read_chat_template
 from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.text.tokenizer_json import tokenizer_json
 
 __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
+    "can_chat",
     "encode_chat",
     "encode_fim",
     "find_tokenizer",
@@ -77,6 +79,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
                 f"{path}: holds no tokenizer; expected tekken.json, {TOKENIZER_FILE} or tokenizer.json"
             )
         path = found
+    tokenizer = _read_tokenizer(path)
+    tokenizer.chat_template = read_chat_template(path.parent)
+    return tokenizer
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
     if _begins_as_json(path):
         document = read_json(path, TokenizerError, TOKENIZER)
         if "config" in document and "vocab" in document:

@@ -25,7 +25,8 @@ from mistral_ref.text.messages import (
     merged,
     read_messages,
 )
-from mistral_ref.text.reply import Reply, parse_reply
+from mistral_ref.text.reply import is_unchanged
+from mistral_ref.text.template import encode_with_template
 from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.text.tool_schema import check_schema
 
@@ -57,17 +58,36 @@ def encode_chat(
     tools             the functions that the model may call: dicts {"type": "function", "function": {...}}
     reasoning_effort  how much the model thinks ("none", "high", ...); only models of format "v15" are told. None: the
                       default of the tokenizer's file
-    chat_format       "v1", "v2", "v3", "v7", "v11", "v13" or "v15"; None: as the tokenizer's file says
+    chat_format       "v1", "v2", "v3", "v7", "v11", "v13" or "v15"; "template": as the chat template beside the
+                      tokenizer writes it. None: as the files say. A template counts if it writes no format of Mistral's
 
     Raises InputError for what Mistral's library refuses too; the message names the message and the field. Warns if the
     conversation has no place for the tools.
     """
+    template = tokenizer.chat_template
+    if template is not None and _is_by_template(tokenizer, chat_format):
+        if reasoning_effort is not None:
+            raise InputError(f"reasoning_effort is {short_repr(reasoning_effort)}; a chat template has no such setting")
+        return encode_with_template(messages, tokenizer, template, tools)
     form = find_format(tokenizer, chat_format)
     read = read_messages(messages, form)
     kept = [_with_ids(one, message, tokenizer) for one, message in zip(read, messages, strict=True)]
     settings = _read_settings(reasoning_effort, tokenizer, form)
     parts = _conversation(kept, form, _read_tools(tools), settings)
     return _ids_of(parts, tokenizer)
+
+
+def can_chat(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer's files say how its model talks."""
+    return tokenizer.chat_format is not None or tokenizer.chat_template is not None
+
+
+def _is_by_template(tokenizer: Tokenizer, chat_format: str | None) -> bool:
+    """Return whether a conversation is written by the tokenizer's chat template, and not in a format of Mistral's."""
+    if chat_format is not None:
+        return chat_format == "template"
+    template = tokenizer.chat_template
+    return template is not None and not (tokenizer.chat_format is not None and template.is_mistrals)
 
 
 def encode_fim(prompt: str, suffix: str | None, tokenizer: Tokenizer, *, chat_format: str | None = None) -> list[int]:
@@ -270,7 +290,7 @@ def _read_settings(effort: str | None, tokenizer: Tokenizer, form: ChatFormat) -
 
 def _with_ids(message: Message, given: Mapping[str, Any], tokenizer: Tokenizer) -> Message:
     """Return the message with the ids that the model generated, if it is a reply that nobody has changed."""
-    if not isinstance(given, Reply) or given != parse_reply(given.ids, tokenizer):
+    if not is_unchanged(given, tokenizer):
         return message
     end = tokenizer.control_id(END)
     return replace(message, ids=given.ids if given.ids[-1:] == (end,) else (*given.ids, end))

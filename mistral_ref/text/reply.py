@@ -7,7 +7,7 @@ import json
 import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from mistral_ref.errors import InputError
 from mistral_ref.text.tokenizer import Tokenizer
@@ -103,6 +103,11 @@ def parse_reply(ids: Iterable[int], tokenizer: Tokenizer) -> dict[str, Any]:
         call["id"] = call["id"] or _made_id([*ids, n])
     fields: dict[str, Any] = {"role": "assistant", "content": _content(chunks, calls)}
     return Reply(fields | ({"tool_calls": calls} if calls else {}), ids)
+
+
+def is_unchanged(message: object, tokenizer: Tokenizer) -> TypeGuard[Reply]:
+    """Return whether a message is a reply that still says what its ids say."""
+    return isinstance(message, Reply) and message == parse_reply(message.ids, tokenizer)
 
 
 def _content(chunks: list[dict[str, Any]], calls: list[dict[str, Any]]) -> str | list[dict[str, Any]] | None:

@@ -21,7 +21,7 @@ from sentencepiece import SentencePieceProcessor
 from mistral_ref.errors import InputError, TokenizerError, escaped, short_repr, warn
 from mistral_ref.text.added_tokens import AddedToken, AddedTokens, TokenizerConfig
 from mistral_ref.text.stream import SentencePieceStream
-from mistral_ref.text.tokenizer import Tokenizer
+from mistral_ref.text.tokenizer import Tokenizer, checked_text
 
 TOKENIZER_FILE = "tokenizer.model"
 _NO_OTHER_FILES = TokenizerConfig()
@@ -134,12 +134,24 @@ class SentencePieceTokenizer(Tokenizer):
         If the model was trained in this way, SentencePiece puts a space before the text: "Hello" becomes the piece
         "▁Hello". Behind an added token `TokenizerConfig.legacy` decides.
         """
+        return self._ids_behind([], text, added=added)
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Return the ids of texts with control tokens between them; see `Tokenizer.encode_parts`."""
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._ids_behind(ids, checked_text(part), added=False)
+        return ids
+
+    def _ids_behind(self, before: list[int], text: str, *, added: bool) -> list[int]:
+        """Return the ids of a text behind the ids `before`."""
         ids: list[int] = []
         for part in self.added.split(text, special=added):
             if isinstance(part, AddedToken):
                 ids.append(part.id)
             else:
-                processor = self._processor if self._config.legacy or not ids else self._without_space
+                begins = not before and not ids
+                processor = self._processor if self._config.legacy or begins else self._without_space
                 ids += processor.encode(part)
         return ids
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from mistral_ref.errors import InputError, short_repr
 from mistral_ref.text.added_tokens import AddedTokens
 from mistral_ref.text.stream import TokenStream
+from mistral_ref.text.template_file import ChatTemplate
 
 
 class Tokenizer(ABC):
@@ -24,6 +25,8 @@ class Tokenizer(ABC):
     added       the added tokens
     chat_format "v1", "v2", "v3", "v7", "v11", "v13" or "v15": the format of conversations that Mistral's models with
                 this tokenizer have learnt; None: not known
+    chat_template   the chat template beside the tokenizer; None: there is none
+    controls    the ids of control tokens by their names, where the tokenizer's file lists them
     settings    `model_settings_builder` of tekken.json, which says what a conversation of format "v15" may set; None:
                 the file has none
     """
@@ -37,6 +40,8 @@ class Tokenizer(ABC):
     added: AddedTokens
     chat_format: str | None = None
     settings: object = None
+    chat_template: ChatTemplate | None = None
+    controls: Mapping[str, int] = {}
 
     def encode(self, text: str, *, bos: bool = True, eos: bool = False, added: bool = False) -> list[int]:
         """Return the ids of `text`. `bos` and `eos` add the ids that begin and end a sequence, if there are such.
@@ -46,12 +51,23 @@ class Tokenizer(ABC):
 
         Raises InputError if `text` is not a string, or holds half of a surrogate pair, which UTF-8 cannot express.
         """
-        ids = self._ids_of(_checked_text(text), added=added)
+        ids = self._ids_of(checked_text(text), added=added)
         if bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Return the ids of texts with control tokens between them. `parts` are texts, and ids that stay as they are.
+
+        No special added token is read from the texts. Raises InputError as `encode`.
+        """
+        return [
+            token_id
+            for part in parts
+            for token_id in ([part] if isinstance(part, int) else self._ids_of(checked_text(part), added=False))
+        ]
 
     @abstractmethod
     def _ids_of(self, text: str, *, added: bool) -> list[int]:
@@ -95,7 +111,7 @@ class Tokenizer(ABC):
         return f"{type(self).__name__}({self.origin!r}, vocab_size={self.vocab_size})"
 
 
-def _checked_text(text: str) -> str:
+def checked_text(text: str) -> str:
     """Return a text; raise InputError unless UTF-8 can express it."""
     if not isinstance(text, str):
         raise InputError(f"text is {short_repr(text)}; expected a string")

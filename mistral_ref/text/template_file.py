@@ -1,0 +1,82 @@
+"""Read the chat template beside a tokenizer: how models of other families want a conversation to be written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mistral_ref.errors import TokenizerError, short_repr
+from mistral_ref.files.json_file import TOKENIZER, read_json
+
+TEMPLATE_FILE = "chat_template.jinja"
+_MAX_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template: a program in the language of jinja2 that prints a conversation.
+
+    source      the program
+    with_tools  the program for conversations with tools; "": the same
+    tokens      contents of tokens that it may name: {"bos_token": "<s>", ...}
+    origin      begins every message about it: the path of its file
+    """
+
+    source: str
+    with_tools: str = ""
+    tokens: dict[str, str] = field(default_factory=dict)
+    origin: str = "chat template"
+
+    @property
+    def is_mistrals(self) -> bool:
+        """Whether it writes one of Mistral's formats, which need no template. Llama 2 also writes [INST]."""
+        return "[INST]" in self.source and "<<SYS>>" not in self.source
+
+
+def read_chat_template(directory: Path) -> ChatTemplate | None:
+    """Return the chat template of a model's directory; None if it has none.
+
+    It is in the file chat_template.jinja, or else in tokenizer_config.json. Raises TokenizerError if a file cannot be
+    read, or if the template is no text.
+    """
+    config_json, template_file = directory / "tokenizer_config.json", directory / TEMPLATE_FILE
+    config = read_json(config_json, TokenizerError, TOKENIZER) if os.path.lexists(config_json) else {}
+    tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+    tokens = {name: content for name, content in tokens.items() if content}
+    if os.path.lexists(template_file):
+        return ChatTemplate(_read(template_file), tokens=tokens, origin=str(template_file))
+    found = config.get("chat_template")
+    named: dict[Any, Any] = {"default": found} if isinstance(found, str) else {}
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    if found is None or (isinstance(found, list) and not found):
+        return None
+    default, with_tools = named.get("default"), named.get("tool_use", "")
+    if not isinstance(default, str) or not isinstance(with_tools, str):
+        expected = "a text, or a list of objects with a name and a template, one of them called default"
+        raise TokenizerError(f"{config_json}: chat_template is {short_repr(found)}; expected {expected}")
+    return ChatTemplate(default, with_tools, tokens, str(config_json))
+
+
+def _content(token: Any) -> str:
+    """Return the content of a token that tokenizer_config.json names; "" if it names none."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():  # open() of a named pipe would wait for its other end
+        raise TokenizerError(f"{path}: is not a regular file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        text = data.decode()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path}: is not UTF-8 text: {error.reason} at {error.start}") from None
+    if len(data) > _MAX_BYTES:
+        raise TokenizerError(f"{path}: is larger than {_MAX_BYTES} bytes, the maximum for a chat template")
+    return text
