@@ -16,6 +16,7 @@ from mistral_ref.errors import CacheError, InputError, Progress, checked_float, 
 from mistral_ref.sampling import SamplingSettings, likeliest, log_softmax, sample
 from mistral_ref.text.reply import Kind, ReplyReader
 from mistral_ref.text.stream import TokenStream
+from mistral_ref.text.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length", "model_length", "time", "tool_calls"]
 Stop = str | int | Iterable[str | int] | None
@@ -131,10 +132,12 @@ def _overlap(text: str, string: str) -> int:
     return next(n for n in range(min(len(text), len(string) - 1), -1, -1) if text.endswith(string[:n]))
 
 
-def split_stops(stop: Stop, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:
+def split_stops(stop: Stop, vocab_size: int, tokenizer: Tokenizer | None) -> tuple[tuple[str, ...], frozenset[int]]:
     """Return the stop strings and the stop ids in `stop`. `stop` is one of them, several of them, or None.
 
-    Raises InputError for an empty string, for an id outside [0, vocab_size), and for anything else, such as bytes.
+    A string that is the name of a control token gives its id too: the token has no text in which it could be found.
+    Raises InputError for an empty string, for any string without a tokenizer, for an id outside [0, vocab_size), and
+    for anything else, such as bytes.
     """
     stops: list[object] = [] if stop is None else [stop]
     if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes, bytearray, memoryview)):
@@ -147,6 +150,11 @@ def split_stops(stop: Stop, vocab_size: int) -> tuple[tuple[str, ...], frozenset
         raise InputError(f"{error}, a token id, or text") from None
     if "" in strings:
         raise InputError("stop is ''; expected text of at least one character, or a token id")
+    for string in strings:
+        if tokenizer is None:
+            raise InputError("this model has no tokenizer; expected stops as token ids")
+        with suppress(InputError):
+            ids |= {tokenizer.control_id(string)}
     return strings, ids
 
 

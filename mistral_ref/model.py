@@ -308,7 +308,8 @@ class Model:
                             change nothing. The command line has other defaults: temperature 0.7 and top_p 0.9
         repetition_penalty  see sampling.py; it applies to the tokens of this prompt and the generated tokens
         seed                the same seed gives the same draws; None: different draws each time
-        stop                strings and token ids that end the text; a stop string is not part of the text
+        stop                strings and token ids that end the text; a stop string is not part of the text. The name of
+                            a control token, such as "<|im_end|>", is its id too
         progress            called with (tokens done, tokens in all) while the prompt is read
         cache               the prompt follows the tokens in it. Afterwards it also holds the prompt and all generated
                             tokens except the last one; a prompt that goes on there begins with the last token's id
@@ -330,9 +331,7 @@ class Model:
         self._check_cache(prompt_cache)
         if cache is not None and prompt_cache is not None:
             raise InputError("cache and prompt_cache are both given; expected one of them")
-        stop_strings, stop_ids = split_stops(stop, self.config.vocab_size)
-        if stop_strings and self.tokenizer is None:
-            raise InputError("this model has no tokenizer; expected stops as token ids")
+        stop_strings, stop_ids = split_stops(stop, self.config.vocab_size, self.tokenizer)
         request = GenerationRequest(
             prompt_ids=self.token_ids(prompt, cache),
             shares_prompt=prompt_cache is not None,

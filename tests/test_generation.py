@@ -121,6 +121,9 @@ def test_added_tokens_that_are_marks_have_no_text_and_words_have_theirs() -> Non
     assert [token.text for token in tokens] == [" she", "", "<t"]
     assert [model.piece(token.id) for token in tokens] == ["▁she", "<|im_end|>", "<tool>"]
     assert Scripted(model.script, tokenizer=tokenizer).complete("A", max_tokens=9) == " she<tool> she"
+    for name, token_id in (("<|im_end|>", mark.id), ("[INST]", 3)):  # it has no text in which a stop could be found
+        *_, last = Scripted([she, token_id, she], tokenizer=tokenizer).generate("A", stop=["no", name])
+        assert (last.id, last.text, last.finish_reason, last.stop) == (token_id, "", "stop", token_id)
 
 
 def test_a_sequence_ends_where_the_models_positions_do() -> None:

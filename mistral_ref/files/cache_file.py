@@ -68,7 +68,8 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
     """
     path = local_path(path)
     try:
-        found, metadata, _ = open_tensor_file(path)
+        file = open_tensor_file(path)
+        metadata = file.metadata
         if _WITHOUT_TOKENS in metadata:
             raise CacheError(f"{path}: mistral_ref 0.1.0 saved this cache, without its token ids; compute it again")
         if _FORMAT not in metadata or "config" not in metadata:
@@ -80,7 +81,7 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
             )
         if difference := first_difference(parse_json(metadata["config"]), parse_json(_config_json(config))):
             raise CacheError(f"{path}: this cache belongs to a model of another configuration: {difference}")
-        tensors = {tensor.name: tensor for tensor in found}
+        tensors = {tensor.name: tensor for tensor in file}
         names = [[f"layers.{number}.{which}" for which in "kv"] for number in range(config.n_layers)]
         if missing := [name for name in ("tokens", *(name for pair in names for name in pair)) if name not in tensors]:
             raise CheckpointError(f"{path}: {missing[0]} is missing")

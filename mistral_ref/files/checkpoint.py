@@ -74,7 +74,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         opened = open_tensor_file(path)
         metadata |= opened.metadata
         files.append(opened.mapped)
-        for tensor in opened.tensors:
+        for tensor in opened:
             if expected is not None and expected.pop(tensor.name, path.name) != path.name:
                 raise CheckpointError(f"{path}: {short_repr(tensor.name)} is in another file according to the index")
             if other_component(tensor.name) or is_unused(tensor.name):

@@ -49,9 +49,9 @@ def read_dump(path: Path, rope_row_order: RowOrder | None) -> Dump:
 
     rope_row_order  the order of RoPE's pairs if the file's metadata do not hold it; None: "interleaved"
     """
-    found, metadata, _ = open_tensor_file(path)
-    tensors = {tensor.name: tensor for tensor in found}
-    about = _about(path, metadata)
+    file = open_tensor_file(path)
+    tensors = {tensor.name: tensor for tensor in file}
+    about = _about(path, file.metadata)
     tokens = _tokens(path, tensors)
     names = sorted((name for name in tensors if _is_step(name)), key=step_order)
     if not names:

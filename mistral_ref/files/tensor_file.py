@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -78,12 +78,19 @@ class Tensor:
         return Matrix(self.name, kind, stored.reshape(1, -1)).rows(slice(None), np.float32).reshape(self.shape)
 
 
-class TensorFile(NamedTuple):
-    """The contents of a file: its tensors, its metadata ({} without metadata), and the mapping that holds the data."""
+@dataclass(frozen=True)
+class TensorFile:
+    """The contents of a file: its tensors, its metadata ({} without metadata), and the mapping that holds the data.
+
+    Iterate over it to get the tensors.
+    """
 
     tensors: list[Tensor]
     metadata: dict[str, str]
     mapped: MappedFile
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors)
 
 
 def open_tensor_file(path: Path) -> TensorFile:

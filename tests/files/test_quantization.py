@@ -231,7 +231,7 @@ def test_a_head_beside_a_tied_embedding_is_one_of_its_own(tmp_path: Path) -> Non
 
 def test_a_head_in_fp8_stays_so_with_its_scale(source: Path, tmp_path: Path) -> None:
     """No published model has one; but what is not rounded is as it was."""
-    tensors = {tensor.name: (tensor.dtype, tensor.mapped()[1]) for tensor in open_tensor_file(source / WEIGHTS).tensors}
+    tensors = {tensor.name: (tensor.dtype, tensor.mapped()[1]) for tensor in open_tensor_file(source / WEIGHTS)}
     codes, scale = to_fp8(draw_weights(DENSE)["output.weight"])
     tensors |= {"output.weight": ("F8_E4M3", codes), "output.qscale_weight": ("F32", scale)}
     (tmp_path / "fp8").mkdir()
@@ -807,7 +807,7 @@ def test_hostile_quantized_files_are_refused(name: str, tmp_path: Path) -> None:
 def test_the_files_are_valid_before_they_are_changed(bits: int, tmp_path: Path) -> None:
     fill(tmp_path, valid(bits))
     assert attempt(tmp_path) == ""
-    assert {tensor.dtype for tensor in open_tensor_file(tmp_path / WEIGHTS).tensors} == {"U8", "F32", "BF16"}
+    assert {tensor.dtype for tensor in open_tensor_file(tmp_path / WEIGHTS)} == {"U8", "F32", "BF16"}
 
 
 @st.composite
