@@ -5,6 +5,10 @@ Files beside the tokenizer list them. Each is one id, and is found in a text by 
     special         a mark, such as the end of a turn in a conversation. It is not part of what is said. So it is read
                     only from a text whose writer may set marks, and it has no text when ids are decoded
     not special     a word, such as "<tool_call>". It is read from every text, and its text is its content
+
+For a SentencePiece model the ids are those of transformers 4's LlamaTokenizer, which is written in Python. There is one
+exception: no space is put before a text that begins with a token that is not special, as in LlamaTokenizerFast. The
+golden file added_tokens.json has both cases.
 """
 
 from __future__ import annotations
