@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,9 +18,10 @@ from mistral_ref.errors import InputError, short_repr
 from mistral_ref.files.json_file import Limits, read_json
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.whole_file import whole_file
-from mistral_ref.generation import GenerationSettings, Token
+from mistral_ref.generation import Generation, GenerationSettings, Token
 from mistral_ref.model import Model
 from mistral_ref.text import can_chat, parse_reply
+from mistral_ref.text.chat_format import CHAT_FORMATS
 from mistral_ref.text.reply import Reply
 
 SYSTEM_PROMPT_FILE = "SYSTEM_PROMPT.txt"
@@ -67,6 +68,11 @@ class Conversation:
         return content if isinstance(content, str) else "".join(chunk.get("text", "") for chunk in content)
 
     @property
+    def has_answer(self) -> bool:
+        """Whether the last message is an answer."""
+        return bool(self.messages) and self.messages[-1]["role"] == "assistant"
+
+    @property
     def _n_system(self) -> int:
         return int(bool(self.messages) and self.messages[0]["role"] == "system")
 
@@ -74,10 +80,12 @@ class Conversation:
         """Give the conversation another system prompt; with "" it has none. What was said stays."""
         if text and not self.is_chat:
             raise InputError("this model was trained to continue texts, and not to talk; it takes no system prompt")
-        prompt = [{"role": "system", "content": _with_thinking(text)}] if text else []
+        form = CHAT_FORMATS.get(self.chat_format or self.tokenizer.chat_format or "")
+        content = _with_thinking(text) if form is not None and "system" in form.thinking else text
+        prompt = [{"role": "system", "content": content}] if text else []
         self.messages[: self._n_system] = prompt
 
-    def say(self, text: str) -> Iterator[Token]:
+    def say(self, text: str) -> Generator[Token, None, None]:
         """Yield the tokens of the answer to a text of the user's.
 
         The answer becomes a message when the last token has been asked for, or when the iterator is closed or
@@ -86,7 +94,7 @@ class Conversation:
         """
         return self._answer([{"role": "user", "content": text}])
 
-    def give_results(self, results: Sequence[str]) -> Iterator[Token]:
+    def give_results(self, results: Sequence[str]) -> Generator[Token, None, None]:
         """Yield the answer to the results of the tools that the last answer calls, in the order of the calls.
 
         Raises InputError unless there is one result for each call.
@@ -101,8 +109,13 @@ class Conversation:
             ]
         )
 
-    def again(self) -> Iterator[Token]:
-        """Yield another answer to the last text of the user's, in place of the one that is there."""
+    def again(self) -> Generator[Token, None, None]:
+        """Yield another answer to the last text of the user's, in place of the one that is there.
+
+        If there is a seed, the next one is taken.
+        """
+        if self.settings.get("seed") is not None:
+            self.settings["seed"] += 1  # type: ignore[operator]
         return self._answer([{"role": "user", "content": self.undo()}])
 
     def undo(self) -> str:
@@ -118,7 +131,7 @@ class Conversation:
         """Forget everything except the system prompt."""
         del self.messages[self._n_system :]
 
-    def _answer(self, new: list[dict[str, Any]]) -> Iterator[Token]:
+    def _answer(self, new: list[dict[str, Any]]) -> Generator[Token, None, None]:
         self.messages += new
         ids: list[int] = []
         try:
@@ -132,7 +145,7 @@ class Conversation:
             else:
                 del self.messages[len(self.messages) - len(new) :]
 
-    def _tokens(self) -> Iterator[Token]:
+    def _tokens(self) -> Generation:
         settings = self.settings | {"prompt_cache": self.cache}
         if not self.is_chat:
             return self.model.generate(self.messages[-1]["content"], **settings)

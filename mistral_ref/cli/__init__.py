@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import mistral_ref
-from mistral_ref.cli import bench, compare, generate, info, perplexity, quantize, step, trace
+from mistral_ref.cli import bench, chat, compare, generate, info, perplexity, quantize, step, trace
 from mistral_ref.cli.output import say
 from mistral_ref.cli.parsers import CommandParser, OneLineParser
 from mistral_ref.errors import did_you_mean, escaped, short_repr
 
 _COMMANDS = {
     "generate": generate,
+    "chat": chat,
     "step": step,
     "trace": trace,
     "compare": compare,

@@ -21,10 +21,13 @@ from mistral_ref.cli.common import (
     text_of,
 )
 from mistral_ref.cli.output import say
+from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table
+from mistral_ref.errors import InputError
 from mistral_ref.generation import Token
 from mistral_ref.model import Model
+from mistral_ref.text import encode_chat
 
 _DESCRIPTION = """\
 Continue a text with a model. The prompt and its continuation are printed to
@@ -40,7 +43,6 @@ examples:
   mistral-ref generate --ids 1,346 --top-logprobs 3 --max-tokens 8
   cat story.txt | mistral-ref generate --model DIR --stop "The end" --stats
 """
-_TOP_P = 0.9
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -73,6 +75,12 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--max-seconds", type=float, metavar="S", help="end the continuation S seconds after the model has been loaded"
     )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="take the prompt as a message of a conversation that begins with this system prompt, and print only the "
+        "answer; mistral-ref chat goes on with a conversation",
+    )
     parser.add_argument("--no-echo", action="store_true", help="print only the continuation, not the prompt")
     parser.add_argument(
         "--stats", action="store_true", help="at the end print times and tokens per second to standard error"
@@ -85,50 +93,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="at the end print every token with its probability, and the N likeliest tokens there, to standard error; "
         "the probabilities are the model's, before sampling (default: 0, no list)",
     )
-    _add_sampling_options(parser)
+    add_sampling_options(parser)
     parser.set_defaults(run=run)
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how a token is drawn."""
-    sampling = parser.add_argument_group(
-        "sampling",
-        "How the next token is drawn from the model's probabilities.\nThe options are applied in this order.\n"
-        "model.generate in Python has other defaults: temperature 0, top_p 1.",
-    )
-    sampling.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="above 1: make tokens less likely that were in the text before; 1: no change (default: 1)",
-    )
-    sampling.add_argument(
-        "--temperature",
-        type=float,
-        default=0.7,
-        metavar="T",
-        help="above 1: make unlikely tokens likelier; below 1: less likely; 0: always take the likeliest token "
-        "(default: 0.7)",
-    )
-    sampling.add_argument("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens (default: all)")
-    sampling.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="draw only from the likeliest tokens whose probabilities together reach P "
-        f"(default: {_TOP_P}; 1 with temperature 0)",
-    )
-    sampling.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="draw only from tokens that are at least P times as probable as the likeliest one (default: 0)",
-    )
-    sampling.add_argument(
-        "--seed", type=int, metavar="N", help="the same seed draws the same tokens again (default: a random seed)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -136,24 +102,22 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     model = load_model(arguments)
     loaded = time.perf_counter()
-    ids = model.token_ids(prompt := read_prompt(arguments))
+    prompt = read_prompt(arguments)
+    ids = model.token_ids(prompt) if arguments.system is None else ids_of_turn(model, arguments.system, prompt)
     with progress_bar("reading the prompt", is_long=len(ids) > DEFAULT_CHUNK) as progress:
         tokens = model.generate(
             ids,
             max_tokens=arguments.max_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=(_TOP_P if arguments.temperature else 1.0) if arguments.top_p is None else arguments.top_p,
-            min_p=arguments.min_p,
-            repetition_penalty=arguments.repetition_penalty,
-            seed=arguments.seed,
+            **sampling_settings(arguments),
             stop=[unescaped(as_text(stop)) for stop in arguments.stop],
             top_logprobs=arguments.top_logprobs,
             max_seconds=arguments.max_seconds,
             progress=progress,
         )
         given = [next(tokens)]  # before the prompt is printed: a bar or a notice would be in the middle of the text
-    echo = "" if arguments.no_echo else prompt if isinstance(prompt, str) else text_of_ids(model, ids)
+    echo = prompt if isinstance(prompt, str) else text_of_ids(model, ids)
+    if arguments.no_echo or arguments.system is not None:
+        echo = ""
     say(echo + text_of(model, given[0]), end="")
     first_at = time.perf_counter()
     for token in tokens:
@@ -165,6 +129,14 @@ def run(arguments: argparse.Namespace) -> None:
         say(table_of_tokens(model, given), error=True)
     if arguments.stats:
         print_stats(model, given[-1], len(ids), len(given), [started, loaded, first_at, ended])
+
+
+def ids_of_turn(model: Model, system: str, prompt: str | Sequence[int]) -> list[int]:
+    """Return the ids of a conversation of a system prompt and one message."""
+    if model.tokenizer is None or not isinstance(prompt, str):
+        raise InputError("--system needs a model with a tokenizer, and a prompt that is a text")
+    messages = [{"role": "system", "content": as_text(system)}, {"role": "user", "content": prompt}]
+    return encode_chat(messages, model.tokenizer)
 
 
 def text_of_ids(model: Model, ids: Sequence[int]) -> str:
