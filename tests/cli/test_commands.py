@@ -268,7 +268,7 @@ def one_line_error(done: subprocess.CompletedProcess[str], *facts: object) -> No
 
 
 def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Path) -> None:
-    one_line_error(run("no-such-command"), "'no-such-command'", "generate, step, trace")
+    one_line_error(run("no-such-command"), "'no-such-command'", "generate, chat, step")
     one_line_error(run("genrate", "A"), "'genrate'", "'generate'")
     one_line_error(run("generate", "--tempreature", "1", "A"), "--tempreature", "'--temperature'")
     one_line_error(run("generate", "--model", tmp_path / "absent", "A"), "absent", "no such directory")
