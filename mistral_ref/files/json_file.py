@@ -35,10 +35,11 @@ TOKENIZER = Limits(32 * 2**20, 400_000, 1_500_000)
 def read_json(path: Path, error: type[MistralRefError] = ConfigError, limits: Limits = CONFIG) -> dict[str, Any]:
     """Return the object in a JSON file; raise `error` if the file cannot be read, is too large or holds no object."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # open() of a named pipe would wait for its other end
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # open() of a named pipe would wait for its other end
             raise ValueError("expected a regular file")
         with path.open("rb") as file:
-            data = file.read(limits.n_bytes + 1)
+            data = file.read(min(found.st_size, limits.n_bytes) + 1)  # memory for this many bytes is taken first
         if len(data) > limits.n_bytes:
             raise ValueError(f"expected at most {limits.n_bytes} bytes")
         refuse_pointer(path, data, error)

@@ -214,18 +214,20 @@ class _File:
 
     def _ends_of_template(self, stage: dict[str, Any]) -> tuple[int | None, int | None]:
         """Return the ids of a template such as [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]."""
+        ends: list[list[int]] = [[]]  # the ids before the text, and behind it
         try:
-            names = [next(iter(part.values()))["id"] for part in stage["single"]]
-            kinds = [next(iter(part)) for part in stage["single"]]
-            at = kinds.index("Sequence")
-            listed = {name: stage["special_tokens"][name]["ids"] for name in names[:at] + names[at + 1 :]}
-        except (AttributeError, KeyError, TypeError, ValueError, StopIteration):
-            raise TokenizerError(f"{self.origin}: post_processor has no template of tokens and one text") from None
-        for ids in listed.values():
-            if not isinstance(ids, list) or len(ids) != 1 or type(ids[0]) is not int or not 0 <= ids[0] <= _MAX_ID:
-                raise UnknownTokenizerError(f"{self.origin}: post_processor has {short_repr(ids)}; expected one id")
-        if kinds.count("Sequence") > 1 or at > 1 or len(names) > at + 2:
+            for part in stage["single"]:
+                ((kind, token),) = part.items()
+                if kind == "Sequence":
+                    ends.append([])
+                else:
+                    ends[-1] += stage["special_tokens"][token["id"]]["ids"]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise TokenizerError(f"{self.origin}: post_processor has no template of tokens and a text") from None
+        if len(ends) != 2 or any(len(ids) > 1 or any(type(token_id) is not int for token_id in ids) for ids in ends):
             raise UnknownTokenizerError(
-                f"{self.origin}: post_processor is {short_repr(names)}; expected one text, and a token at each end"
+                f"{self.origin}: post_processor puts the ids {short_repr(ends)} around its texts; expected one text, "
+                "and at most one id at each end"
             )
-        return (listed[names[0]][0] if at else None), (listed[names[-1]][0] if names[at + 1 :] else None)
+        begin, end = (ids[0] if ids else None for ids in ends)
+        return begin, end

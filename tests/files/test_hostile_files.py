@@ -29,10 +29,13 @@ from support.hostile import (
     other_json,
     tensor_file,
 )
+from support.paths import GOLDEN
+from support.tiny_tekken import tiny_tekken
 from support.tiny_tokenizers import more_pieces, tiny_tokenizer
 
 from mistral_ref.files.json_file import MAX_JSON_BYTES
 
+LAYOUTS = ("consolidated", "hf", "shards", "tekken", "tokenizer.json")
 # What a tokenizer may cost at the most: published ones have up to 256,000 pieces.
 MAX_TOKENIZER_BYTES, MAX_TOKENIZER_SECONDS = 96 * 2**20, 3.0
 
@@ -43,20 +46,34 @@ def valid(layout: str) -> Files:
 
     def family(name: str) -> Any:
         small = FAMILIES[name]
-        return dataclasses.replace(small, config=small.config.replace(dim=8, hidden_dim=12, vocab_size=384))
+        return dataclasses.replace(small, config=small.config.replace(dim=8, hidden_dim=12, vocab_size=vocab_size))
+
+    n_ids = {"tekken": 520, "tokenizer.json": 362}
+    vocab_size = n_ids.get(layout, 384)
 
     with tempfile.TemporaryDirectory() as made:
         directory = Path(made)
-        if layout == "consolidated":
+        if layout in ("consolidated", "tekken"):
             write_consolidated(directory, family("interleaved_windows"), fp8=True)
-        elif layout == "hf":
+        elif layout in ("hf", "tokenizer.json"):
             write_hf(directory, family("mixtral_windowed"), fused_experts=True)
         else:
             write_hf(directory, family("ministral3"), shards=3, fp8="block", wrapper="v5")
-        (directory / "tokenizer.model").write_bytes(tiny_tokenizer())
+        if layout == "tekken":
+            (directory / "tekken.json").write_text(json.dumps(tiny_tekken("v15")))
+        elif layout == "tokenizer.json":
+            goldens = json.loads((GOLDEN / "tokenizer_json.json").read_text())
+            (directory / "tokenizer.json").write_text(json.dumps(goldens[-1]["tokenizer"]))
+        else:
+            (directory / "tokenizer.model").write_bytes(tiny_tokenizer())
         (directory / "generation_config.json").write_text('{"eos_token_id": 2}')
         listed = {"2": {"content": "</s>", "special": True}, "383": {"content": "<tool>", "special": False}}
-        (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed, "legacy": False}))
+        config = {
+            "added_tokens_decoder": {} if layout in ("tekken", "tokenizer.json") else listed,
+            "legacy": False,
+            "eos_token": "</s>",
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
         return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
@@ -76,7 +93,7 @@ class Hostile:
 @st.composite
 def hostile_directories(draw: st.DrawFn) -> Hostile:
     """Draw a directory in which one file, or two, are not what they were."""
-    hostile = Hostile(draw(st.sampled_from(["consolidated", "hf", "shards"])), {})
+    hostile = Hostile(draw(st.sampled_from(LAYOUTS)), {})
     files = valid(hostile.layout)
     for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2, unique=True)):
         content = files[name]
@@ -116,7 +133,7 @@ def test_many_hostile_files(hostile: Hostile) -> None:
     check(hostile)
 
 
-@pytest.mark.parametrize("layout", ["consolidated", "hf", "shards"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_files_are_valid_before_they_are_changed(layout: str, tmp_path: Path) -> None:
     fill(tmp_path, valid(layout))
     assert attempt(tmp_path) == ""
@@ -252,12 +269,23 @@ for directory in sys.argv[2:]:
 """
 
 
+Costs = dict[str, tuple[float, int, str]]
+
+
 @pytest.fixture(scope="module")
-def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, int, str]]:
+def costs(tmp_path_factory: pytest.TempPathFactory) -> Costs:
+    return costs_of(COSTLY, tmp_path_factory.mktemp("costly"))
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer_costs(tmp_path_factory: pytest.TempPathFactory) -> Costs:
+    return costs_of(COSTLY_JSON_TOKENIZERS, tmp_path_factory.mktemp("costly"))
+
+
+def costs_of(costly: dict[str, Callable[[], Files]], root: Path) -> Costs:
     """Load every costly directory; return seconds, bytes beyond the size of the files, and the message, by name."""
-    root = tmp_path_factory.mktemp("costly")
-    directories = [root / str(number) for number in range(1 + len(COSTLY))]
-    for directory, make in zip(directories, [dict, *COSTLY.values()], strict=True):
+    directories = [root / str(number) for number in range(1 + len(costly))]
+    for directory, make in zip(directories, [dict, *costly.values()], strict=True):
         directory.mkdir()
         files = valid("consolidated") | make()
         if INDEX in files:
@@ -266,12 +294,12 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, in
     command = [sys.executable, "-c", LOAD_EACH, *map(str, directories)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     sizes = [sum(file.stat().st_size for file in directory.iterdir()) for directory in directories[1:]]
-    measured = zip(COSTLY, map(json.loads, lines), sizes, strict=True)
+    measured = zip(costly, map(json.loads, lines), sizes, strict=True)
     return {name: (seconds, peak - size, message) for name, (seconds, peak, message), size in measured}
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_costly_files(name: str, costs: dict[str, tuple[float, int, str]]) -> None:
+def test_costly_files(name: str, costs: Costs) -> None:
     seconds, memory, message = costs[name]
     assert message.isprintable()
     assert not message or unsaid(message, "header", MAX_JSON_BYTES)  # which would be no test of what comes after
@@ -279,6 +307,63 @@ def test_costly_files(name: str, costs: dict[str, tuple[float, int, str]]) -> No
     has_pieces = name.startswith("pieces")
     assert seconds < (MAX_TOKENIZER_SECONDS if has_pieces else MAX_SECONDS)
     assert memory < (MAX_TOKENIZER_BYTES if has_pieces else MAX_BYTES)
+
+
+def tekken(**parts: Any) -> Files:
+    """A tekken.json with other parts; a part may be the bytes of its JSON."""
+    made = {
+        name: json.dumps(part).encode()
+        for name, part in (tiny_tekken("v13") | parts).items()
+        if type(part) is not bytes
+    }
+    made |= {name: part for name, part in parts.items() if type(part) is bytes}
+    return {"tekken.json": b"{" + b", ".join(b'"%s": %s' % (name.encode(), part) for name, part in made.items()) + b"}"}
+
+
+def tekken_of(n: int) -> Files:
+    document = tiny_tekken("v13")
+    more = [{"rank": rank, "token_bytes": f"{rank:08x}", "token_str": ""} for rank in range(len(document["vocab"]), n)]
+    document["config"] |= {"default_vocab_size": n + 64}
+    return tekken(vocab=document["vocab"] + more, config=document["config"])
+
+
+def tokenizer_json(n_pieces: int, merges: list[Any], n_added: int = 0) -> Files:
+    content = json.loads((GOLDEN / "tokenizer_json.json").read_text())[-1]["tokenizer"]
+    vocab = content["model"]["vocab"]
+    vocab |= {f"x{n:x}": n for n in range(500, 500 + n_pieces)}
+    content["model"]["merges"] = merges
+    content["added_tokens"] += [{"id": 10**6 + n, "content": f"<{n:x}>"} for n in range(n_added)]
+    return {"tekken.json": json.dumps(content).encode()}
+
+
+COSTLY_JSON_TOKENIZERS: dict[str, Callable[[], Files]] = {
+    "pieces": lambda: tekken_of(399_000),
+    "pieces of tokenizer.json": lambda: tokenizer_json(1_400_000, []),
+    "merges": lambda: tokenizer_json(0, [["t", "h"]] * 399_000),
+    "merges as texts": lambda: tokenizer_json(0, ["t h"] * 1_400_000),
+    "added tokens": lambda: tokenizer_json(0, [], 300_000),
+    "control tokens": lambda: tekken(special_tokens=[{"rank": n, "token_str": f"{n:x}"} for n in range(390_000)]),
+    "texts": lambda: tekken(x=b"[" + b'"abc",' * 1_490_000 + b"0]"),
+    "wide texts": lambda: tekken(x=b"[" + b'"\xc3\xa9\xf0\x9f\x99\x82aaaaaaaaaaa",' * 1_490_000 + b"0]"),
+    "a wide text": lambda: tekken(x=b'"' + b"x" * 33_000_000 + b'\xf0\x9f\x99\x82"'),
+    "a long piece": lambda: tekken(vocab=b'[{"rank": 0, "token_str": "", "token_bytes": "' + b"A" * 33_000_000 + b'"}]'),
+    "numbers": lambda: tekken(x=b"[" + b"12345.5," * 1_490_000 + b"0]"),
+    "too many values": lambda: tekken(x=b"[" + b"1," * 1_600_000 + b"0]"),
+    "too many lists": lambda: tekken(x=b"[" + b"[]," * 400_000 + b"0]"),
+    "too many bytes": lambda: tekken(x=b'"' + b"x" * 34_000_000 + b'"'),
+}  # fmt: skip
+MAX_JSON_TOKENIZER_BYTES, MAX_JSON_TOKENIZER_SECONDS = 300 * 2**20, 5.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COSTLY_JSON_TOKENIZERS)
+def test_costly_json_tokenizers(name: str, json_tokenizer_costs: Costs) -> None:
+    seconds, memory, message = json_tokenizer_costs[name]
+    assert message.isprintable()
+    assert len(message) < 3000
+    assert seconds < MAX_JSON_TOKENIZER_SECONDS
+    assert memory < MAX_JSON_TOKENIZER_BYTES
+    print(seconds, memory >> 20, message)
 
 
 # ------------------------------------------------------------------------------------------- what is no file of its own
