@@ -40,7 +40,7 @@ class ByteBPE:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         ids: list[int] = []
-        for word in split(text, self.patterns):
+        for word in self.words(text):
             found = self._kept.get(word)
             if found is None:
                 found = self._ids_of_word(word)
@@ -51,22 +51,19 @@ class ByteBPE:
             ids += found
         return ids
 
+    def words(self, text: str) -> list[str]:
+        """Return the words of a text. Together they are the text, and each is merged by itself."""
+        return split(text, self.patterns)
+
     def _ids_of_word(self, word: str) -> list[int]:
         spelled = word.encode()
         whole = self.whole(spelled)
         return [self.ids[part] for part in merged(self.parts(spelled), self.rank)] if whole is None else [whole]
 
     def merges(self, word: bytes) -> Iterator[list[bytes]]:
-        """Yield the parts of a word before each merge, and at the end. `merged` finds the same end faster."""
-        parts = self.parts(word)
-        while True:
+        """Yield the parts of a word before each merge, and at the end."""
+        for parts in merge_by_merge(self.parts(word), self.rank):
             yield [self.bytes_of(part) for part in parts]
-            ranks = [self.rank(*pair) for pair in pairwise(parts)]
-            allowed = [(rank, at) for at, rank in enumerate(ranks) if rank is not None]
-            if not allowed:
-                return
-            _, at = min(allowed)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
     def parts(self, word: bytes) -> list[Any]:
         """Return what a word is before the first merge: its bytes, as pieces have them."""
@@ -131,6 +128,24 @@ def _in_letters(word: bytes) -> str:
     'ĠnÃ©Ċ'
     """
     return word.decode("latin-1").translate(_LETTER)
+
+
+def merge_by_merge(parts: Sequence[Any], rank: Callable[[Any, Any], float | None]) -> Iterator[list[Any]]:
+    """Yield the parts of a word before each merge, and at the end. `merged` finds the same end faster.
+
+    >>> ranks = {"he": 0, "th": 1, "the": 2}
+    >>> list(merge_by_merge("the", lambda left, right: ranks.get(left + right)))
+    [['t', 'h', 'e'], ['t', 'he'], ['the']]
+    """
+    parts = list(parts)
+    while True:
+        yield list(parts)
+        ranks = [(rank(left, right), at) for at, (left, right) in enumerate(pairwise(parts))]
+        allowed = [(found, at) for found, at in ranks if found is not None]
+        if not allowed:
+            return
+        _, at = min(allowed)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
 def merged(parts: list[Any], rank: Callable[[Any, Any], int | None]) -> list[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, takewhile
 from typing import Literal
 
 from mistral_ref.errors import InputError, escaped, short_repr
@@ -95,6 +95,26 @@ class ByteTokenizer(Tokenizer):
             return escaped(self._names[token_id])
         piece = self.bytes_of(token_id)
         return f"[{token_id}]" if piece is None else shown(piece)
+
+    def word_of(self, ids: Sequence[int], at: int) -> str:
+        """Return the word that ids[at] is a part of. Bytes that are no character are halves of pairs in it."""
+        pieces = [None if i in self.added.by_id else self.bytes_of(i) for i in self.checked(ids)]
+        if pieces[at] is None:
+            return ""
+        before = list(takewhile(lambda piece: piece is not None, reversed(pieces[:at])))
+        behind = takewhile(lambda piece: piece is not None, pieces[at:])
+        run = b"".join(piece or b"" for piece in (*reversed(before), *behind))
+        offset = sum(len(piece or b"") for piece in before)
+        for word in self.bpe.words(run.decode(errors="surrogateescape")):
+            offset -= len(word.encode(errors="surrogateescape"))
+            if offset < 0:
+                return word
+        return ""
+
+    def merges(self, word: str) -> Iterator[list[str]]:
+        """Yield the parts of a word before each merge, and at the end, as names for tables (`piece`)."""
+        for parts in self.bpe.merges(word.encode(errors="surrogateescape")):
+            yield [shown(part) for part in parts]
 
     def control_id(self, name: str) -> int:
         """Return the id of a control token or an added token by its name; raise InputError if there is none."""

@@ -13,17 +13,19 @@ Three rules that other programs often break:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 from sentencepiece import SentencePieceProcessor
 
 from mistral_ref.errors import InputError, TokenizerError, escaped, short_repr, warn
 from mistral_ref.text.added_tokens import AddedToken, AddedTokens, TokenizerConfig
+from mistral_ref.text.byte_bpe import merge_by_merge
 from mistral_ref.text.stream import SentencePieceStream
 from mistral_ref.text.tokenizer import Tokenizer, checked_text
 
 TOKENIZER_FILE = "tokenizer.model"
+_SPACE = "▁".encode()  # SentencePiece's mark for a space
 _NO_OTHER_FILES = TokenizerConfig()
 
 
@@ -202,6 +204,46 @@ class SentencePieceTokenizer(Tokenizer):
         if token := self.added.by_id.get(token_id):
             return escaped(token.content)
         return escaped(self._processor.id_to_piece(token_id)) if token_id < self.n_pieces else f"[{token_id}]"
+
+    def word_of(self, ids: Sequence[int], at: int) -> str:
+        """Return the word that ids[at] is a part of, from a piece with a space in front to the next one."""
+        pieces = [self._bytes_of(token_id) for token_id in self.checked(ids)]
+        word = pieces[at] or b""
+        begin, end = at, at + 1
+        while word and begin > 0 and not word.startswith(_SPACE) and (piece := pieces[begin - 1]) is not None:
+            begin, word = begin - 1, piece + word
+        while word and end < len(pieces) and (piece := pieces[end]) is not None and not piece.startswith(_SPACE):
+            end, word = end + 1, word + piece
+        return word.decode(errors="replace")
+
+    def _bytes_of(self, token_id: int) -> bytes | None:
+        """Return the bytes of a piece of text, with its space mark; None for an id without text or an added token."""
+        byte = self.byte(token_id)
+        if byte is not None:
+            return bytes([byte])
+        is_text = token_id < self.n_pieces and token_id not in self.added.by_id and not self._is_control(token_id)
+        return self._processor.id_to_piece(token_id).encode() if is_text else None
+
+    def merges(self, word: str) -> Iterator[list[str]]:
+        """Yield the parts of a word before each merge, and at the end. Its first parts are characters.
+
+        A character that is no piece becomes its bytes behind the last merge; this is not shown. Raises InputError if
+        merging does not lead to the pieces of this word: some models change a text first, and some are no BPE.
+        """
+
+        def rank(left: str, right: str) -> float | None:
+            found = self._id_of_piece(left + right)
+            return None if found is None or self._is_control(found) else -self._processor.get_score(found)
+
+        states = list(merge_by_merge(word.replace(" ", "▁"), rank))
+        pieces = [self._bytes_of(token_id) for token_id in self._without_space.encode(word.replace("▁", " "))]
+        found: list[bytes] = []
+        for part in states[-1]:
+            data = part.encode()
+            found += [bytes([byte]) for byte in data] if rank(part, "") is None else [data]
+        if found != pieces:
+            raise InputError(f"{self.origin}: makes other pieces of {short_repr(word)} than merging does")
+        yield from ([escaped(part) for part in state] for state in states)
 
     def control_id(self, name: str) -> int:
         """Return the id of a control piece or an added token by its name; raise InputError if there is none."""

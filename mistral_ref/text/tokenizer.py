@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -96,6 +96,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def control_id(self, name: str) -> int:
         """Return the id of a control token or an added token by its name; raise InputError if there is none."""
+
+    @abstractmethod
+    def word_of(self, ids: Sequence[int], at: int) -> str:
+        """Return the word that ids[at] is a part of: what BPE merges by itself. It is "" if this id has no text."""
+
+    @abstractmethod
+    def merges(self, word: str) -> Iterator[list[str]]:
+        """Yield the parts of a word before each merge, and at the end, as names for tables (`piece`)."""
 
     def checked(self, ids: Iterable[int]) -> list[int]:
         """Return `ids` as a list of Python integers; raise InputError unless each is an integer in [0, vocab_size)."""

@@ -25,6 +25,8 @@ from mistral_ref.text.byte_tokenizer import ByteTokenizer, NormalForm
 from mistral_ref.text.split_patterns import DIGITS, GPT2, KNOWN, LLAMA3, NUMBERS, TEKKEN
 
 _MAX_ID = 2**31 - 1
+# A hostile file must not use much memory. The largest files of these models have 131,000 pieces and 280,000 merges.
+_MAX_PIECES, _MAX_MERGES = 300_000, 400_000
 _NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
@@ -155,8 +157,8 @@ class _File:
         self.require(model, "model", continuing_subword_prefix=nothing, end_of_word_suffix=nothing)
         self.require(model, "model", ignore_merges=(False, True, None))
         ids = self.part(model.get("vocab"), "model.vocab")
-        if not ids:
-            raise TokenizerError(f"{self.origin}: model.vocab is empty; expected pieces")
+        if not 0 < len(ids) <= _MAX_PIECES:
+            raise TokenizerError(f"{self.origin}: model.vocab has {len(ids)} pieces; expected 1 to {_MAX_PIECES}")
         for piece, token_id in ids.items():
             if type(token_id) is not int or not 0 <= token_id <= _MAX_ID:
                 raise TokenizerError(
@@ -173,6 +175,10 @@ class _File:
         """Return the ranks of the merges, each as "left right". The list has texts, or pairs."""
         if not isinstance(merges, list):
             raise TokenizerError(f"{self.origin}: model.merges is {short_repr(merges)}; expected a list")
+        if len(merges) > _MAX_MERGES:
+            raise TokenizerError(
+                f"{self.origin}: model.merges has {len(merges)} merges; expected {_MAX_MERGES} at most"
+            )
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(merges):
             pair = merge.split(" ") if isinstance(merge, str) else merge

@@ -265,6 +265,14 @@ def test_a_text_goes_on_with_the_edits_and_without(
     assert text != plain
 
 
+def test_how_a_word_was_merged(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    at = next(n for n, piece in enumerate(walker.view.pieces) if len(piece) > 3)
+    word = walker.view.model.tokenizer.word_of(walker.stepper.tokens, at)
+    lines = said(walker, capsys, f"merges {at}").splitlines()
+    assert lines[0].split() == [*word]
+    assert walker.view.pieces[at] in lines[-1].split()
+
+
 def test_names_are_completed(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
     assert walker.completenames("ne") == ["next "]
     assert "layers.0.q_rotated" in walker.complete_jump("layers.0.q", "jump layers.0.q", 5, 15)
@@ -383,6 +391,9 @@ def test_what_a_step_costs_and_why_a_token_is_likely(walker: Walker, capsys: pyt
         ("jump layers.9.q", ("'layers.9.q'", "layers 0 to 4")),
         ("jump hedas", ("'hedas'", "'heads'")),
         ("cost everything", ("cost", "nothing", "`all`")),
+        ("merges 0", ("token 0", "<s>", "word")),
+        ("merges 0:2", ("merges", "one token")),
+        ("merges 99", ("token 99",)),
         ("help nonsense", ("'nonsense'", "no command")),
         ("\x1b[2J", (r"'\x1b[2J'", "no command")),
     ],

@@ -329,30 +329,45 @@ def tekken_of(n: int) -> Files:
 
 def tokenizer_json(n_pieces: int, merges: list[Any], n_added: int = 0) -> Files:
     content = json.loads((GOLDEN / "tokenizer_json.json").read_text())[-1]["tokenizer"]
-    vocab = content["model"]["vocab"]
-    vocab |= {f"x{n:x}": n for n in range(500, 500 + n_pieces)}
+    content["model"]["vocab"] |= {f"x{n:x}": n for n in range(500, 500 + n_pieces)}
     content["model"]["merges"] = merges
     content["added_tokens"] += [{"id": 10**6 + n, "content": f"<{n:x}>"} for n in range(n_added)]
     return {"tekken.json": json.dumps(content).encode()}
 
 
+def merges_of(made: Callable[[str, str], Any]) -> Files:
+    """A tokenizer.json with 200,000 merges of a piece "ab" with a letter, each written as `made` does."""
+    content = json.loads((GOLDEN / "tokenizer_json.json").read_text())[-1]["tokenizer"]
+    letters = [piece for piece in content["model"]["vocab"] if len(piece) == 1]
+    pairs = [left + right for left in letters[:4] for right in letters]
+    triples = [(pair, letter) for pair in pairs for letter in letters][:200_000]
+    pieces = dict.fromkeys([*content["model"]["vocab"], *pairs, *(pair + letter for pair, letter in triples)])
+    content["model"]["vocab"] |= {
+        piece: 500 + n for n, piece in enumerate(pieces) if piece not in content["model"]["vocab"]
+    }
+    content["model"]["merges"] = [made(*triple) for triple in triples]
+    return {"tekken.json": json.dumps(content).encode()}
+
+
 COSTLY_JSON_TOKENIZERS: dict[str, Callable[[], Files]] = {
-    "pieces": lambda: tekken_of(399_000),
-    "pieces of tokenizer.json": lambda: tokenizer_json(1_400_000, []),
-    "merges": lambda: tokenizer_json(0, [["t", "h"]] * 399_000),
-    "merges as texts": lambda: tokenizer_json(0, ["t h"] * 1_400_000),
+    "pieces": lambda: tekken_of(300_000),
+    "pieces of tokenizer.json": lambda: tokenizer_json(299_000, []),
+    "too many pieces": lambda: tokenizer_json(1_190_000, []),
+    "merges": lambda: merges_of(lambda left, right: [left, right]),
+    "merges as texts": lambda: merges_of("{} {}".format),
+    "too many merges": lambda: tokenizer_json(0, ["Ġ t"] * 1_190_000),
     "added tokens": lambda: tokenizer_json(0, [], 300_000),
     "control tokens": lambda: tekken(special_tokens=[{"rank": n, "token_str": f"{n:x}"} for n in range(390_000)]),
-    "texts": lambda: tekken(x=b"[" + b'"abc",' * 1_490_000 + b"0]"),
-    "wide texts": lambda: tekken(x=b"[" + b'"\xc3\xa9\xf0\x9f\x99\x82aaaaaaaaaaa",' * 1_490_000 + b"0]"),
+    "texts": lambda: tekken(x=b"[" + b'"abc",' * 1_190_000 + b"0]"),
+    "wide texts": lambda: tekken(x=b"[" + b'"\xc3\xa9\xf0\x9f\x99\x82aaaaaaaaaaaaaaa",' * 1_190_000 + b"0]"),
     "a wide text": lambda: tekken(x=b'"' + b"x" * 33_000_000 + b'\xf0\x9f\x99\x82"'),
-    "a long piece": lambda: tekken(vocab=b'[{"rank": 0, "token_str": "", "token_bytes": "' + b"A" * 33_000_000 + b'"}]'),
-    "numbers": lambda: tekken(x=b"[" + b"12345.5," * 1_490_000 + b"0]"),
+    "a long piece": lambda: tekken(vocab=b'[{"rank": 0, "token_str": 0, "token_bytes": "' + b"A" * 33_000_000 + b'"}]'),
+    "numbers": lambda: tekken(x=b"[" + b"12345.5," * 1_190_000 + b"0]"),
     "too many values": lambda: tekken(x=b"[" + b"1," * 1_600_000 + b"0]"),
     "too many lists": lambda: tekken(x=b"[" + b"[]," * 400_000 + b"0]"),
     "too many bytes": lambda: tekken(x=b'"' + b"x" * 34_000_000 + b'"'),
 }  # fmt: skip
-MAX_JSON_TOKENIZER_BYTES, MAX_JSON_TOKENIZER_SECONDS = 300 * 2**20, 5.0
+MAX_JSON_TOKENIZER_BYTES, MAX_JSON_TOKENIZER_SECONDS = 320 * 2**20, 5.0
 
 
 @pytest.mark.slow
@@ -363,7 +378,6 @@ def test_costly_json_tokenizers(name: str, json_tokenizer_costs: Costs) -> None:
     assert len(message) < 3000
     assert seconds < MAX_JSON_TOKENIZER_SECONDS
     assert memory < MAX_JSON_TOKENIZER_BYTES
-    print(seconds, memory >> 20, message)
 
 
 # ------------------------------------------------------------------------------------------- what is no file of its own

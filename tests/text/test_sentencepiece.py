@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from support.errors import refused
 from support.streams import check_stream, ids_for
 from support.tiny_tokenizers import PARAGRAPH, VARIANTS, more_pieces, tiny_tokenizer
 
-from mistral_ref.errors import InputError, MistralRefError, TokenizerError
+from mistral_ref.errors import InputError, MistralRefError, TokenizerError, escaped
 from mistral_ref.text import find_tokenizer, load_tokenizer
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 from mistral_ref.text.sentencepiece_file import MAX_FILE_BYTES, MAX_PIECES, MAX_TEXTS, count_fields
@@ -112,6 +113,28 @@ def test_piece_names_can_be_printed() -> None:
     for tokenizer in TOKENIZERS.values():
         assert all(tokenizer.piece(token_id).isprintable() for token_id in range(VOCAB_SIZE))
     assert [MISTRAL.byte(token_id) for token_id in (0, 1, 6, 7, 261, 262)] == [None, None, 0, 1, 255, None]
+
+
+@given(st.text(st.sampled_from("she ran ab 🙂é\n"), max_size=30))
+def test_merges_show_how_the_pieces_of_a_word_came_about(text: str) -> None:
+    ids = VERBATIM.encode(text)
+    for at in range(len(ids)):
+        word = VERBATIM.word_of(ids, at)
+        assert word in ("", *re.findall("▁?[^▁]+|▁", text.replace(" ", "▁"))) or "▁▁" in word
+        if at == 0:
+            assert word == ""
+        else:
+            states = list(VERBATIM.merges(word))
+            assert ["".join(state) for state in states] == [escaped(word)] * len(states)
+            assert [len(state) for state in states] == list(range(len(word), len(word) - len(states), -1))
+            names = [VERBATIM.piece(token_id) for token_id in VERBATIM.encode(word.replace("▁", " "), bos=False)]
+            assert VERBATIM.piece(ids[at]) in names
+            assert set(states[-1]) >= {name for name in names if not name.startswith("<0x")}
+
+
+def test_merges_that_do_not_lead_to_the_pieces_are_refused() -> None:
+    with refused(InputError, "tokenizer.model", "'ﬁ'"):
+        list(TOKENIZERS["default"].merges("ﬁ"))  # this model reads it as two letters
 
 
 # --- text id by id ----------------------------------------------------------------------------------------------------

@@ -195,6 +195,22 @@ def test_merges_show_how_the_ids_came_about(text: str) -> None:
         assert [TINY.bpe.ids[part] for part in states[-1]] == TINY.encode(word, bos=False)
 
 
+@given(st.text(st.sampled_from("the mil,wAé 1\n"), max_size=40))
+def test_the_word_that_an_id_is_a_part_of(text: str) -> None:
+    ids = [1, *TINY.encode(text, bos=False), 1, 64 + 0xFF, 64 + 0xC3, 64 + 0x41]
+    words, word, left = [], "", 0
+    for at, token_id in enumerate(ids[:-4]):
+        word = TINY.word_of(ids, at)
+        if left == 0 and at:
+            words.append(word)
+            left = len(word.encode())
+        left -= len(TINY.bytes_of(token_id) or b"")
+        assert (word == "") == (at == 0)
+    assert words == split(text, [TEKKEN])
+    first_parts = [next(TINY.merges(TINY.word_of(ids, at))) for at in (-3, -2, -1)]
+    assert first_parts == [["\\xff", "\\xc3"], ["\\xff", "\\xc3"], ["A"]]
+
+
 def test_names_of_ids_can_be_printed() -> None:
     assert all(TINY.piece(token_id).isprintable() for token_id in range(TINY.vocab_size))
     names = [TINY.piece(token_id) for token_id in (1, 63, 64 + 10, 64 + 32, 64 + 65, 64 + 0xE2)]

@@ -187,7 +187,7 @@ def test_what_is_not_understood_is_refused_by_name(
     ("edit", "facts"),
     [
         (put("model", to=7), ("model", 7, "object")),
-        (put("model", "vocab", to={}), ("model.vocab", "empty")),
+        (put("model", "vocab", to={}), ("model.vocab", 0, 300_000)),
         (put("model", "vocab", to={"a": -1}), ("model.vocab", "'a'", -1)),
         (put("model", "vocab", to={"a": 1, "b": 1}), ("model.vocab", "twice")),
         (put("model", "merges", to=None), ("model.merges", None)),

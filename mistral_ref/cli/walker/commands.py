@@ -33,6 +33,12 @@ COMMANDS = {
         Command("token N", "from now on `show`, `map` and `top` look at token N only; `all` ends this"),
         Command("head N", "from now on `show`, `map` and `top` look at head N only; `all` ends this"),
         Command("all", "look at all tokens and heads again"),
+        Command(
+            "merges [N]",
+            "print how the word of token N (without N: the last one) was merged, pair by pair",
+            "The word begins as bytes or characters. Of the pairs that may be merged, the one that training merged "
+            "first comes next. The parts of the last line are tokens.",
+        ),
         Command("source", "print the lines that computed this step"),
         Command(
             "cost [all]",

@@ -157,6 +157,18 @@ class View:
         for number, text in source_lines(source, before=4, after=2):
             self.say(f"{'>' if source.endswith(f':{number}') else ' '} {number:>4}  {text}")
 
+    def merges(self, at: int) -> None:
+        """Print how the word of one token was merged."""
+        tokenizer = self.model.tokenizer
+        tokens = self.stepper.tokens
+        if tokenizer is None:
+            raise InputError("this model has no tokenizer; its tokens are ids")
+        word = tokenizer.word_of(tokens, at) if tokens[at] < tokenizer.vocab_size else ""
+        if not word:
+            raise InputError(f"token {at} is {self.pieces[at]}, which is no part of a word")
+        for parts in tokenizer.merges(word):
+            self.say("  " + " ".join(parts))
+
     def cost(self) -> None:
         """Print the cost of the step: its operations, its bytes, and operations per byte."""
         costs = step_costs(self.model.config, self.model.weights, len(self.pieces), self.start)

@@ -9,7 +9,7 @@ import numpy as np
 from mistral_ref.cli.common import progress_bar
 from mistral_ref.cli.walker.commands import COMMANDS
 from mistral_ref.cli.walker.focus import Focus
-from mistral_ref.cli.walker.selection import as_index
+from mistral_ref.cli.walker.selection import as_index, parsed_index
 from mistral_ref.cli.walker.shell import Shell, count, needed, number
 from mistral_ref.cli.walker.view import View
 from mistral_ref.errors import InputError
@@ -120,6 +120,12 @@ class Walker(Shell):
     def do_all(self, arg: str) -> None:
         self.focus.look_at_everything()
         self.say("looking at everything")
+
+    def do_merges(self, arg: str) -> None:
+        at = parsed_index(arg.strip() or "-1", "token", len(self.stepper.tokens))
+        if isinstance(at, slice):
+            raise InputError("merges takes one token, such as `merges 2`")
+        self.view.merges(at)
 
     def do_source(self, arg: str) -> None:
         self.view.source()
