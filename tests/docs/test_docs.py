@@ -16,6 +16,7 @@ PAGES = (
     "README.md",
     "docs/weights.md",
     "docs/generating.md",
+    "docs/chat.md",
     "docs/in-a-program.md",
     "docs/stepping.md",
     "docs/quantization.md",
