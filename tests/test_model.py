@@ -19,8 +19,9 @@ from support.tiny_tokenizers import tiny_tokenizer
 import mistral_ref
 from mistral_ref import CacheError, InputError, Model, Trace
 from mistral_ref.sampling import log_softmax
-from mistral_ref.text.byte_bpe import TEKKEN, ByteBPE
+from mistral_ref.text.byte_bpe import ByteBPE
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
+from mistral_ref.text.split_patterns import TEKKEN
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
