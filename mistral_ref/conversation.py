@@ -21,6 +21,7 @@ from mistral_ref.files.whole_file import whole_file
 from mistral_ref.generation import Generation, GenerationSettings, Token
 from mistral_ref.model import Model
 from mistral_ref.text import can_chat, parse_reply
+from mistral_ref.text.chat import read_tools
 from mistral_ref.text.chat_format import CHAT_FORMATS
 from mistral_ref.text.reply import Reply
 
@@ -57,6 +58,8 @@ class Conversation:
         self.model, self.tokenizer, self.tools = model, model.tokenizer, tools
         self.effort, self.chat_format, self.settings = effort, chat_format, settings
         self.is_chat = chat_format is not None or can_chat(model.tokenizer)
+        if tools and self.is_chat and model.tokenizer.chat_format is not None:
+            read_tools(tools)  # a mistake in them is told before anything is said
         self.messages: list[dict[str, Any]] = []
         self.cache = model.new_cache()
         self.set_system(system)
@@ -92,6 +95,8 @@ class Conversation:
         interrupted: then it is what was said so far. If there is no token at all, the user's text is taken back.
         Raises InputError or CacheError.
         """
+        if self.messages and self.messages[-1].get("tool_calls"):
+            raise InputError("the last answer calls tools; expected their results (give_results), or undo")
         return self._answer([{"role": "user", "content": text}])
 
     def give_results(self, results: Sequence[str]) -> Generator[Token, None, None]:
@@ -134,12 +139,16 @@ class Conversation:
     def _answer(self, new: list[dict[str, Any]]) -> Generator[Token, None, None]:
         self.messages += new
         ids: list[int] = []
+        reason = None
         try:
             for token in self._tokens():
                 ids.append(token.id)
+                reason = token.finish_reason
                 yield token
         finally:
             reply = parse_reply(ids, self.tokenizer)
+            if reason != "tool_calls":  # a call that was not said to its end
+                reply.pop("tool_calls", None)
             if reply["content"] or "tool_calls" in reply:
                 self.messages.append(reply)
             else:

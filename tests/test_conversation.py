@@ -5,57 +5,22 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from support.checkpoints import FAMILIES
 from support.errors import refused
+from support.scripted import V13, Scripted, ids_of
 from support.tiny import model_of
 from support.tiny_tekken import tiny_tekken
 from support.tiny_tokenizers import tiny_tokenizer
 
-from mistral_ref import KVCache, Model, Token
+from mistral_ref import Token
 from mistral_ref.conversation import Conversation, read_system_prompt
 from mistral_ref.errors import InputError
 from mistral_ref.text import encode_chat, load_tokenizer, parse_reply
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
-from mistral_ref.text.tekken import tekken_tokenizer
-from mistral_ref.text.tokenizer import Tokenizer
 
-V13 = tekken_tokenizer(tiny_tekken("v13"), "tekken.json")
 USER = {"role": "user", "content": "Hi"}
-
-
-class Scripted(Model):
-    """A model that says the given answers, one after another. It counts the tokens that it reads.
-
-    An answer is a list of control tokens and texts. It ends with "</s>" unless the last part is None.
-    """
-
-    def __init__(self, *answers: list[str | None], tokenizer: Tokenizer = V13) -> None:
-        model = model_of(FAMILIES["llama"].config.replace(vocab_size=tokenizer.vocab_size))
-        super().__init__(model.config, model.weights, model.ops, tokenizer=tokenizer)
-        self.n_read = 0
-        self.script: list[int] = []
-        for answer in answers:
-            for part in [*answer, "</s>"] if answer[-1] is not None else answer[:-1]:
-                self.script += ids_of(str(part), tokenizer)
-
-    def _next_logits(self, ids: Any, cache: KVCache) -> np.ndarray:
-        cache.commit(cache.begin(len(ids)), ids)
-        self.n_read += len(ids)
-        logits = np.zeros(self.config.vocab_size, np.float32)
-        logits[self.script[0]] = 50
-        self.script = self.script[1:]
-        return logits
-
-
-def ids_of(part: str, tokenizer: Tokenizer) -> list[int]:
-    try:
-        return [tokenizer.control_id(part)]
-    except InputError:
-        return tokenizer.encode(part, bos=False)
 
 
 def text(tokens: list[Token], kind: str = "text") -> str:
@@ -128,6 +93,11 @@ def test_an_answer_that_is_stopped_is_what_was_said() -> None:
     next(tokens)
     tokens.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": "O"}
+    model = Scripted(["Yo", "[TOOL_CALLS]", "f", "[ARGS]", "{", None], ["Two"])
+    conversation = Conversation(model, max_tokens=len(model.script) - len(ids_of("Two", V13)) - 1)
+    list(conversation.say("Hi"))  # a call that is not said to its end is none
+    assert conversation.messages[-1] == {"role": "assistant", "content": "Yo"}
+    assert text(list(conversation.say("And?"))) == "Two"
     conversation = Conversation(Scripted([""]))
     assert text(list(conversation.say("Hi"))) == ""
     assert conversation.messages == []  # an answer without a word is none
@@ -141,6 +111,8 @@ def test_tools_are_called_and_their_results_given() -> None:
     list(conversation.say("Hi"))
     with refused(InputError, 1, 2):
         conversation.give_results(["22"])
+    with refused(InputError, "results"):
+        conversation.say("And?")
     assert text(list(conversation.give_results(["22", "3"]))) == "22 and 3"
     assert [one["role"] for one in conversation.messages] == ["user", "assistant", "tool", "tool", "assistant"]
     assert encode_chat([*conversation.messages, USER], V13)
@@ -187,6 +159,8 @@ def test_what_a_conversation_cannot_be_had_with() -> None:
     for talk in (lambda: Conversation(model), lambda: model.chat([USER])):
         with refused(InputError, "tokenizer"):
             talk()
+    with refused(InputError, "tools[0].function.name", "'a b'"):
+        Conversation(Scripted(["x"]), tools=[{"type": "function", "function": {"name": "a b"}}])
     scripted = Scripted(["x"])
     with refused(InputError, "cache", "prompt_cache"):
         scripted.chat([USER], cache=scripted.new_cache())

@@ -173,13 +173,18 @@ class ChatShell:
             calls = self.conversation.messages[-1].get("tool_calls", [])
             if not calls:
                 return
-            results = []
-            for call in calls:
-                function = call["function"]
-                if self.reader.is_terminal:
-                    say(f"the model calls {function['name']} with {function['arguments']}; what does it return?")
-                results.append(self.reader.line("= "))
+            try:
+                results = [self._ask(call["function"]) for call in calls]
+            except (KeyboardInterrupt, EOFError):
+                self.conversation.undo()
+                raise
             tokens = self.conversation.give_results(results)
+
+    def _ask(self, function: dict[str, str]) -> str:
+        """Return what the user says that a function returns."""
+        if self.reader.is_terminal:
+            say(f"the model calls {function['name']} with {function['arguments']}; what does it return?")
+        return self.reader.line("= ")
 
     def _print(self, tokens: Generator[Token, None, None]) -> bool:
         """Print the tokens of one answer; return whether there is one."""
@@ -202,6 +207,8 @@ class ChatShell:
             f"first token after {first_at - started:.3f} s, then {count - 1} tokens in {ended - first_at:.3f} s{rate}, "
             f"ended by {last.finish_reason}; {self.conversation.cache.length} tokens in the conversation"
         )
+        if last.finish_reason == "length" and self.reader.is_terminal:
+            say(f"(cut after {count} tokens; --max-tokens is the maximum)", error=True)
         if self.as_json:
             message = {**self.conversation.messages[-1], "finish_reason": last.finish_reason, "n_tokens": count}
             say(json.dumps(message, ensure_ascii=False))

@@ -66,7 +66,8 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Return the tokenizer in a file, or in a directory (`find_tokenizer`). The file's content tells its kind.
 
-    tokenizer_config.json or added_tokens.json beside it are read, too, except beside tekken.json, which says all.
+    tokenizer_config.json or added_tokens.json beside it are read, too: beside tekken.json, which says all other things,
+    only for a chat template.
 
     Raises TokenizerError if there is no such file, or if it cannot be used; UnknownTokenizerError, a kind of it, if the
     file is of another kind than these. The message begins with the path.

@@ -73,7 +73,7 @@ def encode_chat(
     read = read_messages(messages, form)
     kept = [_with_ids(one, message, tokenizer) for one, message in zip(read, messages, strict=True)]
     settings = _read_settings(reasoning_effort, tokenizer, form)
-    parts = _conversation(kept, form, _read_tools(tools), settings)
+    parts = _conversation(kept, form, read_tools(tools), settings)
     return _ids_of(parts, tokenizer)
 
 
@@ -239,8 +239,8 @@ def _check_one_result(turns: Sequence[Message]) -> None:
 # --- tools, settings, and replies that are kept -----------------------------------------------------------------------
 
 
-def _read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Return the tools in the form in which models have seen them."""
+def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Return the tools in the form in which models have seen them; raise InputError for what is no tool."""
     if not isinstance(tools, list | tuple | None):
         raise InputError(f"tools is {short_repr(tools)}; expected a list of dicts")
     read = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ import pytest
 from support.checkpoints import FAMILIES, write_hf
 from support.command import COMMAND, heed_signals, run
 from support.errors import assert_complains
+from support.scripted import Scripted
 from support.tiny_tekken import tiny_tekken
 
 import mistral_ref
@@ -130,6 +132,16 @@ def test_tools_that_are_no_tools(chat_dir: Path, tmp_path: Path) -> None:
         done = run("chat", "--model", chat_dir, *SHORT, "--tools", path, stdin="Hi")
         assert done.returncode == 2
         assert_complains(done.stderr, *facts)
+
+
+def test_a_user_says_what_a_tool_returns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[str | None] = ["[TOOL_CALLS]", "f", "[ARGS]", '{"a": 1}', "[TOOL_CALLS]", "g", "[ARGS]", "{}"]
+    for typed, roles in (("Hi\n22\n3\n", ["user", "assistant", "tool", "tool", "assistant"]), ("Hi\n22\n", [])):
+        conversation = Conversation(Scripted(calls, ["22 and 3"]))
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        ChatShell(conversation, LineReader(keeps_history=False)).run()
+        assert [one["role"] for one in conversation.messages] == roles  # without results the turn is taken back
+        assert capsys.readouterr().out == ("22 and 3\n" if roles else "")
 
 
 # --- in a terminal ----------------------------------------------------------------------------------------------------
