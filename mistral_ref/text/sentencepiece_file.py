@@ -33,7 +33,8 @@ def read_model(path: Path) -> bytes:
         raise TokenizerError(f"{path}: there is no such file, or it is not a regular one")
     try:
         with path.open("rb") as file:
-            model = file.read(MAX_FILE_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            model = file.read(min(size, MAX_FILE_BYTES) + 1)  # memory for this many bytes is taken first
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
     if len(model) > MAX_FILE_BYTES:
