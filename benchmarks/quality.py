@@ -192,7 +192,8 @@ def windows_of(arguments: argparse.Namespace, model: Model) -> list[list[int]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    first = [] if model.tokenizer is None else [model.tokenizer.bos_id]
+    bos_id = None if model.tokenizer is None else model.tokenizer.bos_id
+    first = [] if bos_id is None else [bos_id]
     if arguments.ids is None:
         if model.tokenizer is None:
             raise InputError(f"{arguments.model}: holds no tokenizer; expected --ids")

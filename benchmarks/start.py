@@ -8,6 +8,9 @@ the kernels that it has left there ("warm"). If a warm process compiles anything
   first token     the prompt's pass, with what kernels it needs loaded (or compiled)
   again           the same pass once more, with everything in place: the difference is loading kernels and weights
   in all          as the parent sees it, the start of Python included
+
+The demonstration model's tokenizer is small. `--tokenizer` tells what another one adds, again in fresh processes: the
+seconds that reading its file takes, and those that its first text takes, with what it imports for that.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from mistral_ref.errors import InputError, checked_int
 from mistral_ref.host import chosen_threads
 from mistral_ref.measure.benchmark import spread
 from mistral_ref.measure.machine import machine, machine_lines
+from mistral_ref.text import load_tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +44,7 @@ EXAMPLES = """\
 examples:
   python benchmarks/start.py                        the demonstration model
   python benchmarks/start.py --model DIR --runs 5
+  python benchmarks/start.py --tokenizer tekken.json
   python benchmarks/start.py --quick --figure start.svg
 """
 
@@ -67,6 +72,17 @@ times = {"imports": imported - started, "load": loaded - imported, "first token"
 print(json.dumps({"times": times | {"again": ended - again}, "compiled": names}), flush=True)
 """
 
+# What a tokenizer's file adds, behind imports that every model needs.
+_TOKENIZER_CHILD = """\
+import json, sys, time
+import mistral_ref.loading
+started = time.perf_counter()
+tokenizer = mistral_ref.text.load_tokenizer(sys.argv[1])
+loaded = time.perf_counter()
+tokenizer.encode("Once upon a time")
+print(json.dumps({"read": loaded - started, "first text": time.perf_counter() - loaded}))
+"""
+
 PARTS = ("imports", "load", "first token", "again", "in all")
 
 
@@ -84,6 +100,18 @@ def first_token(model: str, n_threads: int, kernel_dir: str) -> tuple[dict[str, 
     return rest["times"] | {"in all": in_all}, rest["compiled"]
 
 
+def tokenizer_rows(path: str, n_runs: int) -> list[list[str]]:
+    """Return rows with the seconds that a tokenizer's file adds, each run in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", _TOKENIZER_CHILD, path]
+    runs = []
+    for _ in range(n_runs):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise InputError(f"the process has ended with status {done.returncode}; what it said stands above")
+        runs.append(json.loads(done.stdout))
+    return [[part, *spread([run[part] for run in runs]).text(3)] for part in runs[0]]
+
+
 def rows(cold: dict[str, float], warm: Sequence[dict[str, float]]) -> list[list[str]]:
     """Return the table's rows, a part each: seconds cold, and median and range warm."""
     return [[part, f"{cold[part]:.2f}", *spread([run[part] for run in warm]).text(3)] for part in PARTS]
@@ -94,6 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_for(__doc__, EXAMPLES)
     parser.add_argument("--model", metavar="DIR", default="", help="default: the demonstration model")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each performance core")
+    parser.add_argument("--tokenizer", metavar="FILE", help="also tell what this tokenizer adds, such as tekken.json")
     parser.add_argument("--runs", type=int, default=9, metavar="N", help="warm starts (default: %(default)s)")
     common.add_output_options(parser, "three warm starts", "the parts as bars, cold and warm")
     return parser.parse_args()
@@ -104,6 +133,10 @@ def measure(arguments: argparse.Namespace) -> None:
     n_threads, n_runs = chosen_threads(arguments.threads), checked_int("runs", arguments.runs, least=1)
     mistral_ref.load(arguments.model or None, backend="numpy")  # what is wrong with it is better said once, and here
     n_runs = min(3, n_runs) if arguments.quick else n_runs
+    added = []
+    if arguments.tokenizer:
+        kind = load_tokenizer(arguments.tokenizer).kind
+        added = tokenizer_rows(arguments.tokenizer, n_runs)
     description = machine(n_threads)
     warm, compiled_warm = [], []
     with tempfile.TemporaryDirectory() as kernel_dir:
@@ -116,9 +149,12 @@ def measure(arguments: argparse.Namespace) -> None:
             compiled_warm += compiled
     print("\n".join(machine_lines(description)))
     print(f"\n{markdown_table(['seconds', 'cold', 'warm, median', 'min to max'], rows(cold, warm))}")
+    if added:
+        print(f"\n{markdown_table([f'seconds that {kind} adds', 'median', 'min to max'], added)}")
     print(f"\ncompiled cold: {', '.join(compiled_cold)}")
     print(f"compiled warm: {', '.join(sorted(set(compiled_warm))) or 'nothing'}")
     content = {"cold": cold, "warm": warm, "compiled_cold": compiled_cold, "compiled_warm": compiled_warm}
+    content |= {"tokenizer": added} if added else {}
     common.write_files(arguments, {"machine": description} | content, lambda: draw(cold, warm))
     if compiled_warm:
         sys.exit(1)

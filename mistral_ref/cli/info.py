@@ -140,7 +140,7 @@ def tokenizer(model: mistral_ref.Model) -> dict[str, object]:
         rows["added tokens"] = ids_with_names(model, added)
     if model.tokenizer.bos_id is not None:
         rows["begins with"] = ids_with_names(model, [model.tokenizer.bos_id])
-    return rows | {"ends with": ids_with_names(model, sorted(model.eos_ids))}
+    return rows | {"ends with": ids_with_names(model, sorted(model.eos_ids)) or "no id that the files name"}
 
 
 def ids_with_names(model: mistral_ref.Model, ids: Sequence[int]) -> str:
