@@ -58,8 +58,10 @@ def tokenizer_json(document: dict[str, Any], origin: str, config: TokenizerConfi
     known = {*named.values(), None}
     if begin not in known or end not in known:
         raise TokenizerError(f"{origin}: post_processor begins and ends a text with {begin} and {end}; one is no token")
-    for token in added.by_id.values():  # no word of a text may be looked up as one of them
-        ids.pop(token.content, None)
+    # No word of a text becomes a mark: neither is it looked up as one, nor merged to one.
+    marks = {token.content for token in added.by_id.values() if token.special and len(token.content) > 1}
+    ids = {piece: token_id for piece, token_id in ids.items() if piece not in marks}
+    ranks = {merge: rank for merge, rank in ranks.items() if merge.replace(" ", "") not in marks}
     return ByteTokenizer(
         MergeListBPE(patterns, ids, ranks, whole_words=model.get("ignore_merges") is True),
         kind="byte-level BPE (tokenizer.json)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -12,14 +13,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.errors import assert_says, warned
+from support.checkpoints import FAMILIES, write_consolidated
+from support.errors import assert_says, refused, warned
 from support.paths import GOLDEN
 from support.smollm2 import smollm2_document, smollm2_gguf
 from support.streams import check_byte_stream
 from support.tiny_tekken import tiny_tekken
 from support.tiny_tokenizers import PARAGRAPH, tiny_tokenizer
 
+import mistral_ref
 from mistral_ref.errors import TokenizerError, UnknownTokenizerError
+from mistral_ref.measure.perplexity import perplexity
 from mistral_ref.text import find_tokenizer, load_tokenizer
 from mistral_ref.text.added_tokens import TokenizerConfig
 from mistral_ref.text.byte_bpe import LETTERS
@@ -135,11 +139,21 @@ def test_tokens_that_tokenizer_config_adds(tmp_path: Path) -> None:
 
 def test_no_text_is_looked_up_as_a_special_token(tmp_path: Path) -> None:
     content = document()
-    content["model"]["vocab"] |= {"[]": 500}
-    content["added_tokens"].append({"id": 500, "content": "[]", "special": True})
+    content["model"]["vocab"] |= {"[]": 500, "ty": 501}
+    content["model"]["merges"].append(["t", "y"])
+    content["added_tokens"] += [
+        {"id": token_id, "content": name, "special": True} for name, token_id in {"[]": 500, "ty": 501}.items()
+    ]
+    he = content["model"]["vocab"]["he"]
+    content["added_tokens"].append({"id": he, "content": "he", "special": False})
     tokenizer = load_tokenizer(write(tmp_path, content))
-    assert tokenizer.encode("[]", bos=False) == tokenizer.encode("[", bos=False) + tokenizer.encode("]", bos=False)
-    assert tokenizer.encode("[]", bos=False, added=True) == [500]
+    for text in ("[]", "ty", " mighty"):
+        assert not {500, 501} & set(tokenizer.encode(text, bos=False))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("[]ty", bos=False, added=True) == [500, 501]
+    assert he in tokenizer.encode("the", bos=False)
+    for name in tokenizer.bpe.ids:
+        assert tokenizer.encode(name)  # nothing that merging makes is missing
 
 
 def put(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -224,3 +238,30 @@ def test_an_unknown_token_matters_only_where_a_byte_is_no_piece(tmp_path: Path) 
     assert load_tokenizer(write(tmp_path, content)).encode(PARAGRAPH)
     del content["model"]["vocab"]["ÿ"]
     check_refused(put("model", to=content["model"]), ("model.unk_token", "'<s>'"), tmp_path, unknown=True)
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.json"])
+def test_a_model_reads_and_writes_text_with_each_kind_of_file(name: str, tmp_path: Path) -> None:
+    family = FAMILIES["nemo"]
+    write_consolidated(tmp_path, dataclasses.replace(family, config=family.config.replace(vocab_size=520)))
+    (tmp_path / name).write_text(json.dumps(tiny_tekken("v13") if name == "tekken.json" else document()))
+    model = mistral_ref.load(tmp_path, backend="numpy")
+    assert model.tokenizer is not None
+    ids = model.token_ids(PARAGRAPH[:80])
+    assert ids == model.tokenizer.encode(PARAGRAPH[:80])
+    made = list(model.generate(ids, max_tokens=40, temperature=3.0, seed=0))
+    known = [token.id for token in made if token.id < model.tokenizer.vocab_size]
+    assert "".join(token.text for token in made) == model.tokenizer.decode(ids + known)[80:]
+    assert model.trace(PARAGRAPH[:20], keep="logits").pieces == [*map(model.piece, model.token_ids(PARAGRAPH[:20]))]
+    assert perplexity(model, PARAGRAPH, context=16).n_evaluated > 16
+
+
+def test_a_model_loads_without_a_tokenizer_of_an_unknown_kind(tmp_path: Path) -> None:
+    write_consolidated(tmp_path, FAMILIES["nemo"])
+    with warned(tmp_path / "tokenizer.json", "normalizer.type", "'Lowercase'", "token ids"):
+        model = mistral_ref.load(write(tmp_path, document() | {"normalizer": {"type": "Lowercase"}}), backend="numpy")
+    assert model.tokenizer is None
+    with refused(TokenizerError, tmp_path / "tokenizer.json", "model.vocab"):
+        content = document()
+        content["model"]["vocab"] = {}
+        mistral_ref.load(write(tmp_path, content), backend="numpy")
