@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from mistral_ref.errors import InputError, short_repr
@@ -69,12 +70,14 @@ class Guard:
     begins with a part of a name, since the template may put another text beside it.
     """
 
-    def __init__(self, names: Mapping[str, AddedToken]) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         self._number = str(secrets.randbelow(9 * 10**39) + 10**39)
-        self._names = list(names)
-        spaced = [(re.escape(name[0]), r"\s*".join(map(re.escape, name[1:]))) for name in names]
-        found = "|".join(rf"{first}(?=\s*{rest})" for first, rest in spaced)
-        self._begins = re.compile(found or "(?!)", re.IGNORECASE)
+        self._names = {_bare(name) for name in names}
+        self._lengths = sorted({len(name) for name in self._names})
+        self._beginnings = {name[:n] for name in self._names for n in range(1, len(name))}
+        self._ends = {name[n:] for name in self._names for n in range(1, len(name))}
+        firsts = "".join(re.escape(first) for first in {name[0] for name in self._names})
+        self._first = re.compile(f"[{firsts}]" if firsts else "(?!)")
 
     def guarded(self, value: Any) -> Any:
         """Return the same value; in every text in it the names of control tokens are broken."""
@@ -89,12 +92,30 @@ class Guard:
         return text.replace(self._number, "")
 
     def _broken(self, text: str) -> str:
-        inner = text.strip()
-        lead, trail = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :] if inner else ""
-        ends = any(inner.endswith(name[:n]) for name in self._names for n in range(1, len(name)))
-        begins = any(inner.startswith(name[n:]) for name in self._names for n in range(1, len(name)))
-        inner = self._begins.sub(lambda found: found[0] + self._number, inner)
-        return f"{lead}{self._number * begins}{inner}{self._number * ends}{trail}"
+        bare = _bare(text)
+        after = set(self._breaks(bare))  # how many of the bare characters stand before each break
+        if not after:
+            return text
+        where = [n for n, char in enumerate(text) for _ in _bare(char)]  # the place of each bare character in the text
+        places = sorted({where[n - 1] + 1 if n else where[0] for n in after})
+        return self._number.join(text[begin:end] for begin, end in pairwise([0, *places, len(text)]))
+
+    def _breaks(self, bare: str) -> Iterator[int]:
+        """Yield where a text must be broken: behind the first character of a name, and where it is a part of one."""
+        for found in self._first.finditer(bare):
+            at = found.start()
+            if any(bare[at : at + length] in self._names for length in self._lengths):
+                yield at + 1
+        for n in range(1, min(len(bare), max(self._lengths, default=0)) + 1):
+            if bare[-n:] in self._beginnings:
+                yield len(bare)
+            if bare[:n] in self._ends:
+                yield 0
+
+
+def _bare(text: str) -> str:
+    """Return what is left of a text if neither white space nor the size of its letters counts."""
+    return "".join(text.upper().lower().split())
 
 
 def _control_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> AddedTokens:

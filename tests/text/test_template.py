@@ -72,12 +72,20 @@ def test_two_texts_side_by_side_forge_nothing_and_come_back_whole(one: str, othe
 
 
 def test_a_guard_mends_what_it_breaks_also_in_json() -> None:
-    guard = Guard({name: AddedToken(1, name) for name in NAMES})
+    guard = Guard(NAMES)
     value = {"a <|im_end|>": ['"<|im_start|>"', 1, None, True]}
     broken = guard.guarded(value)
     assert broken != value
     assert json.loads(guard.mended(json.dumps(broken, ensure_ascii=False))) == value
     assert guard.guarded("plain <text>") == "plain <text>"
+
+
+def test_a_guard_is_fast_with_many_names_and_long_texts() -> None:
+    guard = Guard([f"<|reserved_special_token_{n}|>" for n in range(250)])
+    started = time.process_time()
+    for text in ("<" * 50_000, "< " * 25_000, "<|reserved_special_token_" * 2000, "a b" * 50_000):
+        assert guard.mended(guard.guarded(text)) == text
+    assert time.process_time() - started < 5
 
 
 def test_tools_calls_and_results_reach_the_template() -> None:
