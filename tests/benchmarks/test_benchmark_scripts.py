@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.errors import assert_complains, refused
 from support.paths import ROOT
+from support.tiny_tekken import tiny_tekken
 
 import mistral_ref
 from mistral_ref.compiled_ops import CompiledOps
@@ -237,6 +238,14 @@ def test_where_the_time_to_the_first_token_goes_is_drawn(common: Any, tmp_path: 
     )
     drawn = (tmp_path / "start.svg").read_text()
     assert all(f"<!-- {text} -->" in drawn for text in ("cold", "warm", " 19.40 s", " 0.60 s", "Python itself"))
+
+
+@pytest.mark.slow
+def test_what_a_tokenizer_adds_to_the_first_token_is_measured(common: Any, tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tiny_tekken("v13")))
+    rows = importlib.import_module("start").tokenizer_rows(str(tmp_path / "tekken.json"), 2)
+    assert [row[0] for row in rows] == ["read", "first text"]
+    assert all(float(row[1]) >= 0 for row in rows)
 
 
 @pytest.mark.parametrize("name", ["widths", "thread_scaling"])
