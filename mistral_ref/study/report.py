@@ -276,7 +276,7 @@ def _html(about: dict[str, Any]) -> str:
 
     Under the policy nothing but this style and this script runs, and nothing is loaded.
     """
-    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    style = "\n".join((_FOLDER / f"{name}.css").read_text(encoding="utf-8") for name in ("page", "print"))
     script = "\n".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     script = f'"use strict";\n{script}'
     policy = (

@@ -116,6 +116,94 @@ def test_every_view_is_drawn_and_none_is_wider_than_the_screen(
     assert complaints == []
 
 
+# Keeps what is written on canvases, and how far from the top or, for columns, from the left.
+WRITTEN = """(() => {
+    window.written = [];
+    const write = CanvasRenderingContext2D.prototype.fillText;
+    CanvasRenderingContext2D.prototype.fillText = function (text, x, y, most) {
+        const { b, e, f, a } = this.getTransform(), ratio = devicePixelRatio;
+        const isColumn = Math.abs(b) > 0.5;
+        written.push({ text, isColumn, at: (isColumn ? e : f + y * a) / ratio });
+        write.call(this, text, x, y, most);
+    };
+})()"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("view", ["block", "attention"])
+def test_heat_maps_name_their_tokens_on_every_screen(
+    browser: Any, path: Path, model: mistral_ref.Model, view: str, width: int
+) -> None:
+    pieces = [model.piece(token) for token in model.token_ids(STORY)[:64]]
+    context = browser.new_context(viewport={"width": width, "height": 800})
+    tab = context.new_page()
+    tab.add_init_script(WRITTEN)
+    opened(tab, path, f"{view}/layers.2.attention_weights/2/3/40")
+    tab.wait_for_function(IS_DRAWN)
+    tab.evaluate("written.length = 0; document.querySelector('main figure canvas').dispatchEvent(new Event('draw'))")
+    written = tab.evaluate("written")
+    rows, columns = ([one for one in written if one["isColumn"] == is_column] for is_column in (False, True))
+    assert f"\u2068{pieces[40]}\u2069 40" in [row["text"] for row in rows]  # the chosen one
+    for labels in (rows, columns) if view == "attention" else (rows,):
+        assert len(labels) > 15
+        for label in labels:
+            piece, _, position = label["text"].rpartition(" ")
+            assert piece == f"\u2068{pieces[int(position)]}\u2069"
+        places = sorted(label["at"] for label in labels)
+        assert min(np.diff(places)) > 10  # none is written over another
+    context.close()
+
+
+def test_a_screen_reader_is_told_what_every_canvas_shows(tab: Any, path: Path) -> None:
+    named = """() => [...document.querySelectorAll('canvas')].map((canvas) => canvas.closest('[aria-hidden="true"]')
+        ? canvas.closest('button')?.textContent : canvas.role && canvas.ariaLabel)"""
+    for view in VIEWS:
+        opened(tab, path, f"{view}/layers.2.attention_weights/2/3/40")
+        if view in ("block", "attention"):
+            tab.wait_for_function(IS_DRAWN)
+        assert all(tab.evaluate(named))
+    label = "document.querySelector('main figure canvas').ariaLabel"
+    opened(tab, path, "attention/layers.2.attention_weights/2/3/40")
+    for key, fact in {"h": "head 4", ".": "41 is chosen", "ArrowUp": "layer 1"}.items():
+        tab.keyboard.press(key)
+        tab.wait_for_function(f"{label}.includes('{fact}')")
+    assert "64 rows, 64 columns, values from 0 to 1" in tab.evaluate(label)
+    tab.focus("main figure canvas")
+    tab.keyboard.press("ArrowDown")
+    described = "document.getElementById(document.querySelector('main figure canvas').getAttribute('aria-describedby'))"
+    assert "looks at" in tab.evaluate(f"{described}.textContent")
+
+
+RIGHT_MIDDLE = """() => {
+    const canvas = document.querySelector('main figure canvas');
+    return [...canvas.getContext('2d').getImageData(canvas.width - 3, canvas.height / 2, 1, 1).data];
+}"""
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_paper_is_white_and_has_no_controls(browser: Any, path: Path, view: str) -> None:
+    context = browser.new_context(viewport={"width": 690, "height": 1000}, color_scheme="dark")  # A4 within its margins
+    tab = context.new_page()
+    complaints = Complaints(tab)
+    opened(tab, path, f"{view}/layers.2.attention_weights/2/3/40")
+    if view in ("block", "attention"):
+        tab.wait_for_function(IS_DRAWN)
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert tab.evaluate("document.documentElement.dataset.theme") == "light"
+    assert tab.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--paper')") == "#ffffff"
+    for selector in ("nav", ".icons", ".controls", ".player"):
+        assert not tab.is_visible(selector)
+    assert tab.is_visible(".tokens")
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    if view in ("block", "attention"):  # what lies out of sight is light
+        assert min(tab.evaluate(RIGHT_MIDDLE)) > 200
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
+    context.close()
+    assert complaints == []
+
+
 def test_the_first_layer_is_drawn_within_a_second(browser: Any, path: Path) -> None:
     def seconds() -> float:
         context = browser.new_context()
@@ -208,7 +296,8 @@ def test_values_under_the_pointer_and_the_arrow_keys(tab: Any, path: Path, model
     tab.wait_for_function(IS_DRAWN)
     canvas = tab.locator("main figure canvas")
     box = canvas.bounding_box()
-    canvas.hover(position={"x": box["width"] * 10.5 / 32, "y": box["height"] * 20.5 / 64})
+    labels = 104  # pixels
+    canvas.hover(position={"x": labels + (box["width"] - labels) * 10.5 / 32, "y": box["height"] * 20.5 / 64})
     text = tab.text_content("main output").replace("−", "-")
     assert text.startswith(f"head 1, token {trace.pieces[20]} 20, head dim 10: ")
     assert float(text.rpartition(" ")[2]) == pytest.approx(trace["layers.2.k"][20, 1, 10], rel=2e-3)
@@ -219,12 +308,13 @@ def test_a_value_stays_when_its_row_is_chosen(tab: Any, path: Path) -> None:
     tab.wait_for_function(IS_DRAWN)
     canvas = tab.locator("main figure canvas")
     box = canvas.bounding_box()
-    tab.evaluate("scrollTo(0, 250)")
+    tab.evaluate("document.addEventListener('click', () => window.scrolledTo = scrollY, true)")
     canvas.click(position={"x": box["width"] - 10, "y": box["height"] - 5})
     assert tab.evaluate("location.hash").endswith("/63")
     tab.wait_for_function("() => document.querySelector('main output').textContent.includes('63 looks at')")
     tab.wait_for_function("() => document.activeElement.dataset.key.startsWith('heat Attention weights')")
-    assert abs(tab.evaluate("scrollY") - 250) < 30  # nothing jumps
+    assert tab.evaluate("scrolledTo") > 100
+    assert abs(tab.evaluate("scrollY - scrolledTo")) < 30  # nothing jumps
     tab.focus('[data-key="head 5"]')
     tab.keyboard.press("Enter")
     tab.wait_for_function("() => document.activeElement.dataset.key === 'head 5'")

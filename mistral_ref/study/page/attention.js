@@ -43,7 +43,7 @@ function markTokens(matrix, query, firstKey) {
     const weight = matrix.data[query * matrix.columns + start + token - firstKey] ?? 0;
     chip.style.boxShadow =
       weight > 0.005
-        ? `inset 0 -${Math.ceil(1 + 11 * Math.sqrt(weight))}px ${colour("accent-soft")}, inset 0 -2px ${colour("accent")}`
+        ? `inset 0 -${Math.ceil(1 + 11 * Math.sqrt(weight))}px var(--accent-soft), inset 0 -2px var(--accent)`
         : "";
   });
 }

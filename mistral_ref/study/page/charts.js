@@ -12,12 +12,15 @@ function legend(step, ...more) {
     const at = least + ((most - least) * index) / (columns - 1);
     return at * Math.abs(at) || 1e-9; // even steps of the square root
   });
+  const [from, to] = [least ? `−${digits(scale)}` : "0", most ? digits(scale) : "0"];
+  const colours = pixels({ rows: 1, columns, data }, 1, () => true);
+  made(colours, { role: "img", "aria-label": `The colours of values from ${from} to ${to}` }, []);
   return el(
     "div",
     { class: "legend" },
-    least ? `−${digits(scale)}` : "0",
-    pixels({ rows: 1, columns, data }, 1, () => true),
-    most ? digits(scale) : "0",
+    from,
+    colours,
+    to,
     el("span", null, "square-root scale"),
     isBroken && el("span", null, swatch(`rgb(${shade(NaN).join(" ")})`), "NaN or infinite"),
     more,

@@ -57,6 +57,7 @@ function fill(node, promise) {
     .then((parts) => {
       if (node.isConnected) {
         node.replaceChildren(...parts.filter(Boolean));
+        for (const canvas of node.querySelectorAll("figure canvas")) canvas.dispatchEvent(new Event("draw"));
         refocus();
       }
     });

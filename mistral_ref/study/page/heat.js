@@ -46,9 +46,30 @@ function pixels(matrix, scale, isSeen) {
 }
 
 const cursors = new Map(); // where the reader stands in each heat map, by its label
-const LABEL_WIDTH = 104,
+const LABEL_WIDTH = 104, // at most: a narrow screen has narrower labels
   LABEL_HEIGHT = 84,
-  LEAST_LABEL = 10.5; // pixels
+  LEAST_LABEL = 10.5; // pixels from one label to the next
+
+// What a heat map holds, in words.
+function summary({ rows, columns, data }) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const value of data) {
+    if (Number.isFinite(value)) [low, high] = [Math.min(low, value), Math.max(high, value)];
+  }
+  const extent = low <= high ? `values from ${digits(low)} to ${digits(high)}` : "no finite value";
+  return `${counted(rows, "row")}, ${counted(columns, "column")}, ${extent}`;
+}
+
+// The rows or columns that get a label, and the size of its letters: all of them, or every second, third, ... where they
+// are narrow, and always `chosen`, which takes the place of those that it would touch.
+function labelled(n, width, chosen) {
+  const every = Math.ceil(LEAST_LABEL / width),
+    size = Math.min(12, 0.92 * width * every);
+  const isFree = (index) => chosen === undefined || index === chosen || Math.abs(index - chosen) >= every;
+  return range(n)
+    .filter((index) => index === chosen || (index % every === 0 && isFree(index)))
+    .map((index) => ({ index, size }));
+}
 
 // A heat map as a figure. Options:
 //   label       what it shows, for those who cannot see it
@@ -69,14 +90,16 @@ function heat(matrix, options) {
     isSquare = false,
     isSeen = () => true,
     edges = [],
+    chosenRow,
     onpick,
   } = options;
-  const readout = el("output", { "aria-live": "polite" }, "Point at a cell, or use the arrow keys in the picture.");
+  const readout = el("output", { "aria-live": "polite", class: "hint", id: label.replace(/\W+/g, "-") }, "Point at a cell, or use the arrow keys in the picture.");
   const canvas = el("canvas", {
     tabindex: 0,
     role: "application",
     "aria-roledescription": "heat map",
-    "aria-label": `${label}. Arrow keys read cells.`,
+    "aria-label": `${label}: ${summary(matrix)}. ${chosenRow === undefined ? "" : `Row ${rowLabel(chosenRow)} is chosen. `}Arrow keys read cells.`,
+    "aria-describedby": readout.id,
     "data-key": `heat ${label}`,
   });
   let place = null,
@@ -85,13 +108,11 @@ function heat(matrix, options) {
     shownColumns = 0;
 
   function layout() {
-    const width = canvas.parentElement.clientWidth;
-    const squares = Math.min((width - LABEL_WIDTH) / matrix.columns, 30);
-    let cellHeight = isSquare ? squares : clamp(440 / matrix.rows, 3, 22);
-    const left = width > 420 && cellHeight >= LEAST_LABEL ? LABEL_WIDTH : 0;
-    const cellWidth = isSquare ? Math.min((width - left) / matrix.columns, 30) : (width - left) / matrix.columns;
-    if (isSquare) cellHeight = cellWidth;
-    const top = columnLabel && left && cellWidth >= LEAST_LABEL ? LABEL_HEIGHT : 0;
+    const width = canvas.parentElement.clientWidth,
+      left = Math.min(LABEL_WIDTH, width / 5),
+      top = columnLabel ? LABEL_HEIGHT : 0;
+    const cellWidth = Math.min((width - left) / matrix.columns, isSquare ? 30 : Infinity);
+    const cellHeight = isSquare ? cellWidth : clamp(440 / matrix.rows, 3, 22);
     return { width, left, top, cellWidth, cellHeight, height: top + Math.ceil(cellHeight * matrix.rows) };
   }
 
@@ -109,31 +130,29 @@ function heat(matrix, options) {
     }
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
-    canvas.style.height = `${height}px`;
+    canvas.style.aspectRatio = `${width} / ${height}`;
     const context = canvas.getContext("2d");
     context.scale(ratio, ratio);
     context.imageSmoothingEnabled = false;
     context.drawImage(picture, left, top, mapWidth, mapHeight);
-    context.font = `${Math.min(12, 0.92 * cellHeight)}px ${getComputedStyle(document.body).fontFamily}`;
     context.textBaseline = "middle";
-    if (left) {
-      for (const row of range(matrix.rows)) {
-        context.fillStyle = colour(options.chosenRow === row ? "accent" : "muted");
-        context.fillText(rowLabel(row), 0, top + (row + 0.5) * cellHeight, left - 8);
-      }
+    const family = getComputedStyle(document.body).fontFamily;
+    for (const { index: row, size } of labelled(matrix.rows, cellHeight, chosenRow)) {
+      context.font = `${size}px ${family}`;
+      context.fillStyle = colour(chosenRow === row ? "accent" : "muted");
+      context.fillText(rowLabel(row), 0, top + (row + 0.5) * cellHeight, left - 6);
     }
-    if (top) {
-      for (const column of range(matrix.columns)) {
-        context.save();
-        context.translate(left + (column + 0.5) * cellWidth, top - 5);
-        context.rotate(-Math.PI / 2);
-        context.fillStyle = colour(cursor?.[1] === column ? "accent" : "muted");
-        context.fillText(columnLabel(column), 0, 0, LABEL_HEIGHT - 8);
-        context.restore();
-      }
+    for (const { index: column, size } of top ? labelled(matrix.columns, cellWidth, cursor?.[1]) : []) {
+      context.save();
+      context.translate(left + (column + 0.5) * cellWidth, top - 5);
+      context.rotate(-Math.PI / 2);
+      context.font = `${size}px ${family}`;
+      context.fillStyle = colour(cursor?.[1] === column ? "accent" : "muted");
+      context.fillText(columnLabel(column), 0, 0, LABEL_HEIGHT - 8);
+      context.restore();
     }
     for (const edge of edges) drawEdge(context, edge);
-    if (options.chosenRow !== undefined) outline(context, options.chosenRow, 0, matrix.columns, colour("muted"), 1);
+    if (chosenRow !== undefined) outline(context, chosenRow, 0, matrix.columns, colour("muted"), 1);
     if (cursor) outline(context, cursor[0], cursor[1], 1, colour("ink"), 2);
   }
 
@@ -163,6 +182,7 @@ function heat(matrix, options) {
   function read(row, column) {
     cursor = [clamp(row, 0, matrix.rows - 1), clamp(column, 0, matrix.columns - 1)];
     cursors.set(label, cursor);
+    readout.className = "";
     readout.replaceChildren(...describe(...cursor, matrix.data[cursor[0] * matrix.columns + cursor[1]]).flat(Infinity));
     draw();
   }
@@ -174,6 +194,7 @@ function heat(matrix, options) {
     return column >= 0 && row >= 0 && column < matrix.columns && row < matrix.rows ? [row, column] : null;
   }
 
+  canvas.addEventListener("draw", draw);
   canvas.addEventListener("pointermove", (event) => {
     const cell = cellAt(event);
     if (cell) read(...cell);
@@ -185,7 +206,7 @@ function heat(matrix, options) {
     onpick?.(cell[0]);
   });
   canvas.addEventListener("keydown", (event) => {
-    const [row, column] = cursor ?? [options.chosenRow ?? 0, 0];
+    const [row, column] = cursor ?? [chosenRow ?? 0, 0];
     const moves = {
       ArrowUp: [row - 1, column],
       ArrowDown: [row + 1, column],
@@ -201,7 +222,7 @@ function heat(matrix, options) {
     event.stopPropagation();
   });
   canvas.addEventListener("focus", () => {
-    if (!cursor && canvas.matches(":focus-visible")) read(options.chosenRow ?? 0, 0);
+    if (!cursor && canvas.matches(":focus-visible")) read(chosenRow ?? 0, 0);
   });
   const figure = el("figure", null, canvas, readout);
   new ResizeObserver(() => (cursor ? read(...cursor) : draw())).observe(figure);

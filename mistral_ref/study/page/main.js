@@ -211,6 +211,20 @@ for (const change of ["hashchange", "popstate"])
     draw();
   });
 
+// Paper is white: what is printed is drawn in the light colours.
+let screenTheme = null;
+window.addEventListener("beforeprint", () => {
+  screenTheme = theme();
+  if (screenTheme === "light") return;
+  setTheme("light");
+  draw();
+});
+window.addEventListener("afterprint", () => {
+  if (screenTheme === theme()) return;
+  setTheme(screenTheme);
+  draw();
+});
+
 document.title = `${page.title}: one pass`;
 document.body.append(
   el(

@@ -119,7 +119,7 @@ const ringView = {
         { class: "stack" },
         el(
           "div",
-          { class: "card stack" },
+          { class: "card stack player" },
           el(
             "div",
             { class: "choices" },
