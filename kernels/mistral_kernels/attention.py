@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.compiling import FIRST, kernel, made_once, part
 from mistral_kernels.instructions import LANES
 from mistral_kernels.panels import BLOCK, HEADS_IN, PANEL
 from mistral_kernels.simd import floats, load, multiply, splat, store
@@ -260,7 +260,7 @@ def attention(kind: str, n_rows: int) -> Any:
         if n_threads == 1:
             do_share(
                 q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total, acc,
-                0, 1,
+                FIRST, n_threads,
             )  # fmt: skip
         else:
             for index in numba.prange(n_threads):  # `index` is unsigned; with a signed number it would give floats

@@ -19,6 +19,7 @@ from typing import Any
 
 import llvmlite
 import numba
+import numpy as np
 from numba.core.caching import NullCache
 from numba.core.registry import cpu_target
 
@@ -32,6 +33,9 @@ from mistral_kernels.instructions import LANES
 # Copies of one function in two kernels might then differ. Which copy a process calls depends on whether it compiled the
 # kernels or read them from the disk, so results would depend on that too.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
+
+# The number 0 as an argument of a part. Numba would compile the part a second time for a 0 that is written out.
+FIRST = np.int64(0)
 
 
 def _fingerprint() -> str:

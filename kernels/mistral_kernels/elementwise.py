@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.compiling import FIRST, kernel, made_once, part
 from mistral_kernels.instructions import LANES
 from mistral_kernels.simd import add, divide, exp, load, load_part, multiply, splat, store, subtract, sum_of, zeros
 
@@ -95,7 +95,7 @@ def swiglu() -> Any:
     def swiglu(gate: Any, up: Any, h: Any, n_threads: int) -> None:
         n = len(gate)
         if n_threads == 1:
-            open_gates(gate, up, h, 0, n)
+            open_gates(gate, up, h, FIRST, n)
         else:
             n_vectors = n // LANES
             for index in numba.prange(n_threads):

@@ -13,7 +13,7 @@ import numba
 from numba import types
 
 from mistral_kernels.caches import data_caches
-from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.compiling import FIRST, kernel, made_once, part
 from mistral_kernels.instructions import LANES, TAKES_HALVES
 from mistral_kernels.layout import TILE
 from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, SCALES, round_to_pairs, scale_of
@@ -174,11 +174,11 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
         n_slabs, n_rows = slabs.shape[:2]
         n_in, n_blocks = x.shape[1] // at_once, (y.shape[1] + WIDTH - 1) // WIDTH
         if n_threads == 1:
-            cut(x, slabs, 0, n_slabs)
-            multiply_blocks((W, scales), slabs, n_rows, n_in, y, 0, n_blocks)
+            cut(x, slabs, FIRST, n_slabs)
+            multiply_blocks((W, scales), slabs, n_rows, n_in, y, FIRST, n_blocks)
         else:
             for slab in numba.prange(n_slabs):
-                cut(x, slabs, slab, slab + 1)
+                cut(x, slabs, numba.intp(slab), numba.intp(slab) + 1)
             for thread in numba.prange(n_threads):
                 first, last = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
                 multiply_blocks((W, scales), slabs, n_rows, n_in, y, first, last)

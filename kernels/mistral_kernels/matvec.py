@@ -21,7 +21,7 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.compiling import FIRST, kernel, made_once, part
 from mistral_kernels.instructions import LANES
 from mistral_kernels.layout import TILE
 from mistral_kernels.rows import TILE_INPUTS, row_sums, tile_sums
@@ -130,7 +130,7 @@ def matvec(kind: str, meeting: tuple[int, int]) -> Any:
     def matvec(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
         (n_tokens, n_out), q, flat = y.shape, inputs(x.reshape(-1)), y.reshape(-1)
         if n_threads == 1:
-            multiply_rows(W, scales, q, flat, n_tokens, 0, n_out)
+            multiply_rows(W, scales, q, flat, n_tokens, FIRST, n_out)
         else:
             for t in numba.prange(n_threads):
                 multiply_rows(W, scales, q, flat, n_tokens, n_out * t // n_threads, n_out * (t + 1) // n_threads)
@@ -167,14 +167,14 @@ def matvec_tiled(kind: str) -> Any:
             for number in range(TILES):
                 if tile + number * stride < last:
                     o = (tile + number * stride) * TILE
-                    n = min(TILE, len(y) - o)
-                    y[o : o + n] = totals[number * TILE : number * TILE + n]
+                    for row in range(min(TILE, len(y) - o)):
+                        y[o + row] = totals[number * TILE + row]
 
     @kernel(types.void(BYTES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
     def matvec_tiled(W: Any, x: Any, y: Any, n_threads: int) -> None:
         q, n_tiles = inputs(x), (len(y) + TILE - 1) // TILE
         if n_threads == 1:
-            multiply_tiles(W, q, y, 0, n_tiles)
+            multiply_tiles(W, q, y, FIRST, n_tiles)
         else:
             for t in numba.prange(n_threads):
                 multiply_tiles(W, q, y, n_tiles * t // n_threads, n_tiles * (t + 1) // n_threads)

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.compiling import FIRST, kernel, made_once, part
 from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
 from mistral_kernels.layout import TILE
 from mistral_kernels.matmul import SLABS, over_blocks, whole_slabs
@@ -34,7 +34,8 @@ def _rounded(activations: str, group: int) -> Any:
     def rounded(x: Any, start: int, stop: int, kept: Any, unit: float, q: Any, at: int, scales_x: Any, n: int) -> None:
         """q[at + i] = x[start + i] / scale; for each group scale * unit and the sum of q into scales_x from n on."""
         n_in = stop - start
-        kept[:n_in] = x[start:stop]
+        for i in range(n_in):
+            kept[i] = x[start + i]
         kept[n_in:] = 0
         for first in range(0, n_in, group):
             scale, total = round_group(kept, first, q, at + first)
@@ -73,8 +74,8 @@ def matvec_quantized(bits: int, activations: str, group: int) -> Any:
             for number in range(TILES):
                 if tile + number * stride < last:
                     o = (tile + number * stride) * TILE
-                    n = min(TILE, len(y) - o)
-                    y[o : o + n] = sums_of_tiles[number * TILE : number * TILE + n]
+                    for row in range(min(TILE, len(y) - o)):
+                        y[o + row] = sums_of_tiles[number * TILE + row]
 
     @kernel(types.void(BYTES, BYTES, types.float32, VECTOR_IN, VECTOR_OUT, types.intp), bits, activations, group)
     def matvec_quantized(W: Any, S: Any, unit: float, x: Any, y: Any, n_threads: int) -> None:
@@ -82,7 +83,7 @@ def matvec_quantized(bits: int, activations: str, group: int) -> Any:
         q, scales_x = np.empty(n_groups * group, integer), np.empty(n_groups * 2, np.float32)
         rounded(x, 0, len(x), np.empty(n_groups * group, np.float32), unit, q, 0, scales_x, 0)
         if n_threads == 1:
-            multiply_tiles(W, S, q, scales_x, y, 0, n_tiles)
+            multiply_tiles(W, S, q, scales_x, y, FIRST, n_tiles)
         else:
             for t in numba.prange(n_threads):
                 multiply_tiles(W, S, q, scales_x, y, n_tiles * t // n_threads, n_tiles * (t + 1) // n_threads)
@@ -168,7 +169,7 @@ def matmul_quantized(bits: int, activations: str, group: int) -> Any:
         if n_threads == 1:
             for slab in range(n_slabs):
                 cut(x, unit, q, scales_x, slab, n_rows)
-            multiply_blocks((W, S), (q, scales_x), n_rows, n_in, y, 0, n_blocks)
+            multiply_blocks((W, S), (q, scales_x), n_rows, n_in, y, FIRST, n_blocks)
         else:
             for index in numba.prange(n_slabs):
                 cut(x, unit, q, scales_x, numba.intp(index), n_rows)
