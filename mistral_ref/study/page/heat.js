@@ -140,7 +140,7 @@ function heat(matrix, options) {
     for (const { index: row, size } of labelled(matrix.rows, cellHeight, chosenRow)) {
       context.font = `${size}px ${family}`;
       context.fillStyle = colour(chosenRow === row ? "accent" : "muted");
-      context.fillText(rowLabel(row), 0, top + (row + 0.5) * cellHeight, left - 6);
+      context.fillText(rowLabel(row), 0, clamp(top + (row + 0.5) * cellHeight, size / 2, height - size / 2), left - 6);
     }
     for (const { index: column, size } of top ? labelled(matrix.columns, cellWidth, cursor?.[1]) : []) {
       context.save();
