@@ -33,6 +33,7 @@ ALLOWED_SKIPS = {
     "mkdocs is not installed",
     "mypy is not installed",
     "nbclient or ipykernel is not installed",
+    "no tmpfs can be mounted",
     "only root can become another user",
     "playwright is not installed",
     "the system does not say how busy it is",

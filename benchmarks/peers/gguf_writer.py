@@ -7,6 +7,9 @@ It knows no sliding window: every layer attends to everything. The file has no v
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -74,19 +77,18 @@ def write_gguf(directory: Path, path: Path) -> None:
         raise InputError(f"{directory}: expected Mistral's own layout, consolidated.safetensors")
     _require_plain(config, tensors)
     require_space(path, sum(tensor.raw.nbytes for tensor in tensors))
-    partial = path.with_name(f"{path.name}.partial")
-    writer = gguf.GGUFWriter(partial, "llama")
-    _add_metadata(writer, config)
-    for tensor in tensors:
-        data, kind = _contents(tensor)
-        writer.add_tensor_info(gguf_name(tensor.name), data.shape, data.dtype, data.nbytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(_contents(tensor)[0])
-    writer.close()
-    partial.replace(path)
+    with _beside(path) as partial:
+        writer = gguf.GGUFWriter(partial, "llama")
+        _add_metadata(writer, config)
+        for tensor in tensors:
+            data, kind = _contents(tensor)
+            writer.add_tensor_info(gguf_name(tensor.name), data.shape, data.dtype, data.nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(_contents(tensor)[0])
+        writer.close()
 
 
 def quantize_gguf(path: Path, target: Path, name: str, threads: int) -> None:
@@ -96,10 +98,17 @@ def quantize_gguf(path: Path, target: Path, name: str, threads: int) -> None:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), threads
     require_space(target, path.stat().st_size)
-    partial = target.with_name(f"{target.name}.partial")
-    if llama_cpp.llama_model_quantize(os.fsencode(path), os.fsencode(partial), settings):
-        raise InputError(f"llama.cpp cannot quantize {path} to {name}")
-    partial.replace(target)
+    with _beside(target) as partial:
+        if llama_cpp.llama_model_quantize(os.fsencode(path), os.fsencode(partial), settings):
+            raise InputError(f"llama.cpp cannot quantize {path} to {name}")
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Give the path of a file to write, in a new folder beside `target`; rename it to `target` at the end."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        yield Path(folder) / target.name
+        (Path(folder) / target.name).replace(target)
 
 
 def gguf_bytes(path: Path) -> dict[str, int]:

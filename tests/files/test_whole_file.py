@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,18 +19,13 @@ from safetensors.numpy import load_file
 from support.checkpoints import FAMILIES, write_consolidated
 from support.command import start
 from support.errors import refused
-from support.tiny import SMALL, model_of
+from support.writers import MODEL, WRITERS
 
-import mistral_ref
-from mistral_ref.errors import CacheError, CheckpointError, InputError, MistralRefError
+from mistral_ref.errors import InputError
 from mistral_ref.files.tensor_file import write_tensor_file
 from mistral_ref.files.whole_file import remove_leftovers, whole_directory, whole_file
-from mistral_ref.measure.benchmark import write_json
-from mistral_ref.measure.shapes import shape
-from mistral_ref.measure.synthetic import make_checkpoint
 from mistral_ref.study import report
 
-Write = Callable[[Path, Path], object]  # to a path, from the directory of a model
 LEFT = ".mistral_ref-0123456789abcdef.partial"
 
 
@@ -104,7 +99,7 @@ def test_what_is_no_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
         path.symlink_to("pipe") if "link" in kind else path.hardlink_to(tmp_path / "pipe")
     before = names_in(tmp_path)
     with refused(InputError, path, "written", "directory" if kind == "directory" else "regular"):
-        report.write(model_of(SMALL), [1], path, with_cost=False)
+        report.write(MODEL, [1], path, with_cost=False)
     assert names_in(tmp_path) == before
     assert not path.is_file()
 
@@ -199,23 +194,6 @@ def test_where_there_are_no_locks_nothing_is_removed(tmp_path: Path, monkeypatch
 # --------------------------------------------------------------------------------------------- what cannot be written
 
 
-MODEL = model_of(SMALL)
-
-
-def _save_cache(path: Path, source: Path) -> None:
-    cache = MODEL.new_cache()
-    MODEL.forward([1] * 40, cache)
-    cache.save(path)
-
-
-WRITERS: dict[str, tuple[type[MistralRefError], Write]] = {
-    "trace": (CheckpointError, lambda path, source: MODEL.trace([1] * 40).save(path)),
-    "cache": (CacheError, _save_cache),
-    "page": (InputError, lambda path, source: report.write(MODEL, [1], path, with_cost=False)),
-    "quantized": (InputError, lambda path, source: mistral_ref.quantize(source, path)),
-    "random weights": (InputError, lambda path, source: make_checkpoint(path, shape("tiny"))),
-    "figures": (InputError, lambda path, source: write_json(path, {"x": [1.5] * 2000})),
-}
 each_writer = pytest.mark.parametrize("writer", WRITERS)
 
 
@@ -241,7 +219,7 @@ def full_after(n_bytes: int) -> Iterator[None]:
 
 @each_writer
 def test_a_full_disk_is_told_by_the_name_that_was_given(writer: str, folder: Path) -> None:
-    kind, write = WRITERS[writer]
+    kind, write, _ = WRITERS[writer]
     with full_after(5000), refused(kind, str(folder / "x"), "written", "File too large") as caught:
         write(folder / "x", folder.parent / "source")
     assert ".partial" not in str(caught.value)
@@ -250,7 +228,7 @@ def test_a_full_disk_is_told_by_the_name_that_was_given(writer: str, folder: Pat
 
 @each_writer
 def test_a_working_directory_that_is_gone(writer: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, write = WRITERS[writer]
+    kind, write, _ = WRITERS[writer]
     monkeypatch.chdir(folder)
     folder.rmdir()
     with refused(kind, Path("x"), "No such file or directory") as caught:
@@ -260,7 +238,7 @@ def test_a_working_directory_that_is_gone(writer: str, folder: Path, monkeypatch
 
 @each_writer
 def test_a_folder_that_is_missing_and_a_name_that_cannot_be(writer: str, folder: Path) -> None:
-    kind, write = WRITERS[writer]
+    kind, write, _ = WRITERS[writer]
     for path, fact in ((folder / "file" / "x", "directory"), (folder / ("x" * 300), "too long")):
         (folder / "file").touch()
         with refused(kind, path, fact):
@@ -272,5 +250,5 @@ def test_a_folder_that_is_missing_and_a_name_that_cannot_be(writer: str, folder:
 def test_a_tilde_is_the_home(writer: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.chdir(folder)
-    WRITERS[writer][1](Path("~/x"), folder.parent / "source")
+    WRITERS[writer].write(Path("~/x"), folder.parent / "source")
     assert names_in(folder) == ["x"]
