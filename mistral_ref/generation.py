@@ -43,6 +43,7 @@ class GenerationSettings(TypedDict, total=False):
     logits_processor: LogitsProcessor | None
     top_logprobs: int
     max_seconds: float | None
+    follows: Sequence[int] | None
 
 
 @dataclass(frozen=True)
