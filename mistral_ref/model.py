@@ -389,7 +389,8 @@ class Model:
             messages, self.tokenizer, tools=tools, reasoning_effort=reasoning_effort, chat_format=chat_format
         )
         goes_on = bool(messages[-1].get("prefix"))  # the answer's first words are the last message
-        tokens = self.generate(ids, follows=None if goes_on else (), **settings)
+        settings["follows"] = None if goes_on else ()
+        tokens = self.generate(ids, **settings)
         return Generation(answer(tokens, ReplyReader(self.tokenizer)))
 
     def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
