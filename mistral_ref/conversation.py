@@ -198,7 +198,7 @@ def read_system_prompt(directory: Path) -> str:
     In SYSTEM_PROMPT.txt "{today}" and "{yesterday}" stand for dates. Raises InputError if the file cannot be read.
     """
     path = directory / SYSTEM_PROMPT_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ""
     try:
         with path.open("rb") as file:

@@ -88,10 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Standard output is closed or full. Python flushes it at exit, and without this line that would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # a reader such as `head` may stop early: this is no error
-            say(f"mistral-ref: {escaped(str(error))}", error=True)
+            say(f"mistral-ref: {escaped(_problem(error))}", error=True)
             return 1
     status: int = arguments.status
     return status
+
+
+def _problem(error: OSError) -> str:
+    """Return what an error of the system says. Numba needs a working directory, and the user may have removed it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working directory has been removed; expected a start in another one"
+    return str(error)
 
 
 @contextmanager

@@ -208,8 +208,8 @@ def _check_output(output: str) -> None:
     if output in ("md", "json", "csv"):
         return
     if file.suffix not in (".json", ".csv"):
-        raise InputError(f"-o is {short_repr(output)}; expected md, json, csv, or a name that ends in .json or .csv")
-    if not file.parent.is_dir():
+        raise InputError(f"-o is {output}; expected md, json, csv, or a name that ends in .json or .csv")
+    if not os.path.isdir(file.parent):
         raise InputError(f"{file}: cannot be written: {file.parent} is no directory")
 
 

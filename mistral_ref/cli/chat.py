@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from mistral_ref.cli.chat_shell import HELP, ChatShell, LineReader
@@ -108,7 +109,7 @@ def read_tools(name: str) -> list[dict[str, Any]]:
     """Return the list of tools in a JSON file; raise InputError if it holds none. Each is checked when it is used."""
     path = local_path(name)
     try:
-        if not path.is_file():  # open() of a named pipe would wait for its other end
+        if not os.path.isfile(path):  # open() of a named pipe would wait for its other end
             raise ValueError("there is no such file, or it is not a regular one")
         tools = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:

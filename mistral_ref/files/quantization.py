@@ -34,7 +34,7 @@ from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack")
 _TEXT_FILES = re.compile(
     r"(params|config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json"
-    r"|chat_template\.jinja|tekken\w*\.json|.+\.model(\.v\d+(m\d+)?)?"
+    r"|chat_template\.jinja|SYSTEM_PROMPT\.txt|tekken\w*\.json|.+\.model(\.v\d+(m\d+)?)?"
 )
 _LARGEST_COPY = 2**26  # bytes; larger files are not copied. A tokenizer has at most 20 MB
 

@@ -67,7 +67,7 @@ def _content(token: Any) -> str:
 
 
 def _read(path: Path) -> str:
-    if not path.is_file():  # open() of a named pipe would wait for its other end
+    if not os.path.isfile(path):  # open() of a named pipe would wait for its other end
         raise TokenizerError(f"{path}: is not a regular file")
     try:
         with path.open("rb") as file:

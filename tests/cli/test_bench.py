@@ -152,7 +152,7 @@ def test_a_shape_is_made_once_and_fits(
         (("-r", "0"), ("--repetitions", 0)),
         (("-t", "1,x"), ("--threads", "'1,x'")),
         (("-t", "0"), ("threads", 0)),
-        (("-o", "xml"), ("-o", "'xml'", "json")),
+        (("-o", "xml"), ("-o", Path("xml"), "json")),
         (("-o", "nowhere/a.json"), ("nowhere/a.json", "nowhere")),
         (("--compare", "nowhere.json", "b.json"), ("nowhere.json", "No such file")),
         (("--shape", "giant"), ("shape", "'giant'", "tiny")),

@@ -399,3 +399,19 @@ def test_commands_do_the_same_without_docstrings_and_assertions(model_dir: Path)
         bare = run_process(*command, stdin=stdin, env=os.environ | {"PYTHONOPTIMIZE": "2"})
         assert (bare.returncode, bare.stdout) == (whole.returncode, whole.stdout)
         assert whole.stdout
+
+
+def test_a_working_directory_that_is_gone_is_said(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from mistral_ref.cli import info, main
+info.run = lambda arguments: os.getcwd()  # as Numba does when it compiles
+os.chdir(sys.argv[1])
+os.rmdir(sys.argv[1])
+sys.exit(main(["info"]))
+"""
+    (tmp_path / "gone").mkdir()
+    with start(sys.executable, "-c", code, tmp_path / "gone", text=True) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert_complains(errors, "working directory", "removed")
