@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -37,8 +39,18 @@ if TYPE_CHECKING:
 
 
 def notice(text: str) -> None:
-    """Show what is going on, on standard error."""
+    """Print a line to standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def status(text: str = "") -> None:
+    """Show what is going on in the last line of a terminal, in place of what it was before; without a text, nothing.
+
+    Nothing is shown where standard error is no terminal.
+    """
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
 
 
 def parser_for(description: str, examples: str) -> argparse.ArgumentParser:
@@ -75,13 +87,19 @@ def add_timing_options(parser: argparse.ArgumentParser) -> None:
 
 def add_output_options(parser: argparse.ArgumentParser, quick: str, figure: str) -> None:
     """Add --quick, and the files that a script writes; the texts say what is less then, and what is drawn."""
-    parser.add_argument("--quick", action="store_true", help=f"{quick}: a minute at most")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: a minute at most, once kernels are compiled")
     parser.add_argument("--json", metavar="FILE", help="write the machine and every sample there")
     parser.add_argument("--figure", metavar="FILE", help=f"draw {figure}: .svg, .png or .pdf (needs the extra plots)")
 
 
+def _show_warning(message: Warning | str, *_: object) -> None:
+    status()
+    notice(f"note: {message}")
+
+
 def finish(measure: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
     """Run a script's work and return its exit status: 2 after one line for a user's mistake."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         for path in (getattr(arguments, "json", None), getattr(arguments, "figure", None)):
             if path and not os.path.isdir(local_path(path).parent):
@@ -90,6 +108,7 @@ def finish(measure: Callable[[argparse.Namespace], None], arguments: argparse.Na
             _require_figures(arguments.figure)
         measure(arguments)
     except MistralRefError as error:
+        status()
         notice(f"{Path(sys.argv[0]).name}: {error}")
         return 2
     except KeyboardInterrupt:
@@ -192,7 +211,7 @@ def random_model(config: ModelConfig, kind: Kind, ops: CompiledOps) -> Model:
 def filled_cache(
     config: ModelConfig, ops: CompiledOps, depth: int, n_new: int = 1, dtype: str | None = None
 ) -> KVCache:
-    """Return a cache of `depth` random keys and values in every layer, with room for `n_new` more.
+    """Return a cache of `depth` random keys and values, the same in every layer, with room for `n_new` more.
 
     They are written as passes write theirs, so the rings are as a prompt of that length would have left them.
     """
@@ -201,8 +220,8 @@ def filled_cache(
     for start in range(0, depth, cache.chunk):
         n_tokens = min(cache.chunk, depth - start)
         written = cache.begin(n_tokens)
+        k_TGK, v_TGK = rng.standard_normal((2, n_tokens, config.n_kv_heads, config.head_dim), np.float32)
         for layer in range(config.n_layers):
-            k_TGK, v_TGK = rng.standard_normal((2, n_tokens, config.n_kv_heads, config.head_dim), np.float32)
             written.write(layer, k_TGK, v_TGK)
         cache.commit(written, np.zeros(n_tokens, np.int64))
     return cache

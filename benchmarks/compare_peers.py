@@ -34,7 +34,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
-from common import buffer_bytes, finish, notice, parser_for, rows_with_ranges, write_files
+from common import buffer_bytes, finish, notice, parser_for, rows_with_ranges, status, write_files
 from peers.process import Runner, Test, Worker, start
 
 from mistral_ref.config import ModelConfig
@@ -102,7 +102,7 @@ def converted(source: Path, target: Path, convert: Callable[[], None]) -> None:
     """Write `target` unless it is there and newer than the weights."""
     weights = source / "consolidated.safetensors"
     if not target.exists() or (weights.exists() and target.stat().st_mtime < weights.stat().st_mtime):
-        notice(f"writing {target}")
+        status(f"writing {target}")
         target.parent.mkdir(parents=True, exist_ok=True)
         convert()
 
@@ -152,7 +152,7 @@ def quantized_runners(arguments: argparse.Namespace, directory: Path, work: Path
     if ours.exists() and ours.stat().st_mtime < (directory / "consolidated.safetensors").stat().st_mtime:
         shutil.rmtree(ours)
     if not ours.exists():
-        notice(f"writing {ours}")
+        status(f"writing {ours}")
         quantize(directory, ours, bits, head=arguments.head)
     runners = [
         Runner(f"{OURS} int{bits}, {name}", OURS, ours, [f"--activations={name}"], *matrix_bytes(ours))
@@ -194,7 +194,7 @@ def measure_all(workers: Sequence[Worker], tests: Sequence[Test], repeats: int, 
     for test in tests:
         for repeat in range(repeats + 1):
             for worker in workers:
-                notice(f"{test.name}, {repeat or 'warm-up'} of {repeats}: {worker.name}")
+                status(f"{test.name}, {repeat or 'warm-up'} of {repeats}: {worker.name}")
                 reads = limit.measure()
                 time.sleep(rest)
                 seconds = worker.ask(do="run", n=test.n, depth=test.depth, step=test.step)["seconds"]
@@ -340,6 +340,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for worker in workers:
             worker.stop()
     runtimes = {worker.name: worker.about | {"first_token_s": worker.first_token} for worker in workers}
+    status()
     print("\n".join(machine_lines(description | {"model": directory.name, "repeats": arguments.repeats})))
     for worker in workers:
         print(f"{worker.name}: {', '.join(f'{name} {value}' for name, value in worker.about.items())}")

@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import common
-from common import finish, notice, parser_for
+from common import finish, parser_for, status
 
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.display import markdown_table
@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> None:
     about = {"shape": arguments.shape, "layers": config.n_layers, "dtype": arguments.kind, "window": window}
     description = machine(ops.threads) | about
     print("\n".join(machine_lines(description)))
-    notice("making weights and keys")
+    status("making weights and keys")
     windowed = common.random_model(config, arguments.kind, ops)
     everything = Model(config.replace(sliding_window=(None,) * config.n_layers), windowed.weights, ops)
     models = {f"{window}": windowed, "none": everything}
@@ -76,9 +76,10 @@ def measure(arguments: argparse.Namespace) -> None:
         for name, model in models.items()
         for depth in depths
     ]
-    measured = alternate(candidates, repeats=arguments.repeats, seconds=arguments.seconds, progress=notice)
+    measured = alternate(candidates, repeats=arguments.repeats, seconds=arguments.seconds, progress=status)
     groups = dict(zip(models, (measured[: len(depths)], measured[len(depths) :]), strict=True))
     rows = [row for name, group in groups.items() for row in table_rows(name, depths, group)]
+    status()
     print(f"\n{markdown_table(HEADINGS, rows)}")
     results = {
         name: [{"depth": depth} | m.as_json() for depth, m in zip(depths, group, strict=True)]

@@ -16,8 +16,10 @@ Each sample comes right after one of its limit, and candidates take turns: the l
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, cycle
@@ -30,9 +32,9 @@ from common import (
     buffer_bytes,
     filled_cache,
     finish,
-    notice,
     parser_for,
     rows_with_ranges,
+    status,
     write_files,
 )
 from threadpoolctl import threadpool_limits
@@ -57,7 +59,7 @@ EXAMPLES = """\
 examples:
   python benchmarks/kernels.py                                everything, at the shapes of Mistral 7B: some minutes
   python benchmarks/kernels.py --only decode --threads 1      products of decoding on one core
-  python benchmarks/kernels.py --quick --figure out.svg       fewer sizes, a minute or so
+  python benchmarks/kernels.py --quick --figure out.svg       fewer sizes and samples
 """
 
 KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8", "int8", "int4")
@@ -110,22 +112,18 @@ class Bench:
 
 
 def rotated(kind: Kind, n_out: int, n_in: int, n_bytes: int) -> list[Matrix]:
-    """Return random matrices that together have at least n_bytes."""
+    """Return equal random matrices that together have at least n_bytes."""
     rng, std = np.random.default_rng(0), n_in**-0.5
     scale = fp8_scale(std).reshape(1, 1) if kind == "fp8" else None
-    matrices: list[Matrix] = []
-    bits = 4 if kind == "int4" else 8
-    while kind in QUANTIZED and sum(matrix.nbytes for matrix in matrices) < n_bytes:
-        parts = quantized_tensors(n_out, n_in, bits, GROUP_SIZE)
-        data, zeros = (
-            rng.integers(0, 256, parts["weight"].shape, np.uint8),
-            np.full(parts["scales"].shape, 128, np.uint8),
-        )
-        matrices.append(QuantizedMatrix("random", kind, data, scales=zeros, n_out=n_out, n_in=n_in))
-    while sum(matrix.nbytes for matrix in matrices) < n_bytes:
+    if kind in QUANTIZED:
+        parts = quantized_tensors(n_out, n_in, 4 if kind == "int4" else 8, GROUP_SIZE)
+        data = rng.integers(0, 256, parts["weight"].shape, np.uint8)
+        zeros = np.full(parts["scales"].shape, 128, np.uint8)
+        first: Matrix = QuantizedMatrix("random", kind, data, scales=zeros, n_out=n_out, n_in=n_in)
+    else:
         data = np.concatenate(list(random_weights(rng, n_out * n_in, std, kind))).reshape(n_out, n_in)
-        matrices.append(Matrix("random", kind, data, scale))
-    return matrices
+        first = Matrix("random", kind, data, scale)
+    return [first, *(deepcopy(first) for _ in range(math.ceil(n_bytes / first.nbytes) - 1))]
 
 
 def decode_group(bench: Bench) -> list[Candidate]:
@@ -156,7 +154,7 @@ def prompt_group(bench: Bench) -> list[Candidate]:
     n_out, n_in = bench.matrices["w1"]
     weights = {kind: rotated(kind, n_out, n_in, 1)[0] for kind in KINDS}
     candidates = []
-    for n_tokens in (2, 16, 512) if bench.quick else TOKENS:
+    for n_tokens in (2, 16, 128) if bench.quick else TOKENS:
         x_TI = rng.standard_normal((n_tokens, n_in), np.float32)
         work = 2e-9 * n_tokens * n_out * n_in
         for kind in ("f32", "bf16", *QUANTIZED) if bench.quick else KINDS:
@@ -254,7 +252,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="weights and keys to rotate through (default: 4 caches or 256, as far as memory has room)",
     )
-    add_output_options(parser, "fewer sizes", "each product's share of its limit")
+    add_output_options(parser, "fewer sizes and samples", "each product's share of its limit")
     return parser.parse_args()
 
 
@@ -264,19 +262,22 @@ def measure(arguments: argparse.Namespace) -> None:
     n_bytes = buffer_bytes() if available is None else min(buffer_bytes(), available // SHARES)
     if arguments.buffer_mib is not None:
         n_bytes = checked_int("buffer-mib", arguments.buffer_mib, least=1) * 2**20
+    if arguments.quick:
+        arguments.repeats, arguments.seconds = min(3, arguments.repeats), min(0.03, arguments.seconds)
     bench = Bench(shape(arguments.shape), CompiledOps(threads=arguments.threads), n_bytes, arguments.quick)
     description = machine(bench.ops.threads) | {"shape": arguments.shape, "rotated_mib": n_bytes / 2**20}
     print("\n".join(machine_lines(description)))
     results = {}
     with bench.ops.running(), threadpool_limits(limits=bench.ops.threads, user_api="blas"):
         for group in arguments.only or GROUPS:
-            notice(f"{group}: making weights and keys")
+            status(f"{group}: making weights and keys")
             measured = benchmark.alternate(
                 GROUPS[group](bench),
                 repeats=arguments.repeats,
                 seconds=arguments.seconds,
-                progress=lambda text, group=group: notice(f"{group}: {text}"),
+                progress=lambda text, group=group: status(f"{group}: {text}"),
             )
+            status()
             print(f"\n## {group}\n\n{markdown_table(benchmark.HEADINGS, [m.cells() for m in measured])}")
             if rows := beside_numpy(measured):
                 print(f"\n{markdown_table(['times as fast as NumPy', 'median', 'min to max'], rows)}")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 import numba.core.event
-from common import finish, notice, parser_for
+from common import finish, notice, parser_for, status
 
 import mistral_ref
 from mistral_ref.display import markdown_table
@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for weights, dtype in product(
         ["mapped"] if arguments.quick else ["mapped", "repacked"], ["float32", "float16", "int8"]
     ):
-        notice(f"a process with {weights} weights, {dtype} in the cache")
+        status(f"a process with {weights} weights, {dtype} in the cache")
         observed = in_fresh_process(arguments, weights, dtype)
         processes.append({"weights": weights, "cache": dtype, "stages": observed})
     rows = [
@@ -143,6 +143,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for process in processes
         for found in process["stages"]
     ]
+    status()
     print(f"\n{markdown_table(HEADINGS, rows)}")
     content = {"machine": description, "file_bytes": file_bytes, "processes": processes}
     common.write_files(arguments, content, lambda: draw(processes, file_bytes))

@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from common import finish, notice, parser_for, write_files
+from common import finish, parser_for, status, write_files
 
 import mistral_ref
 from mistral_kernels import attention, elementwise, panels
@@ -125,7 +125,7 @@ def measure(arguments: argparse.Namespace) -> None:
     microseconds()
     clock, plain, timed = Clock(), [], []
     for repeat in range(n_repeats):
-        notice(f"{repeat + 1} of {n_repeats}")
+        status(f"{repeat + 1} of {n_repeats}")
         plain.append(microseconds())
         with clock.around(model.ops):
             timed.append(microseconds())
@@ -139,6 +139,7 @@ def measure(arguments: argparse.Namespace) -> None:
     rows.append(["between", "", "", f"{median(timed) - others:.1f}"])
     rows.append(["in all", "", f"{kernels:.1f}", f"{median(timed) - kernels:.1f}"])
     description = machine(model.ops.threads)
+    status()
     print("\n".join([*machine_lines(description), str(model)]))
     typical, low, high = spread(plain)
     print(f"\na token: {typical:.0f} us ({low:.0f} to {high:.0f}), {1e6 / typical:.0f} tokens/s; ", end="")

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import common
 import numpy as np
-from common import finish, notice, parser_for
+from common import finish, notice, parser_for, status
 
 import mistral_ref
 from mistral_ref.activations import Activations
@@ -260,9 +260,10 @@ def measure(arguments: argparse.Namespace) -> None:
     print("\n".join(machine_lines(description)))
     results = []
     for variant in chain([as_it_is], ours(model, arguments.only), theirs(model, arguments.only)):
-        notice(f"{variant.name}, {variant.bits:.2f} bits a weight")
+        status(f"{variant.name}, {variant.bits:.2f} bits a weight")
         results.append(quality(variant, model, windows))
     headings = ["rounded to", "bits a weight", "KL", "±", "perplexity", "same %"]
+    status()
     print(f"\n{markdown_table(headings, [result.cells() for result in results])}")
     rows = [
         {

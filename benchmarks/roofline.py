@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 import numpy as np
-from common import finish, notice, parser_for
+from common import finish, parser_for, status
 
 from mistral_ref.cache import KVCache
 from mistral_ref.compiled_ops import CompiledOps
@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> None:
     about = {"shape": arguments.shape, "layers": config.n_layers, "dtype": arguments.kind}
     description = machine(ops.threads) | about
     print("\n".join(machine_lines(description)))
-    notice("making weights")
+    status("making weights")
     model = common.random_model(config, arguments.kind, ops)
     read, peak = read_limit(ops.threads, common.buffer_bytes()), multiply_add_limit(ops.threads)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, n_tokens).tolist()
@@ -73,9 +73,10 @@ def measure(arguments: argparse.Namespace) -> None:
     samples = []
     for repeat in range(repeats):
         for name, (tokens, cache) in passes.items():
-            notice(f"{repeat + 1} of {repeats}: {name}")
+            status(f"{repeat + 1} of {repeats}: {name}")
             samples.append(Limits(1e9 * read.measure(), 1e9 * peak.measure()))
             runs[name] += measure_steps(model, tokens, cache, repeats=1)
+    status()
     roof = Limits(*map(max, zip(*samples, strict=True)))
     tables = {}
     for name, (tokens, cache) in passes.items():

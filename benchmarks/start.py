@@ -27,7 +27,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import common
-from common import finish, notice, parser_for
+from common import finish, parser_for, status
 
 import mistral_ref
 from mistral_ref.display import markdown_table
@@ -140,13 +140,14 @@ def measure(arguments: argparse.Namespace) -> None:
     description = machine(n_threads)
     warm, compiled_warm = [], []
     with tempfile.TemporaryDirectory() as kernel_dir:
-        notice("cold: compiling kernels, up to a minute")
+        status("cold: compiling kernels, up to a minute")
         cold, compiled_cold = first_token(arguments.model, n_threads, kernel_dir)
         for number in range(n_runs):
-            notice(f"warm: {number + 1} of {n_runs}")
+            status(f"warm: {number + 1} of {n_runs}")
             times, compiled = first_token(arguments.model, n_threads, kernel_dir)
             warm.append(times)
             compiled_warm += compiled
+    status()
     print("\n".join(machine_lines(description)))
     print(f"\n{markdown_table(['seconds', 'cold', 'warm, median', 'min to max'], rows(cold, warm))}")
     if added:

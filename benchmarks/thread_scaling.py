@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import common
-from common import finish, notice, parser_for
+from common import finish, parser_for, status
 
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.display import markdown_table
@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> None:
     about = {"shape": arguments.shape, "layers": config.n_layers, "dtype": arguments.kind, "prompt": n_prompt}
     description = machine(counts[-1]) | about
     print("\n".join(machine_lines(description)))
-    notice("making weights")
+    status("making weights")
     weights = common.random_model(config, arguments.kind, CompiledOps(threads=1)).weights
     decode, prompt = [], []
     for n_threads, read in zip(counts, read_limits(counts, common.buffer_bytes()), strict=True):
@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> None:
         peak = multiply_add_limit(n_threads)
         prompt.append(common.prompting(f"prompt of {n_prompt}, {n_threads} threads", model, peak, n_prompt))
     repeats = min(3, arguments.repeats) if arguments.quick else arguments.repeats
-    measured = alternate([*decode, *prompt], repeats=repeats, seconds=arguments.seconds, progress=notice)
+    measured = alternate([*decode, *prompt], repeats=repeats, seconds=arguments.seconds, progress=status)
     groups = {"one token": measured[: len(counts)], f"prompt of {n_prompt}": measured[len(counts) :]}
     rows = [
         [name, str(n_threads), f"{1e3 * spread(m.seconds).median:.1f}", *common.percent_cells(m)]
@@ -92,6 +92,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for name, group in groups.items()
         for n_threads, m in zip(counts, group, strict=True)
     ]
+    status()
     print(f"\n{markdown_table(HEADINGS, rows)}")
     results = {
         name: [

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 import numpy as np
-from common import finish, notice, parser_for
+from common import finish, parser_for, status
 
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
@@ -105,12 +105,12 @@ def measure(arguments: argparse.Namespace) -> None:
     read, peak = read_limit(ops.threads, common.buffer_bytes()), multiply_add_limit(ops.threads)
     candidates, sizes = [], []
     for dim, config in zip(dims, configs, strict=True):
-        notice(f"dim {dim}: making the weights of {config.n_layers} layers")
+        status(f"dim {dim}: making the weights of {config.n_layers} layers")
         model = common.random_model(config, arguments.kind, ops)
         sizes.append(sum(matrix.nbytes for matrix in matrices(model.weights)))
         candidates.append(common.decoding(f"dim {dim}, one token", model, read))
         candidates.append(common.prompting(f"dim {dim}, a prompt", model, peak, n_prompt))
-    measured = alternate(candidates, repeats=arguments.repeats, seconds=arguments.seconds, progress=notice)
+    measured = alternate(candidates, repeats=arguments.repeats, seconds=arguments.seconds, progress=status)
     decode, prompt = measured[::2], measured[1::2]
 
     rows, figures = [], []
@@ -130,6 +130,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for name, test in (("one token", decode), (f"prompt of {n_prompt}", prompt)):
         work = np.array([[m.work / config.n_layers] for m, config in zip(test, configs, strict=True)])
         exponents[name] = {"measured": slopes(dims, per_layer(test, configs)), "counted": slopes(dims, work)[0]}
+    status()
     print(f"\n{markdown_table(HEADINGS, rows)}")
     slope_rows = [
         [name, *spread(found["measured"]).text(2), f"{found['counted']:.2f}", str(THEORY)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import importlib.util
 import json
 import math
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,7 @@ SCRIPTS: dict[str, tuple[tuple[object, ...], str]] = {
     "thread_scaling": ((*TINY, "--threads", 1, 2, "--prompt", 8, *FAST), "| what "),
     "memory": ((*TINY, "--quick", "--prompt", 8, "--depth", 64), "| weights "),
     "roofline": ((*TINY, "--prompt", 8, "--repeats", 2), "| step "),
+    "kernels": ((*TINY, "--quick", "--buffer-mib", 1, *FAST), "| what "),
 }
 
 
@@ -51,6 +54,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     files = ("--json", folder / "out.json", "--figure", folder / "out.png")
     done = script(name, *settings, *work, *files)
     assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if not line.startswith(("weights: ", "note: "))] == []
     assert done.stdout.startswith("cpu: ")
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert lines[0].startswith(table)
@@ -67,6 +71,35 @@ def test_help_shows_examples(name: str) -> None:
     done = script(name, "--help")
     assert done.returncode == 0
     assert f"examples:\n  python benchmarks/{name}.py" in done.stdout
+
+
+@pytest.mark.slow
+def test_kernels_of_every_group_are_measured(tmp_path: Path) -> None:
+    content = measured("kernels", tmp_path)
+    assert list(content["groups"]) == ["decode", "prompt", "attention", "depth"]
+    for rows in content["groups"].values():
+        assert rows
+        assert all(len(row["seconds"]) == 2 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_what_is_going_on_in_one_line() -> None:
+    ours, theirs = pty.openpty()
+    settings, _ = SCRIPTS["roofline"]
+    command = [sys.executable, str(BENCHMARKS / "roofline.py"), *map(str, settings)]
+    streams = {"stderr": theirs, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=os.environ | {"COLUMNS": "30"}, **streams) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # a terminal that nobody writes to any more
+            while piece := os.read(ours, 4096):
+                shown += piece
+        os.close(ours)
+    assert process.returncode == 0
+    lines = [line for line in shown.decode().split("\r\x1b[K") if not line.startswith("note: ")]
+    assert "making weights" in lines
+    assert lines[-1] == ""
+    assert max(map(len, lines)) == 29
 
 
 @pytest.mark.slow
