@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codeop
 import contextlib
 import io
 import re
@@ -43,6 +44,21 @@ def test_python_examples_run_and_print_what_is_shown(
         with contextlib.redirect_stdout(printed):
             exec(compile(block.replace('"path/to/dir", ', ""), page, "exec"), names)
         assert not expected or printed.getvalue() == expected
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_can_be_pasted_into_pythons_prompt_line_by_line(page: str) -> None:
+    """There an empty line ends the body of a loop or a function, and nothing else does."""
+    for block, _ in _EXAMPLE.findall((ROOT / page).read_text(encoding="utf-8")):
+        compiled, entered = codeop.CommandCompiler(), ""
+        for line in [*block.splitlines(), ""]:
+            entered += f"{line}\n"
+            try:
+                is_whole = compiled(entered.removesuffix("\n")) is not None
+            except SyntaxError as error:
+                pytest.fail(f"{page}: {error.msg} at {line!r}")
+            entered = "" if is_whole else entered
+        assert not entered.strip()
 
 
 @pytest.mark.parametrize("page", LINKED)
