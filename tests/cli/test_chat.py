@@ -193,7 +193,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     opened.close()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_terminal_goes_on_after_mistakes_and_keeps_a_history(terminal: Terminal, tmp_path: Path) -> None:
     terminal.expect("> ")
     terminal.send("/nothing\n")

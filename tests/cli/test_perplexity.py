@@ -243,6 +243,7 @@ def test_a_bar_is_shown_for_long_texts_on_a_terminal(
 def test_the_examples_of_the_help_run_as_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         main(["perplexity", "--help"])
     examples = [line for line in capsys.readouterr().out.splitlines() if " | mistral-ref perplexity" in line]
