@@ -527,7 +527,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     make_checkpoint(source, config)
     with start(sys.executable, "-c", INTERRUPTED, source, tmp_path / "target", text=True) as process:
         done, total = map(int, process.stdout.readline().split())
-        assert [name for name in names_in(tmp_path) if name.startswith(".target.")]
+        assert [name for name in names_in(tmp_path) if name.endswith(".partial")]
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     assert done < total
