@@ -1,8 +1,8 @@
 """`python -m mistral_ref` and the command `mistral-ref`: Ctrl-C ends both without a traceback, at any moment.
 
-Python turns Ctrl-C into a KeyboardInterrupt. That must not happen while modules are imported: an extension module that
+Python turns Ctrl-C into a KeyboardInterrupt. That must not happen while a module is imported: an extension module that
 is interrupted may raise an ImportError instead, or print the interrupt and go on. So Ctrl-C ends the process at once
-until the command begins, and again after it has ended. Nothing is imported before this is set.
+during an import, and when the command has ended. Nothing is imported before this is set.
 """
 
 from __future__ import annotations
@@ -15,23 +15,34 @@ try:
 except KeyboardInterrupt:
     os._exit(130)
 
+TYPE_CHECKING = False  # typing's own would be an import
+if TYPE_CHECKING:
+    from types import FrameType
+
 
 def main() -> int:
     """Run the command of sys.argv and return its exit status; 130 for Ctrl-C."""
     heeds_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # `nohup` and `&` have it ignored
     try:
         if heeds_ctrl_c:
-            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+            signal.signal(signal.SIGINT, _interrupt)
         from mistral_ref import cli  # noqa: PLC0415
 
-        if heeds_ctrl_c:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         return cli.main()
     except KeyboardInterrupt:
         return 130
     finally:
         if heeds_ctrl_c:
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; end the process if a module is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

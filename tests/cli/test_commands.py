@@ -27,6 +27,7 @@ from support.paths import ROOT
 from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
+from mistral_ref.cli import _COMMANDS
 from mistral_ref.cli.common import read_prompt
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 
@@ -227,7 +228,7 @@ def test_help_teaches(command: list[str]) -> None:
 
 
 WALK = "help\nhelp show\nnext\ninto\nshow\njump scores\nmap\ntop\nsource\nzero head 3\npredict\nwhy\ncompare\n"
-HELPS = ["", *["generate", "step", "trace", "compare", "bench", "perplexity", "quantize", "info"]]
+HELPS = ["", *_COMMANDS]
 
 
 def without_blanks(text: str) -> str:
@@ -341,15 +342,22 @@ def test_ctrl_c_leaves_what_was_printed_and_exits_130(model_dir: Path) -> None:
     assert errors.strip() == b""
 
 
-# Runs the command, and presses Ctrl-C when the AT-th module is imported, counted from the first import of __main__.
+# Runs the command, and presses Ctrl-C at the N-th import: counted from the first import of __main__, or counting only
+# those that are made while a compiled module of PACKAGE is imported. Such a module may turn this into an error.
 PRESSING = """
 import os, runpy, sys
 n = 0
+def importing():
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        loader = frame.f_locals.get("self")
+        if type(loader).__name__ == "ExtensionFileLoader":
+            yield loader.name
 def press(event, details):
     global n
-    if event == "import" and (n or details[0] == "signal"):
-        n += 1
-        if n == AT:
+    if event == "import" and (n or details[0] == "signal" or PACKAGE):
+        n += not PACKAGE or any(name.startswith(PACKAGE) for name in importing())
+        if n == N:
             os.kill(os.getpid(), 2)
 sys.addaudithook(press)
 """
@@ -359,10 +367,15 @@ ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("at", [1, 60, *slow(range(2, 600, 75))])
+MOMENTS = [("", 1), ("", 60), *slow([*(("", n) for n in range(2, 600, 75)), *(("numba", n) for n in range(1, 6))])]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=str)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_ctrl_c_while_modules_are_imported_is_no_traceback(model_dir: Path, entry: str, at: int) -> None:
-    code = PRESSING.replace("AT", str(at)) + ENTRIES[entry]
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(
+    model_dir: Path, entry: str, moment: tuple[str, int]
+) -> None:
+    code = f"PACKAGE, N = {moment!r}{PRESSING}{ENTRIES[entry]}"
     with start(sys.executable, "-c", code, "generate", "--model", model_dir, "--max-tokens", 99000, "A") as process:
         printed, errors = process.communicate(timeout=60)
     assert (process.returncode, printed, errors.strip()) == (130, b"", b"")
