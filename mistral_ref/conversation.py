@@ -17,6 +17,7 @@ from typing import Any, Unpack
 from mistral_ref.errors import InputError, short_repr
 from mistral_ref.files.json_file import Limits, read_json
 from mistral_ref.files.paths import local_path
+from mistral_ref.files.text_file import read_text
 from mistral_ref.files.whole_file import whole_file
 from mistral_ref.generation import Generation, GenerationSettings, Token
 from mistral_ref.model import Model
@@ -200,16 +201,7 @@ def read_system_prompt(directory: Path) -> str:
     path = directory / SYSTEM_PROMPT_FILE
     if not os.path.isfile(path):
         return ""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_PROMPT_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text: {error.reason} at {error.start}") from None
-    if len(data) > _MAX_PROMPT_BYTES:
-        raise InputError(f"{path}: is larger than {_MAX_PROMPT_BYTES} bytes, the maximum")
+    text = read_text(path, InputError, _MAX_PROMPT_BYTES).removeprefix("\ufeff")
     today = datetime.date.today()
     yesterday = today - datetime.timedelta(days=1)
     return text.replace("{today}", today.isoformat()).replace("{yesterday}", yesterday.isoformat()).strip("\n")

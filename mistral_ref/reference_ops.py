@@ -95,7 +95,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
     largest = x.max(axis=-1, keepdims=True)
     shares = np.exp(x - largest)
     shares /= shares.sum(axis=-1, keepdims=True)
-    shares[(x == -np.inf) & (largest != -np.inf)] = 0
+    if not np.isfinite(largest).all():
+        shares[(x == -np.inf) & (largest != -np.inf)] = 0
     return shares
 
 
@@ -288,13 +289,15 @@ class ReferenceOps:
         _, n_kv_heads, head_dim = v_SGK.shape
         weights_GRS, v_GSK = weights_HBS.reshape(n_kv_heads, -1, n_keys), v_SGK.transpose(1, 0, 2)
         is_apart_GSK = ~np.isfinite(v_GSK)
-        if is_apart_GSK.any():  # 0 * NaN is NaN, so what some query does not take is added apart
+        if not is_apart_GSK.any():
+            gathered = weights_GRS @ v_GSK
+        else:  # 0 * NaN is NaN, so what some query does not take is added apart
             is_apart_GSK &= (weights_GRS == 0).any(axis=(0, 1))[:, np.newaxis]
-        gathered = weights_GRS @ np.where(is_apart_GSK, 0, v_GSK)
-        for s in np.flatnonzero(is_apart_GSK.any(axis=(0, 2))):
-            weights_GR1 = weights_GRS[:, :, s, np.newaxis]
-            v_G1K = np.where(is_apart_GSK[:, s], v_GSK[:, s], 0)[:, np.newaxis]
-            gathered += np.where(weights_GR1 == 0, 0, weights_GR1 * v_G1K)
+            gathered = weights_GRS @ np.where(is_apart_GSK, 0, v_GSK)
+            for s in np.flatnonzero(is_apart_GSK.any(axis=(0, 2))):
+                weights_GR1 = weights_GRS[:, :, s, np.newaxis]
+                v_G1K = np.where(is_apart_GSK[:, s], v_GSK[:, s], 0)[:, np.newaxis]
+                gathered += np.where(weights_GR1 == 0, 0, weights_GR1 * v_G1K)
         return gathered.reshape(n_heads, n_queries, head_dim).transpose(1, 0, 2)
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from mistral_ref.cli.chat_shell import HELP, ChatShell, LineReader
@@ -12,8 +11,9 @@ from mistral_ref.cli.output import say
 from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.conversation import SYSTEM_PROMPT_FILE, Conversation, read_system_prompt
 from mistral_ref.errors import InputError, escaped, short_repr
-from mistral_ref.files.json_file import parse_json
+from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.files.paths import local_path
+from mistral_ref.files.text_file import read_text
 from mistral_ref.text.chat_format import CHAT_FORMATS
 
 _DESCRIPTION = f"""\
@@ -108,12 +108,9 @@ def introduction(conversation: Conversation, name: str) -> str:
 def read_tools(name: str) -> list[dict[str, Any]]:
     """Return the list of tools in a JSON file; raise InputError if it holds none. Each is checked when it is used."""
     path = local_path(name)
+    text = read_text(path, InputError, MAX_JSON_BYTES)
     try:
-        if not os.path.isfile(path):  # open() of a named pipe would wait for its other end
-            raise ValueError("there is no such file, or it is not a regular one")
-        tools = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        tools = parse_json(text)
     except ValueError as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(tools, list):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mistral_ref.errors import TokenizerError, short_repr
 from mistral_ref.files.json_file import TOKENIZER, read_json
+from mistral_ref.files.text_file import read_text
 
 TEMPLATE_FILE = "chat_template.jinja"
 _MAX_BYTES = 2**20
@@ -46,7 +47,9 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
     tokens = {name: content for name, content in tokens.items() if content}
     if os.path.lexists(template_file):
-        return ChatTemplate(_read(template_file), tokens=tokens, origin=str(template_file))
+        return ChatTemplate(
+            read_text(template_file, TokenizerError, _MAX_BYTES), tokens=tokens, origin=str(template_file)
+        )
     found = config.get("chat_template")
     named: dict[Any, Any] = {"default": found} if isinstance(found, str) else {}
     if isinstance(found, list):
@@ -64,19 +67,3 @@ def _content(token: Any) -> str:
     """Return the content of a token that tokenizer_config.json names; "" if it names none."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else ""
-
-
-def _read(path: Path) -> str:
-    if not os.path.isfile(path):  # open() of a named pipe would wait for its other end
-        raise TokenizerError(f"{path}: is not a regular file")
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        text = data.decode()
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: is not UTF-8 text: {error.reason} at {error.start}") from None
-    if len(data) > _MAX_BYTES:
-        raise TokenizerError(f"{path}: is larger than {_MAX_BYTES} bytes, the maximum for a chat template")
-    return text
