@@ -178,9 +178,9 @@ def buffer_bytes() -> int:
     return max(2**28, 4 * cache_bytes())
 
 
-def require_memory(config: ModelConfig, kind: Kind, copies: int = 1) -> None:
-    """Raise InputError if memory has no room for this number of copies of a model's weights."""
-    n_bytes, available = copies * checkpoint_bytes(config, kind), available_memory()
+def require_memory(config: ModelConfig, kind: Kind) -> None:
+    """Raise InputError if memory has no room for a model's weights."""
+    n_bytes, available = checkpoint_bytes(config, kind), available_memory()
     if available is not None and n_bytes > available:
         raise InputError(
             f"{config.n_layers} layers of dim {config.dim} take {n_bytes / 2**30:.1f} GiB, "

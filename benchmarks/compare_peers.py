@@ -8,7 +8,7 @@ apart is reported: proof that they compute the same. Then every test runs once t
   tg32            32 tokens one by one after nothing
   tg32 @ d4096    the same after 4096 others; without a window, so that all do equal work
 
-mistral_ref with a sliding window, with --repack, and with activations rounded to bf16 as llama.cpp rounds them where
+mistral_ref with a sliding window, and with activations rounded to bf16 as llama.cpp rounds them where
 weights are bf16 and the processor can multiply so, have rows of their own. With --quantize the same weights are
 rounded to 8 or 4 bits by each runtime's own rules, ours with activations of int16 and of int8, llama.cpp's as Q8_0, or
 Q4_0 and Q4_K_M; logits are then held against those of the float weights. Tokens are random; there is no tokenizer
@@ -134,8 +134,6 @@ def float_runners(arguments: argparse.Namespace, directory: Path, work: Path) ->
     """Return what runs the weights as they are, ours first."""
     size = matrix_bytes(directory)
     runners = [Runner(OURS, OURS, directory, (), *size)]
-    if arguments.repack:
-        runners.append(Runner(f"{OURS} repacked", OURS, directory, ["--repack"], *size))
     if any(matrix.kind == "bf16" for matrix in matrices(open_model(directory)[1])):
         runners.append(Runner(f"{OURS} bfloat16", OURS, directory, ["--activations=bfloat16"], *size))
     if arguments.window:
@@ -293,7 +291,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=4096, metavar="N", help="0: none (default: %(default)s)")
     parser.add_argument("--window", type=int, default=4096, metavar="W", help="of ours; 0: none (default: %(default)s)")
     parser.add_argument("--rest", type=float, default=0.3, metavar="S", help="seconds between runs (%(default)s)")
-    parser.add_argument("--repack", action="store_true", help="a row of ours with load(repack=True)")
     parser.add_argument("--quantize", type=int, choices=[8, 4], metavar="BITS", help="round the weights to 8 or 4 bits")
     parser.add_argument("--head", type=int, choices=[8, 4], default=8, help="bits of our output matrix (%(default)s)")
     parser.add_argument(

@@ -3,8 +3,8 @@
 Groups of measurements, each printed as a Markdown table when it is done:
 
   decode      products with one vector, as in decoding, against plain reads; weights of every kind, rotated so that no
-              cache holds them; "tiled" are copied into the order that load(repack=True) makes; int8 and int4 are
-              in groups of 32, with what inputs are rounded to after them; "bf16 bfloat16" rounds them to bf16
+              cache holds them; int8 and int4 are in groups of 32, with what inputs are rounded to after them;
+              "bf16 bfloat16" rounds them to bf16
   prompt      products with T tokens at once, against the multiply-add peak, and NumPy's float32 product beside them,
               with as many BLAS threads; products in bfloat16 against their own peak, where it is higher
   attention   one token over 4096 keys, against plain reads; prompts of 512 and 2048 tokens, against the peak
@@ -53,7 +53,7 @@ from mistral_ref.measure.machine import machine, machine_lines
 from mistral_ref.measure.shapes import SHAPES, shape
 from mistral_ref.measure.synthetic import fp8_scale, random_weights
 from mistral_ref.quantized_matrix import GROUP_SIZE, QuantizedMatrix
-from mistral_ref.weights import Kind, Matrix, tiled
+from mistral_ref.weights import Kind, Matrix
 
 EXAMPLES = """\
 examples:
@@ -137,9 +137,6 @@ def decode_group(bench: Bench) -> list[Candidate]:
         x_TI = rng.standard_normal((1, n_in), np.float32)
         for way, ops, _ in bench.ways(kind):
             candidates.append(_product(bench, ops, f"{name} {n_out} x {n_in}, {way}", x_TI, matrices))
-        if name == "w1" and kind in ("f16", "bf16"):
-            copies = [tiled(matrix) for matrix in matrices]
-            candidates.append(_product(bench, bench.ops, f"{name} {n_out} x {n_in}, {kind} tiled", x_TI, copies))
     return candidates
 
 

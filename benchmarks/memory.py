@@ -1,6 +1,6 @@
 """What memory a model takes: fresh processes that load it, and go on to a token, a prompt and a full cache.
 
-A process each for keys and values in float32, float16 and int8, for weights as they lie in the file and repacked ones.
+A process each for keys and values in float32, float16 and int8.
 After each stage it looks at what the system says of it:
 
   resident at most    most memory that was ever its own or of a file that it had mapped, up to here
@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +42,10 @@ EXAMPLES = """\
 examples:
   python benchmarks/memory.py                                 two layers of Mistral 7B: 1.3 GiB on disk
   python benchmarks/memory.py --layers 8 --figure memory.svg
-  python benchmarks/memory.py --quick --shape stories-110m    without repacked weights
+  python benchmarks/memory.py --quick --shape stories-110m    keys and values in float32 alone
 """
 
-HEADINGS = ["weights", "cache", "after", "resident at most MiB", "anonymous MiB", "of it cache MiB", "file MiB"]
+HEADINGS = ["cache", "after", "resident at most MiB", "anonymous MiB", "of it cache MiB", "file MiB"]
 Observed = dict[str, Any]  # stage, peak_resident, anonymous, cache_bytes
 
 
@@ -58,15 +57,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=4096, metavar="N", help="tokens in the cache (%(default)s)")
     parser.add_argument("--work-dir", metavar="DIR", help="for weights (default: in the user's cache folder)")
     common.add_threads_option(parser)
-    common.add_output_options(parser, "no repacked weights", "anonymous and resident memory")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # dtype of the cache, and whether to repack
+    common.add_output_options(parser, "keys and values in float32 alone", "anonymous and resident memory")
+    parser.add_argument("--child", metavar="DTYPE", help=argparse.SUPPRESS)  # of the cache
     return parser.parse_args()
 
 
-def stages(directory: Path, arguments: argparse.Namespace, dtype: str, repack: bool) -> Iterator[tuple[str, int]]:
+def stages(directory: Path, arguments: argparse.Namespace, dtype: str) -> Iterator[tuple[str, int]]:
     """Do one thing after the other; yield what has been done, and the bytes that keys and values take by then."""
     yield "before", 0
-    model = mistral_ref.load(directory, threads=arguments.threads, repack=repack)
+    model = mistral_ref.load(directory, threads=arguments.threads)
     yield "load", 0
     cache = model.new_cache(dtype=dtype)
     model.forward([0], cache, last_only=True)
@@ -81,17 +80,16 @@ def stages(directory: Path, arguments: argparse.Namespace, dtype: str, repack: b
 
 def observe(directory: Path, arguments: argparse.Namespace) -> None:
     """Print as JSON what memory this process has after each stage, and how often it has compiled."""
-    dtype, repack = arguments.child
     found = []
     with numba.core.event.install_recorder("numba:compile") as compiled:
-        for stage, cache_bytes in stages(directory, arguments, dtype, repack == "repacked"):
+        for stage, cache_bytes in stages(directory, arguments, arguments.child):
             found.append({"stage": stage, "cache_bytes": cache_bytes, **process_memory(os.getpid())})
     print(json.dumps({"stages": found, "compiled": len(compiled.buffer)}))
 
 
-def in_fresh_process(arguments: argparse.Namespace, weights: str, dtype: str) -> list[Observed]:
+def in_fresh_process(arguments: argparse.Namespace, dtype: str) -> list[Observed]:
     """Return what a process of its own observes, one that had nothing to compile."""
-    command = [sys.executable, __file__, "--child", dtype, weights]
+    command = [sys.executable, __file__, "--child", dtype]
     for name in ("shape", "layers", "prompt", "depth", "work_dir", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     command += ["--dtype", arguments.kind]
@@ -122,7 +120,7 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.child:
         observe(directory, arguments)
         return
-    common.require_memory(config, arguments.kind, copies=1 if arguments.quick else 2)
+    common.require_memory(config, arguments.kind)
     notice(f"weights: {directory}")
     make_checkpoint(directory, config, kind=arguments.kind)
     file_bytes = (directory / "consolidated.safetensors").stat().st_size
@@ -130,14 +128,11 @@ def measure(arguments: argparse.Namespace) -> None:
     description = machine(n_threads) | about
     print("\n".join(machine_lines(description)))
     processes = []
-    for weights, dtype in product(
-        ["mapped"] if arguments.quick else ["mapped", "repacked"], ["float32", "float16", "int8"]
-    ):
-        status(f"a process with {weights} weights, {dtype} in the cache")
-        observed = in_fresh_process(arguments, weights, dtype)
-        processes.append({"weights": weights, "cache": dtype, "stages": observed})
+    for dtype in ["float32"] if arguments.quick else ["float32", "float16", "int8"]:
+        status(f"a process with {dtype} in the cache")
+        processes.append({"cache": dtype, "stages": in_fresh_process(arguments, dtype)})
     rows = [
-        [process["weights"], process["cache"], found["stage"]]
+        [process["cache"], found["stage"]]
         + [mib(found[name]) for name in ("peak_resident", "anonymous", "cache_bytes")]
         + [mib(file_bytes)]
         for process in processes
@@ -159,7 +154,7 @@ def draw(processes: Sequence[dict[str, Any]], file_bytes: int) -> Axes:
     for name, color in (("peak_resident", PALE_BLUE), ("anonymous", BLUE)):
         ax.barh(y, [(found[name] or 0) / 2**20 for _, found in bars], color=color, height=0.8)
     ax.axvline(file_bytes / 2**20, color=INK, lw=0.9, ls="--")
-    ax.set_yticks(y, [f"{process['weights']}, {process['cache']}: {found['stage']}" for process, found in bars])
+    ax.set_yticks(y, [f"{process['cache']}: {found['stage']}" for process, found in bars])
     ax.set(xlabel="MiB")
     ax.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=BLUE, label="anonymous now"), Patch(color=PALE_BLUE, label="resident at most so far")]

@@ -17,7 +17,7 @@ import numpy as np
 
 from mistral_kernels import attention, elementwise, panels, threads
 from mistral_kernels.matmul import matmul, slab_shape
-from mistral_kernels.matvec import FEW, ONE, are_few, matvec, matvec_tiled
+from mistral_kernels.matvec import FEW, ONE, are_few, matvec
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_ref.activations import Activations
@@ -29,14 +29,13 @@ from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.steps import Step, StepFactory, Steps
-from mistral_ref.weights import Matrix, TiledMatrix, Weights, bf16_bits, bf16_values, matrices
+from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values, matrices
 
 # Below this much work one thread works alone: bytes of weights times tokens, and numbers of activations. Waking other
 # threads costs microseconds, or milliseconds if another program has taken their core.
 _FEW_BYTES = 2**20
 _FEW_NUMBERS = 2**15
 _TOKENS_AT_ONCE = 512  # the results of one product should stay in the processor's caches
-_PAIRED_INPUTS = 4  # the kernel for pairs of bf16 needs rows whose length is a multiple of this
 
 _EVERYTHING = 2**62  # a window that holds every position
 _NO_SCALE = np.ones((1, 1), np.float32)
@@ -138,9 +137,7 @@ class CompiledOps(ReferenceOps):
         stored, scale = weight_OI.as_bytes, _NO_SCALE if weight_OI.scale is None else weight_OI.scale
         n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
         product = self._product(weight_OI, n_tokens)
-        if product.func is matvec_tiled:
-            product()(stored, x_TI[0], y_TO[0], n_threads)
-        elif product.func is matvec:
+        if product.func is matvec:
             product()(stored, scale, x_TI, y_TO, n_threads)
         else:
             kind = product.args[0]
@@ -152,7 +149,7 @@ class CompiledOps(ReferenceOps):
 
     def _takes_pairs(self, weight_OI: Matrix) -> bool:
         """Return whether a matrix is multiplied by the kernel for pairs of bf16, which rounds the inputs itself."""
-        return self.rounds_to_bf16(weight_OI) and weight_OI.shape[1] % _PAIRED_INPUTS == 0
+        return self.rounds_to_bf16(weight_OI) and weight_OI.shape[1] % 2 == 0
 
     def _product(self, weight_OI: Matrix, n_tokens: int) -> partial[Any]:
         """Return what makes the kernel for a product: a factory with its arguments."""
@@ -160,12 +157,9 @@ class CompiledOps(ReferenceOps):
             how = weight_OI.bits, self.quantized_activations, weight_OI.group_size
             return partial(matvec_quantized if n_tokens == 1 else matmul_quantized, *how)
         kind = "pairs" if self._takes_pairs(weight_OI) else weight_OI.kind
-        is_tiled = isinstance(weight_OI, TiledMatrix)
-        if n_tokens == 1 and is_tiled:
-            return partial(matvec_tiled, kind)
-        if n_tokens and not is_tiled and are_few(kind, n_tokens):
+        if n_tokens and are_few(kind, n_tokens):
             return partial(matvec, kind, ONE if n_tokens == 1 else FEW)
-        return partial(matmul, kind, is_tiled)
+        return partial(matmul, kind)
 
     def _quantized_linear(self, x_TI: np.ndarray, weight_OI: QuantizedMatrix, y_TO: np.ndarray) -> None:
         stored, scales, unit = weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit

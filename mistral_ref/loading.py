@@ -24,7 +24,6 @@ from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.text import Tokenizer, find_tokenizer, load_tokenizer
-from mistral_ref.weights import repacked
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
@@ -36,7 +35,6 @@ def load(
     dtype: str = "float32",
     threads: int | None = None,
     rope_angles: AnglePrecision = "float64",
-    repack: bool = False,
     quantize: int | None = None,
     activations: Activations | None = None,
     progress: Progress | None = None,
@@ -50,16 +48,13 @@ def load(
     threads       number of threads. None: with "numba" the number in MISTRAL_REF_THREADS, or the number of performance
                   cores; with "numpy" BLAS decides
     rope_angles   "float64", or "float32": round RoPE's angles as the published implementations do
-    repack        copy matrices of 16 bits into the order in which the kernels read them fastest. Decoding gets a few
-                  percent faster, but a prompt of 2 to 24 tokens up to three times slower. Memory grows by the size of
-                  these matrices, and loading takes seconds a GB
     quantize      8 or 4: round the weights to 8 or 4 bits in memory; `mistral_ref.quantize` writes them to files
     activations   how inputs are rounded. "int16" rounds the inputs of quantized matrices; "int8" does too, faster and
                   less exact; "float" rounds nothing (only the NumPy backend). "bfloat16" rounds the inputs of bf16
                   matrices to bf16 (8 significant bits), as other runtimes do: prompts are twice as fast on AMD's
                   processors with AVX512_BF16, and decoding a little faster. None: "int16", or "float" with
                   dtype="float64"
-    progress      called with (done, in all): matrices while repacking, weights while rounding
+    progress      called with (done, in all), numbers of weights, while `quantize` rounds
 
     Do not change the files while the model is in use. To replace one, write a new file and rename it to the old name.
     A pass raises CheckpointError if a file has become shorter. If it becomes shorter during the pass, the system may
@@ -74,8 +69,6 @@ def load(
     config, weights = open_model(directory)
     if scheme is not None:
         weights = quantized_weights(weights, scheme, progress)
-    if repack:
-        weights = repacked(weights, progress)
     tokenizer, eos_ids = _text_side(directory, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
 

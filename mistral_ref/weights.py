@@ -6,7 +6,6 @@ A matrix stays a view of the mapped file. A product widens only the rows that it
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -16,9 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mistral_kernels.layout import rows_of_tiles, to_tiles
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CheckpointError, Progress
+from mistral_ref.errors import CheckpointError
 from mistral_ref.files.mapped_file import MappedFile
 
 Kind = Literal["f32", "f16", "bf16", "fp8", "int8", "int4"]
@@ -120,34 +118,6 @@ class Matrix:
             return self.scale
         n_out, n_in = self.shape
         return self.scale[np.ix_(np.arange(n_out)[index] // FP8_BLOCK, np.arange(n_in) // FP8_BLOCK)]
-
-
-@dataclass(frozen=True, eq=False)
-class TiledMatrix(Matrix):
-    """A matrix whose rows lie side by side in tiles of eight rows (mistral_kernels.layout).
-
-    data    (ceil(O/8), I, 8); padding: extra rows are 0
-    n_out   O, the number of rows without padding
-    """
-
-    n_out: int = 0
-
-    @cached_property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)"""
-        return self.n_out, self.data.shape[1]
-
-    def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
-        """Return the R rows at `index` as an aligned float array (R, I) of `dtype`; this copies them."""
-        rows = rows_of_tiles(self.data, np.arange(self.n_out)[index])
-        return Matrix(self.name, self.kind, rows).rows(slice(None), dtype)
-
-
-def tiled(matrix: Matrix) -> Matrix:
-    """Return a copy of a matrix in tile order, or the matrix itself: tiles need bf16 or f16 and an even I."""
-    if matrix.kind not in ("bf16", "f16") or matrix.shape[1] % 2:
-        return matrix
-    return TiledMatrix(matrix.name, matrix.kind, to_tiles(matrix.data), n_out=matrix.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,21 +245,3 @@ def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
         return part
     fields = {field.name: with_matrices(getattr(part, field.name), change) for field in dataclasses.fields(part)}
     return dataclasses.replace(part, **fields)  # type: ignore[type-var]
-
-
-def repacked(weights: Weights, progress: Progress | None = None) -> Weights:
-    """Return weights whose matrices are in tile order where `tiled` can do it. tok_embeddings stays: it is looked up.
-
-    `progress(done, total)` is called before each matrix and at the end; both are numbers of matrices.
-    """
-    multiplied = (weights.layers, weights.output)
-    total, done = len(matrices(multiplied)), itertools.count()
-    report = progress or (lambda done, total: None)
-
-    def repack(matrix: Matrix) -> Matrix:
-        report(next(done), total)
-        return tiled(matrix)
-
-    layers, output = with_matrices(multiplied, repack)
-    report(total, total)
-    return dataclasses.replace(weights, layers=layers, output=output)

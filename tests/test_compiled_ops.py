@@ -47,7 +47,7 @@ from mistral_ref.files.rounding import quantized
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.steps import step_names
-from mistral_ref.weights import Matrix, Weights, bf16_bits, repacked, with_matrices
+from mistral_ref.weights import Matrix, Weights, bf16_bits, with_matrices
 
 # Fused attention is one step, with the rounding of its scores in it: they are shown beside it, and the oracle, which
 # does not go on from what is only shown, has exact ones. Twice what was measured over 12 random models a family.
@@ -512,24 +512,22 @@ def test_kernels_leave_no_arrays_behind() -> None:
 CLOSE_BF16 = 0.05  # as with int8 below: an ulp before may make an input the next number, 2^-8 of it away
 
 
-def rounding_model(config: ModelConfig, backend: str = "numba", seed: int = 0, *, repack: bool = False) -> Model:
+def rounding_model(config: ModelConfig, backend: str = "numba", seed: int = 0) -> Model:
     """Return a random model with matrices of bf16 and inputs rounded to it; "oracle" is NumPy in float64."""
 
     def to_bf16(matrix: Matrix) -> Matrix:
         return Matrix(matrix.name, "bf16", bf16_bits(matrix.rows(slice(None), np.float32)))
 
     weights = with_matrices(model_of(config, seed).weights, to_bf16)
-    weights = repacked(weights) if repack else weights
     if backend == "numba":
         return Model(config, weights, CompiledOps(threads=1, activations="bfloat16"))
     return Model(config, weights, ReferenceOps("float64" if backend == "oracle" else "float32", activations="bfloat16"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("repack", [False, *slow([True])])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_every_step_with_inputs_in_bf16_stays_close_to_the_oracle(family: object, repack: bool) -> None:
-    model = rounding_model(family.config, "numba", family.seed, repack=repack)
+def test_every_step_with_inputs_in_bf16_stays_close_to_the_oracle(family: object) -> None:
+    model = rounding_model(family.config, "numba", family.seed)
     oracle = rounding_model(family.config, "oracle", family.seed)
     tokens = tokens_for(family.config, 24, family.seed)
     assert_each_step_is_close(model, oracle, tokens)
@@ -538,12 +536,11 @@ def test_every_step_with_inputs_in_bf16_stays_close_to_the_oracle(family: object
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("repack", [False, *slow([True])])
 @settings(max_examples=30)
 @given(wide_configs(least=8), st.integers(8, 40))
-def test_every_step_of_any_configuration_with_inputs_in_bf16(repack: bool, config: ModelConfig, n_tokens: int) -> None:
+def test_every_step_of_any_configuration_with_inputs_in_bf16(config: ModelConfig, n_tokens: int) -> None:
     """Rows of an odd length among them, which are not taken as pairs."""
-    model, oracle = (rounding_model(config, backend, repack=repack) for backend in ("numba", "oracle"))
+    model, oracle = (rounding_model(config, backend) for backend in ("numba", "oracle"))
     assert_each_step_is_close(model, oracle, tokens_for(config, n_tokens), slack=2)
 
 
@@ -845,23 +842,3 @@ def test_angles_are_rounded_where_they_are_asked_for() -> None:
 def test_one_backend_says_which_it_is() -> None:
     assert [ops_of(backend).name for backend in BACKENDS] == list(BACKENDS)
     assert mistral_ref.load().ops.name == "numba"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "dense_windowed"])
-def test_repacked_weights_give_the_same_logits(name: str, tmp_path: Path) -> None:
-    """Long prompts to the bit, on both backends. Matrices of 16 bits with rows of even length are copied, no others."""
-    family = FAMILIES[name]
-    write_consolidated(tmp_path, family)
-    tokens, reports = tokens_for(family.config, 40), []
-    plain = mistral_ref.load(tmp_path)
-    repacked = mistral_ref.load(tmp_path, repack=True, progress=lambda *report: reports.append(report))
-    kinds = {type(layer.wq).__name__ for layer in repacked.weights.layers}
-    assert kinds == ({"TiledMatrix"} if name.startswith(("b", "f")) else {"Matrix"})
-    assert reports == [(done, reports[-1][1]) for done in range(len(reports))]
-    np.testing.assert_array_equal(repacked.forward(tokens), plain.forward(tokens))
-    one_by_one = repacked.forward(tokens, repacked.new_cache(chunk=1))
-    np.testing.assert_allclose(one_by_one, plain.forward(tokens), atol=2e-5 * np.abs(one_by_one).max())
-    numpy = mistral_ref.load(tmp_path, backend="numpy")
-    read_by_numpy = Model(numpy.config, repacked.weights, numpy.ops)
-    np.testing.assert_array_equal(read_by_numpy.forward(tokens), numpy.forward(tokens))

@@ -47,9 +47,7 @@ class Ours:
     def __init__(self, options: argparse.Namespace) -> None:
         import mistral_ref  # noqa: PLC0415 (each worker imports its own runtime alone, and its start is measured)
 
-        loaded = mistral_ref.load(
-            options.model, threads=options.threads, repack=options.repack, activations=options.activations
-        )
+        loaded = mistral_ref.load(options.model, threads=options.threads, activations=options.activations)
         windows = (options.window or None,) * loaded.config.n_layers
         config = loaded.config.replace(sliding_window=windows, max_seq_len=None)
         self.model = mistral_ref.Model(config, loaded.weights, loaded.ops)
@@ -76,7 +74,7 @@ class Ours:
             self.cache = self._new_cache()
 
     def about(self) -> dict[str, Any]:
-        return {"cache": self.cache.dtype, "repacked": self.options.repack, "window": self.options.window}
+        return {"cache": self.cache.dtype, "window": self.options.window}
 
 
 class LlamaCpp:
@@ -191,7 +189,6 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True, help="tokens at most")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--window", type=int, default=0)
-    parser.add_argument("--repack", action="store_true")
     parser.add_argument("--activations", help="what ours rounds the inputs of quantized matrices to")
     parser.add_argument("--cache-dtype", default="", help="of keys and values; empty: the runtime's own choice")
     parser.add_argument("--flash-attention", choices=FLASH_ATTENTION, default="auto", help="llama.cpp's")

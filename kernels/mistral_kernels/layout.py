@@ -1,15 +1,8 @@
-"""Tile order: a matrix (O, I) as tiles of eight rows, interleaved. NumPy only.
-
-    tiles[o // 8, i, o % 8] = W[o, i]                       (ceil(O/8), I, 8), rows beyond O are 0
+"""Tile order: the codes (O, I) of a quantized matrix as tiles of eight rows, interleaved. NumPy only.
 
 A kernel with a row in each lane reads a tile as one long stream, and never sums lanes. A piece of a tile is already the
-panel that a product with many vectors needs.
-
->>> to_tiles(np.array([[1, 2], [3, 4]]))[0].tolist()
-[[1, 3, 0, 0, 0, 0, 0, 0], [2, 4, 0, 0, 0, 0, 0, 0]]
-
-Codes of 8 or 4 bits keep four neighbours of a row together, for processors that multiply and add four at once. With 4
-bits a byte holds two codes, i and i + 4. I is a multiple of 8:
+panel that a product with many vectors needs. Four neighbours of a row stay together, for processors that multiply and
+add four at once. With 4 bits a byte holds two codes, i and i + 4. I is a multiple of 8, and rows beyond O are 0:
 
     tiles[o // 8, i // 4, o % 8, i % 4] = code[o, i]                                      8 bits: (ceil(O/8), I/4, 8, 4)
     tiles[o // 8, i // 8, o % 8, i % 4] = code[o, i] + 16 code[o, i + 4]   i % 8 < 4      4 bits: (ceil(O/8), I/8, 8, 4)
@@ -25,20 +18,11 @@ import numpy as np
 TILE = 8
 
 
-def to_tiles(rows_OI: np.ndarray) -> np.ndarray:
-    """Return a copy of a matrix in tile order."""
-    n_out, n_in = rows_OI.shape
-    tiles = np.zeros((-(-n_out // TILE), n_in, TILE), rows_OI.dtype)
-    whole = n_out // TILE
-    tiles[:whole] = rows_OI[: whole * TILE].reshape(whole, TILE, n_in).swapaxes(1, 2)
-    tiles[whole:, :, : n_out - whole * TILE] = rows_OI[whole * TILE :].T
-    return tiles
-
-
 def code_tiles(codes_OI: np.ndarray, bits: int) -> np.ndarray:
     """Return codes (O, I) of 8 or 4 bits, uint8 each, as tiles; I is a multiple of 8."""
-    n_in = codes_OI.shape[1]
-    tiles = to_tiles(codes_OI).reshape(-1, n_in // 4, 4, TILE).swapaxes(2, 3)
+    n_out, n_in = codes_OI.shape
+    whole_tiles = np.pad(codes_OI, ((0, -n_out % TILE), (0, 0)))
+    tiles = whole_tiles.reshape(-1, TILE, n_in // 4, 4).swapaxes(1, 2)
     return np.ascontiguousarray(tiles if bits == 8 else tiles[:, 0::2] | tiles[:, 1::2] << 4)
 
 
@@ -53,8 +37,3 @@ def codes_of_tiles(tiles: np.ndarray, rows: np.ndarray, bits: int) -> np.ndarray
     if bits == 4:
         quads = np.stack([quads & 15, quads >> 4], axis=2)
     return quads.reshape(len(rows), tiles.shape[1] * 4 * 8 // bits)
-
-
-def rows_of_tiles(tiles: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return some rows (R, I) of a matrix in tile order."""
-    return tiles[rows // TILE, :, rows % TILE]

@@ -15,11 +15,10 @@ from numba import types
 from mistral_kernels.caches import data_caches
 from mistral_kernels.compiling import FIRST, kernel, made_once, part
 from mistral_kernels.instructions import LANES, TAKES_HALVES
-from mistral_kernels.layout import TILE
 from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, SCALES, round_to_pairs, scale_of
 from mistral_kernels.pairs import PAIRS_ARE_FASTER
 from mistral_kernels.simd import floats, load_part, rounded, store
-from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose, widen
+from mistral_kernels.tile import ROWS, VECTORS, WIDTH, tile, transpose
 
 # Inputs of a panel. It fits the first cache; processors that take vectors in halves can wait for the second cache.
 DEPTH = 256 if data_caches()[0] >= 4 * 256 * WIDTH or TAKES_HALVES else 128
@@ -66,23 +65,14 @@ def _way(kind: str) -> tuple[Any, int, str, str]:
     return _copy, 1, "f32", kind
 
 
-def _panel_filler(kind: str, is_tiled: bool) -> Any:
+def _panel_filler(kind: str) -> Any:
     """Return the function that widens a block of W into a panel."""
     n_columns, transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
-    widen_tile = widen(kind)
     is_scaled = kind == "fp8"
 
-    @part(kind, is_tiled)
-    def fill_from_tiles(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
+    @part(kind)
+    def fill_panel(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
         """panel[k - start, r] = W[o + r, k], and any numbers where r is past the last row."""
-        for r in range(0, WIDTH, TILE):
-            tile = min(o + r, n_out - 1) // TILE
-            for k in range(start, stop):
-                widen_tile(W, (tile * n_in + k) * TILE, panel, (k - start) * WIDTH + r)
-
-    @part(kind, is_tiled)
-    def fill_from_rows(W: Any, scales: Any, panel: Any, o: int, n_out: int, start: int, stop: int, n_in: int) -> None:
-        """As fill_from_tiles, for a matrix as it is stored."""
         for r in range(0, WIDTH, 8):
             first = min(o + r, n_out - 1)
             rows = (first * n_in, n_in, (n_out - 1) * n_in)
@@ -94,7 +84,7 @@ def _panel_filler(kind: str, is_tiled: bool) -> Any:
                 else:
                     transpose_part(W, rows, k, scale, panel, offset, WIDTH, stop - k)
 
-    return fill_from_tiles if is_tiled else fill_from_rows
+    return fill_panel
 
 
 def over_blocks(multiply_slab: Any, new_panel: Any, depth: int, *variant: object) -> Any:
@@ -127,10 +117,10 @@ def over_blocks(multiply_slab: Any, new_panel: Any, depth: int, *variant: object
 
 
 @made_once
-def matmul(kind: str, is_tiled: bool = False) -> Any:
-    """Return a kernel: matmul(W, scales, x, slabs, y, n_threads), for matrices of a kind, as stored or in tile order.
+def matmul(kind: str) -> Any:
+    """Return a kernel: matmul(W, scales, x, slabs, y, n_threads), for matrices of a kind.
 
-    W, scales   as in matvec and matvec_tiled; fp8 is never in tile order
+    W, scales   as in matvec
     x, y        (T, I) and (T, O) float32, T at least 1
     slabs       float32 of any content, of the shape slab_shape(kind, T, I)
 
@@ -139,9 +129,9 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
     """
     copy, at_once, kind_of_panel, kind_of_W = _way(kind)
     multiply_tile = tile(ROWS, VECTORS, kind_of_panel, steps=2, asks_for_next_rows=True)
-    fill_panel = _panel_filler(kind_of_W, is_tiled)
+    fill_panel = _panel_filler(kind_of_W)
 
-    @part(kind, is_tiled)
+    @part(kind)
     def cut(x: Any, slabs: Any, first: int, last: int) -> None:
         """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1, and 0 past the last token."""
         n_tokens, n_in = x.shape
@@ -152,11 +142,11 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
                 copy(x, t * n_in + start, n, slabs, (slab * slabs.shape[1] + t) * DEPTH)
             slabs[slab, n_tokens:] = 0
 
-    @part(kind, is_tiled)
+    @part(kind)
     def new_panel() -> Any:
         return floats(DEPTH * WIDTH)
 
-    @part(kind, is_tiled)
+    @part(kind)
     def multiply_slab(
         W: Any, slabs: Any, n_in: int, start: int, stop: int, o: int, n_out: int, panel: Any, sums: Any, n_rows: int,
         continues: bool,
@@ -166,9 +156,9 @@ def matmul(kind: str, is_tiled: bool = False) -> Any:
             from_x, to_sums = (start * n_rows + t * DEPTH, DEPTH), (t * WIDTH, WIDTH)
             multiply_tile(slabs, from_x, panel, 0, stop - start, sums, to_sums, continues)
 
-    multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, kind, is_tiled)
+    multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, kind)
 
-    @kernel(types.void(BYTES, SCALES, MATRIX_IN, SLABS, MATRIX_OUT, types.intp), kind, is_tiled)
+    @kernel(types.void(BYTES, SCALES, MATRIX_IN, SLABS, MATRIX_OUT, types.intp), kind)
     def matmul(W: Any, scales: Any, x: Any, slabs: Any, y: Any, n_threads: int) -> None:
         # Slabs are copies: rows of x whose distance is a power of two push each other out of the cache.
         n_slabs, n_rows = slabs.shape[:2]

@@ -23,8 +23,7 @@ from numba import types
 
 from mistral_kernels.compiling import FIRST, kernel, made_once, part
 from mistral_kernels.instructions import LANES
-from mistral_kernels.layout import TILE
-from mistral_kernels.rows import TILE_INPUTS, row_sums, tile_sums
+from mistral_kernels.rows import row_sums
 from mistral_kernels.simd import load_part, store_rounded
 
 ONE, FEW = (8, 1), (4, 4)  # rows and tokens that are multiplied together in registers: for one token, for a few
@@ -136,47 +135,3 @@ def matvec(kind: str, meeting: tuple[int, int]) -> Any:
                 multiply_rows(W, scales, q, flat, n_tokens, n_out * t // n_threads, n_out * (t + 1) // n_threads)
 
     return matvec
-
-
-TILES = 4  # tiles that are read at the same time, each as a stream of its own
-PART = 512  # inputs that are summed separately: several short sums have less rounding error than a long one
-
-
-@made_once
-def matvec_tiled(kind: str) -> Any:
-    """Return a kernel: matvec_tiled(W, x, y, n_threads), as matvec, for matrices in tile order (layout.py).
-
-    The length of x is even; for "pairs", which are bf16 in tile order, a multiple of four.
-    """
-    inputs = in_pairs if kind == "pairs" else as_it_is
-    no_tile_sums, add_tile_products, store_tile_sums = tile_sums(kind, TILES)
-
-    @part(kind)
-    def multiply_tiles(W: Any, x: Any, y: Any, first: int, last: int) -> None:
-        """Compute the rows of the tiles first, ..., last - 1, in TILES streams."""
-        n_in, stride = len(x), (last - first + TILES - 1) // TILES
-        totals = np.empty(TILES * TILE, np.float32)
-        for tile in range(first, first + stride):
-            tiles = (tile * TILE * n_in, stride * TILE * n_in, (last - 1) * TILE * n_in)
-            totals[:] = 0
-            for start in range(0, n_in, PART):
-                sums = no_tile_sums()
-                for i in range(start, min(start + PART, n_in), TILE_INPUTS):
-                    sums = add_tile_products(sums, W, tiles, i, x)
-                store_tile_sums(sums, totals, 0)
-            for number in range(TILES):
-                if tile + number * stride < last:
-                    o = (tile + number * stride) * TILE
-                    for row in range(min(TILE, len(y) - o)):
-                        y[o + row] = totals[number * TILE + row]
-
-    @kernel(types.void(BYTES, VECTOR_IN, VECTOR_OUT, types.intp), kind)
-    def matvec_tiled(W: Any, x: Any, y: Any, n_threads: int) -> None:
-        q, n_tiles = inputs(x), (len(y) + TILE - 1) // TILE
-        if n_threads == 1:
-            multiply_tiles(W, q, y, FIRST, n_tiles)
-        else:
-            for t in numba.prange(n_threads):
-                multiply_tiles(W, q, y, n_tiles * t // n_threads, n_tiles * (t + 1) // n_threads)
-
-    return matvec_tiled

@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from mistral_kernels.instructions import FEATURES, I16, I32, LANES, constant, fused, target_cpu, widened
+from mistral_kernels.instructions import FEATURES, I16, I32, LANES, constant, fused, target_cpu
 
 
 def _by_lanes(feature: str) -> dict[int, bool]:
@@ -86,17 +86,6 @@ def pair_products(builder: Any, a: Any, b: Any, sums: Any) -> Any:
 def products(builder: Any, a: Any, b: Any, sums: Any, kind: str) -> Any:
     """Return sums + a b for float32, or for the pairs in them."""
     return (pair_products if kind == "pairs" else fused)(builder, a, b, sums)
-
-
-def widened_tile(builder: Any, stored: Any, kind: str) -> Any:
-    """As `widened`, for numbers in tile order: the second number of a pair lies eight numbers after the first."""
-    if kind != "pairs":
-        return widened(builder, stored, kind)
-    n = stored.type.count
-    order = [start + row + input for start in range(0, 2 * n, 16) for row in range(8) for input in (0, 8)]
-    halves = builder.bitcast(stored, ir.VectorType(I16, 2 * n))
-    side_by_side = builder.shuffle_vector(halves, halves, ir.Constant(ir.VectorType(I32, 2 * n), order))
-    return builder.bitcast(side_by_side, stored.type)
 
 
 def pair_dots(builder: Any, sums: Any, a: Any, b: Any) -> Any:

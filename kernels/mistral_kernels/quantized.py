@@ -18,12 +18,13 @@ from mistral_kernels.compiling import FIRST, kernel, made_once, part
 from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
 from mistral_kernels.layout import TILE
 from mistral_kernels.matmul import SLABS, over_blocks, whole_slabs
-from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, TILES, VECTOR_IN, VECTOR_OUT
+from mistral_kernels.matvec import BYTES, MATRIX_IN, MATRIX_OUT, VECTOR_IN, VECTOR_OUT
 from mistral_kernels.simd import floats
 from mistral_kernels.tile import WIDTH
 
 GROUPS = (32, 64, 128)  # inputs that share a scale
 DEPTH = 256  # of a panel of codes: 12 KiB at most
+TILES = 4  # tiles that are read at the same time, each as a stream of its own
 
 
 def _rounded(activations: str, group: int) -> Any:

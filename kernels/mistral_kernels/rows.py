@@ -1,8 +1,6 @@
-"""The inner loops of a matrix times a vector, or a few: several rows at once, as they are stored or in tile order.
+"""The inner loop of a matrix times a vector, or a few: several rows at once, as they are stored.
 
-Rows as stored: a vector holds neighbours of one row, and its lanes are summed at the end. Tile order (layout.py): a
-vector holds one number of each of eight rows, and its lanes are separate sums. A vector of 16 lanes takes two inputs of
-a tile at once. TILE_LANES is at least 8 on every machine.
+A vector holds neighbours of one row, and its lanes are summed at the end.
 """
 
 from __future__ import annotations
@@ -10,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 
 from mistral_kernels.instructions import (
     F32,
     I8,
-    I32,
-    I64,
     KINDS,
     LANES,
     STORED,
@@ -28,17 +23,14 @@ from mistral_kernels.instructions import (
     load_vector,
     prefetch_line,
     row_addresses,
-    store_vector,
     widened,
 )
-from mistral_kernels.pairs import products, widened_tile
-from mistral_kernels.simd import ARRAY, FloatVectorType, operation, vector
+from mistral_kernels.pairs import products
+from mistral_kernels.simd import ARRAY, operation, vector
 
 ROWS_TYPE = types.UniTuple(types.intp, 3)  # of instructions.row_addresses
 AHEAD = 2048  # bytes; what a stream asks for before it gets there
-TILE_LANES = max(LANES, 8)
-TILE_INPUTS = TILE_LANES // 8
-TILE_VECTOR = ir.VectorType(F32, TILE_LANES)
+TILE_LANES = max(LANES, 8)  # of quantized weights: a vector holds one or two numbers of each of a tile's eight rows
 
 
 def row_sums(kind: str, n_rows: int, n_tokens: int) -> tuple[Any, Any, Any, Any]:
@@ -94,46 +86,3 @@ def row_sums(kind: str, n_rows: int, n_tokens: int) -> tuple[Any, Any, Any, Any]
         return [combined(builder, builder.extract_value(sums, n), builder.fadd) for n in range(n_rows * n_tokens)]
 
     return no_sums, add_products, add_products_part, totals
-
-
-def tile_sums(kind: str, n_tiles: int) -> tuple[Any, Any, Any]:
-    """Return the operations on the sums of n tiles of a matrix of a kind in tile order, given as bytes.
-
-    no_tile_sums()                              a tuple of n zero vectors
-    add_tile_products(sums, W, tiles, i, x)     each sum plus W[row, i] * x[i], for TILE_INPUTS inputs from i on
-    store_tile_sums(sums, total, offset)        adds each tile's 8 sums to total[offset : offset + 8 n]
-
-    `tiles` is as in `row_addresses`, with tiles in place of rows.
-    """
-    element, size = STORED[kind], KINDS[kind]
-    sums_type = types.UniTuple(FloatVectorType(TILE_LANES), n_tiles)
-    eight_times_each = ir.Constant(ir.VectorType(I32, TILE_LANES), [lane // 8 for lane in range(TILE_LANES)])
-
-    @operation(sums_type)
-    def no_tile_sums(builder: Any) -> Any:
-        return [constant(TILE_VECTOR, 0.0)] * n_tiles
-
-    @operation(sums_type, sums_type, ARRAY, ROWS_TYPE, types.intp, ARRAY)
-    def add_tile_products(builder: Any, sums: Any, W: Any, tiles: Any, i: Any, x: Any) -> Any:
-        inputs = load_vector(builder, builder.gep(x, [i]), F32, TILE_INPUTS)
-        inputs = builder.shuffle_vector(inputs, ir.Constant(inputs.type, ir.Undefined), eight_times_each)
-        column = builder.mul(i, ir.Constant(I64, 8))
-        new = []
-        for number, address in enumerate(row_addresses(builder, W, tiles, column, size, range(n_tiles))):
-            prefetch_line(builder, address, AHEAD)
-            weights = widened_tile(builder, load_vector(builder, address, element, TILE_LANES), kind)
-            new.append(products(builder, weights, inputs, builder.extract_value(sums, number), kind))
-        return new
-
-    @operation(types.void, sums_type, ARRAY, types.intp)
-    def store_tile_sums(builder: Any, sums: Any, total: Any, offset: Any) -> None:
-        for number in range(n_tiles):
-            value = builder.extract_value(sums, number)
-            address = builder.gep(total, [builder.add(offset, ir.Constant(I64, 8 * number))])
-            rows = load_vector(builder, address, F32, 8)
-            for start in range(0, TILE_LANES, 8):
-                part = ir.Constant(ir.VectorType(I32, 8), list(range(start, start + 8)))
-                rows = builder.fadd(rows, builder.shuffle_vector(value, ir.Constant(TILE_VECTOR, ir.Undefined), part))
-            store_vector(builder, address, rows)
-
-    return no_tile_sums, add_tile_products, store_tile_sums

@@ -36,7 +36,7 @@ from mistral_kernels.instructions import (
     store_vector,
     widened,
 )
-from mistral_kernels.pairs import products, widened_tile
+from mistral_kernels.pairs import products
 from mistral_kernels.rows import ROWS_TYPE
 from mistral_kernels.simd import ARRAY, operation
 
@@ -221,16 +221,3 @@ def transpose(kind: str, ahead: int) -> tuple[int, Any, Any]:
         transposed(builder, read, W, rows, k, scale, panel, offset, width)
 
     return 8 * in_word, transpose_whole, transpose_part
-
-
-def widen(kind: str) -> Any:
-    """Return an operation: widen(W, offset, panel, place) turns 8 numbers of a kind, in tile order, into float32."""
-    element, size = STORED[kind], KINDS[kind]
-
-    @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
-    def widen(builder: Any, W: Any, offset: Any, panel: Any, place: Any) -> None:
-        address = builder.gep(W, [builder.mul(offset, ir.Constant(I64, size))])
-        floats = widened_tile(builder, load_vector(builder, address, element, 8), kind)
-        store_vector(builder, builder.gep(panel, [place]), floats)
-
-    return widen

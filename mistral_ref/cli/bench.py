@@ -231,7 +231,7 @@ def _measured(arguments: argparse.Namespace, tests: Sequence[SpeedTest]) -> tupl
     throttled = machine.throttle_count()
     model, started = _started(arguments, max(test.depth + test.n for test in tests))
     n_threads = chosen_threads(model.ops.threads)
-    about = records.about_model(model, arguments.model, cache_dtype=arguments.cache_dtype, repacked=arguments.repack)
+    about = records.about_model(model, arguments.model, cache_dtype=arguments.cache_dtype)
     total, counter = sum(bool(test.depth) + 1 + arguments.repetitions for test in tests), itertools.count()
     with progress_bar("measuring", is_long=True) as bar:
         results = speed.measure_speed(
@@ -274,7 +274,6 @@ def _synthetic(arguments: argparse.Namespace) -> Path:
 
     config = shape(arguments.shape, layers=arguments.layers)
     n_bytes, available = synthetic.checkpoint_bytes(config, arguments.kind), available_memory()
-    n_bytes *= 2 if arguments.repack else 1
     if available is not None and n_bytes > available:
         raise InputError(
             f"{arguments.shape} with {config.n_layers} layers takes {size(n_bytes)}, but only {size(available)} of "

@@ -54,12 +54,6 @@ def add_compute_options(
     )
     add_threads_option(parser, several=several_threads)
     parser.add_argument(
-        "--repack",
-        action="store_true",
-        help="make a copy of the 16-bit weights in another order, the one in which tokens are generated fastest; the "
-        "copy takes as much memory as these weights (default: no copy)",
-    )
-    parser.add_argument(
         "--quantize",
         type=int,
         choices=BITS,
@@ -165,15 +159,13 @@ def as_text(argument: str) -> str:
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
-    """Return the model that the options choose; show a progress bar while its weights are rounded or repacked."""
-    doing = "rounding weights" if arguments.quantize else "repacking"
-    with progress_bar(doing, is_long=arguments.repack or bool(arguments.quantize)) as progress:
+    """Return the model that the options choose; show a progress bar while its weights are rounded."""
+    with progress_bar("rounding weights", is_long=bool(arguments.quantize)) as progress:
         return load(
             arguments.model,
             backend=arguments.backend,
             dtype=getattr(arguments, "dtype", "float32"),
             threads=arguments.threads,
-            repack=arguments.repack,
             quantize=arguments.quantize,
             activations=arguments.activations,
             progress=progress,

@@ -28,12 +28,12 @@ _CACHE_TYPES = {"float32": "f32", "float16": "f16", "float64": "f64", "int8": "i
 _LIMITS = Limits(16 * 2**20, 100_000, 10**6)
 # What figures depend on, and what may therefore explain why two of them differ.
 _CONDITIONS = (
-    *("model_type", "model_size", "backends", "dtype", "type_k", "repacked", "cpu_info", "power_source", "system"),
+    *("model_type", "model_size", "backends", "dtype", "type_k", "cpu_info", "power_source", "system"),
     *("build_commit", "numba", "numpy", "blas", "threading_layer"),
 )
 
 
-def about_model(model: Model, source: str | os.PathLike[str], *, cache_dtype: str | None, repacked: bool) -> Record:
+def about_model(model: Model, source: str | os.PathLike[str], *, cache_dtype: str | None) -> Record:
     """Return the fields that describe a model and its settings; `source` is where it was loaded from."""
     weights = matrices(model.weights)
     cache_type = _CACHE_TYPES[model.new_cache(dtype=cache_dtype).dtype]
@@ -48,7 +48,6 @@ def about_model(model: Model, source: str | os.PathLike[str], *, cache_dtype: st
         "type_k": cache_type,
         "type_v": cache_type,
         "dtype": str(model.ops.dtype),
-        "repacked": repacked,
     }
 
 

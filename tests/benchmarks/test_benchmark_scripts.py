@@ -35,7 +35,7 @@ SCRIPTS: dict[str, tuple[tuple[object, ...], str]] = {
     "widths": (("--dims", 512, 1024, "--layers", 1, "--prompt", 8, *FAST), "| dim "),
     "context": ((*TINY, "--window", 16, "--depths", 0, 8, 64, *FAST), "| window "),
     "thread_scaling": ((*TINY, "--threads", 1, 2, "--prompt", 8, *FAST), "| what "),
-    "memory": ((*TINY, "--quick", "--prompt", 8, "--depth", 64), "| weights "),
+    "memory": ((*TINY, "--prompt", 8, "--depth", 64), "| cache "),
     "roofline": ((*TINY, "--prompt", 8, "--repeats", 2), "| step "),
     "kernels": ((*TINY, "--quick", "--buffer-mib", 1, *FAST), "| what "),
 }
@@ -259,8 +259,8 @@ def test_a_filled_cache_is_as_long_as_asked_and_goes_on(common: Any) -> None:
 def test_too_large_a_model_is_one_line(common: Any) -> None:
     if available_memory() is None:
         return
-    with refused(common.MistralRefError, "32 layers", "dim 4096", "memory"):
-        common.require_memory(shape("mistral-7b"), "bf16", copies=10**6)
+    with refused(common.MistralRefError, "10000 layers", "dim 4096", "memory"):
+        common.require_memory(shape("mistral-7b", layers=10_000), "bf16")
 
 
 def test_where_the_time_to_the_first_token_goes_is_drawn(common: Any, tmp_path: Path) -> None:

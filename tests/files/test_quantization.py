@@ -29,7 +29,7 @@ from support.checkpoints import FAMILIES, Family, draw_weights, to_fp8, write_co
 from support.command import start
 from support.errors import refused, warned
 from support.hostile import Files, attempt, fill, header_of, other_bytes, other_json, tensor_file
-from support.marks import slow, slow_but
+from support.marks import slow_but
 from support.tiny import BACKENDS, tokens_for
 from support.tiny_tokenizers import tiny_tokenizer
 
@@ -41,7 +41,7 @@ from mistral_ref.files.json_file import MAX_JSON_BYTES
 from mistral_ref.files.quantized_format import FORMAT, quantized_tensors
 from mistral_ref.files.tensor_file import open_tensor_file
 from mistral_ref.measure.synthetic import make_checkpoint, plan, plan_metadata
-from mistral_ref.quantized_matrix import GROUP_SIZES, QuantizedMatrix
+from mistral_ref.quantized_matrix import GROUP_SIZES
 from mistral_ref.weights import Matrix, matrices
 
 Write = Callable[[Path], None]
@@ -549,24 +549,6 @@ def test_a_quantized_model_is_not_quantized_again(bits: int, source: Path) -> No
 
 
 # ----------------------------------------------------------------------------------------------------- what is loaded
-
-
-@pytest.mark.parametrize("backend", ["numpy", *slow(["numba"])])
-@each_bits
-def test_a_quantized_model_is_not_repacked(backend: str, bits: int, tmp_path: Path) -> None:
-    """Its matrices lie in tiles already; a head of 16 bits is put into them. Rounding goes before repacking."""
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    write_consolidated(source, FAMILIES["bfloat16"])
-    mistral_ref.quantize(source, target, bits, head=None)
-    plain, repacked = load(target, backend), load(target, backend, repack=True)
-    assert type(repacked.weights.layers[0].wq) is QuantizedMatrix
-    assert type(repacked.weights.output).__name__ == "TiledMatrix"
-    prompt = np.tile(TOKENS, 4)  # few tokens are multiplied in another order with rows than with tiles
-    np.testing.assert_array_equal(repacked.forward(prompt), plain.forward(prompt))
-    both = load(source, backend, quantize=bits, repack=True)
-    assert {matrix.kind for matrix in matrices(both.weights)} == {"int8", f"int{bits}"}
-    np.testing.assert_array_equal(both.forward(TOKENS), load(source, backend, quantize=bits).forward(TOKENS))
 
 
 def test_what_inputs_are_rounded_to_can_be_chosen(source: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 from support.kernels import (
     ALL_STORED,
     SOME_WAYS,
+    WAYS,
     Past,
     any_quantized,
     attended,
@@ -31,7 +32,6 @@ from support.kernels import (
     product,
     quantized_product,
     random_matrix,
-    ways,
 )
 from support.paths import ROOT
 
@@ -53,7 +53,7 @@ def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
         products = [
             product(random_matrix(stored, 300, 700, 9), x_TI[: 1 if way == "one" else 30], n_threads, way=way)
             for stored in ALL_STORED
-            for way in ways(stored)
+            for way in WAYS
         ]
         products += [
             quantized_product(how, any_quantized(how, 300, 700, 9), x_TI[:n_tokens], n_threads, one_by_one=one_by_one)
@@ -97,7 +97,7 @@ def run_to_the_ends() -> None:
                 scale = None if drawn.scale is None else at_the_end(drawn.scale)
                 matrix = dataclasses.replace(drawn, data=at_the_end(drawn.data), scale=scale)
                 x_TI = at_the_end(normal(n_in, 5, drawn.shape[1]))
-                for way in ways(stored):
+                for way in WAYS:
                     into = at_the_end(np.empty((5, n_out), np.float32))
                     found = product(matrix, x_TI, way=way, into=into)
                     np.testing.assert_array_equal(found, product(drawn, x_TI.copy(), way=way))
@@ -204,9 +204,7 @@ EVERY_KERNEL = [
         for kind in ("f32", "f16", "bf16", "fp8", "pairs")
         for meeting in ("ONE", "FEW")
     ),
-    *(f"from mistral_kernels.matvec import *; matvec_tiled({kind!r})" for kind in ("f16", "bf16", "pairs")),
     *(f"from mistral_kernels.matmul import *; matmul({kind!r})" for kind in ("f32", "f16", "bf16", "fp8", "pairs")),
-    *(f"from mistral_kernels.matmul import *; matmul({kind!r}, True)" for kind in ("f16", "bf16", "pairs")),
     *(
         f"from mistral_kernels.attention import *; attention({kind!r}, {rows})"
         for kind in ("f32", "f16")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from support.checkpoints import to_bfloat16
 from support.kernels import (
     PAIRS,
-    TILED,
     UNIT,
     as_stored,
     assert_within,
@@ -35,7 +34,7 @@ from mistral_kernels.matmul import DEPTH, KEPT
 from mistral_kernels.matvec import in_pairs
 from mistral_kernels.simd import LANES, load, multiply_add_pairs, store
 from mistral_kernels.tile import WIDTH
-from mistral_ref.weights import Matrix, TiledMatrix, bf16_bits, bf16_values, tiled
+from mistral_ref.weights import Matrix, bf16_bits, bf16_values
 
 
 @each_product
@@ -50,9 +49,8 @@ def test_products(stored: str, way: str, n_tokens: int, n_out: int, n_in: int, s
     """
     n_tokens, n_in = min(n_tokens, 3) if way == "one" else n_tokens, possible_inputs(stored, n_in)
     matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
-    assert isinstance(matrix, TiledMatrix) == ("tiled" in stored)
     w_OI, x = matrix.rows(slice(None), np.float64), x_TI.astype(np.float64)
-    if stored in PAIRS:
+    if stored == PAIRS:
         x = bf16_values(to_bfloat16(x_TI)).astype(np.float64)
     found = product(matrix, x_TI, n_threads, way=way)
     assert_within(found, x @ w_OI.T, (12 if way == "many" else 6) * UNIT * (np.abs(x) @ np.abs(w_OI).T))
@@ -71,7 +69,7 @@ def test_threads_do_not_change_a_bit_of_a_product(
         np.testing.assert_array_equal(product(matrix, x_TI, n_threads, way=way), alone)
 
 
-@pytest.mark.parametrize("stored", ["f32", "bf16", *slow(["bf16 pairs", "f16 tiled"])])
+@pytest.mark.parametrize("stored", ["f32", "bf16", *slow([PAIRS])])
 def test_inputs_of_many_tokens_go_in_chunks(stored: str) -> None:
     """Of so many tokens that a chunk is one panel deep, each has the bits that it has among a few."""
     n_tokens, n_in = KEPT // (2 * DEPTH) + 1, 4 * DEPTH + 6
@@ -106,7 +104,7 @@ def test_what_is_no_number_stays_in_its_row(
     assert not np.isfinite(found[t]).any()
 
 
-@every_way(("f16", "bf16", "fp8", *TILED))
+@every_way(("f16", "bf16", "fp8"))
 @pytest.mark.parametrize("n_in", [1, 6, 8, 2 * LANES, 2 * LANES + 6])
 def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, way: str) -> None:
     """Row c holds code c and zeros, and is multiplied with ones, so that nothing is rounded; -0 becomes 0."""
@@ -114,12 +112,10 @@ def test_every_code_is_widened_to_the_bit(stored: str, n_in: int, way: str) -> N
     codes = np.arange(256 if stored == "fp8" else 65536)
     rows = np.zeros((len(codes), n_in), np.uint8 if stored == "fp8" else np.uint16)
     rows[codes, codes // 3 % n_in] = codes  # a third of the neighbours in the same column, so that all lanes are met
-    kind = stored.removesuffix(" tiled")
-    scale = np.ones((1, 1), np.float32) if kind == "fp8" else None
-    matrix = Matrix("w", kind, rows.view(np.float16) if kind == "f16" else rows, scale)
+    scale = np.ones((1, 1), np.float32) if stored == "fp8" else None
+    matrix = Matrix("w", stored, rows.view(np.float16) if stored == "f16" else rows, scale)
     expected = matrix.rows(slice(None), np.float32)[codes, codes // 3 % n_in]
     expected[expected == 0] = 0
-    matrix = tiled(matrix) if stored in TILED else matrix
     for y_O in product(matrix, np.ones((2, n_in), np.float32), way=way):
         is_nan = np.isnan(expected)
         np.testing.assert_array_equal(np.isnan(y_O), is_nan)

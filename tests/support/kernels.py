@@ -20,13 +20,13 @@ from support.marks import slow, slow_but
 
 from mistral_kernels import attention, elementwise, panels, quantized
 from mistral_kernels.matmul import DEPTH, matmul, slab_shape
-from mistral_kernels.matvec import FEW, ONE, PART, matvec, matvec_tiled
+from mistral_kernels.matvec import FEW, ONE, matvec
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.simd import LANES
 from mistral_kernels.tile import WIDTH
 from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.quantized_matrix import QuantizedMatrix
-from mistral_ref.weights import FP8_BLOCK, Matrix, TiledMatrix, e4m3_values, tiled
+from mistral_ref.weights import FP8_BLOCK, Matrix, e4m3_values
 
 UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number
 EXAMPLES = int(os.environ.get("MISTRAL_REF_EXAMPLES", "40"))
@@ -43,7 +43,7 @@ def sizes(most: int, *borders: int) -> st.SearchStrategy[int]:
 
 token_counts = sizes(40, 2, 4, 8)
 output_counts = sizes(70, 8, 16, WIDTH, 2 * WIDTH, FP8_BLOCK, 2 * FP8_BLOCK)
-input_counts = sizes(300, 8, LANES, 2 * LANES, 4 * LANES, FP8_BLOCK, DEPTH, PART)
+input_counts = sizes(300, 8, LANES, 2 * LANES, 4 * LANES, FP8_BLOCK, DEPTH)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -57,22 +57,17 @@ def assert_within(found: np.ndarray, exact: np.ndarray, error: np.ndarray) -> No
 
 
 KINDS = ("f32", "f16", "bf16", "fp8", "fp8 blocks")
-TILED = ("f16 tiled", "bf16 tiled")
-PAIRS = ("bf16 pairs", "bf16 tiled pairs")  # whose inputs are rounded to bf16
-ALL_STORED = (*KINDS, *TILED, *PAIRS)
-
-
-def ways(stored: str) -> tuple[str, ...]:
-    """Return the ways to multiply with a matrix that is stored so: token by token, a few at once, or many."""
-    return ("one", "many") if "tiled" in stored else ("one", "few", "many")
+PAIRS = "bf16 pairs"  # a matrix whose inputs are rounded to bf16
+ALL_STORED = (*KINDS, PAIRS)
+WAYS = ("one", "few", "many")  # to multiply: token by token, a few at once, or many
 
 
 def every_way(all_stored: Iterable[str]) -> pytest.MarkDecorator:
     """Try every way of products with matrices that are stored so.
 
-    Tiles and pairs are made only where somebody asks for them (repack=True, activations="bfloat16"), and are slow.
+    Pairs are made only where somebody asks for them (activations="bfloat16"), and are slow.
     """
-    tried = [(stored, way) for stored in all_stored for way in ways(stored)]
+    tried = itertools.product(all_stored, WAYS)
     marks = {stored: () if stored in KINDS else pytest.mark.slow for stored in all_stored}
     return pytest.mark.parametrize(("stored", "way"), [pytest.param(*one, marks=marks[one[0]]) for one in tried])
 
@@ -101,8 +96,7 @@ def as_stored(stored: str, values: np.ndarray, seed: int = 0) -> Matrix:
         data = np.where(values < 0, codes + 128, codes).astype(np.uint8)
         grid = tuple(-(-size // FP8_BLOCK) for size in values.shape) if variant else (1, 1)
         scale = np.random.RandomState(seed).uniform(0.5, 2, grid).astype(np.float32)
-    matrix = Matrix(stored, kind, data, scale)
-    return tiled(matrix) if variant.startswith("tiled") else matrix
+    return Matrix(stored, kind, data, scale)
 
 
 def random_matrix(stored: str, n_out: int, n_in: int, seed: int) -> Matrix:
@@ -117,26 +111,22 @@ def product(
     """Return x · Wᵀ by one of the ways."""
     y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
     scale = np.ones((1, 1), np.float32) if matrix.scale is None else matrix.scale
-    is_tiled, kind = isinstance(matrix, TiledMatrix), "pairs" if matrix.name in PAIRS else matrix.kind
+    kind = "pairs" if matrix.name == PAIRS else matrix.kind
     if way == "few":
         matvec(kind, FEW)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
         return y_TO
     if way == "many":
         slabs = np.full(slab_shape(kind, *x_TI.shape), np.nan, np.float32)
-        matmul(kind, is_tiled)(matrix.as_bytes, scale, x_TI, slabs, y_TO, n_threads)
+        matmul(kind)(matrix.as_bytes, scale, x_TI, slabs, y_TO, n_threads)
         return y_TO
     for t in range(len(x_TI)):
-        if is_tiled:
-            matvec_tiled(kind)(matrix.as_bytes, x_TI[t], y_TO[t], n_threads)
-        else:
-            matvec(kind, ONE)(matrix.as_bytes, scale, x_TI[t : t + 1], y_TO[t : t + 1], n_threads)
+        matvec(kind, ONE)(matrix.as_bytes, scale, x_TI[t : t + 1], y_TO[t : t + 1], n_threads)
     return y_TO
 
 
 def possible_inputs(stored: str, n_in: int) -> int:
-    """Return a number of inputs, n_in or the next, that rows stored so can have: whole vectors of tiles, and pairs."""
-    multiple = {"f16 tiled": 2, "bf16 tiled": 2, "bf16 pairs": 2, "bf16 tiled pairs": 4}.get(stored, 1)
-    return -(-n_in // multiple) * multiple
+    """Return a number of inputs, n_in or the next, that rows stored so can have: whole pairs."""
+    return n_in + n_in % 2 if stored == PAIRS else n_in
 
 
 class How(NamedTuple):
