@@ -21,6 +21,7 @@ from mistral_ref.text.tokenizer import Tokenizer
 FinishReason = Literal["eos", "stop", "length", "model_length", "time", "tool_calls"]
 Stop = str | int | Iterable[str | int] | None
 LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]  # the ids so far, logits (V,) -> logits (V,)
+Prepare = Callable[[int, KVCache], None]  # how many tokens the prompt has beyond the cache, the cache
 NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # token ids, a cache -> the last token's logits (V,)
 
 _REPEATED = 4  # as many tokens that begin a prompt and also a cache are no chance
@@ -273,7 +274,11 @@ class GenerationRequest:
 
 
 def generate(
-    request: GenerationRequest, next_logits: NextLogits, cache: KVCache, stream: TokenStream | None
+    request: GenerationRequest,
+    prepare: Prepare,
+    next_logits: NextLogits,
+    cache: KVCache,
+    stream: TokenStream | None,
 ) -> Generator[Token, None, None]:
     """Yield tokens until there is a reason to end (`Token.finish_reason`).
 
@@ -283,8 +288,9 @@ def generate(
 
     Raises CacheError if the cache is full, or if another pass uses it between two tokens.
     """
-    started = time.monotonic()
     n_kept = cache.keep_shared(request.prompt_ids[:-1]) if request.shares_prompt else 0
+    prepare(len(request.prompt_ids) - n_kept, cache)
+    started = time.monotonic()
     logits_V = prefill(next_logits, request.prompt_ids[n_kept:], cache, request.progress)
     rng = np.random.default_rng(request.seed)
     length = cache.length

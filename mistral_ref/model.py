@@ -10,7 +10,7 @@ from typing import Any, Never, SupportsIndex, Unpack, overload
 import numpy as np
 
 from mistral_ref import passes
-from mistral_ref.cache import DEFAULT_CHUNK, KVCache, shared_length
+from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError, InputError, Progress, checked_int, first_difference, short_repr, warn
 from mistral_ref.generation import (
@@ -164,6 +164,10 @@ class Model:
             return self._walk(ids, cache, last_only, inside_attention(touched), edits).finish().copy()
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
         return passes.logits(self.transformer, ids, cache, last_only=last_only)
+
+    def _prepare(self, n_tokens: int, cache: KVCache) -> None:
+        """Make what the passes of so many tokens, and then of one token each, need."""
+        self.ops.prepare(self.config, self.weights, cache.dtype, {1, *pass_lengths(n_tokens, cache.chunk)})
 
     def _next_logits(self, ids: Sequence[int], cache: KVCache) -> np.ndarray:
         return passes.logits(self.transformer, ids, cache, last_only=True)[0]
@@ -356,12 +360,9 @@ class Model:
         used.require_room(end - used.length)
         if longest is not None and end >= longest:
             raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len); expected a shorter one")
-        n_shared = shared_length(used.tokens, request.prompt_ids[:-1]) if request.shares_prompt else 0
-        lengths = {n for first in {0, n_shared} for n in pass_lengths(len(request.prompt_ids) - first, used.chunk)}
-        self.ops.prepare(self.config, self.weights, used.dtype, {1, *lengths})
         request.warn_of_mistakes(held, None if self.tokenizer is None else self.tokenizer.bos_id)
         stream = self.text_stream(request.prompt_ids if follows is None else follows)
-        return Generation(generate(request, self._next_logits, used, stream))
+        return Generation(generate(request, self._prepare, self._next_logits, used, stream))
 
     def chat(
         self,

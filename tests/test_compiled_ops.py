@@ -110,6 +110,13 @@ def test_a_generation_makes_no_kernel_after_its_first_look_at_the_prompt(
         chunk=data.draw(st.integers(1, 70)), dtype=data.draw(st.sampled_from(["float32", "float16", "int8"]))
     )
     made: list[object] = []
+    prepared: list[object] = []
+
+    def begin_prompt(n_done: int, n_tokens: int) -> None:
+        if n_done == 0:
+            prepared.extend(made)
+            made.clear()
+
     factories = [(compiled_ops, name) for name in ("matmul", "matvec", "matvec_quantized", "matmul_quantized")]
     factories += [(compiled_ops.elementwise, name) for name in ("rms_norm", "rotate", "swiglu", "mix_experts")]
     factories += [(compiled_ops.panels, name) for name in ("write", "write_int8")]
@@ -117,11 +124,10 @@ def test_a_generation_makes_no_kernel_after_its_first_look_at_the_prompt(
     with pytest.MonkeyPatch.context() as patch:
         for module, name in factories:
             patch.setattr(module, name, noting(made, getattr(module, name)))
-        tokens = model.generate(tokens_for(config, data.draw(st.integers(1, 150))), max_tokens=3, cache=cache)
-        prepared = set(made)
-        made.clear()
-        assert len(list(tokens)) == 3
-    assert set(made) <= prepared
+        prompt = tokens_for(config, data.draw(st.integers(1, 150)))
+        assert len(list(model.generate(prompt, max_tokens=3, cache=cache, progress=begin_prompt))) == 3
+    assert made
+    assert set(made) <= set(prepared)
 
 
 def noting(made: list[object], factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,8 +23,9 @@ import mistral_ref
 from mistral_ref import CacheError, InputError, KVCache, Model, Token
 from mistral_ref.generation import StopStrings
 from mistral_ref.sampling import log_softmax
-from mistral_ref.text.added_tokens import AddedToken, TokenizerConfig
+from mistral_ref.text.added_tokens import AddedToken
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
+from mistral_ref.text.tokenizer_config import TokenizerConfig
 
 TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
 CONFIG = FAMILIES["dense_windowed"].config.replace(vocab_size=TOKENIZER.vocab_size + 3)

@@ -15,14 +15,13 @@ from pathlib import Path
 from mistral_ref.errors import TokenizerError, UnknownTokenizerError
 from mistral_ref.files.json_file import TOKENIZER, read_json
 from mistral_ref.files.paths import local_path
-from mistral_ref.text.added_tokens import read_tokenizer_config
 from mistral_ref.text.chat import can_chat, encode_chat, encode_fim
 from mistral_ref.text.reply import parse_reply
 from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer
 from mistral_ref.text.sentencepiece_file import read_model
 from mistral_ref.text.tekken import tekken_tokenizer
-from mistral_ref.text.template_file import read_chat_template
 from mistral_ref.text.tokenizer import Tokenizer
+from mistral_ref.text.tokenizer_config import read_tokenizer_config
 from mistral_ref.text.tokenizer_json import tokenizer_json
 
 __all__ = [
@@ -66,8 +65,8 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Return the tokenizer in a file, or in a directory (`find_tokenizer`). The file's content tells its kind.
 
-    tokenizer_config.json or added_tokens.json beside it are read, too: beside tekken.json, which says all other things,
-    only for a chat template.
+    tokenizer_config.json or added_tokens.json beside it are read, too. Beside tekken.json, which lists its own control
+    tokens, they say no more than which of these ends a text, and the chat template.
 
     Raises TokenizerError if there is no such file, or if it cannot be used; UnknownTokenizerError, a kind of it, if the
     file is of another kind than these. The message begins with the path.
@@ -80,20 +79,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
                 f"{path}: holds no tokenizer; expected tekken.json, {TOKENIZER_FILE} or tokenizer.json"
             )
         path = found
-    tokenizer = _read_tokenizer(path)
-    tokenizer.chat_template = read_chat_template(path.parent)
-    return tokenizer
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    if _begins_as_json(path):
+    if not _begins_as_json(path):
+        config = read_tokenizer_config(path.parent)
+        tokenizer: Tokenizer = SentencePieceTokenizer(read_model(path), origin=str(path), config=config)
+    else:
         document = read_json(path, TokenizerError, TOKENIZER)
-        if "config" in document and "vocab" in document:
-            return tekken_tokenizer(document, str(path))
-        if "model" in document:
-            return tokenizer_json(document, str(path), read_tokenizer_config(path.parent))
-        raise UnknownTokenizerError(f"{path}: has neither the fields of tekken.json nor those of tokenizer.json")
-    return SentencePieceTokenizer(read_model(path), origin=str(path), config=read_tokenizer_config(path.parent))
+        is_tekken = "config" in document and "vocab" in document
+        if not is_tekken and "model" not in document:
+            raise UnknownTokenizerError(f"{path}: has neither the fields of tekken.json nor those of tokenizer.json")
+        config = read_tokenizer_config(path.parent, with_added=not is_tekken)
+        tokenizer = (tekken_tokenizer if is_tekken else tokenizer_json)(document, str(path), config)
+    tokenizer.chat_template = config.chat_template
+    return tokenizer
 
 
 def _begins_as_json(path: Path) -> bool:

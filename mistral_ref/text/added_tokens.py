@@ -1,6 +1,7 @@
 """Added tokens: tokens that a fine-tuned model has beside those of its base model, such as "<|im_start|>".
 
-Files beside the tokenizer list them. Each is one id, and is found in a text by its content. There are two kinds:
+Files beside the tokenizer list them (tokenizer_config.py). Each is one id, and is found in a text by its content.
+There are two kinds:
 
     special         a mark, such as the end of a turn in a conversation. It is not part of what is said. So it is read
                     only from a text whose writer may set marks, and it has no text when ids are decoded
@@ -13,15 +14,12 @@ golden file added_tokens.json has both cases.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mistral_ref.errors import TokenizerError, short_repr, warn
-from mistral_ref.files.json_file import read_json
+from mistral_ref.errors import TokenizerError, short_repr
 
 MAX_CONTENT = 128  # characters; with this maximum the time that `split` takes is in proportion to the text
 _MAX_ID = 2**31 - 1
@@ -105,74 +103,6 @@ class AddedTokens:
         return next((token for token in found if token is not None), None)
 
 
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """What the files beside a tokenizer say about it. They are those that transformers writes.
-
-    origin      the directory of the files
-    added       the added tokens
-    eos_token   the content of the token that ends a text; None: the tokenizer's own file names it
-    bos_token   the content of the token that begins a text
-    add_bos_token       whether texts begin with it; None: the tokenizer's own file says it
-    legacy      True: the text behind an added token is encoded like a text of its own, so SentencePiece puts a space
-                before it. False: no space is put there. Files from before there was this choice mean True
-    """
-
-    origin: str = "tokenizer"
-    added: tuple[AddedToken, ...] = ()
-    eos_token: str | None = None
-    bos_token: str | None = None
-    add_bos_token: bool | None = None
-    legacy: bool = True
-
-
-def read_tokenizer_config(directory: Path) -> TokenizerConfig:
-    """Return what tokenizer_config.json and added_tokens.json in a directory say; both may be absent.
-
-    As in transformers, added_tokens.json counts only if tokenizer_config.json has no `added_tokens_decoder`. It has no
-    flags. All its tokens are taken as special, since a text must not forge a mark.
-
-    Raises TokenizerError if a file cannot be read, or has a wrong value. Warns if added_tokens.json is not used and
-    says something else.
-    """
-    config_json, added_json = directory / "tokenizer_config.json", directory / "added_tokens.json"
-    config, ids = (_read_if_there(path) for path in (config_json, added_json))
-    added = [added_token(found, {"content": name, "special": True}, f"{added_json}:") for name, found in ids.items()]
-    listed = config.get("added_tokens_decoder")
-    if listed is not None:
-        where = f"{config_json}: added_tokens_decoder"
-        if not isinstance(listed, dict):
-            raise TokenizerError(f"{where} is {short_repr(listed)}; expected an object")
-        unused = {token.content: token.id for token in added}
-        added = [added_token(_id_of(key, where), fields, f"{where} {key}:") for key, fields in listed.items()]
-        _warn_of_unused(unused, added, added_json, config_json)
-    for field in ("add_bos_token", "legacy"):
-        if not isinstance(config.get(field), bool | None):
-            raise TokenizerError(f"{config_json}: {field} is {short_repr(config[field])}; expected true or false")
-    return TokenizerConfig(
-        str(directory),
-        tuple(added),
-        eos_token=_content_of(config, "eos_token", config_json),
-        bos_token=_content_of(config, "bos_token", config_json),
-        add_bos_token=config.get("add_bos_token"),
-        legacy=config.get("legacy") is not False,
-    )
-
-
-def _content_of(config: dict[str, Any], field: str, config_json: Path) -> str | None:
-    """Return the content of the token that a field names: a text, or an object with it."""
-    value = config.get(field)
-    if isinstance(value, dict):
-        value = value.get("content")
-    if not isinstance(value, str | None):
-        raise TokenizerError(f"{config_json}: {field} is {short_repr(value)}; expected the content of a token")
-    return value
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path, TokenizerError) if os.path.lexists(path) else {}
-
-
 def added_token(token_id: object, fields: Any, where: str) -> AddedToken:
     """Return the added token with this id that `fields`, an object of a JSON file, describes. Absent flags are false.
 
@@ -196,23 +126,6 @@ def added_token(token_id: object, fields: Any, where: str) -> AddedToken:
     return AddedToken(token_id, content, **flags)
 
 
-def _id_of(key: str, where: str) -> int:
-    """Return the id that a key of `added_tokens_decoder` is."""
-    if not re.fullmatch(r"0|[1-9][0-9]{0,9}", key):
-        raise TokenizerError(f"{where} has the key {short_repr(key)}; expected an id")
-    return int(key)
-
-
 def _is_unicode(text: str) -> bool:
     """Return whether UTF-8 can express a text; it cannot if half of a surrogate pair is in it."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _warn_of_unused(unused: dict[str, int], added: list[AddedToken], added_json: Path, config_json: Path) -> None:
-    """Warn if added_tokens.json says something else than the tokens that are used."""
-    used = {token.content: token.id for token in added}
-    if other := {content: token_id for content, token_id in unused.items() if used.get(content) != token_id}:
-        content, token_id = next(iter(other.items()))
-        theirs = f"it has {short_repr(content)} as id {token_id}"
-        ours = f"as id {used[content]}" if content in used else "without it"
-        warn(f"{added_json}: is ignored; {theirs}, and {config_json.name} has added_tokens_decoder {ours}")

@@ -19,13 +19,17 @@ from functools import cached_property
 from sentencepiece import SentencePieceProcessor
 
 from mistral_ref.errors import InputError, TokenizerError, escaped, short_repr, warn
-from mistral_ref.text.added_tokens import AddedToken, AddedTokens, TokenizerConfig
+from mistral_ref.text.added_tokens import AddedToken, AddedTokens
 from mistral_ref.text.byte_bpe import merge_by_merge
 from mistral_ref.text.stream import SentencePieceStream
 from mistral_ref.text.tokenizer import Tokenizer, checked_text
+from mistral_ref.text.tokenizer_config import TokenizerConfig
 
 TOKENIZER_FILE = "tokenizer.model"
 _SPACE = "▁".encode()  # SentencePiece's mark for a space
+# A protobuf field: the normalizer (3), in which `add_dummy_prefix` (3) is 0. Of a field that comes twice in a file, the
+# last one counts.
+_NO_SPACE = b"\x1a\x02\x18\x00"
 _NO_OTHER_FILES = TokenizerConfig()
 
 
@@ -46,7 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, origin: str = TOKENIZER_FILE, config: TokenizerConfig = _NO_OTHER_FILES) -> None:
         self._processor, self.origin, self._config = SentencePieceProcessor(), origin, config
         try:
-            self._processor.LoadFromSerializedProto(model)
+            self._processor.LoadFromSerializedProto(model + (_NO_SPACE if config.add_prefix_space is False else b""))
             self.n_pieces: int = self._processor.get_piece_size()
             # Every piece is read and decoded once here, so a piece that is not valid UTF-8 cannot fail a later call.
             for first in range(0, self.n_pieces, 1024):  # one call for all pieces would take megabytes
@@ -56,16 +60,15 @@ class SentencePieceTokenizer(Tokenizer):
         except Exception as error:  # the library raises several unrelated built-in exceptions
             raise TokenizerError(f"{origin}: is not a usable SentencePiece model: {short_repr(str(error))}") from error
         self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0 or self.bos_id == self.eos_id:
+        eos_id: int = self._processor.eos_id()
+        if self.bos_id < 0 or eos_id < 0 or self.bos_id == eos_id:
             raise TokenizerError(
-                f"{origin}: begins a sequence with id {self.bos_id} and ends it with id {self.eos_id}; "
+                f"{origin}: begins a sequence with id {self.bos_id} and ends it with id {eos_id}; "
                 "expected two different ids of at least 0 (-1 means absent)"
             )
         self.added = self._added_tokens()
         self.vocab_size: int = max([self.n_pieces, *(token_id + 1 for token_id in self.added.by_id)])
-        if config.eos_token is not None:
-            self.eos_id = self._id_of_eos(config.eos_token)
+        self.eos_id = config.named_id("eos_token", self._id_of_name, eos_id)
         # The first piece of whole characters. Ids are decoded behind it if they do not begin a text.
         self.anchor_id = next((i for i in range(self.n_pieces) if self._is_text(i)), -1)
         if self.anchor_id < 0:
@@ -109,16 +112,10 @@ class SentencePieceTokenizer(Tokenizer):
             )
         return AddedTokens(tokens, self._config.origin)
 
-    def _id_of_eos(self, name: str) -> int:
-        """Return the id of the token with this name, which ends a text; the model's own if no token has this name."""
+    def _id_of_name(self, name: str) -> int | None:
+        """Return the id of the added token, or of the model's piece, with this name; None if there is none."""
         added = self.added.by_content.get(name)
-        found = self._id_of_piece(name) if added is None else added.id
-        if found is None:
-            warn(
-                f"{self._config.origin}: eos_token is {short_repr(name)}, which is no piece and no added token; "
-                f"{short_repr(self._processor.id_to_piece(self.eos_id))} is used"
-            )
-        return self.eos_id if found is None else found
+        return self._id_of_piece(name) if added is None else added.id
 
     def _id_of_piece(self, name: str) -> int | None:
         """Return the id of the model's piece with this name; None if it has no such piece."""
@@ -159,13 +156,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _without_space(self) -> SentencePieceProcessor:
-        """The same model, except that it puts no space before a text.
-
-        The bytes are a protobuf field: the normalizer (3), in which `add_dummy_prefix` (3) is 0. The last one counts of
-        a field that comes twice.
-        """
+        """The same model, except that it puts no space before a text."""
         processor = SentencePieceProcessor()
-        processor.LoadFromSerializedProto(self._processor.serialized_model_proto() + b"\x1a\x02\x18\x00")
+        processor.LoadFromSerializedProto(self._processor.serialized_model_proto() + _NO_SPACE)
         return processor
 
     def decode(self, ids: Iterable[int]) -> str:

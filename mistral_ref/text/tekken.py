@@ -9,6 +9,7 @@ from mistral_ref.errors import TokenizerError, UnknownTokenizerError, short_repr
 from mistral_ref.text.byte_bpe import ByteBPE
 from mistral_ref.text.byte_tokenizer import ByteTokenizer
 from mistral_ref.text.split_patterns import TEKKEN
+from mistral_ref.text.tokenizer_config import TokenizerConfig
 
 VERSIONS = ("v3", "v7", "v11", "v13", "v15")
 # The control tokens of files that list none, which only the first two versions may.
@@ -19,35 +20,39 @@ _FIRST_CONTROLS = (
 )
 _FIELDS = {"rank", "token_bytes", "token_str"}
 _MAX_CONTROLS = 2**16
+_NO_OTHER_FILES = TokenizerConfig()
 
 
-def tekken_tokenizer(document: dict[str, Any], origin: str) -> ByteTokenizer:
+def tekken_tokenizer(document: dict[str, Any], origin: str, config: TokenizerConfig = _NO_OTHER_FILES) -> ByteTokenizer:
     """Return the tokenizer in the contents of a tekken.json.
 
     The control tokens have the first ids, usually 1000 of them; the piece of rank r is the id behind them. A file lists
     more pieces than the model has: those of the highest ranks are left out.
 
+    config      what tokenizer_config.json says: it may name another control token that ends a text
+
     Raises UnknownTokenizerError for an unknown pattern or version, and TokenizerError if something else is missing or
     wrong. The message begins with `origin`.
     """
-    config, vocab = document.get("config"), document.get("vocab")
-    if not isinstance(config, dict) or not isinstance(vocab, list):
+    sizes, vocab = document.get("config"), document.get("vocab")
+    if not isinstance(sizes, dict) or not isinstance(vocab, list):
         raise TokenizerError(f"{origin}: expected an object 'config' and a list 'vocab'")
-    if config.get("pattern") != TEKKEN:
+    if sizes.get("pattern") != TEKKEN:
         raise UnknownTokenizerError(
-            f"{origin}: config.pattern is {short_repr(config.get('pattern'))}; expected Tekken's own"
+            f"{origin}: config.pattern is {short_repr(sizes.get('pattern'))}; expected Tekken's own"
         )
-    version = config.get("version")
+    version = sizes.get("version")
     if version not in VERSIONS:
         raise UnknownTokenizerError(
             f"{origin}: config.version is {short_repr(version)}; expected {', '.join(VERSIONS)}"
         )
-    n_controls = _count(config, "default_num_special_tokens", 2, _MAX_CONTROLS, origin)
-    size = _count(config, "default_vocab_size", n_controls + 256, n_controls + len(vocab), origin)
+    n_controls = _count(sizes, "default_num_special_tokens", 2, _MAX_CONTROLS, origin)
+    size = _count(sizes, "default_vocab_size", n_controls + 256, n_controls + len(vocab), origin)
     controls = _control_names(document.get("special_tokens"), n_controls, version, origin)
     for name in ("<s>", "</s>"):
         if name not in controls:
             raise TokenizerError(f"{origin}: special_tokens has no {name!r}")
+    control_ids = {name: token_id for token_id, name in enumerate(controls)}
     ids: dict[bytes, int] = {}
     for rank, entry in enumerate(vocab[: size - n_controls]):
         ids[_piece(entry, rank, origin)] = n_controls + rank
@@ -57,9 +62,9 @@ def tekken_tokenizer(document: dict[str, Any], origin: str) -> ByteTokenizer:
         ByteBPE([TEKKEN], ids),
         kind=f"Tekken {version}",
         origin=origin,
-        controls={name: token_id for token_id, name in enumerate(controls)},
-        bos_id=controls.index("<s>"),
-        eos_id=controls.index("</s>"),
+        controls=control_ids,
+        bos_id=control_ids["<s>"],
+        eos_id=config.named_id("eos_token", control_ids.get, control_ids["</s>"]),
         chat_format=version,
         settings=document.get("model_settings_builder"),
     )

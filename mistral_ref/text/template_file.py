@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mistral_ref.errors import TokenizerError, short_repr
-from mistral_ref.files.json_file import TOKENIZER, read_json
 from mistral_ref.files.text_file import read_text
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -36,14 +36,13 @@ class ChatTemplate:
         return "[INST]" in self.source and "<<SYS>>" not in self.source
 
 
-def read_chat_template(directory: Path) -> ChatTemplate | None:
+def chat_template(config: Mapping[str, Any], directory: Path, origin: Path) -> ChatTemplate | None:
     """Return the chat template of a model's directory; None if it has none.
 
-    It is in the file chat_template.jinja, or else in tokenizer_config.json. Raises TokenizerError if a file cannot be
-    read, or if the template is no text.
+    It is in the file chat_template.jinja, or else in `config`, the contents of tokenizer_config.json at `origin`.
+    Raises TokenizerError if the file cannot be read, or if the template is no text.
     """
-    config_json, template_file = directory / "tokenizer_config.json", directory / TEMPLATE_FILE
-    config = read_json(config_json, TokenizerError, TOKENIZER) if os.path.lexists(config_json) else {}
+    template_file = directory / TEMPLATE_FILE
     tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
     tokens = {name: content for name, content in tokens.items() if content}
     if os.path.lexists(template_file):
@@ -51,16 +50,16 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
             read_text(template_file, TokenizerError, _MAX_BYTES), tokens=tokens, origin=str(template_file)
         )
     found = config.get("chat_template")
-    named: dict[Any, Any] = {"default": found} if isinstance(found, str) else {}
+    named: dict[str, Any] = {"default": found} if isinstance(found, str) else {}
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
     if found is None or (isinstance(found, list) and not found):
         return None
     default, with_tools = named.get("default"), named.get("tool_use", "")
     if not isinstance(default, str) or not isinstance(with_tools, str):
         expected = "a text, or a list of objects with a name and a template, one of them called default"
-        raise TokenizerError(f"{config_json}: chat_template is {short_repr(found)}; expected {expected}")
-    return ChatTemplate(default, with_tools, tokens, str(config_json))
+        raise TokenizerError(f"{origin}: chat_template is {short_repr(found)}; expected {expected}")
+    return ChatTemplate(default, with_tools, tokens, str(origin))
 
 
 def _content(token: Any) -> str:

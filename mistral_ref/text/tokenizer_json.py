@@ -19,10 +19,11 @@ import dataclasses
 from typing import Any
 
 from mistral_ref.errors import TokenizerError, UnknownTokenizerError, short_repr, warn
-from mistral_ref.text.added_tokens import AddedToken, AddedTokens, TokenizerConfig, added_token
+from mistral_ref.text.added_tokens import AddedToken, AddedTokens, added_token
 from mistral_ref.text.byte_bpe import LETTERS, MergeListBPE
 from mistral_ref.text.byte_tokenizer import ByteTokenizer, NormalForm
 from mistral_ref.text.split_patterns import DIGITS, GPT2, KNOWN, LLAMA3, NUMBERS, TEKKEN
+from mistral_ref.text.tokenizer_config import TokenizerConfig
 
 _MAX_ID = 2**31 - 1
 # A hostile file must not use much memory. The largest files of these models have 131,000 pieces and 280,000 merges.
@@ -53,8 +54,8 @@ def tokenizer_json(document: dict[str, Any], origin: str, config: TokenizerConfi
     begin, end = file.ends(document.get("post_processor"))
     named = ids | {token.content: token.id for token in added.by_id.values()}
     if config.add_bos_token is not None:
-        begin = file.named("bos_token", config.bos_token, named, begin) if config.add_bos_token else None
-    end = file.named("eos_token", config.eos_token, named, end)
+        begin = config.named_id("bos_token", named.get, begin) if config.add_bos_token else None
+    end = config.named_id("eos_token", named.get, end)
     known = {*named.values(), None}
     if begin not in known or end not in known:
         raise TokenizerError(f"{origin}: post_processor begins and ends a text with {begin} and {end}; one is no token")
@@ -109,12 +110,6 @@ class _File:
             if not any(type(value) is type(one) and value == one for one in allowed):
                 wanted = " or ".join(map(repr, allowed))
                 raise UnknownTokenizerError(f"{self.origin}: {name}.{field} is {short_repr(value)}; expected {wanted}")
-
-    def named(self, field: str, name: str | None, ids: dict[str, int], otherwise: int | None) -> int | None:
-        """Return the id of the token that a field of tokenizer_config.json names; `otherwise` if there is none."""
-        if name is not None and name not in ids:
-            warn(f"{self.origin}: {field} of tokenizer_config.json is {short_repr(name)}, which is no token")
-        return otherwise if name is None else ids.get(name, otherwise)
 
     def normal_forms(self, value: object) -> list[NormalForm]:
         """Return the Unicode normal forms of the normalizer, in their order."""

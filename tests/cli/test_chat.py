@@ -147,6 +147,9 @@ def test_a_user_says_what_a_tool_returns(monkeypatch: pytest.MonkeyPatch, capsys
 # --- in a terminal ----------------------------------------------------------------------------------------------------
 
 
+PATIENCE = 240  # seconds: the start alone takes 10 beside four programs that compute, on two cores
+
+
 class Terminal:
     """A terminal in which the command runs."""
 
@@ -166,9 +169,9 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def expect(self, text: str, seconds: float = 30) -> None:
+    def expect(self, text: str) -> None:
         """Wait until the terminal shows a text, behind what was expected before."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while text not in self.shown:
             assert time.monotonic() < end, (text, self.shown)
             ready, _, _ = select.select([self.master], [], [], 0.2)
@@ -193,7 +196,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     opened.close()
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_terminal_goes_on_after_mistakes_and_keeps_a_history(terminal: Terminal, tmp_path: Path) -> None:
     terminal.expect("> ")
     terminal.send("/nothing\n")
@@ -205,7 +208,7 @@ def test_a_terminal_goes_on_after_mistakes_and_keeps_a_history(terminal: Termina
     terminal.send("\x03")
     terminal.expect("> ")
     terminal.send("\x04")
-    assert terminal.process.wait(30) == 0
+    assert terminal.process.wait(PATIENCE) == 0
     history = tmp_path / "mistral_ref" / "chat_history"
     assert "Once upon a time" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
@@ -224,7 +227,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(tmp_path: Path) -> No
         terminal.expect("time|,")
         terminal.expect("> ")
         terminal.send("/quit\n")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(PATIENCE) == 0
     finally:
         terminal.close()
     assert not (tmp_path / "mistral_ref").exists()

@@ -25,8 +25,9 @@ from mistral_ref.errors import InputError, TokenizerError
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.measure.perplexity import perplexity
 from mistral_ref.text import load_tokenizer
-from mistral_ref.text.added_tokens import MAX_CONTENT, AddedToken, AddedTokens, TokenizerConfig
+from mistral_ref.text.added_tokens import MAX_CONTENT, AddedToken, AddedTokens
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
+from mistral_ref.text.tokenizer_config import TokenizerConfig
 
 START, END, TOOL = 384, 385, 387  # tiny_tokenizer has ids 0 to 383; 386 has no name
 ADDED = (AddedToken(START, "<|im_start|>"), AddedToken(END, "<|im_end|>"), AddedToken(TOOL, "<tool>", special=False))
@@ -212,8 +213,19 @@ def test_the_end_of_a_text_by_name(tmp_path: Path) -> None:
         tokenizer = load_tokenizer(directory_with(tmp_path / str(number), tokenizer_config=config))
         assert (tokenizer.eos_id, tokenizer.encode("A", eos=True)[-1]) == (eos_id, eos_id)
     directory = directory_with(tmp_path / "unknown", tokenizer_config={"eos_token": "<|im_end|>"})
-    with warned(directory, "eos_token", "'<|im_end|>'", "'</s>'"):
+    with warned(directory / "tokenizer_config.json", "eos_token", "'<|im_end|>'", 2):
         assert load_tokenizer(directory).eos_id == 2
+
+
+@given(st.text())
+def test_no_space_is_put_before_a_text_where_the_files_say_so(text: str) -> None:
+    for legacy in (True, False):
+        config = TokenizerConfig(added=ADDED, legacy=legacy, add_prefix_space=False)
+        tokenizer = SentencePieceTokenizer(tiny_tokenizer(), config=config)
+        ids = tokenizer.encode(text, bos=False)
+        assert ids == TOKENIZER._without_space.encode(text)
+        check_stream(tokenizer, [], ids)
+        assert tokenizer.encode(f"<|im_start|>{text}", bos=False, added=True) == [START, *ids]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

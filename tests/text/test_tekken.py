@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.errors import assert_says, refused
+from support.errors import assert_says, refused, warned
 from support.streams import check_byte_stream
 from support.tiny_tekken import CONTROLS, TEKKEN_VERSIONS, tiny_tekken
 from support.tiny_tokenizers import PARAGRAPH, tiny_tokenizer
@@ -91,6 +91,19 @@ def test_tiny_files_of_every_version(version: str, tmp_path: Path) -> None:
     else:
         with refused(TokenizerError, path, "special_tokens", "v11"):
             load_tokenizer(path)
+
+
+def test_which_control_token_ends_a_text(tmp_path: Path) -> None:
+    path = tiny_file(tmp_path, tiny_tekken("v13"))
+    config = path.with_name("tokenizer_config.json")
+    listed = {"5": {"content": "<|im_end|>"}, "70": 1}  # tekken.json has its own names
+    for eos_token, eos_id in ((None, 2), ("</s>", 2), ({"content": "[/INST]"}, 4)):
+        config.write_text(json.dumps({"eos_token": eos_token, "added_tokens_decoder": listed}))
+        tokenizer = load_tokenizer(path)
+        assert (tokenizer.eos_id, tokenizer.encode("a", eos=True)[-1], tokenizer.added.by_id) == (eos_id, eos_id, {})
+    config.write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    with warned(config, "eos_token", "'<|im_end|>'", 2):
+        assert load_tokenizer(path).eos_id == 2
 
 
 @pytest.mark.slow

@@ -15,11 +15,12 @@ from support.tiny_tokenizers import tiny_tokenizer
 
 from mistral_ref.errors import InputError, TokenizerError
 from mistral_ref.text import Tokenizer, encode_chat, load_tokenizer, parse_reply
-from mistral_ref.text.added_tokens import AddedToken, TokenizerConfig
+from mistral_ref.text.added_tokens import AddedToken
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 from mistral_ref.text.template import Guard
-from mistral_ref.text.template_file import ChatTemplate, read_chat_template
+from mistral_ref.text.template_file import ChatTemplate
 from mistral_ref.text.template_sandbox import MAX_CHARACTERS, render
+from mistral_ref.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim "
@@ -122,7 +123,7 @@ def test_which_of_template_and_format_counts(tmp_path: Path) -> None:
     )
     config["chat_template"] = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    found = read_chat_template(tmp_path)
+    found = read_tokenizer_config(tmp_path).chat_template
     assert found is not None
     assert (found.source, found.with_tools) == ("a", "b")
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}é", encoding="utf-8")
@@ -132,15 +133,24 @@ def test_which_of_template_and_format_counts(tmp_path: Path) -> None:
         encode_chat(said("Hi"), tokenizer, chat_format="v9")
 
 
-@pytest.mark.parametrize("wrong", [5, [{"name": "other", "template": "x"}], [{"name": "default", "template": 1}], {}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        5,
+        [{"name": "other", "template": "x"}],
+        [{"name": "default", "template": 1}],
+        [{"name": [], "template": "x"}],
+        {},
+    ],
+)
 def test_a_template_that_is_no_text_is_refused(wrong: object, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"chat_template": wrong}))
     with refused(TokenizerError, path, "chat_template"):
-        read_chat_template(tmp_path)
+        read_tokenizer_config(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with refused(TokenizerError, tmp_path / "chat_template.jinja", "UTF-8"):
-        read_chat_template(tmp_path)
+        read_tokenizer_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ import mistral_ref
 from mistral_ref.errors import TokenizerError, UnknownTokenizerError
 from mistral_ref.measure.perplexity import perplexity
 from mistral_ref.text import find_tokenizer, load_tokenizer
-from mistral_ref.text.added_tokens import TokenizerConfig
 from mistral_ref.text.byte_bpe import LETTERS
 from mistral_ref.text.split_patterns import LLAMA3, TEKKEN, split
+from mistral_ref.text.tokenizer_config import TokenizerConfig
 from mistral_ref.text.tokenizer_json import tokenizer_json
 
 GOLDENS = {golden["name"]: golden for golden in json.loads((GOLDEN / "tokenizer_json.json").read_text())}
@@ -125,7 +125,7 @@ def test_what_begins_and_ends_a_text(
 
 
 def test_a_name_that_no_token_has_is_said(tmp_path: Path) -> None:
-    with warned(tmp_path / "tokenizer.json", "eos_token", "'<eot>'"):
+    with warned(tmp_path / "tokenizer_config.json", "eos_token", "'<eot>'"):
         assert load_tokenizer(write(tmp_path, document(), {"eos_token": "<eot>"})).eos_id is None
 
 
