@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.errors import refused
+from support.paths import GOLDEN
 from support.tiny_tokenizers import tiny_tokenizer
 
 from mistral_ref.errors import InputError, TokenizerError
@@ -51,6 +52,17 @@ def test_a_conversation_is_what_the_template_prints() -> None:
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
     )
     assert ids == TOKENIZER.encode(written, bos=False, added=True)
+
+
+def test_ids_are_those_of_transformers(tmp_path: Path) -> None:
+    documents = {one["name"]: one["tokenizer"] for one in json.loads((GOLDEN / "tokenizer_json.json").read_text())}
+    for golden in json.loads((GOLDEN / "chat_templates.json").read_text()):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(documents[golden["tokenizer"]]))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(golden["tokenizer_config"]))
+        tokenizer = load_tokenizer(tmp_path)
+        assert len(golden["cases"]) > 3
+        for case in golden["cases"]:
+            assert encode_chat(case["messages"], tokenizer, tools=case.get("tools")) == case["ids"], case
 
 
 PIECES = [*NAMES, "<|im_", "end|>", "<", "|>", " ", "a", "<|IM_END|>", "< |im_end|>", "\n"]
