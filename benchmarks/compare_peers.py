@@ -8,9 +8,9 @@ apart is reported: proof that they compute the same. Then every test runs once t
   tg32            32 tokens one by one after nothing
   tg32 @ d4096    the same after 4096 others; without a window, so that all do equal work
 
-mistral_ref with a sliding window, and with activations rounded to bf16 as llama.cpp rounds them where
+mistral_ref with a sliding window, and with inputs rounded to bf16 as llama.cpp rounds them where
 weights are bf16 and the processor can multiply so, have rows of their own. With --quantize the same weights are
-rounded to 8 or 4 bits by each runtime's own rules, ours with activations of int16 and of int8, llama.cpp's as Q8_0, or
+rounded to 8 or 4 bits by each runtime's own rules, ours with inputs of int16 and of int8, llama.cpp's as Q8_0, or
 Q4_0 and Q4_K_M; logits are then held against those of the float weights. Tokens are random; there is no tokenizer
 and no sampling. Each runtime keeps its own defaults: llama.cpp flash attention "auto" and a float16 cache, n_batch and
 n_ubatch 512; transformers sdpa attention and the checkpoint's dtype; mistral_ref a float32 cache. Peers that are not
@@ -135,7 +135,7 @@ def float_runners(arguments: argparse.Namespace, directory: Path, work: Path) ->
     size = matrix_bytes(directory)
     runners = [Runner(OURS, OURS, directory, (), *size)]
     if any(matrix.kind == "bf16" for matrix in matrices(open_model(directory)[1])):
-        runners.append(Runner(f"{OURS} bfloat16", OURS, directory, ["--activations=bfloat16"], *size))
+        runners.append(Runner(f"{OURS} bfloat16", OURS, directory, ["--bf16-inputs=bfloat16"], *size))
     if arguments.window:
         options = [f"--window={arguments.window}"]
         runners.append(Runner(f"{OURS} window {arguments.window}", OURS, directory, options, *size))
@@ -153,7 +153,7 @@ def quantized_runners(arguments: argparse.Namespace, directory: Path, work: Path
         status(f"writing {ours}")
         quantize(directory, ours, bits, head=arguments.head)
     runners = [
-        Runner(f"{OURS} int{bits}, {name}", OURS, ours, [f"--activations={name}"], *matrix_bytes(ours))
+        Runner(f"{OURS} int{bits}, {name}", OURS, ours, [f"--quantized-inputs={name}"], *matrix_bytes(ours))
         for name in ("int16", "int8")
     ]
     if "llama.cpp" not in installed_peers([peer for peer in arguments.peers if peer == "llama.cpp"]):
@@ -221,8 +221,8 @@ def rate_rows(workers: Sequence[Worker], tests: Sequence[Test]) -> list[list[str
 
 
 def compared(workers: Sequence[Worker]) -> list[Worker]:
-    """Return the rows of ours that every row is held against: the first, and others with activations of their own."""
-    return [worker for worker in workers if worker is workers[0] or "activations" in str(worker.runner.options)]
+    """Return the rows of ours that every row is held against: the first, and others with inputs of their own."""
+    return [worker for worker in workers if worker is workers[0] or "inputs" in str(worker.runner.options)]
 
 
 def process_rows(workers: Sequence[Worker]) -> list[list[str]]:

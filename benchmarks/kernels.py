@@ -22,7 +22,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, cycle
+from itertools import cycle
 
 import numpy as np
 from common import (
@@ -40,7 +40,6 @@ from common import (
 from threadpoolctl import threadpool_limits
 
 from mistral_kernels.pairs import PAIRS_ARE_FASTER
-from mistral_ref.activations import Activations
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.display import markdown_table
@@ -64,7 +63,7 @@ examples:
 
 KINDS: tuple[Kind, ...] = ("f32", "f16", "bf16", "fp8", "int8", "int4")
 QUANTIZED: tuple[Kind, ...] = ("int8", "int4")
-ROUNDINGS: dict[Kind, tuple[Activations, ...]] = {"bf16": ("bfloat16",)} | dict.fromkeys(QUANTIZED, ("int16", "int8"))
+ROUNDINGS: dict[Kind, tuple[str, ...]] = {"bf16": ("bfloat16",)} | dict.fromkeys(QUANTIZED, ("int16", "int8"))
 SHARES = 48  # of memory: more than a group has candidates; each candidate holds the bytes that are rotated through
 TOKENS = (2, 4, 8, 15, 16, 32, 128, 512, 2048)
 BLAS_REST = 0.3  # seconds; OpenBLAS's threads go on spinning after a product
@@ -82,8 +81,12 @@ class Bench:
     @cached_property
     def rounding_ops(self) -> dict[str, CompiledOps]:
         """Operations for each way to round inputs."""
-        names = dict.fromkeys(chain(*ROUNDINGS.values()))
-        return {name: CompiledOps(threads=self.ops.threads, activations=name) for name in names}
+        n_threads = self.ops.threads
+        return {
+            "int16": CompiledOps(threads=n_threads, quantized_inputs="int16"),
+            "int8": CompiledOps(threads=n_threads, quantized_inputs="int8"),
+            "bfloat16": CompiledOps(threads=n_threads, bf16_inputs="bfloat16"),
+        }
 
     def ways(self, kind: Kind) -> list[tuple[str, CompiledOps, Limit]]:
         """What a product with matrices of a kind is called, what computes it, and its limit with many tokens."""

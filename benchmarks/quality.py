@@ -26,14 +26,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import common
 import numpy as np
 from common import finish, notice, parser_for, status
 
 import mistral_ref
-from mistral_ref.activations import Activations
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_int
 from mistral_ref.files.quantization import Scheme, quantized_weights
@@ -53,13 +52,13 @@ examples:
   python benchmarks/quality.py --model DIR --ids IDS.json         token ids, for a model without a tokenizer
 """
 
-OURS: dict[str, tuple[Scheme | None, Activations]] = {
-    f"int{bits} g{group_size} {activations}": (Scheme(bits, group_size), activations)
-    for bits, group_size, activations in (
+OURS: dict[str, tuple[Scheme | None, dict[str, Any]]] = {
+    f"int{bits} g{group_size} {inputs}": (Scheme(bits, group_size), {"quantized_inputs": inputs})
+    for bits, group_size, inputs in (
         (8, 32, "int16"), (8, 32, "int8"), (8, 64, "int16"),
         (4, 32, "float"), (4, 32, "int16"), (4, 32, "int8"), (4, 64, "int16"), (4, 128, "int16"),
     )
-} | {"bf16 bfloat16": (None, "bfloat16")}  # fmt: skip
+} | {"bf16 bfloat16": (None, {"bf16_inputs": "bfloat16"})}  # fmt: skip
 THEIRS = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
 AROUND = ("tok_embeddings", "output")
 QUICK_TOKENS = 2048
@@ -94,10 +93,10 @@ class Quality:
 def ours(model: Model, names: Sequence[str]) -> Iterator[Variant]:
     """Yield our ways of these names."""
     for name in (name for name in names if name in OURS):
-        scheme, activations = OURS[name]
+        scheme, rounding = OURS[name]
         weights = model.weights if scheme is None else quantized_weights(model.weights, scheme)
-        backend = "numpy" if activations == "float" else "numba"
-        ops = mistral_ref.load(backend=backend, activations=activations).ops
+        backend = "numpy" if "float" in rounding.values() else "numba"
+        ops = mistral_ref.load(backend=backend, **rounding).ops
         yield Variant(name, bits_a_weight(weights), Model(model.config, weights, ops))
 
 

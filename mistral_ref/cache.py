@@ -28,7 +28,7 @@ from typing import Any, Never, SupportsIndex
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, checked_int, short_repr
+from mistral_ref.errors import CacheError, InputError, checked_choice, checked_int
 from mistral_ref.files.cache_file import not_a_cache, read_cache_file, write_cache_file
 from mistral_ref.host import require_memory
 from mistral_ref.ops import KeyView, Ops
@@ -114,8 +114,7 @@ class KVCache:
         self.dtype = ops.dtype.name if dtype is None else dtype
         if self.dtype == "int4":
             raise InputError("dtype is 'int4'; expected more bits: 15 different numbers are too few for keys")
-        if self.dtype not in ops.cache_dtypes:
-            raise InputError(f"dtype is {short_repr(dtype)}; expected one of {', '.join(ops.cache_dtypes)}")
+        checked_choice("dtype", self.dtype, ops.cache_dtypes)
         self.config, self.ops = config, ops
         self._tokens: list[int] = []
         # A pass stores this number when it begins. If it has changed since, the pass stops with a CacheError.

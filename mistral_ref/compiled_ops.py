@@ -20,7 +20,6 @@ from mistral_kernels.matmul import matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, are_few, matvec
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
-from mistral_ref.activations import Activations
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError
 from mistral_ref.host import chosen_threads
@@ -28,6 +27,7 @@ from mistral_ref.ops import KeyView, Slots
 from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.rope import AnglePrecision
+from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
 from mistral_ref.steps import Step, StepFactory, Steps
 from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values, matrices
 
@@ -58,9 +58,9 @@ class CompiledOps(ReferenceOps):
 
     threads     number of threads; None: the number in MISTRAL_REF_THREADS, or the number of performance cores
     angles      as in ReferenceOps
-    activations     "int16" or "int8": the inputs of quantized matrices are rounded to these; "int8" is faster.
-                "bfloat16": the inputs of bf16 matrices are rounded to bf16; this is twice as fast on processors that
-                multiply pairs of bf16
+    quantized_inputs    what the inputs of quantized matrices are rounded to: "int16", or "int8", which is faster
+    bf16_inputs     what the inputs of bf16 matrices are rounded to: "bfloat16", which is twice as fast on processors
+                that multiply pairs of bf16, or "float32": they are not rounded
 
     Raises InputError if an argument cannot be used, or if Numba cannot compile or start threads.
     """
@@ -73,15 +73,14 @@ class CompiledOps(ReferenceOps):
         *,
         threads: int | None = None,
         angles: AnglePrecision = "float64",
-        activations: Activations | None = None,
+        quantized_inputs: QuantizedInputs | None = None,
+        bf16_inputs: Bf16Inputs = "float32",
     ) -> None:
         if numba.config.DISABLE_JIT:
             raise InputError("backend is 'numba', but NUMBA_DISABLE_JIT is set; unset it, or use backend='numpy'")
-        super().__init__("float32", angles=angles, activations=activations)
-        if self.activations == "float":
-            raise InputError(
-                "activations is 'float', which only backend='numpy' has; expected 'int16', 'int8' or 'bfloat16'"
-            )
+        super().__init__("float32", angles=angles, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs)
+        if self.quantized_inputs == "float":
+            raise InputError("quantized_inputs is 'float', which only backend='numpy' has; expected 'int16' or 'int8'")
         self.threads = chosen_threads(threads)
         self._pool = ArrayPool()
         _start_threads()
@@ -154,7 +153,7 @@ class CompiledOps(ReferenceOps):
     def _product(self, weight_OI: Matrix, n_tokens: int) -> partial[Any]:
         """Return what makes the kernel for a product: a factory with its arguments."""
         if isinstance(weight_OI, QuantizedMatrix):
-            how = weight_OI.bits, self.quantized_activations, weight_OI.group_size
+            how = weight_OI.bits, self.quantized_inputs, weight_OI.group_size
             return partial(matvec_quantized if n_tokens == 1 else matmul_quantized, *how)
         kind = "pairs" if self._takes_pairs(weight_OI) else weight_OI.kind
         if n_tokens and are_few(kind, n_tokens):
@@ -171,7 +170,7 @@ class CompiledOps(ReferenceOps):
         for start in range(0, len(x_TI), _TOKENS_AT_ONCE):
             rows = slice(start, start + _TOKENS_AT_ONCE)
             q_shape, scales_shape = slab_shapes(weight_OI.group_size, *x_TI[rows].shape)
-            q, scales_x = self._pool.empty(q_shape, self.quantized_activations), self._pool.empty(scales_shape)
+            q, scales_x = self._pool.empty(q_shape, self.quantized_inputs), self._pool.empty(scales_shape)
             kernel(stored, scales, unit, x_TI[rows], q, scales_x, y_TO[rows], n_threads)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

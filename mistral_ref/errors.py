@@ -15,8 +15,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from numbers import Real
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeVar
 
+_Choice = TypeVar("_Choice")
 Progress = Callable[[int, int], None]  # called with (amount done, total amount) during long work
 
 
@@ -162,6 +163,19 @@ def first_difference(found: object, expected: object, name: str = "") -> str:
         at = next(at for at, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
         return first_difference(found[at], expected[at], f"{name}[{at}]")
     return f"{name or 'it'} is {short_repr(found)}; expected {short_repr(expected)}"
+
+
+def checked_choice(name: str, value: _Choice, choices: Iterable[str]) -> _Choice:
+    """Return an argument that is one of `choices`; otherwise raise InputError.
+
+    >>> checked_choice("bf16_inputs", "float16", ("float32", "bfloat16"))
+    Traceback (most recent call last):
+    mistral_ref.errors.InputError: bf16_inputs is 'float16'; expected one of float32, bfloat16
+    """
+    choices = list(choices)  # a list compares with values that have no hash, too
+    if value not in choices:
+        raise InputError(f"{name} is {short_repr(value)}; expected one of {', '.join(choices)}")
+    return value
 
 
 def checked_int(name: str, value: object, least: int, most: int | None = None) -> int:

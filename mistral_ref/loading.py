@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from mistral_ref.activations import Activations
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import (
     ConfigError,
@@ -23,6 +23,7 @@ from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weigh
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
+from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
 from mistral_ref.text import Tokenizer, find_tokenizer, load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -36,7 +37,8 @@ def load(
     threads: int | None = None,
     rope_angles: AnglePrecision = "float64",
     quantize: int | None = None,
-    activations: Activations | None = None,
+    quantized_inputs: QuantizedInputs | None = None,
+    bf16_inputs: Bf16Inputs = "float32",
     progress: Progress | None = None,
 ) -> Model:
     """Return the Model in a directory. Its weights are mapped, not copied.
@@ -49,11 +51,11 @@ def load(
                   cores; with "numpy" BLAS decides
     rope_angles   "float64", or "float32": round RoPE's angles as the published implementations do
     quantize      8 or 4: round the weights to 8 or 4 bits in memory; `mistral_ref.quantize` writes them to files
-    activations   how inputs are rounded. "int16" rounds the inputs of quantized matrices; "int8" does too, faster and
-                  less exact; "float" rounds nothing (only the NumPy backend). "bfloat16" rounds the inputs of bf16
-                  matrices to bf16 (8 significant bits), as other runtimes do: prompts are twice as fast on AMD's
-                  processors with AVX512_BF16, and decoding a little faster. None: "int16", or "float" with
-                  dtype="float64"
+    quantized_inputs    what the inputs of quantized matrices are rounded to: "int16"; "int8", faster and less exact;
+                  "float": not rounded (only the NumPy backend). None: "int16", or "float" with dtype="float64"
+    bf16_inputs   what the inputs of bf16 matrices are rounded to. "float32": not rounded. "bfloat16": to bf16 (8
+                  significant bits), as other runtimes do; prompts are twice as fast on AMD's processors with
+                  AVX512_BF16, and decoding a little faster
     progress      called with (done, in all), numbers of weights, while `quantize` rounds
 
     Do not change the files while the model is in use. To replace one, write a new file and rename it to the old name.
@@ -64,7 +66,9 @@ def load(
     assumed or ignored.
     """
     directory = checked_directory(DEMO_MODEL if path is None else path)
-    ops = _make_ops(backend, dtype, threads, rope_angles, activations)
+    ops = _make_ops(
+        backend, dtype, threads=threads, angles=rope_angles, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs
+    )
     scheme = None if quantize is None else Scheme(checked_bits("quantize", quantize))
     config, weights = open_model(directory)
     if scheme is not None:
@@ -73,21 +77,19 @@ def load(
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
-def _make_ops(
-    backend: str | None, dtype: str, threads: int | None, angles: AnglePrecision, activations: Activations | None
-) -> ReferenceOps:
+def _make_ops(backend: str | None, dtype: str, **settings: Any) -> ReferenceOps:
     """Return the operations of a backend: "numba" or "numpy"; None: "numba", or "numpy" with float64."""
     if backend not in (None, "numba", "numpy"):
         raise InputError(f"backend is {short_repr(backend)}; expected 'numba' or 'numpy'")
     if backend == "numpy" or (backend is None and dtype == "float64"):
-        return ReferenceOps(dtype, threads=threads, angles=angles, activations=activations)
+        return ReferenceOps(dtype, **settings)
     if dtype != "float32":
         raise InputError(f"dtype is {short_repr(dtype)}; expected 'float32', the only dtype of backend='numba'")
     try:  # imported here, because the import of Numba takes a third of a second, and NumPy works without it
         from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415
     except (ImportError, ValueError) as error:
         raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' works without Numba") from None
-    return CompiledOps(threads=threads, angles=angles, activations=activations)
+    return CompiledOps(**settings)
 
 
 def _text_side(directory: Path, config: ModelConfig) -> tuple[Tokenizer | None, tuple[int, ...]]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mistral_ref.config import ModelConfig, RowOrder
 from mistral_ref.rope import Rotation
+from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
 from mistral_ref.steps import StepFactory, Steps
 from mistral_ref.weights import Matrix, Weights
 
@@ -43,12 +44,15 @@ class Ops(Protocol):
     dtype           number format of all activations
     cache_dtypes    number formats in which keys and values can be stored
     threads         number of threads; None: BLAS decides
+    quantized_inputs, bf16_inputs    what the inputs of quantized and of bf16 matrices are rounded to
     """
 
     name: str
     dtype: np.dtype[Any]
     cache_dtypes: tuple[str, ...]
     threads: int | None
+    quantized_inputs: QuantizedInputs
+    bf16_inputs: Bf16Inputs
 
     def running(self) -> AbstractContextManager[object]: ...
 

@@ -10,7 +10,7 @@ Each row is cut into groups of neighbouring weights. The weights of a group shar
             m/16 2^-14 unit if e is 0. The unit is a power of two; the whole matrix has one unit
 
 A group of 32 has 16 bits of scale and zero: half a bit a weight. llama.cpp's Q8_0 and Q4_0 also need half a bit a
-weight, for a scale of 16 bits; they have no zero. files/rounding.py rounds the weights. activations.py rounds the
+weight, for a scale of 16 bits; they have no zero. files/rounding.py rounds the weights. rounded_inputs.py rounds the
 inputs that the weights are multiplied with.
 """
 

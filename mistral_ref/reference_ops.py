@@ -11,18 +11,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from mistral_kernels.forks import open_in_children
-from mistral_ref.activations import Activations, checked_activations, rounded
 from mistral_ref.config import ModelConfig, RowOrder
-from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.errors import checked_choice, checked_int
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.rope import AnglePrecision, Rotation, rotation
+from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs, rounded
 from mistral_ref.steps import StepFactory, Steps
 from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values
 
@@ -112,9 +112,9 @@ class ReferenceOps:
     dtype       "float32" or "float64"
     threads     number of BLAS threads while a pass runs; None: unchanged
     angles      "float64", or "float32": round RoPE's angles as the published implementations do
-    activations     how inputs are rounded, as the kernels do it. "int16", "int8": the inputs of quantized matrices are
-                rounded to these; "float": nothing is rounded; "bfloat16": the inputs of bf16 matrices are rounded to
-                bf16, and those of quantized matrices as with None. None: "int16" in float32, "float" in float64
+    quantized_inputs    what the inputs of quantized matrices are rounded to, as the kernels do it: "int16", "int8", or
+                "float": they are not rounded. None: "int16" in float32, "float" in float64
+    bf16_inputs     what the inputs of bf16 matrices are rounded to: "bfloat16", or "float32": they are not rounded
 
     Raises InputError for an argument that cannot be used.
     """
@@ -127,18 +127,16 @@ class ReferenceOps:
         *,
         threads: int | None = None,
         angles: AnglePrecision = "float64",
-        activations: Activations | None = None,
+        quantized_inputs: QuantizedInputs | None = None,
+        bf16_inputs: Bf16Inputs = "float32",
     ) -> None:
-        if dtype not in ("float32", "float64"):
-            raise InputError(f"dtype is {short_repr(dtype)}; expected 'float32' or 'float64'")
-        if angles not in ("float32", "float64"):
-            raise InputError(f"rope_angles is {short_repr(angles)}; expected 'float64' or 'float32'")
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype(checked_choice("dtype", dtype, ("float32", "float64")))
         self.cache_dtypes: tuple[str, ...] = (dtype, "float16", "int8")
-        self.angles: AnglePrecision = angles
-        default: Activations = "int16" if dtype == "float32" else "float"
-        self.activations = checked_activations(default if activations is None else activations)
-        self.quantized_activations = default if self.activations == "bfloat16" else self.activations
+        self.angles = checked_choice("rope_angles", angles, get_args(AnglePrecision))
+        if quantized_inputs is None:
+            quantized_inputs = "int16" if dtype == "float32" else "float"
+        self.quantized_inputs = checked_choice("quantized_inputs", quantized_inputs, get_args(QuantizedInputs))
+        self.bf16_inputs = checked_choice("bf16_inputs", bf16_inputs, get_args(Bf16Inputs))
         self.threads = None if threads is None else checked_int("threads", threads, least=1)
         self._blas = None if threads is None else ThreadpoolController()
 
@@ -175,11 +173,11 @@ class ReferenceOps:
         """Return the product of every token with a matrix, y_TO (T, O).
 
         The matrix's rows are widened to floats a block at a time. The inputs of a quantized matrix are rounded first,
-        in the same way as in the kernels (activations.py).
+        in the same way as in the kernels (rounded_inputs.py).
         """
         n_out, n_in = weight_OI.shape
         if isinstance(weight_OI, QuantizedMatrix):
-            x_TI = rounded(x_TI, self.quantized_activations, weight_OI.group_size)
+            x_TI = rounded(x_TI, self.quantized_inputs, weight_OI.group_size)
         elif self.rounds_to_bf16(weight_OI):
             x_TI = bf16_values(bf16_bits(x_TI)).astype(self.dtype)
         # y = x · weightᵀ
@@ -190,7 +188,7 @@ class ReferenceOps:
 
     def rounds_to_bf16(self, weight_OI: Matrix) -> bool:
         """Return whether the inputs of a matrix are rounded to bf16."""
-        return weight_OI.kind == "bf16" and self.activations == "bfloat16"
+        return weight_OI.kind == "bf16" and self.bf16_inputs == "bfloat16"
 
     def split_heads(self, x_TO: np.ndarray, n_heads: int, row_order: RowOrder) -> np.ndarray:
         """Return the outputs of a product, cut into heads (T, heads, K), each RoPE pair as two neighbours.

@@ -526,8 +526,8 @@ def rounding_model(config: ModelConfig, backend: str = "numba", seed: int = 0) -
 
     weights = with_matrices(model_of(config, seed).weights, to_bf16)
     if backend == "numba":
-        return Model(config, weights, CompiledOps(threads=1, activations="bfloat16"))
-    return Model(config, weights, ReferenceOps("float64" if backend == "oracle" else "float32", activations="bfloat16"))
+        return Model(config, weights, CompiledOps(threads=1, bf16_inputs="bfloat16"))
+    return Model(config, weights, ReferenceOps("float64" if backend == "oracle" else "float32", bf16_inputs="bfloat16"))
 
 
 @pytest.mark.slow
@@ -572,7 +572,7 @@ def test_threads_steps_and_cache_do_not_change_inputs_in_bf16() -> None:
     for _ in walk:
         pass
     np.testing.assert_array_equal(walk.logits, expected)
-    ops = CompiledOps(threads=5, activations="bfloat16")
+    ops = CompiledOps(threads=5, bf16_inputs="bfloat16")
     ops._threads_for = lambda work, few: 5
     np.testing.assert_array_equal(Model(LARGE, model.weights, ops).forward(tokens), expected)
     cache = model.new_cache(chunk=7)
@@ -594,7 +594,7 @@ each_bits = pytest.mark.parametrize("bits", [8, 4])
 each_usual_family = pytest.mark.parametrize(
     "family", slow_but(["dense_windowed", "mixtral_windowed", "ministral3"], FAMILIES)
 )
-each_activations = pytest.mark.parametrize("activations", CLOSE_QUANTIZED)
+each_rounding = pytest.mark.parametrize("quantized_inputs", CLOSE_QUANTIZED)
 
 
 @functools.lru_cache(maxsize=16)
@@ -604,14 +604,14 @@ def weights_in(config: ModelConfig, bits: int, seed: int, group_size: int) -> We
 
 
 def quantized_model(
-    config: ModelConfig, bits: int, activations: str, backend: str = "numba", seed: int = 0, group_size: int = 32
+    config: ModelConfig, bits: int, quantized_inputs: str, backend: str = "numba", seed: int = 0, group_size: int = 32
 ) -> Model:
     """Return a random model with matrices of 8 or 4 bits; "oracle" for a backend is NumPy in float64."""
     weights = weights_in(config, bits, seed, group_size)
     if backend == "numba":
-        return Model(config, weights, CompiledOps(threads=1, activations=activations))
+        return Model(config, weights, CompiledOps(threads=1, quantized_inputs=quantized_inputs))
     dtype = "float64" if backend == "oracle" else "float32"
-    return Model(config, weights, ReferenceOps(dtype, activations=activations))
+    return Model(config, weights, ReferenceOps(dtype, quantized_inputs=quantized_inputs))
 
 
 def assert_each_step_is_close(model: Model, oracle: Model, tokens: list[int], *, slack: float = 1) -> None:
@@ -623,14 +623,14 @@ def assert_each_step_is_close(model: Model, oracle: Model, tokens: list[int], *,
     assert max(difference.ulps for difference in own) > 0
 
 
-@each_activations
+@each_rounding
 @each_bits
 @each_usual_family
 def test_every_step_with_quantized_weights_stays_close_to_the_oracle(
-    family: object, bits: int, activations: str
+    family: object, bits: int, quantized_inputs: str
 ) -> None:
     model, oracle = (
-        quantized_model(family.config, bits, activations, backend, family.seed) for backend in ("numba", "oracle")
+        quantized_model(family.config, bits, quantized_inputs, backend, family.seed) for backend in ("numba", "oracle")
     )
     assert {layer.wo.kind for layer in model.weights.layers} == {f"int{bits}"}
     assert_each_step_is_close(model, oracle, tokens_for(family.config, 24, family.seed))
@@ -650,16 +650,16 @@ def test_every_step_of_any_configuration_with_quantized_weights(
     assert_each_step_is_close(model, oracle, tokens_for(config, n_tokens), slack=4)
 
 
-@each_activations
+@each_rounding
 @each_bits
 @each_usual_family
-def test_the_logits_of_quantized_models(family: object, bits: int, activations: str) -> None:
+def test_the_logits_of_quantized_models(family: object, bits: int, quantized_inputs: str) -> None:
     """Whole, in chunks, token by token and from a saved state of a cache: NumPy's, as far as rounded inputs allow."""
     tokens = tokens_for(family.config, 40, family.seed)
     model, plain = (
-        quantized_model(family.config, bits, activations, backend, family.seed) for backend in ("numba", "numpy")
+        quantized_model(family.config, bits, quantized_inputs, backend, family.seed) for backend in ("numba", "numpy")
     )
-    expected, close = plain.forward(tokens), CLOSE_QUANTIZED[activations]
+    expected, close = plain.forward(tokens), CLOSE_QUANTIZED[quantized_inputs]
     assert distance(model.forward(tokens), expected) < close
     for chunk in (1, 7):
         for tried in (model, plain):
@@ -673,7 +673,7 @@ def test_the_logits_of_quantized_models(family: object, bits: int, activations: 
 
 
 @each_bits
-def test_activations_matter_as_much_as_they_should(bits: int) -> None:
+def test_rounded_inputs_matter_as_much_as_they_should(bits: int) -> None:
     """int8 is further from inputs that are not rounded than int16, and both are far from nothing at all."""
     config = LARGE
     tokens = tokens_for(config, 20)
@@ -685,14 +685,14 @@ def test_activations_matter_as_much_as_they_should(bits: int) -> None:
     assert distance(model_of(config).forward(tokens), exact) > (0.003 if bits == 8 else 0.05)
 
 
-@each_activations
+@each_rounding
 @each_bits
-def test_threads_do_not_change_a_bit_of_a_quantized_model(bits: int, activations: str) -> None:
+def test_threads_do_not_change_a_bit_of_a_quantized_model(bits: int, quantized_inputs: str) -> None:
     """Its matrices are so small that one thread would do their work, which all are told here to share out."""
-    model, tokens = quantized_model(LARGE, bits, activations), tokens_for(LARGE, 30)
+    model, tokens = quantized_model(LARGE, bits, quantized_inputs), tokens_for(LARGE, 30)
     results = []
     for n_threads in (1, 2, 5):
-        ops = CompiledOps(threads=n_threads, activations=activations)
+        ops = CompiledOps(threads=n_threads, quantized_inputs=quantized_inputs)
         ops._threads_for = lambda work, few, n_threads=n_threads: n_threads
         same = Model(LARGE, model.weights, ops)
         cache = same.new_cache(chunk=30)
@@ -707,7 +707,7 @@ def test_products_with_quantized_weights_for_any_number_of_tokens(bits: int, n_t
     """One, some, and more than are multiplied at once; in any layout of the inputs."""
     matrix = quantized(Matrix("w", "f32", np.random.RandomState(0).normal(size=(50, 40)).astype("f4")), bits, 32)
     x = np.random.RandomState(1).normal(size=(n_tokens, 40)).astype(np.float32)
-    ops, oracle = CompiledOps(threads=1), ReferenceOps("float64", activations="int16")
+    ops, oracle = CompiledOps(threads=1), ReferenceOps("float64", quantized_inputs="int16")
     expected = oracle.linear(x.astype(np.float64), matrix)
     for laid_out in (x, np.asfortranarray(x), x.repeat(2, axis=1)[:, ::2], x.astype(np.float64)):
         found = ops.linear(laid_out, matrix)
@@ -737,11 +737,11 @@ def test_a_token_without_any_expert_of_quantized_ones(bits: int) -> None:
         assert distance(found, expected) < CLOSE_QUANTIZED["int16"]
 
 
-@each_activations
+@each_rounding
 @each_bits
 @pytest.mark.parametrize("value", [*[np.nan, np.inf], 0, 1e30, 1e-40])
 def test_edits_to_any_number_do_with_quantized_weights_what_they_do_in_numpy(
-    bits: int, activations: str, value: float
+    bits: int, quantized_inputs: str, value: float
 ) -> None:
     """One token's inputs of a product are replaced: logits are numbers where NumPy's are, and about the same."""
 
@@ -752,13 +752,13 @@ def test_edits_to_any_number_do_with_quantized_weights_what_they_do_in_numpy(
 
     for name in ("layers.1.attention_norm", "layers.0.heads", "layers.1.ffn_norm", "norm"):
         found, expected = (
-            quantized_model(MIXTURE, bits, activations, backend).forward([5, 6, 7], edits={name: edit})
+            quantized_model(MIXTURE, bits, quantized_inputs, backend).forward([5, 6, 7], edits={name: edit})
             for backend in BACKENDS[::-1]
         )
         np.testing.assert_array_equal(np.isfinite(found[0]), np.isfinite(expected[0]))
         np.testing.assert_array_equal(np.isfinite(found).all(axis=1), np.isfinite(expected).all(axis=1))
         if np.isfinite(expected).all():
-            assert distance(found, expected) < CLOSE_QUANTIZED[activations]
+            assert distance(found, expected) < CLOSE_QUANTIZED[quantized_inputs]
 
 
 # --------------------------------------------------------------------------------------------- what people hand over

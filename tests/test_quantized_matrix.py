@@ -17,11 +17,11 @@ from support.checkpoints import to_bfloat16, to_fp8
 from support.errors import refused
 
 from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
-from mistral_ref.activations import rounded
 from mistral_ref.errors import CheckpointError
 from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.files.rounding import quantized
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZES, QuantizedMatrix, scale_values
+from mistral_ref.rounded_inputs import rounded
 from mistral_ref.weights import Matrix
 
 UNIT = 2.0**-24  # what one rounding to float32 changes at most, as a part of the number
@@ -31,7 +31,7 @@ some = settings(max_examples=int(os.environ.get("MISTRAL_REF_EXAMPLES", "40")))
 seeds = st.integers(0, 2**32 - 1)
 each_bits = pytest.mark.parametrize("bits", BITS)
 each_group_size = pytest.mark.parametrize("group_size", GROUP_SIZES)
-each_activations = pytest.mark.parametrize("activations", LARGEST)
+each_rounding = pytest.mark.parametrize("quantized_inputs", LARGEST)
 
 # Of neither are they multiples of a tile, a group or a block of rows; some are.
 output_counts = st.integers(1, 40) | st.sampled_from([7, 8, 9, 300])
@@ -435,42 +435,42 @@ def test_a_matrix_that_is_quantized_is_not_quantized_again() -> None:
 
 def test_inputs_are_rounded_as_by_hand() -> None:
     """127 and 32767 make a scale of 1, so that what is between two whole numbers goes to the even one."""
-    for activations, largest in LARGEST.items():
+    for quantized_inputs, largest in LARGEST.items():
         x = np.array([[largest, 0.5, 1.5, 2.5, -0.5, -1.5, largest - 0.5, 0.49, -3.51, 0]])
         expected = [[largest, 0, 2, 2, 0, -2, largest - 1, 0, -4, 0]]
-        assert rounded(x, activations, 32).tolist() == expected
+        assert rounded(x, quantized_inputs, 32).tolist() == expected
         # and each group has a scale of its own: here the second and the third, which is not whole
         two = np.concatenate([x, np.zeros((1, 22)), x / 4, np.zeros((1, 22)), x[:, :3] * 8], axis=1)
-        found = rounded(two, activations, 32)
+        found = rounded(two, quantized_inputs, 32)
         assert found[:, :10].tolist() == expected
         assert (found[:, 32:42] * 4).tolist() == expected
         assert (found[:, 64:] / 8).tolist() == [[largest, 0, 2]]
         assert not found[:, 10:32].any()
 
 
-@each_activations
+@each_rounding
 @given(st.integers(1, 5), st.integers(1, 300), st.sampled_from(GROUP_SIZES), seeds, st.sampled_from([1e-20, 1, 1e20]))
 @some
 def test_inputs_move_by_half_a_step_of_their_group_at_most(
-    activations: str, n_tokens: int, n_in: int, group_size: int, seed: int, size: float
+    quantized_inputs: str, n_tokens: int, n_in: int, group_size: int, seed: int, size: float
 ) -> None:
     random = np.random.RandomState(seed)
     x = (random.normal(size=(n_tokens, n_in)) * random.choice([1, 1e-3, 30], (n_tokens, n_in)) * size).astype("f4")
     kept = x.copy()
-    found, wide = rounded(x, activations, group_size), rounded(x.astype(np.float64), activations, group_size)
+    found, wide = rounded(x, quantized_inputs, group_size), rounded(x.astype(np.float64), quantized_inputs, group_size)
     assert (found.dtype, wide.dtype, found.shape) == (np.float32, np.float64, x.shape)
     np.testing.assert_array_equal(x, kept)
     largest = np.abs(np.pad(x, ((0, 0), (0, -n_in % group_size))).reshape(n_tokens, -1, group_size)).max(axis=-1)
     largest = largest.repeat(group_size, axis=1)[:, :n_in].astype(np.float64)
-    step = largest / LARGEST[activations]
+    step = largest / LARGEST[quantized_inputs]
     # x / scale has been rounded twice when it is rounded to a whole number, and the scale once
     assert (np.abs(wide - x) <= step / 2 + 3 * UNIT * largest).all()
     np.testing.assert_allclose(found, wide, rtol=UNIT, atol=0)
     q = wide / np.where(step == 0, 1, step)
     np.testing.assert_allclose(q, np.rint(q), rtol=2 * UNIT, atol=0)
-    assert np.abs(q).max() <= LARGEST[activations] * (1 + 2 * UNIT)
+    assert np.abs(q).max() <= LARGEST[quantized_inputs] * (1 + 2 * UNIT)
     # what is rounded already stays but for the rounding of its scale
-    np.testing.assert_allclose(rounded(found, activations, group_size), found, rtol=4 * UNIT, atol=0)
+    np.testing.assert_allclose(rounded(found, quantized_inputs, group_size), found, rtol=4 * UNIT, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -479,29 +479,29 @@ def test_inputs_that_are_not_rounded_stay_as_they_are(dtype: str) -> None:
     assert rounded(x, "float", 32) is x
 
 
-@each_activations
+@each_rounding
 @each_group_size
-def test_a_group_of_zeros_or_of_next_to_nothing_becomes_zeros(activations: str, group_size: int) -> None:
+def test_a_group_of_zeros_or_of_next_to_nothing_becomes_zeros(quantized_inputs: str, group_size: int) -> None:
     """Where largest / max |x| is beyond float32: a scale that small would be no number to divide by."""
-    least = LARGEST[activations] / float(np.finfo(np.float32).max)
+    least = LARGEST[quantized_inputs] / float(np.finfo(np.float32).max)
     x = np.zeros((1, 3 * group_size), np.float32)
     x[0, :group_size] = least * 0.9
     x[0, 2 * group_size :] = least * 1.1
     x[0, group_size] = -0.0
-    found = rounded(x, activations, group_size)
+    found = rounded(x, quantized_inputs, group_size)
     assert not found[0, : 2 * group_size].any()
     np.testing.assert_allclose(found[0, 2 * group_size :], x[0, 2 * group_size :], rtol=1e-3)
 
 
-@each_activations
+@each_rounding
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_group_with_what_is_no_number_is_none_as_a_whole_and_no_other(activations: str, bad: float) -> None:
+def test_a_group_with_what_is_no_number_is_none_as_a_whole_and_no_other(quantized_inputs: str, bad: float) -> None:
     x = np.random.RandomState(0).normal(size=(3, 100)).astype(np.float32)
-    plain = rounded(x, activations, 32)
+    plain = rounded(x, quantized_inputs, 32)
     for i in (0, 31, 32, 70, 99):
         broken = x.copy()
         broken[1, i] = bad
-        found = rounded(broken, activations, 32)
+        found = rounded(broken, quantized_inputs, 32)
         of_group = slice(i // 32 * 32, i // 32 * 32 + 32)
         assert not np.isfinite(found[1, of_group]).any()
         found[1, of_group] = plain[1, of_group]

@@ -47,7 +47,12 @@ class Ours:
     def __init__(self, options: argparse.Namespace) -> None:
         import mistral_ref  # noqa: PLC0415 (each worker imports its own runtime alone, and its start is measured)
 
-        loaded = mistral_ref.load(options.model, threads=options.threads, activations=options.activations)
+        loaded = mistral_ref.load(
+            options.model,
+            threads=options.threads,
+            quantized_inputs=options.quantized_inputs,
+            bf16_inputs=options.bf16_inputs,
+        )
         windows = (options.window or None,) * loaded.config.n_layers
         config = loaded.config.replace(sliding_window=windows, max_seq_len=None)
         self.model = mistral_ref.Model(config, loaded.weights, loaded.ops)
@@ -189,7 +194,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True, help="tokens at most")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--window", type=int, default=0)
-    parser.add_argument("--activations", help="what ours rounds the inputs of quantized matrices to")
+    parser.add_argument("--quantized-inputs", help="what ours rounds the inputs of quantized matrices to")
+    parser.add_argument("--bf16-inputs", default="float32", help="what ours rounds the inputs of bf16 matrices to")
     parser.add_argument("--cache-dtype", default="", help="of keys and values; empty: the runtime's own choice")
     parser.add_argument("--flash-attention", choices=FLASH_ATTENTION, default="auto", help="llama.cpp's")
     options = parser.parse_args()

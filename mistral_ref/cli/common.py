@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, get_args
 
-from mistral_ref.activations import Activations
 from mistral_ref.errors import InputError, short_repr
 from mistral_ref.generation import Token
 from mistral_ref.loading import DEMO_MODEL, load
 from mistral_ref.model import Model
 from mistral_ref.quantized_matrix import BITS
+from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
 
 
 def model_directory(name: str) -> str | Path:
@@ -61,13 +61,17 @@ def add_compute_options(
         "directory (default: no rounding)",
     )
     parser.add_argument(
-        "--activations",
-        choices=get_args(Activations),
-        metavar="TYPE",
-        help="the type to which activations are rounded before they are multiplied by weights. For weights of 8 or 4 "
-        "bits: int16 (the default), int8 (faster, less exact), or float (no rounding; needs --backend numpy). For bf16 "
-        "weights: bfloat16 (default: no rounding); results are less exact, and prompts twice as fast on AMD processors "
-        "with AVX512_BF16",
+        "--quantized-inputs",
+        choices=get_args(QuantizedInputs),
+        help="what inputs are rounded to before they are multiplied by weights of 8 or 4 bits: int16, int8 (faster, "
+        "less exact), or float, no rounding, which needs --backend numpy (default: int16)",
+    )
+    parser.add_argument(
+        "--bf16-inputs",
+        choices=get_args(Bf16Inputs),
+        default="float32",
+        help="what inputs are rounded to before they are multiplied by bf16 weights: float32, no rounding, or "
+        "bfloat16, less exact, and prompts twice as fast on AMD processors with AVX512_BF16 (default: %(default)s)",
     )
 
 
@@ -167,7 +171,8 @@ def load_model(arguments: argparse.Namespace) -> Model:
             dtype=getattr(arguments, "dtype", "float32"),
             threads=arguments.threads,
             quantize=arguments.quantize,
-            activations=arguments.activations,
+            quantized_inputs=arguments.quantized_inputs,
+            bf16_inputs=arguments.bf16_inputs,
             progress=progress,
         )
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from mistral_ref.cache import SCALE_BYTES, Ring
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.errors import checked_choice, checked_int
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Layer, Matrix, Weights
 
 _CACHE_DTYPES = ("float32", "float16", "float64", "int8")
@@ -113,8 +113,7 @@ def step_costs(
     activations. expert_weights takes 4 N FLOPs and 2 T E activations. The weights of min(E, N) experts are counted as
     read. This is exact for one token. For several tokens it is a maximum, since tokens may share experts.
     """
-    if cache_dtype not in _CACHE_DTYPES:
-        raise InputError(f"cache_dtype is {short_repr(cache_dtype)}; expected one of {', '.join(_CACHE_DTYPES)}")
+    checked_choice("cache_dtype", cache_dtype, _CACHE_DTYPES)
     this_pass = _PassCost(
         config,
         checked_int("n_tokens", n_tokens, least=1),

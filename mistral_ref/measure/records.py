@@ -28,8 +28,8 @@ _CACHE_TYPES = {"float32": "f32", "float16": "f16", "float64": "f64", "int8": "i
 _LIMITS = Limits(16 * 2**20, 100_000, 10**6)
 # What figures depend on, and what may therefore explain why two of them differ.
 _CONDITIONS = (
-    *("model_type", "model_size", "backends", "dtype", "type_k", "cpu_info", "power_source", "system"),
-    *("build_commit", "numba", "numpy", "blas", "threading_layer"),
+    *("model_type", "model_size", "backends", "dtype", "type_k", "quantized_inputs", "bf16_inputs", "cpu_info"),
+    *("power_source", "system", "build_commit", "numba", "numpy", "blas", "threading_layer"),
 )
 
 
@@ -48,6 +48,8 @@ def about_model(model: Model, source: str | os.PathLike[str], *, cache_dtype: st
         "type_k": cache_type,
         "type_v": cache_type,
         "dtype": str(model.ops.dtype),
+        "quantized_inputs": model.ops.quantized_inputs,
+        "bf16_inputs": model.ops.bf16_inputs,
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
-from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.errors import checked_choice, checked_int
 
 
 def _shape(
@@ -67,9 +67,7 @@ def shape(name: str, *, layers: int | None = None, window: int | None = None) ->
     >>> shape("mistral-7b", layers=2, window=0).sliding_window
     (None, None)
     """
-    if name not in SHAPES:
-        raise InputError(f"shape is {short_repr(name)}; expected one of {', '.join(SHAPES)}")
-    config = SHAPES[name]
+    config = SHAPES[checked_choice("shape", name, SHAPES)]
     n_layers = config.n_layers if layers is None else checked_int("layers", layers, least=1)
     windows = (config.sliding_window * n_layers)[:n_layers]
     if window is not None:

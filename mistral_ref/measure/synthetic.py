@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 
 from mistral_ref.config import ModelConfig, tensor_shapes
-from mistral_ref.errors import CheckpointError, InputError, Progress, checked_int, short_repr
+from mistral_ref.errors import CheckpointError, InputError, Progress, checked_choice, checked_int
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
 from mistral_ref.files.tensor_file import DTYPES, TensorSpec, begin_tensor_file, open_tensor_file, require_space
@@ -249,8 +249,7 @@ def make_checkpoint(
     only change params.json. Raises InputError if the disk has no room, or if the directory holds weights that were not
     made here, or cannot be written to.
     """
-    if kind not in get_args(Kind):
-        raise InputError(f"kind is {short_repr(kind)}; expected one of {', '.join(get_args(Kind))}")
+    checked_choice("kind", kind, get_args(Kind))
     directory = local_path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)

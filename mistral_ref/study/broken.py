@@ -22,7 +22,7 @@ import numpy as np
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache, Ring
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, short_repr
+from mistral_ref.errors import InputError, checked_choice
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps, softmax
 from mistral_ref.rope import Rotation
@@ -232,8 +232,7 @@ def broken(model: Model, bug: str) -> Model:
 
     The given model does not change. Raises InputError if there is no such bug, or if the model cannot have it.
     """
-    if bug not in list(BUGS):
-        raise InputError(f"bug is {short_repr(bug)}; expected one of {', '.join(BUGS)}")
+    checked_choice("bug", bug, BUGS)
     if isinstance(model, BrokenModel):
         raise InputError(f"{model!r} has a bug already; expected a model without a bug")
     if not BUGS[bug]._fits(model.config):

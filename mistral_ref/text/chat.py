@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mistral_ref.errors import InputError, short_repr, warn
+from mistral_ref.errors import InputError, checked_choice, short_repr, warn
 from mistral_ref.text.chat_format import CHAT_FORMATS, ChatFormat
 from mistral_ref.text.messages import (
     Call,
@@ -114,9 +114,7 @@ def find_format(tokenizer: Tokenizer, chat_format: str | None) -> ChatFormat:
             "the tokenizer does not say how its model talks: it has no control tokens of Mistral's, and no chat "
             f"template; expected chat_format, one of {', '.join(CHAT_FORMATS)}"
         )
-    if name not in CHAT_FORMATS:
-        raise InputError(f"chat_format is {short_repr(name)}; expected one of {', '.join(CHAT_FORMATS)}")
-    return CHAT_FORMATS[name]
+    return CHAT_FORMATS[checked_choice("chat_format", name, CHAT_FORMATS)]
 
 
 def _ids_of(parts: Iterator[Part] | Sequence[Part], tokenizer: Tokenizer) -> list[int]:

@@ -49,15 +49,20 @@ def test_every_option_reaches_the_library(tmp_path: Path) -> None:
     assert ours == theirs
 
 
-def test_activations_are_chosen(small: Path) -> None:
+TEXT = "Once upon a time there was a cat. " * 20
+
+
+@pytest.mark.parametrize("name", ["--quantized-inputs", "--bf16-inputs"])
+def test_what_inputs_are_rounded_to_is_chosen(name: str, small: Path) -> None:
     """They change what a model says only a little, but to the last digit they do."""
-    prompt = ("--model", small, "--context", "64", "--json", "-")
-    figures = {
-        name: run("perplexity", *prompt, "--activations", name, *more, stdin="Once upon a time there was a cat. " * 20)
-        for name, more in {"int16": (), "int8": (), "float": ("--backend", "numpy")}.items()
-    }
-    assert {done.returncode for done in figures.values()} == {0}
-    assert len({done.stdout.split("perplexity")[1] for done in figures.values()}) == 3
+    if name == "--quantized-inputs":
+        model, ways = small, {"int16": (), "int8": (), "float": ("--backend", "numpy")}
+    else:
+        model, ways = DEMO_MODEL, dict.fromkeys(("float32", "bfloat16"), ("--backend", "numpy"))
+    prompt = ("perplexity", "--model", model, "--context", "64", "--json", "-")
+    figures = [run(*prompt, name, way, *more, stdin=TEXT) for way, more in ways.items()]
+    assert {done.returncode for done in figures} == {0}
+    assert len({done.stdout.split("perplexity")[1] for done in figures}) == len(ways)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,9 @@ def test_activations_are_chosen(small: Path) -> None:
         (("quantize", "demo", "x", "--bits", 5), ("--bits", 5, 8, 4)),
         (("quantize", "demo", "x", "--group-size", 48), ("--group-size", 48, 32, 64, 128)),
         (("quantize", "demo", "x", "--head", 4), ("embedding", 8, "head", 4, "both")),
-        (("generate", "--activations", "float", "A"), ("activations", "'float'", "backend='numpy'")),
+        (("generate", "--quantized-inputs", "float", "A"), ("quantized_inputs", "'float'", "backend='numpy'")),
+        (("generate", "--bf16-inputs", "int8", "A"), ("--bf16-inputs", "'int8'", "float32", "bfloat16")),
+        (("generate", "--activations", "int8", "A"), ("--activations", "int8")),
         (("generate", "--quantize", 3, "A"), ("--quantize", 3, 8, 4)),
     ],
 )

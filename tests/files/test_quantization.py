@@ -116,7 +116,7 @@ def test_a_quantized_directory_is_what_quantizing_in_memory_gives(write: Write, 
     source.mkdir()
     write(source)
     assert mistral_ref.quantize(source, target, bits) == target
-    for backend, options in (("numba", {}), ("numba", {"activations": "int8"}), ("numpy", {"dtype": "float64"})):
+    for backend, options in (("numba", {}), ("numba", {"quantized_inputs": "int8"}), ("numpy", {"dtype": "float64"})):
         expected = load(source, backend, quantize=bits, **options)
         found = load(target, backend, **options)
         assert found.config == expected.config.replace(rope_row_order="interleaved")
@@ -556,17 +556,18 @@ def test_what_inputs_are_rounded_to_can_be_chosen(source: Path) -> None:
     for backend, options, expected in (
         ("numpy", {}, "int16"),
         ("numpy", {"dtype": "float64"}, "float"),
-        ("numpy", {"activations": "float"}, "float"),
-        ("numpy", {"activations": "int8"}, "int8"),
-        ("numpy", {"activations": "int16", "dtype": "float64"}, "int16"),
+        ("numpy", {"quantized_inputs": "float"}, "float"),
+        ("numpy", {"quantized_inputs": "int8"}, "int8"),
+        ("numpy", {"quantized_inputs": "int16", "dtype": "float64"}, "int16"),
         ("numba", {}, "int16"),
-        ("numba", {"activations": "int16"}, "int16"),
-        ("numba", {"activations": "int8"}, "int8"),
-        ("numba", {"activations": "bfloat16"}, "int16"),
-        ("numpy", {"activations": "bfloat16", "dtype": "float64"}, "float"),
+        ("numba", {"quantized_inputs": "int16"}, "int16"),
+        ("numba", {"quantized_inputs": "int8"}, "int8"),
+        ("numba", {"bf16_inputs": "bfloat16"}, "int16"),
+        ("numpy", {"bf16_inputs": "bfloat16", "dtype": "float64"}, "float"),
+        ("numba", {"bf16_inputs": "bfloat16", "quantized_inputs": "int8"}, "int8"),
     ):
         model = load(source, backend, quantize=8, **options)
-        assert model.ops.quantized_activations == expected
+        assert model.ops.quantized_inputs == expected
         logits.setdefault(expected, []).append(model.forward(TOKENS))
     for other in logits["float"][1:]:
         assert distance(other, logits["float"][0]) < 1e-4
@@ -579,16 +580,24 @@ def test_what_inputs_are_rounded_to_can_be_chosen(source: Path) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("bad", ["int4", "Int8", "", 8, "float32", True])
-def test_what_inputs_are_rounded_to_is_checked(backend: str, bad: object, source: Path) -> None:
-    with refused(InputError, "activations", repr(bad), "int16", "int8", "bfloat16", "float") as caught:
-        load(source, backend, activations=bad)
+@pytest.mark.parametrize(
+    ("name", "bad", "expected"),
+    [
+        *(("quantized_inputs", bad, ("int16", "int8", "float")) for bad in ("int4", "Int8", "", 8, "bfloat16", True)),
+        *(("bf16_inputs", bad, ("float32", "bfloat16")) for bad in ("float", "int8", "", 8, None, ["bfloat16"])),
+    ],
+)
+def test_what_inputs_are_rounded_to_is_checked(
+    backend: str, name: str, bad: object, expected: tuple[str, ...], source: Path
+) -> None:
+    with refused(InputError, name, repr(bad), *expected) as caught:
+        load(source, backend, **{name: bad})
     assert_short(caught)
 
 
 def test_compiled_kernels_round_inputs_always(source: Path) -> None:
-    with refused(InputError, "activations", "'float'", "backend='numpy'", "'int16'") as caught:
-        load(source, "numba", activations="float")
+    with refused(InputError, "quantized_inputs", "'float'", "backend='numpy'", "'int16'") as caught:
+        load(source, "numba", quantized_inputs="float")
     assert_short(caught)
 
 

@@ -29,9 +29,9 @@ from support.kernels import (
 from mistral_kernels import quantized
 from mistral_kernels.matmul import KEPT
 from mistral_kernels.tile import WIDTH
-from mistral_ref.activations import rounded
 from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.quantized_matrix import QuantizedMatrix, scale_values
+from mistral_ref.rounded_inputs import rounded
 
 
 def quantized_product_exactly(how: How, matrix: QuantizedMatrix, x_TI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,7 @@ WAYS = ("one", "few", "many")  # to multiply: token by token, a few at once, or 
 def every_way(all_stored: Iterable[str]) -> pytest.MarkDecorator:
     """Try every way of products with matrices that are stored so.
 
-    Pairs are made only where somebody asks for them (activations="bfloat16"), and are slow.
+    Pairs are made only where somebody asks for them (bf16_inputs="bfloat16"), and are slow.
     """
     tried = itertools.product(all_stored, WAYS)
     marks = {stored: () if stored in KINDS else pytest.mark.slow for stored in all_stored}
