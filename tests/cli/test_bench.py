@@ -31,8 +31,9 @@ LLAMA_BENCH_KEYS = {
     "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts",
 }
 OUR_KEYS = {
-    "dtype", "quantized_inputs", "bf16_inputs", "load_s", "first_token_s", "compile_s", "percent_of_limit", "peak_resident", "anonymous", "power_source",
-    "throttled", "percent_of_others", "numba", "numpy", "blas", "threading_layer",
+    "dtype", "quantized_inputs", "bf16_inputs", "load_s", "first_token_s", "compile_s", "percent_of_limit",
+    "peak_resident", "anonymous", "power_source", "throttled", "percent_of_others", "numba", "numpy", "blas",
+    "threading_layer",
 }
 # fmt: on
 

@@ -77,7 +77,6 @@ def test_what_inputs_are_rounded_to_is_chosen(name: str, small: Path) -> None:
         (("quantize", "demo", "x", "--head", 4), ("embedding", 8, "head", 4, "both")),
         (("generate", "--quantized-inputs", "float", "A"), ("quantized_inputs", "'float'", "backend='numpy'")),
         (("generate", "--bf16-inputs", "int8", "A"), ("--bf16-inputs", "'int8'", "float32", "bfloat16")),
-        (("generate", "--activations", "int8", "A"), ("--activations", "int8")),
         (("generate", "--quantize", 3, "A"), ("--quantize", 3, 8, 4)),
     ],
 )
