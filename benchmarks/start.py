@@ -10,7 +10,8 @@ the kernels that it has left there ("warm"). If a warm process compiles anything
   in all          as the parent sees it, the start of Python included
 
 The demonstration model's tokenizer is small. `--tokenizer` tells what another one adds, again in fresh processes: the
-seconds that reading its file takes, and those that its first text takes, with what it imports for that.
+processor time that reading its file takes, and that of its first text, with what it imports for that. One thread does
+all of this; its processor time does not count what other programs compute meanwhile.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ print(json.dumps({"times": times | {"again": ended - again}, "compiled": names})
 _TOKENIZER_CHILD = """\
 import json, sys, time
 import mistral_ref.loading
-started = time.perf_counter()
+started = time.process_time()
 tokenizer = mistral_ref.text.load_tokenizer(sys.argv[1])
-loaded = time.perf_counter()
+loaded = time.process_time()
 tokenizer.encode("Once upon a time")
-print(json.dumps({"read": loaded - started, "first text": time.perf_counter() - loaded}))
+print(json.dumps({"read": loaded - started, "first text": time.process_time() - loaded}))
 """
 
 PARTS = ("imports", "load", "first token", "again", "in all")
@@ -101,7 +102,7 @@ def first_token(model: str, n_threads: int, kernel_dir: str) -> tuple[dict[str, 
 
 
 def tokenizer_rows(path: str, n_runs: int) -> list[list[str]]:
-    """Return rows with the seconds that a tokenizer's file adds, each run in a process of its own."""
+    """Return rows with the processor seconds that a tokenizer's file adds, each run in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", _TOKENIZER_CHILD, path]
     runs = []
     for _ in range(n_runs):
@@ -151,7 +152,7 @@ def measure(arguments: argparse.Namespace) -> None:
     print("\n".join(machine_lines(description)))
     print(f"\n{markdown_table(['seconds', 'cold', 'warm, median', 'min to max'], rows(cold, warm))}")
     if added:
-        print(f"\n{markdown_table([f'seconds that {kind} adds', 'median', 'min to max'], added)}")
+        print(f"\n{markdown_table([f'processor seconds that {kind} adds', 'median', 'min to max'], added)}")
     print(f"\ncompiled cold: {', '.join(compiled_cold)}")
     print(f"compiled warm: {', '.join(sorted(set(compiled_warm))) or 'nothing'}")
     content = {"cold": cold, "warm": warm, "compiled_cold": compiled_cold, "compiled_warm": compiled_warm}
