@@ -20,6 +20,7 @@ from mistral_kernels.matmul import matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, are_few, matvec
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
+from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError
 from mistral_ref.host import chosen_threads
@@ -101,10 +102,11 @@ class CompiledOps(ReferenceOps):
             _write(dtype),
         ]
         needed += [_attention(dtype, length, config.n_heads, config.n_kv_heads) for length in lengths]
-        needed += [self._product(weights.output, 1)]
         # An expert gets some of a pass's tokens, so it may get one, a few or many.
         some = lengths if config.moe is None else {*lengths, 1, min(2, most)}
-        needed += [self._product(weight, length) for weight in matrices(weights.layers) for length in some]
+        products = [(weight, length) for weight in matrices(weights.layers) for length in some]
+        products += [(weights.output, 1)]
+        needed += [self._product(*one) for one in products if not isinstance(one[0], BlockMatrix)]
         needed += [] if config.moe is None else [partial(elementwise.mix_experts)]
         for factory, arguments in {(kernel.func, kernel.args): None for kernel in needed}:
             factory(*arguments)
@@ -126,6 +128,8 @@ class CompiledOps(ReferenceOps):
             raise InputError(
                 f"inputs of {weight_OI.name} have shape {x_TI.shape}; expected {n_in} inputs for each token"
             )
+        if isinstance(weight_OI, BlockMatrix):  # no kernel reads packed blocks
+            return super().linear(x_TI, weight_OI)
         x_TI, n_tokens = _floats(x_TI), len(x_TI)
         y_TO = self._pool.empty((n_tokens, n_out))
         if isinstance(weight_OI, QuantizedMatrix):

@@ -6,19 +6,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mistral_ref.config import ModelConfig
+from mistral_ref.config import MAX_VALUES, ModelConfig
 from mistral_ref.errors import (
     ConfigError,
     InputError,
     Progress,
     TokenizerError,
     UnknownTokenizerError,
+    checked_int,
     short_repr,
     warn,
 )
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.config_files import read_eos_ids
-from mistral_ref.files.paths import checked_directory
+from mistral_ref.files.gguf import open_gguf
+from mistral_ref.files.gguf_config import gguf_eos_ids, lost_window
+from mistral_ref.files.paths import checked_model, is_gguf
 from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weights
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
@@ -37,13 +40,15 @@ def load(
     threads: int | None = None,
     rope_angles: AnglePrecision = "float64",
     quantize: int | None = None,
+    window: int | None = None,
     quantized_inputs: QuantizedInputs | None = None,
     bf16_inputs: Bf16Inputs = "float32",
     progress: Progress | None = None,
 ) -> Model:
-    """Return the Model in a directory. Its weights are mapped, not copied.
+    """Return the Model in a directory or a GGUF file. Its weights are mapped, not copied.
 
-    path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer;
+    path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer; or
+                  a GGUF file, the first of its shards, or a directory with one GGUF file and no safetensors.
                   None: the demonstration model
     backend       "numba": compiled kernels; "numpy": plain NumPy; None: "numba", or "numpy" with dtype="float64"
     dtype         number format of all activations: "float32", or "float64" (the oracle; only the NumPy backend has it)
@@ -51,6 +56,8 @@ def load(
                   cores; with "numpy" BLAS decides
     rope_angles   "float64", or "float32": round RoPE's angles as the published implementations do
     quantize      8 or 4: round the weights to 8 or 4 bits in memory; `mistral_ref.quantize` writes them to files
+    window        the sliding window of every layer, in keys; None: as the files say it. GGUF files do not hold that of
+                  Mistral 7B v0.1, 4096
     quantized_inputs    what the inputs of quantized matrices are rounded to: "int16"; "int8", faster and less exact;
                   "float": not rounded (only the NumPy backend). None: "int16", or "float" with dtype="float64"
     bf16_inputs   what the inputs of bf16 matrices are rounded to. "float32": not rounded. "bfloat16": to bf16 (8
@@ -65,16 +72,30 @@ def load(
     Raises MistralRefError; the message names the file and the problem. Warns with MistralRefWarning if something is
     assumed or ignored.
     """
-    directory = checked_directory(DEMO_MODEL if path is None else path)
+    directory = checked_model(DEMO_MODEL if path is None else path)
     ops = _make_ops(
         backend, dtype, threads=threads, angles=rope_angles, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs
     )
     scheme = None if quantize is None else Scheme(checked_bits("quantize", quantize))
     config, weights = open_model(directory)
+    config = _with_window(config, window, directory)
     if scheme is not None:
         weights = quantized_weights(weights, scheme, progress)
     tokenizer, eos_ids = _text_side(directory, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def _with_window(config: ModelConfig, window: int | None, path: Path) -> ModelConfig:
+    """Return a configuration with this window in every layer; warn if its file has lost its window."""
+    if window is not None:
+        window = checked_int("window", window, least=1, most=MAX_VALUES["sliding_window"])
+        return config.replace(sliding_window=(window,) * config.n_layers)
+    if is_gguf(path) and lost_window(config):
+        warn(
+            f"{path}: has the shape of Mistral 7B v0.1, and GGUF files of this model have lost its window; window=4096 "
+            "or --window 4096 sets it. Without it texts of over 4096 tokens are computed wrongly"
+        )
+    return config
 
 
 def _make_ops(backend: str | None, dtype: str, **settings: Any) -> ReferenceOps:
@@ -93,15 +114,15 @@ def _make_ops(backend: str | None, dtype: str, **settings: Any) -> ReferenceOps:
 
 
 def _text_side(directory: Path, config: ModelConfig) -> tuple[Tokenizer | None, tuple[int, ...]]:
-    """Return the tokenizer of a directory (None if it has none) and the ids that end a text.
+    """Return the tokenizer of a directory or a GGUF file (None if it has none) and the ids that end a text.
 
     The end ids are those in generation_config.json, else in config.json, else the tokenizer's own: `eos_token` in
-    tokenizer_config.json, else that of its file (`Model` takes the last two).
+    tokenizer_config.json, else that of its file (`Model` takes the last two). A GGUF file names them itself.
 
     Raises ConfigError or TokenizerError if they do not fit the model's vocabulary. Warns if an added token does not:
     models are published with tokens that are never used, such as "[PAD]". Warns if the tokenizer is of an unknown kind.
     """
-    eos_ids = read_eos_ids(directory)
+    eos_ids = gguf_eos_ids(open_gguf(directory)) if is_gguf(directory) else read_eos_ids(directory)
     if eos_ids and max(eos_ids) >= config.vocab_size:
         raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
     path = find_tokenizer(directory)

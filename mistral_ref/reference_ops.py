@@ -20,7 +20,6 @@ from mistral_kernels.forks import open_in_children
 from mistral_ref.config import ModelConfig, RowOrder
 from mistral_ref.errors import checked_choice, checked_int
 from mistral_ref.ops import KeyView, Slots
-from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.rope import AnglePrecision, Rotation, rotation
 from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs, rounded
 from mistral_ref.steps import StepFactory, Steps
@@ -172,11 +171,11 @@ class ReferenceOps:
     def linear(self, x_TI: np.ndarray, weight_OI: Matrix) -> np.ndarray:
         """Return the product of every token with a matrix, y_TO (T, O).
 
-        The matrix's rows are widened to floats a block at a time. The inputs of a quantized matrix are rounded first,
-        in the same way as in the kernels (rounded_inputs.py).
+        The matrix's rows are widened to floats a block at a time. The inputs of weights that are whole numbers with
+        scales are rounded first, in the same way as in the kernels (rounded_inputs.py).
         """
         n_out, n_in = weight_OI.shape
-        if isinstance(weight_OI, QuantizedMatrix):
+        if weight_OI.group_size is not None:
             x_TI = rounded(x_TI, self.quantized_inputs, weight_OI.group_size)
         elif self.rounds_to_bf16(weight_OI):
             x_TI = bf16_values(bf16_bits(x_TI)).astype(self.dtype)

@@ -20,6 +20,8 @@ from mistral_ref.errors import CheckpointError
 from mistral_ref.files.mapped_file import MappedFile
 
 Kind = Literal["f32", "f16", "bf16", "fp8", "int8", "int4"]
+# The packed types of GGUF files (block_matrix.py).
+BlockKind = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"]
 Rows = slice | np.ndarray
 
 FP8_BLOCK = 128  # in published fp8 checkpoints a scale is for a square of 128 x 128 weights, or for the whole matrix
@@ -70,7 +72,7 @@ class Matrix:
     """
 
     name: str
-    kind: Kind
+    kind: Kind | BlockKind
     data: np.ndarray
     scale: np.ndarray | None = None
 
@@ -86,6 +88,11 @@ class Matrix:
     def size(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @cached_property
+    def group_size(self) -> int | None:
+        """How many neighbours in a row share a scale, if the weights are whole numbers with scales; None for floats."""
+        return None
 
     @cached_property
     def nbytes(self) -> int:

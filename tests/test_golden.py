@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.checkpoints import FAMILIES, Family, Tensors, draw_weights, fp8_rounded, write_consolidated, write_hf
 from support.errors import warned
+from support.gguf_files import write_gguf
 from support.paths import GOLDEN
 from support.tiny import BACKENDS
 
@@ -33,6 +34,8 @@ LAYOUTS: dict[str, Callable[[Path, Family], None]] = {
     "hf_wrapper_v4": partial(write_hf, wrapper="v4"),
     "hf_wrapper_v5": partial(write_hf, wrapper="v5"),
     "consolidated_vision": partial(write_consolidated, vision=True),
+    "gguf": lambda directory, family: write_gguf(directory / "model.gguf", family),
+    "gguf_old_experts": lambda directory, family: write_gguf(directory / "model.gguf", family, stacked=False),
 }
 
 
@@ -42,6 +45,8 @@ def layouts_of(family: Family) -> list[str]:
         names.append("hf_fused_experts")
     if family.model_type == "ministral3":
         names += ["hf_wrapper_v4", "hf_wrapper_v5", "consolidated_vision"]
+    if len(set(family.config.sliding_window)) == 1:  # a GGUF file has one window for all layers
+        names += ["gguf"] if family.config.moe is None else ["gguf", "gguf_old_experts"]
     return names
 
 
@@ -91,7 +96,7 @@ def test_every_layout_gives_the_logits_of_transformers(
 ) -> None:
     model = load_layout(tmp_path, family, layout, backend)
     assert model.ops.name == backend
-    row_order = "interleaved" if layout.startswith("consolidated") else "halves"
+    row_order = "halves" if layout.startswith("hf") else "interleaved"
     assert model.config == family.config.replace(rope_row_order=row_order)
     tokens, logits = golden(family)
     assert distance(model.forward(tokens), logits) <= TOLERANCE

@@ -9,26 +9,33 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CheckpointError, short_repr
-from mistral_ref.files.checkpoint import Checkpoint, open_checkpoint
+from mistral_ref.files.checkpoint import Checkpoint, gguf_checkpoint, open_checkpoint
 from mistral_ref.files.config_files import read_config
-from mistral_ref.files.paths import checked_directory
+from mistral_ref.files.gguf import open_gguf
+from mistral_ref.files.gguf_config import gguf_config
+from mistral_ref.files.paths import checked_model, is_gguf
 from mistral_ref.files.quantized_format import bits_of, quantized_tensors
-from mistral_ref.files.tensor_file import Tensor
-from mistral_ref.files.tensor_names import huggingface_name
+from mistral_ref.files.tensor_file import BLOCKS, Tensor
+from mistral_ref.files.tensor_names import gguf_name, huggingface_name
 from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.weights import FP8_BLOCK, Kind, Matrix, Weights, weights_of
 
 
 def open_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
-    """Return the configuration and the weights of the model in a directory.
+    """Return the configuration and the weights of the model in a directory or a GGUF file.
 
     The tensors' names decide rope_row_order; the output matrix, or its absence, decides tied_embeddings. Raises
     InputError, ConfigError or CheckpointError.
     """
-    directory = checked_directory(path)
-    config, checkpoint = read_config(directory), open_checkpoint(directory)
+    path = checked_model(path)
+    if is_gguf(path):
+        gguf = open_gguf(path)
+        config, checkpoint = gguf_config(gguf), gguf_checkpoint(gguf)
+    else:
+        config, checkpoint = read_config(path), open_checkpoint(path)
     config = config.replace(rope_row_order=checkpoint.row_order)
     weights = build_weights(checkpoint, config)
     return config.replace(tied_embeddings=weights.output is weights.tok_embeddings), weights
@@ -65,7 +72,7 @@ class _Untaken:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.tensors = dict(checkpoint.tensors)
-        path = checkpoint.files[0].path if len(checkpoint.files) == 1 else checkpoint.directory
+        path = checkpoint.files[0].path if len(checkpoint.files) == 1 else checkpoint.path
         self.bits, self.group_size = bits_of(checkpoint.metadata, path)
         self.units = self._units() if self.bits else {}
 
@@ -82,7 +89,7 @@ class _Untaken:
     def _tensor(self, name: str, shape: tuple[int, ...], said_by: str = "the configuration") -> Tensor:
         tensor = self.tensors.pop(name, None)
         if tensor is None:
-            raise CheckpointError(f"{self.checkpoint.directory}: {self._missing(name, shape)}")
+            raise CheckpointError(f"{self.checkpoint.path}: {self._missing(name, shape)}")
         if tensor.shape != shape:
             found = short_repr(tensor.shape)
             raise CheckpointError(f"{tensor.path}: {tensor.name} has shape {found}; expected {shape}, as in {said_by}")
@@ -91,8 +98,8 @@ class _Untaken:
     def _missing(self, name: str, shape: tuple[int, ...]) -> str:
         if name == "output.weight":
             return "output.weight (lm_head.weight) is missing, and the configuration does not have tied embeddings"
-        name = name if self.checkpoint.row_order == "interleaved" else huggingface_name(name)
-        return f"{name} is missing; expected shape {shape}"
+        spelled = {"huggingface": huggingface_name, "gguf": gguf_name}.get(self.checkpoint.layout, str)
+        return f"{spelled(name)} is missing; expected shape {shape}"
 
     def _floats(self, name: str, shape: tuple[int, ...]) -> tuple[Kind, np.ndarray]:
         tensor = self._tensor(name, shape)
@@ -110,6 +117,8 @@ class _Untaken:
         if f"{stem}.scales" in self.tensors:
             return self._quantized(stem, n_out, n_in)
         tensor = self._tensor(f"{stem}.weight", (n_out, n_in))
+        if tensor.dtype in BLOCKS:
+            return BlockMatrix(stem, BLOCKS[tensor.dtype], tensor.blocks())
         kind, data = tensor.mapped()
         scale = self.tensors.pop(f"{stem}.qscale_weight", None)
         if (scale is None) == (kind == "fp8"):

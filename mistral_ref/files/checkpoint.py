@@ -1,9 +1,11 @@
-"""Open the weights in a directory: every tensor is mapped into memory and gets Mistral's own name.
+"""Open the weights of a model: every tensor is mapped into memory and gets Mistral's own name.
 
-Two layouts are published. This module reads both:
+Three layouts are published. This module reads them all:
 
     consolidated    consolidated.safetensors; tok_embeddings, layers.0.attention.wq, ...; rows of wq, wk interleaved
     huggingface     model.safetensors, or shards with an index; model.embed_tokens, ...; rows of wq, wk in halves
+    gguf            a GGUF file, or its shards; token_embd, blk.0.attn_q, ...; rows of wq, wk interleaved: what makes
+                    these files of Hugging Face's layout moves the rows
 
 No weights are copied, and no pickle is opened, because a pickle can run code.
 """
@@ -12,16 +14,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mistral_ref.config import RowOrder
 from mistral_ref.errors import CheckpointError, short_repr, warn
+from mistral_ref.files.gguf import GGUF
 from mistral_ref.files.json_file import read_json
 from mistral_ref.files.mapped_file import MappedFile
 from mistral_ref.files.tensor_file import Tensor, open_tensor_file
-from mistral_ref.files.tensor_names import is_unused, mistral_name, other_component
+from mistral_ref.files.tensor_names import is_unused, mistral_name, name_of_gguf, other_component
 
 # The largest model has several times fewer tensors. Without a limit a hostile file could use up the memory, because a
 # tensor's object takes more bytes in memory than the tensor's entry takes in the file.
@@ -31,31 +35,34 @@ _MAX_TENSORS = 8_000
 _FILES = tuple(f"{stem}.safetensors{ending}" for stem in ("consolidated", "model") for ending in ("", ".index.json"))
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
+# Ends of names in GGUF files of models whose pass is another one.
+_NOT_COMPUTED = {".bias": "is a bias, and ", "rope_freqs.weight": "divides RoPE's frequencies, and "}
+Layout = Literal["consolidated", "huggingface", "gguf"]
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The mapped tensors of one directory.
+    """The mapped tensors of one model.
 
-    directory   the directory
+    path        the directory, or the GGUF file (the first shard)
     files       the files
     tensors     each Tensor by Mistral's own name; the Tensor keeps the name that it has in its file
-    row_order   which rows of wq and wk form RoPE's pairs; it follows from the layout of the tensors' names
+    layout      which layout the tensors' names belong to
     ignored     tensors of other parts of the model (vision), and tensors that the forward pass does not use
-    metadata    the entries of "__metadata__" of all files
+    metadata    the entries of "__metadata__" of all safetensors files
     """
 
-    directory: Path
+    path: Path
     files: tuple[MappedFile, ...]
     tensors: dict[str, Tensor]
-    row_order: RowOrder
-    ignored: tuple[Tensor, ...]
+    layout: Layout
+    ignored: tuple[Tensor, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def layout(self) -> str:
-        """Which layout the tensors' names belong to: "consolidated" (Mistral's own) or "huggingface"."""
-        return "consolidated" if self.row_order == "interleaved" else "huggingface"
+    def row_order(self) -> RowOrder:
+        """Which rows of wq and wk form RoPE's pairs; it follows from the layout."""
+        return "halves" if self.layout == "huggingface" else "interleaved"
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -100,8 +107,46 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     if parts := sorted({part for tensor in ignored if (part := other_component(tensor.name))}):
         warn(f"{directory}: only the text model is read, not {', '.join(parts)}")
-    row_order: RowOrder = "interleaved" if own_names else "halves"
-    return Checkpoint(directory, tuple(files), tensors, row_order, tuple(ignored), metadata)
+    layout: Layout = "consolidated" if own_names else "huggingface"
+    return Checkpoint(directory, tuple(files), tensors, layout, tuple(ignored), metadata)
+
+
+def gguf_checkpoint(gguf: GGUF) -> Checkpoint:
+    """Return the tensors of a GGUF file as a Checkpoint; the experts of a layer, which lie in one tensor, one by one.
+
+    Raises CheckpointError if a tensor is unknown, or has no place in the models that are known here: biases, and
+    divisors of RoPE's frequencies.
+    """
+    tensors: dict[str, Tensor] = {}
+    for tensor in gguf.tensors:
+        name = name_of_gguf(tensor.name)
+        if name is None:
+            what = next((what for end, what in _NOT_COMPUTED.items() if tensor.name.endswith(end)), "")
+            raise CheckpointError(
+                f"{tensor.path}: {short_repr(tensor.name)} {what}belongs to no model that is known here"
+            )
+        for part_name, part in _experts(name, tensor) if ".experts.w" in name else [(name, tensor)]:
+            if part_name in tensors:
+                raise CheckpointError(
+                    f"{tensor.path}: {short_repr(tensor.name)} and {short_repr(tensors[part_name].name)} are the same"
+                )
+            if len(tensors) >= _MAX_TENSORS:
+                raise CheckpointError(f"{tensor.path}: the model has too many tensors; expected at most {_MAX_TENSORS}")
+            tensors[part_name] = part
+    return Checkpoint(gguf.path, gguf.files, tensors, "gguf")
+
+
+def _experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield each expert of a tensor (E, O, I), with its name."""
+    if len(tensor.shape) != 3:
+        raise CheckpointError(
+            f"{tensor.path}: {short_repr(tensor.name)} has shape {short_repr(tensor.shape)}; expected experts (E, O, I)"
+        )
+    n_bytes = tensor.raw.nbytes // tensor.shape[0]
+    for expert in range(tensor.shape[0]):
+        raw = tensor.raw[expert * n_bytes : (expert + 1) * n_bytes]
+        part = Tensor(tensor.path, f"{tensor.name}[{expert}]", tensor.dtype, tensor.shape[1:], raw)
+        yield name.replace(".experts.", f".experts.{expert}."), part
 
 
 def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:

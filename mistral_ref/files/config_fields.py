@@ -7,7 +7,7 @@ ModelConfig. `spelled_as` replaces the name in the error by the name that the fi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,11 @@ class Fields:
 
     values  the value of each field that the file holds
     names   the file's name of each field
+
+    `value_at` finds a value: by default a dot in a name leads into a nested object.
     """
 
-    def __init__(self, file: dict[str, Any], names: Mapping[str, str]) -> None:
+    def __init__(self, file: dict[str, Any], names: Mapping[str, str], value_at: Callable[..., Any] = value_at) -> None:
         absent = object()
         self.names = {}
         for field, alternatives in ((field, several.split()) for field, several in names.items() if several):

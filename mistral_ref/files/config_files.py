@@ -107,10 +107,10 @@ def _differences(config: ModelConfig, other: ModelConfig) -> str:
     return "; ".join(differences)
 
 
-def _magnitude(factor: float, mscale: float = 1.0) -> float:
+def magnitude(factor: float, mscale: float = 1.0) -> float:
     """Return YaRN's scale of cosines and sines, 0.1 * mscale * ln(factor) + 1 (arXiv:2309.00071, section 3.4).
 
-    >>> round(_magnitude(16), 3)
+    >>> round(magnitude(16), 3)
     1.277
     """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -195,7 +195,7 @@ def _params_json_yarn(fields: Fields) -> Yarn:
         original_max_position_embeddings=fields.count(f"yarn.{ORIGINAL}"),
         beta_fast=fields.required("yarn.beta_fast"),
         beta_slow=fields.required("yarn.beta_slow"),
-        attention_factor=_magnitude(factor) if fields.flag("yarn.apply_scale") else 1.0,
+        attention_factor=magnitude(factor) if fields.flag("yarn.apply_scale") else 1.0,
     )
 
 
@@ -233,8 +233,11 @@ def _from_config_json(path: Path) -> ModelConfig:
 
 def _config_json_head_dim(fields: Fields) -> Any:
     head_dim = fields.required("head_dim")
-    if head_dim is not None:
-        return head_dim
+    return whole_head_dim(fields) if head_dim is None else head_dim
+
+
+def whole_head_dim(fields: Fields) -> int:
+    """Return D / H, the width of a head if the file does not say it; raise ConfigError unless it is a whole number."""
     dim, n_heads = fields.count("dim"), fields.count("n_heads")
     if dim % n_heads:
         raise ConfigError(
@@ -297,7 +300,7 @@ def _config_json_yarn(fields: Fields) -> Yarn | None:
         mscale, mscale_all_dim = fields.number_or(0, "yarn.mscale"), fields.number_or(0, "yarn.mscale_all_dim")
         if not mscale or not mscale_all_dim:  # transformers ignores one without the other
             mscale, mscale_all_dim = 1, 0
-        attention_factor = _magnitude(factor, mscale) / _magnitude(factor, mscale_all_dim)
+        attention_factor = magnitude(factor, mscale) / magnitude(factor, mscale_all_dim)
     return Yarn(
         factor=factor,
         original_max_position_embeddings=original,

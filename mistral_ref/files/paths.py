@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from mistral_ref.errors import InputError, MistralRefError
+from mistral_ref.errors import InputError, MistralRefError, short_repr
+
+_OTHER_GGUF = re.compile(r"mmproj|.*-(?!00001-)\d{5}-of-\d{5}\.gguf$", re.DOTALL)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -13,21 +17,57 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(os.fspath(path)))
 
 
-def checked_directory(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a model's directory as a Path; raise InputError unless it is a directory that can be read."""
+def checked_model(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a model: of a GGUF file, or of a directory that can be read.
+
+    A directory with a GGUF file and no safetensors files is the GGUF file in it. Raises InputError if it holds several,
+    or if `path` is neither a GGUF file nor a directory that can be read.
+    """
     directory = local_path(path)
+    if is_gguf(directory):
+        return directory
     try:
         names = os.listdir(os.path.join(directory, "."))  # the dot: files in it can be opened, too
     except FileNotFoundError:
         raise InputError(f"{directory}: no such directory") from None
     except (OSError, ValueError) as error:
         if os.path.isfile(directory):
-            raise InputError(f"{directory}: a file, not a directory; give the directory that holds it") from None
+            raise InputError(
+                f"{directory}: a file, not a directory; expected a GGUF file, or the directory that holds this file"
+            ) from None
         raise InputError(f"{directory}: cannot be read: {getattr(error, 'strerror', error)}") from None
     if "snapshots" in names and not {"params.json", "config.json"} & set(names):
         snapshot = _snapshot(directory)
         raise InputError(f"{directory}: a folder of the hub's cache, not a model's directory; expected {snapshot}")
-    return directory
+    return gguf_in(directory, names) or directory
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a GGUF file, or is called one."""
+    if path.name.endswith(".gguf"):
+        return not os.path.isdir(path)
+    try:
+        if not os.path.isfile(path):  # open() of a named pipe would wait for its other end
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except (OSError, ValueError):
+        return False
+
+
+def gguf_in(directory: Path, names: Iterable[str]) -> Path | None:
+    """Return the GGUF file, or the first shard, in a directory of these names; None beside safetensors files.
+
+    Files that llama.cpp has beside a model, with the weights for pictures, do not count. Raises InputError if there are
+    several GGUF files.
+    """
+    names = sorted(names)
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return None
+    found = [name for name in names if name.endswith(".gguf") and not _OTHER_GGUF.match(name)]
+    if len(found) > 1:
+        raise InputError(f"{directory}: holds several GGUF files, {short_repr(found)}; expected the path of one")
+    return directory / found[0] if found else None
 
 
 def refuse_pointer(path: Path, beginning: bytes, error: type[MistralRefError]) -> None:

@@ -87,7 +87,7 @@ class Scheme:
                 f"embedding is {self.embedding} and head is {self.head}, but this model has one matrix for both; "
                 "expected the same for both"
             )
-        if done := [matrix for matrix in matrices(weights) if isinstance(matrix, QuantizedMatrix)]:
+        if done := [matrix for matrix in matrices(weights) if matrix.group_size is not None]:
             where = weights.path_of(done[0])
             raise InputError(
                 f"{'' if where is None else f'{where}: '}{done[0].name} is quantized already; expected float weights"

@@ -20,12 +20,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mistral_ref.block_matrix import BLOCK_TYPES
 from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, short_repr
 from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.files.mapped_file import MappedFile, require_regular_file
 from mistral_ref.files.paths import refuse_pointer
 from mistral_ref.files.whole_file import whole_file
-from mistral_ref.weights import Kind, Matrix
+from mistral_ref.weights import BlockKind, Kind, Matrix
 
 _SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 _SPELLED = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "|u1": "U8"}
@@ -35,7 +36,9 @@ _KINDS: dict[str, tuple[Kind, str]] = {
     "BF16": ("bf16", "<u2"),
     "F8_E4M3": ("fp8", "u1"),
 }
-DTYPES: dict[Kind, str] = {kind: dtype for dtype, (kind, _) in _KINDS.items()}
+BLOCKS: dict[str, BlockKind] = {kind.upper(): kind for kind in BLOCK_TYPES}  # types of GGUF files
+DTYPES: dict[Kind | BlockKind, str] = {kind: dtype for dtype, (kind, _) in _KINDS.items()}
+DTYPES |= {kind: dtype for dtype, kind in BLOCKS.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class Tensor:
     """A tensor of a mapped file.
 
     path    the file
-    name, dtype, shape  as in the header; dtype is spelled as safetensors spells it: "F32", "BF16", ...
+    name, dtype, shape  as in the file; dtype is spelled as safetensors and GGUF spell it: "F32", "BF16", "Q4_K", ...
     raw     the tensor's bytes, a read-only view of the file
     """
 
@@ -64,6 +67,10 @@ class Tensor:
             )
         kind, stored = _KINDS[self.dtype]
         return kind, self.raw.view(stored).reshape(self.shape)
+
+    def blocks(self) -> np.ndarray:
+        """Return a matrix of a packed type (BLOCKS) as a read-only view of the file: uint8 (O, blocks, bytes)."""
+        return self.raw.reshape(self.shape[0], -1, BLOCK_TYPES[BLOCKS[self.dtype]].bytes)
 
     def floats(self) -> np.ndarray:
         """Return the values as float64 (F64) or float32 (F32, F16 and BF16). F64 and F32 stay mapped if aligned.

@@ -1,4 +1,4 @@
-"""Names of tensors: Mistral's own and Hugging Face's. All other modules use Mistral's own names."""
+"""Names of tensors: Mistral's own, Hugging Face's and GGUF's. All other modules use Mistral's own names."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ _FUSED = {
     "mlp.experts.gate_up_proj": "feed_forward.experts.w1_w3",
     "mlp.experts.down_proj": "feed_forward.experts.w2",
 }
+# From GGUF's names to Mistral's own.
+_GGUF_AROUND_LAYERS = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}
+_GGUF_EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
+_GGUF_IN_LAYER = {
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate_inp": "feed_forward.gate",
+    **{name: f"feed_forward.{own}" for name, own in _GGUF_EXPERTS.items()},
+    **{f"{name}_exps": f"feed_forward.experts.{own}" for name, own in _GGUF_EXPERTS.items()},
+}
+_GGUF_NAME = re.compile(r"(?:blk\.(0|[1-9]\d{0,5})\.)?([a-z_]+)(?:\.(0|[1-9]\d{0,5}))?\.weight")
 
 _OWN_NAME = re.compile(r"(tok_embeddings|norm|output|layers\.\d+\.[\w.]+)\.(weight|qscale_weight|scales)|units")
 _LAYER = re.compile(r"(layers\.\d+\.)?(.*)", re.DOTALL)
@@ -89,6 +104,38 @@ def huggingface_name(name: str) -> str:
     stem, _, ending = rest.rpartition(".")
     stem = theirs.get(stem, stem.replace("feed_forward.experts", "block_sparse_moe.experts"))
     return f"model.{layer}{stem}.{theirs[ending]}"
+
+
+def name_of_gguf(name: str) -> str | None:
+    """Return Mistral's own name of a tensor of a GGUF file; None if the name belongs to no known text model.
+
+    All experts of a layer lie in one tensor, whose name here has no number: layers.0.feed_forward.experts.w1.weight.
+    Older files have a tensor for each expert.
+
+    >>> name_of_gguf("blk.3.attn_q.weight"), name_of_gguf("blk.3.ffn_up.7.weight")
+    ('layers.3.attention.wq.weight', 'layers.3.feed_forward.experts.7.w3.weight')
+    """
+    match = _GGUF_NAME.fullmatch(name)
+    if match is None:
+        return None
+    layer, stem, expert = match.groups()
+    own = (_GGUF_AROUND_LAYERS if layer is None else _GGUF_IN_LAYER).get(stem)
+    if own is None or (expert and stem not in _GGUF_EXPERTS):
+        return None
+    if expert:
+        own = own.replace("feed_forward", f"feed_forward.experts.{expert}")
+    return f"{own}.weight" if layer is None else f"layers.{layer}.{own}.weight"
+
+
+def gguf_name(name: str) -> str:
+    """Return GGUF's name of the tensor with Mistral's own name `name`; of an expert, the tensor of all experts.
+
+    >>> gguf_name("layers.3.attention.wq.weight"), gguf_name("layers.3.feed_forward.experts.7.w3.weight")
+    ('blk.3.attn_q.weight', 'blk.3.ffn_up_exps.weight')
+    """
+    theirs = {own: stem for names in (_GGUF_IN_LAYER, _GGUF_AROUND_LAYERS) for stem, own in names.items()}
+    layer, rest = _LAYER.fullmatch(re.sub(r"experts\.\d+", "experts", name)).groups("")  # type: ignore[union-attr]
+    return f"{layer.replace('layers', 'blk')}{theirs[rest.removesuffix('.weight')]}.weight"
 
 
 def other_component(name: str) -> str | None:

@@ -13,9 +13,11 @@ import re
 from pathlib import Path
 
 from mistral_ref.errors import TokenizerError, UnknownTokenizerError
+from mistral_ref.files.gguf import open_gguf
 from mistral_ref.files.json_file import TOKENIZER, read_json
-from mistral_ref.files.paths import local_path
+from mistral_ref.files.paths import gguf_in, is_gguf, local_path
 from mistral_ref.text.chat import can_chat, encode_chat, encode_fim
+from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer
 from mistral_ref.text.reply import parse_reply
 from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer
 from mistral_ref.text.sentencepiece_file import read_model
@@ -40,14 +42,17 @@ _VERSIONED_FILE = re.compile(r".+\.model\.v\d+(m\d+)?")
 
 
 def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the path of the tokenizer's file in a model's directory; None if it has none. The file is not opened.
+    """Return the path of the tokenizer's file in a model's directory; None if it has none.
 
     It is `tekken.json`, else `tokenizer.model`, else the only file with a versioned name, or else `tokenizer.json`,
-    which is made from the others, and sometimes made wrongly.
+    which is made from the others, and sometimes made wrongly. A GGUF file holds its tokenizer itself, or has none; a
+    directory without these files may have one.
 
     Raises TokenizerError if the directory cannot be listed, or if it has several versioned names.
     """
     directory = local_path(directory)
+    if is_gguf(directory):
+        return directory if has_tokenizer(open_gguf(directory)) else None
     try:
         names = sorted(os.listdir(directory))
     except (OSError, ValueError) as error:
@@ -59,14 +64,18 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
     if len(versioned) > 1:
         raise TokenizerError(f"{directory}: holds several tokenizers, {', '.join(versioned)}; give the path of one")
     last = [*versioned, *({"tokenizer.json"} & {*names})]
-    return directory / last[0] if last else None
+    if last:
+        return directory / last[0]
+    found = gguf_in(directory, names)
+    return None if found is None else find_tokenizer(found)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Return the tokenizer in a file, or in a directory (`find_tokenizer`). The file's content tells its kind.
+    """Return the tokenizer in a file, a GGUF file too, or in a directory (`find_tokenizer`).
 
-    tokenizer_config.json or added_tokens.json beside it are read, too. Beside tekken.json, which lists its own control
-    tokens, they say no more than which of these ends a text, and the chat template.
+    The file's content tells its kind. Beside any file but a GGUF file, tokenizer_config.json or added_tokens.json are
+    read, too. Beside tekken.json, which lists its own control tokens, they say no more than which of these ends a text,
+    and the chat template.
 
     Raises TokenizerError if there is no such file, or if it cannot be used; UnknownTokenizerError, a kind of it, if the
     file is of another kind than these. The message begins with the path.
@@ -79,6 +88,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
                 f"{path}: holds no tokenizer; expected tekken.json, {TOKENIZER_FILE} or tokenizer.json"
             )
         path = found
+    if is_gguf(path):
+        return gguf_tokenizer(open_gguf(path))
     if not _begins_as_json(path):
         config = read_tokenizer_config(path.parent)
         tokenizer: Tokenizer = SentencePieceTokenizer(read_model(path), origin=str(path), config=config)

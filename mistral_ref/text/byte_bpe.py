@@ -110,7 +110,7 @@ class MergeListBPE(ByteBPE):
 
     def bytes_of(self, piece: Any) -> bytes:
         try:
-            return bytes(map(_BYTE.__getitem__, map(ord, piece)))
+            return bytes_of_letters(piece)
         except KeyError:  # an unusual piece is written as it is
             return piece.encode()
 
@@ -119,6 +119,11 @@ class MergeListBPE(ByteBPE):
 
     def whole(self, word: bytes) -> int | None:
         return self.ids.get(_in_letters(word)) if self._whole_words else None
+
+
+def bytes_of_letters(piece: str) -> bytes:
+    """Return the bytes that GPT-2's letters stand for; raise KeyError if a character is none of them."""
+    return bytes(map(_BYTE.__getitem__, map(ord, piece)))
 
 
 def _in_letters(word: bytes) -> str:

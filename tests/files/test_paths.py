@@ -16,7 +16,7 @@ from support.tiny import SMALL, model_of
 
 import mistral_ref
 from mistral_ref import CheckpointError, InputError
-from mistral_ref.files.paths import checked_directory, local_path
+from mistral_ref.files.paths import checked_model, local_path
 
 NOBODY = 65534
 TRACE = model_of(SMALL).trace([1], keep="norm")
@@ -66,7 +66,7 @@ def test_a_folder_that_may_not_be_written_to(private: Path) -> None:
 )
 def test_impossible_names_are_one_line(name: str, said: str, problem: str) -> None:
     with refused(InputError, said, problem):
-        checked_directory(name)
+        checked_model(name)
 
 
 def test_a_long_path_is_told_whole(tmp_path: Path) -> None:

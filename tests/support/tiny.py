@@ -47,7 +47,7 @@ def model_of(
         name: Tensor(Path("memory"), name, "F32", values.shape, np.ascontiguousarray(values).view(np.uint8).reshape(-1))
         for name, values in draw_weights(family).items()
     }
-    checkpoint = Checkpoint(Path("memory"), (), tensors, "interleaved", ())
+    checkpoint = Checkpoint(Path("memory"), (), tensors, "consolidated")
     return Model(config, build_weights(checkpoint, config), ops_of(backend, dtype, threads))
 
 

@@ -1,0 +1,100 @@
+"""The packed types of GGUF files: every weight, bit for bit, is what the package gguf makes of the same bytes."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from support.paths import GOLDEN
+
+from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix, group_factors
+from mistral_ref.reference_ops import ReferenceOps
+from mistral_ref.rounded_inputs import rounded
+from mistral_ref.weights import BlockKind
+
+STORED = load_file(GOLDEN / "gguf_blocks.safetensors")
+KINDS = get_args(BlockKind)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def random_matrix(kind: Any, n_out: int, n_blocks: int, seed: int = 0) -> BlockMatrix:
+    """Return a matrix of random bytes whose scales are finite and of ordinary size."""
+    random = np.random.default_rng(seed)
+    data = random.integers(0, 256, (n_out, n_blocks, BLOCK_TYPES[kind].bytes), dtype=np.uint8)
+    for at in units_of(kind):
+        data[..., at + 1] = data[..., at + 1] & 0x83 | 0x20  # float16 from 2^-7 to 2^-6, of both signs
+    return BlockMatrix("w", kind, data)
+
+
+def units_of(kind: Any) -> list[int]:
+    """Return where the float16 numbers of a block begin."""
+    ends = np.cumsum(BLOCK_TYPES[kind].fields)
+    return [int(end) - 2 for end, size in zip(ends, BLOCK_TYPES[kind].fields, strict=True) if size == 2][
+        : 1 if kind == "iq4_xs" else 2
+    ]
+
+
+def test_every_kind_has_a_type_and_a_golden_row() -> None:
+    assert set(KINDS) == set(BLOCK_TYPES) == {name.split(".")[0].lower() for name in STORED}
+
+
+@each_kind
+def test_rows_equal_the_published_formula_bit_for_bit(kind: Any) -> None:
+    blocks, expected = (STORED[f"{kind.upper()}.{name}"] for name in ("blocks", "weights"))
+    matrix = BlockMatrix("w", kind, blocks.reshape(len(blocks), -1, BLOCK_TYPES[kind].bytes))
+    rows = matrix.rows(slice(None), np.float32)
+    assert rows.dtype == np.float32
+    assert matrix.shape == rows.shape == expected.shape
+    same = (rows.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(rows) & np.isnan(expected))
+    assert same.all()
+
+
+@each_kind
+@settings(max_examples=20)
+@given(n_out=st.integers(1, 9), n_blocks=st.integers(1, 3), seed=st.integers(0, 99), data=st.data())
+def test_any_rows_are_those_of_the_whole_matrix(
+    kind: Any, n_out: int, n_blocks: int, seed: int, data: st.DataObject
+) -> None:
+    matrix = random_matrix(kind, n_out, n_blocks, seed)
+    whole = matrix.rows(slice(None), np.float32)
+    start, stop = sorted(data.draw(st.lists(st.integers(0, n_out), min_size=2, max_size=2)))
+    several = np.array(data.draw(st.lists(st.integers(0, n_out - 1), max_size=5)), np.int64)
+    for index in (slice(start, stop), several):
+        for dtype in (np.float32, np.float64):  # float64 has the weights of float32
+            rows = matrix.rows(index, dtype)
+            assert rows.dtype == dtype
+            assert rows.flags.aligned
+            np.testing.assert_array_equal(rows, whole[index])
+
+
+@each_kind
+def test_blocks_are_what_the_weights_are_made_of(kind: Any) -> None:
+    matrix = random_matrix(kind, 5, 2)
+    blocks, n_groups = matrix.blocks(slice(None)), matrix.shape[1] // matrix.group_size
+    assert blocks.codes.reshape(5, n_groups, -1).shape == (5, n_groups, matrix.group_size)
+    assert {blocks.codes.dtype, blocks.scales.dtype} == {np.dtype(np.int8)}
+    scale = group_factors(blocks.scale_unit, blocks.scales).astype(np.float64)
+    np.testing.assert_array_equal(scale, blocks.scale_unit.astype(np.float64)[..., None] * blocks.scales)  # exact
+    weights = scale[..., None] * blocks.codes
+    if blocks.minimum_unit is not None:
+        weights -= group_factors(blocks.minimum_unit, blocks.minimums)[..., None].astype(np.float64)
+    rows = matrix.rows(slice(None), np.float64)
+    np.testing.assert_allclose(rows, weights.reshape(rows.shape), rtol=2**-23, atol=2**-30)
+    if not kind.startswith("iq4"):  # whose codes are taken from a table
+        assert int(blocks.codes.max()) - int(blocks.codes.min()) < 2**matrix.type.bits
+
+
+@each_kind
+def test_numpy_rounds_the_inputs_of_each_group_and_the_oracle_does_not(kind: Any) -> None:
+    matrix = random_matrix(kind, 7, 2)
+    x = np.random.default_rng(1).normal(size=(3, matrix.shape[1]))
+    exact = x @ matrix.rows(slice(None), np.float64).T
+    np.testing.assert_allclose(ReferenceOps("float64").linear(x, matrix), exact, rtol=1e-12)
+    x_rounded = rounded(x.astype(np.float32), "int16", matrix.group_size).astype(np.float64)
+    expected = x_rounded @ matrix.rows(slice(None), np.float64).T
+    found = ReferenceOps("float32").linear(x.astype(np.float32), matrix)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
