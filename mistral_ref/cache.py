@@ -1,20 +1,7 @@
-"""KVCache: the keys and values of the tokens so far, one ring of slots for each layer.
+"""KVCache: the keys and values of the tokens so far, one ring of slots (ring.py) for each layer.
 
-A layer with a window of W has a ring of W + chunk - 1 slots. `chunk` is the number of tokens in the longest pass. A
-layer without a window keeps every key, and its ring grows. The capacity of a ring is the number of its slots. The key
-of position p lies in slot p % capacity.
-
-Every pass writes its keys first and reads afterwards, whether it has one token or many. With W + chunk - 1 slots a pass
-overwrites no key that one of its queries sees.
-
-This module knows in which slot a key lies. `reference_ops.attends` defines which keys a query sees. The operations
-(ops.py) decide how a key is stored in its slot.
-
-Example: a window of 3 and passes of at most 2 tokens need 4 slots. The pass of tokens 4 and 5 overwrites 0 and 1. Its
-first query, token 4, sees tokens 2, 3 and 4. All three are in the ring:
-
-    slot        0  1  2  3
-    positions   4  5  2  3
+Every pass writes its keys first and reads afterwards, whether it has one token or many. The operations (ops.py) decide
+how a key is stored in its slot.
 """
 
 from __future__ import annotations
@@ -22,66 +9,21 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Never, SupportsIndex
 
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, checked_choice, checked_int
+from mistral_ref.errors import CacheError, InputError, checked_choice, checked_int, first_difference, short_repr
 from mistral_ref.files.cache_file import not_a_cache, read_cache_file, write_cache_file
 from mistral_ref.host import require_memory
 from mistral_ref.ops import KeyView, Ops
+from mistral_ref.ring import Ring
 
 DEFAULT_CHUNK = 512
 SCALE_BYTES = 4  # bytes of a scale; with int8 every key and every value of a head has one
 _FIRST_CAPACITY = 64
-
-
-@dataclass
-class Ring:
-    """The slots of one layer. Position p lies in slot p % capacity.
-
-    window      how many keys a query sees, itself included; None: all
-    max_capacity    the ring doubles its capacity up to this number; after that a new key overwrites an old one.
-                None: no maximum
-    capacity    the number of slots now
-    oldest      the oldest position that is not overwritten
-    store       the keys and values, as `ops.new_store` returned them
-
-    >>> ring = Ring(window=3, max_capacity=4, capacity=4)
-    >>> ring.slots(4, 6), ring.slots(3, 6)
-    (slice(0, 2, None), array([3, 0, 1]))
-    >>> ring.first_visible(4)
-    2
-    """
-
-    window: int | None
-    max_capacity: int | None
-    capacity: int
-    oldest: int = 0
-    store: Any = None
-
-    def slots(self, start: int, stop: int) -> slice | np.ndarray:
-        """Return the slots of positions start to stop - 1, in this order: a slice if the slots are neighbours.
-
-        Otherwise it is an array of integers (stop - start,).
-        """
-        first = start % self.capacity
-        if first + stop - start <= self.capacity:
-            return slice(first, first + stop - start)
-        return np.arange(start, stop) % self.capacity
-
-    def first_visible(self, query: int) -> int:
-        """Return the oldest position that the query at position `query` sees."""
-        return 0 if self.window is None else max(0, query - self.window + 1)
-
-    def capacity_for(self, length: int) -> int:
-        """Return the capacity for `length` positions: doubled until they fit, at most `max_capacity`."""
-        capacity = self.capacity
-        while capacity < length and capacity != self.max_capacity:
-            capacity = 2 * capacity if self.max_capacity is None else min(2 * capacity, self.max_capacity)
-        return capacity
 
 
 class KVCache:
@@ -284,6 +226,23 @@ class KVCache:
         self._grow(ring, capacity)
         ring.oldest = oldest
         self.ops.write(ring.store, ring.slots(oldest, length), k_SGK, v_SGK)
+
+
+def check_cache(cache: object, config: ModelConfig, ops: Ops) -> None:
+    """Raise InputError unless `cache` is a cache or None, and CacheError if it is another model's."""
+    if cache is None:
+        return
+    if not isinstance(cache, KVCache):
+        raise InputError(f"cache is {short_repr(cache)}; expected one from this model's new_cache()")
+    if cache.ops is not ops or cache.config != config:
+        found, expected = (
+            {"dtype": str(ops.dtype), "backend": ops.name, **asdict(config)}
+            for ops, config in ((cache.ops, cache.config), (ops, config))
+        )
+        difference = first_difference(found, expected) or "its settings are the same"
+        raise CacheError(
+            f"the cache belongs to another model: {difference}; expected one from this model's new_cache()"
+        )
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:

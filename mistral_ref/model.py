@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Never, SupportsIndex, Unpack, overload
@@ -10,40 +9,32 @@ from typing import Any, Never, SupportsIndex, Unpack, overload
 import numpy as np
 
 from mistral_ref import passes
-from mistral_ref.cache import DEFAULT_CHUNK, KVCache
+from mistral_ref.cache import DEFAULT_CHUNK, KVCache, check_cache
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, Progress, checked_int, first_difference, short_repr, warn
+from mistral_ref.errors import InputError, Progress, checked_int
 from mistral_ref.generation import (
     Generation,
     GenerationRequest,
     GenerationSettings,
     LogitsProcessor,
-    Stop,
     answer,
     generate,
-    split_stops,
 )
 from mistral_ref.host import require_memory
 from mistral_ref.ops import Ops
 from mistral_ref.passes import Scores, pass_lengths
+from mistral_ref.prompt import Prompt, prompt_ids
 from mistral_ref.sampling import SamplingSettings
 from mistral_ref.steps import count_values
+from mistral_ref.stops import Stop, split_stops
 from mistral_ref.text.chat import encode_chat
 from mistral_ref.text.reply import ReplyReader
 from mistral_ref.text.stream import TokenStream
 from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.trace import Trace
 from mistral_ref.transformer import Transformer
-from mistral_ref.walk import (
-    Edit,
-    Walk,
-    check_edits,
-    inside_attention,
-    matching_steps,
-)
+from mistral_ref.walk import Edit, Walk, check_edits, inside_attention, matching_steps
 from mistral_ref.weights import Weights
-
-Prompt = str | Sequence[int] | np.ndarray
 
 
 class Model:
@@ -106,34 +97,8 @@ class Model:
         holds tokens. Ids stay as they are. Raises InputError if there is no token, if an id is out of range, or if the
         sequence becomes longer than max_seq_len.
         """
-        self._check_cache(cache)
-        length = 0 if cache is None else cache.length
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InputError("this model has no tokenizer; expected token ids, as in generate([1, 2]) or --ids 1,2")
-            prompt = self.tokenizer.encode(prompt, bos=length == 0, added=True)
-        try:
-            array = np.asarray(prompt)
-        except ValueError:  # rows of different lengths
-            array = np.empty(0)
-        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-            raise InputError(
-                f"tokens are {short_repr(prompt)}; expected text, or a flat sequence of at least one token id"
-            )
-        outside = array[(array < 0) | (array >= self.config.vocab_size)]
-        if outside.size:
-            raise InputError(
-                f"token id {outside[0]} is outside the vocabulary; expected 0 to {self.config.vocab_size - 1}"
-            )
-        longest = self.config.max_seq_len
-        if longest is not None and length + array.size > longest:
-            raise InputError(
-                f"the sequence has {length + array.size} tokens; expected at most {longest}, the model's max_seq_len"
-            )
-        ids: list[int] = array.tolist()
-        if self.tokenizer is not None and ids[:2] == [self.tokenizer.bos_id] * 2:
-            warn("the prompt begins with BOS twice; the model was trained on texts with one BOS")
-        return ids
+        check_cache(cache, self.config, self.ops)
+        return prompt_ids(prompt, self.tokenizer, self.config, 0 if cache is None else cache.length)
 
     def forward(
         self,
@@ -232,32 +197,9 @@ class Model:
         edits: Mapping[str, Edit],
     ) -> Walk:
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
-        self.weights.check_files()
-        if observe_attention:
-            require_memory(
-                2 * count_values(self.config, len(ids), cache.length, ["scores"]) * self.ops.dtype.itemsize,
-                f"the scores of {len(ids)} tokens",
-                "a pass over a cache can take fewer tokens at once",
-            )
-        steps = self.transformer.forward_steps(
-            np.array(ids), cache.begin(len(ids)), last_only=last_only, observe_attention=observe_attention
+        return passes.walk(
+            self.transformer, ids, cache, last_only=last_only, observe_attention=observe_attention, edits=edits
         )
-        return Walk(steps, self.ops, edits)
-
-    def _check_cache(self, cache: KVCache | None) -> None:
-        if cache is None:
-            return
-        if not isinstance(cache, KVCache):
-            raise InputError(f"cache is {short_repr(cache)}; expected one from this model's new_cache()")
-        if cache.ops is not self.ops or cache.config != self.config:
-            facts = [
-                {"dtype": str(ops.dtype), "backend": ops.name, **dataclasses.asdict(config)}
-                for ops, config in ((cache.ops, cache.config), (self.ops, self.config))
-            ]
-            difference = first_difference(facts[0], facts[1]) or "its settings are the same"
-            raise CacheError(
-                f"the cache belongs to another model: {difference}; expected one from this model's new_cache()"
-            )
 
     @overload
     def score(self, tokens: Prompt, *, top: None = None) -> np.ndarray: ...
@@ -332,7 +274,7 @@ class Model:
         Log-probabilities are the model's own, before the logits processor and before every sampling setting. All
         arguments are checked before this function returns. Raises InputError or CacheError.
         """
-        self._check_cache(prompt_cache)
+        check_cache(prompt_cache, self.config, self.ops)
         if cache is not None and prompt_cache is not None:
             raise InputError("cache and prompt_cache are both given; expected one of them")
         stop_strings, stop_ids = split_stops(stop, self.config.vocab_size, self.tokenizer)

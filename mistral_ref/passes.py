@@ -1,8 +1,8 @@
-"""What a model computes of a text: logits, log-probabilities, a vector. Each pass takes a chunk of the tokens."""
+"""What a model computes of a text: logits, log-probabilities, a vector, a walk. A pass takes a chunk of the tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,9 @@ import numpy as np
 from mistral_ref.cache import KVCache, Pass
 from mistral_ref.host import require_memory
 from mistral_ref.sampling import likeliest, log_softmax
+from mistral_ref.steps import count_values
 from mistral_ref.transformer import Transformer, drain
+from mistral_ref.walk import Edit, Walk
 
 
 class Scores(NamedTuple):
@@ -52,6 +54,33 @@ def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last
         rows = slice(None) if last_only else slice(start, start + len(chunk))
         logits_TV[rows] = drain(transformer.forward_steps(chunk, this_pass, last_only=last_only), ops)
     return logits_TV
+
+
+def walk(
+    transformer: Transformer,
+    ids: Sequence[int],
+    cache: KVCache,
+    *,
+    last_only: bool,
+    observe_attention: bool,
+    edits: Mapping[str, Edit],
+) -> Walk:
+    """Return a Walk through one pass of these ids, which follow the tokens in the cache.
+
+    observe_attention   whether the steps inside attention are among those that can be seen and edited
+    """
+    transformer.weights.check_files()
+    ops = transformer.ops
+    if observe_attention:
+        require_memory(
+            2 * count_values(transformer.config, len(ids), cache.length, ["scores"]) * ops.dtype.itemsize,
+            f"the scores of {len(ids)} tokens",
+            "a pass over a cache can take fewer tokens at once",
+        )
+    steps = transformer.forward_steps(
+        np.array(ids), cache.begin(len(ids)), last_only=last_only, observe_attention=observe_attention
+    )
+    return Walk(steps, ops, edits)
 
 
 def scores(transformer: Transformer, ids: Sequence[int], cache: KVCache, n_top: int) -> Scores:

@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.display import Statistics, size_text, statistics, step_html
+from mistral_ref.display import Statistics, size_text, statistics
 from mistral_ref.errors import InputError, short_repr
+from mistral_ref.notebook import step_html
 
 
 class StepKind(NamedTuple):

@@ -15,11 +15,11 @@ import numpy as np
 
 from mistral_ref.compare import DEFAULT_BOUND, Comparison, step_difference
 from mistral_ref.config import RowOrder
-from mistral_ref.display import steps_html
 from mistral_ref.errors import InputError, first_difference, printable, short_repr
 from mistral_ref.files.dump import FORMAT, checked_row_order, read_dump, step_order, tokens_of
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import write_tensor_file
+from mistral_ref.notebook import steps_html
 from mistral_ref.steps import CATALOGUE, Step
 
 

@@ -21,8 +21,8 @@ from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
 from mistral_ref import CacheError, InputError, KVCache, Model, Token
-from mistral_ref.generation import StopStrings
 from mistral_ref.sampling import log_softmax
+from mistral_ref.stops import StopStrings
 from mistral_ref.text.added_tokens import AddedToken
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 from mistral_ref.text.tokenizer_config import TokenizerConfig

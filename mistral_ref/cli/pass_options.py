@@ -10,7 +10,8 @@ from mistral_ref.cli.common import progress_bar
 from mistral_ref.cli.output import say
 from mistral_ref.cli.width import terminal_width, wrapped
 from mistral_ref.errors import checked_int, short_repr
-from mistral_ref.model import Model, Prompt
+from mistral_ref.model import Model
+from mistral_ref.prompt import Prompt
 from mistral_ref.study.broken import BUGS, broken
 
 _NAME_WIDTH = max(map(len, BUGS)) + 2

@@ -17,9 +17,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mistral_ref.cache import SCALE_BYTES, Ring
+from mistral_ref.cache import SCALE_BYTES
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import checked_choice, checked_int
+from mistral_ref.ring import Ring
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Layer, Matrix, Weights
 
 _CACHE_DTYPES = ("float32", "float16", "float64", "int8")

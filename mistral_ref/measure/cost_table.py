@@ -17,7 +17,8 @@ from mistral_ref.display import markdown_table
 from mistral_ref.errors import Progress, checked_int
 from mistral_ref.host import chosen_threads
 from mistral_ref.measure.cost import Limits, StepCost, step_costs, total_cost
-from mistral_ref.model import Model, Prompt
+from mistral_ref.model import Model
+from mistral_ref.prompt import Prompt
 
 _N_SAMPLES = 5  # of each limit
 

@@ -40,7 +40,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mistral_ref.errors import InputError, Progress, checked_int
-from mistral_ref.model import Model, Prompt
+from mistral_ref.model import Model
+from mistral_ref.prompt import Prompt
 
 
 class Window(NamedTuple):

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mistral_ref.cache import DEFAULT_CHUNK, KVCache, Ring
+from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, checked_choice
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps, softmax
+from mistral_ref.ring import Ring
 from mistral_ref.rope import Rotation
 
 # ------------------------------------------------------------------------------------------- operations and a cache

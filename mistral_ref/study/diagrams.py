@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mistral_ref.cache import Ring
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import checked_int
 from mistral_ref.reference_ops import ReferenceOps, attends
+from mistral_ref.ring import Ring
 from mistral_ref.rope import inverse_frequencies, rotation
 from mistral_ref.study.drawing import (
     BLUE,

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.display import HeatMap, heat_image, heat_map, heat_text, html_table, legend, markdown_table
+from mistral_ref.display import html_table, markdown_table
 from mistral_ref.errors import InputError, checked_int
+from mistral_ref.heat_map import HeatMap, heat_image, heat_map, heat_text, legend
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import attends, blocks
 from mistral_ref.sampling import log_softmax

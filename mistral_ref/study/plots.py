@@ -18,10 +18,10 @@ from typing import Literal
 
 import numpy as np
 
-from mistral_ref.cache import Ring
 from mistral_ref.errors import InputError, checked_int
 from mistral_ref.measure.cost_table import CostTable
 from mistral_ref.reference_ops import attends
+from mistral_ref.ring import Ring
 from mistral_ref.study import lens
 from mistral_ref.study.diagrams import head_map, receptive_field, ring, rope, rope_scores
 from mistral_ref.study.drawing import (

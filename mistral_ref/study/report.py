@@ -29,11 +29,13 @@ import numpy as np
 
 from mistral_ref.cache import KVCache
 from mistral_ref.config import ModelConfig
-from mistral_ref.display import heat_map, statistics
+from mistral_ref.display import statistics
 from mistral_ref.errors import InputError, Progress
 from mistral_ref.files.whole_file import whole_file
+from mistral_ref.heat_map import heat_map
 from mistral_ref.measure.cost_table import CostTable, cost_table
-from mistral_ref.model import Model, Prompt
+from mistral_ref.model import Model
+from mistral_ref.prompt import Prompt
 from mistral_ref.rope import inverse_frequencies
 from mistral_ref.steps import CATALOGUE, Step, catalogue_of, count_values, step_names
 from mistral_ref.study import lens

@@ -16,7 +16,8 @@ import numpy as np
 from mistral_ref.cache import KVCache
 from mistral_ref.compare import Comparison, compare_walks
 from mistral_ref.errors import InputError, Progress, checked_int, did_you_mean, printable, short_repr
-from mistral_ref.model import Model, Prompt
+from mistral_ref.model import Model
+from mistral_ref.prompt import Prompt
 from mistral_ref.steps import Step, step_names
 from mistral_ref.trace import Trace
 from mistral_ref.walk import Edit, Walk

@@ -15,9 +15,9 @@ import pytest
 from support.tiny import model_of, tokens_for
 
 import mistral_ref
-from mistral_ref.cache import Ring
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
 from mistral_ref.reference_ops import ReferenceOps, attends
+from mistral_ref.ring import Ring
 from mistral_ref.rope import rotation
 from mistral_ref.steps import step_names
 from mistral_ref.study import report

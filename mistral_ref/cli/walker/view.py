@@ -13,8 +13,9 @@ from mistral_ref.cli.output import fit_for
 from mistral_ref.cli.walker.focus import Focus, Selected
 from mistral_ref.cli.walker.selection import as_index
 from mistral_ref.cli.width import fitted, terminal_width
-from mistral_ref.display import cell_ranges, heat_map, legend, merged_text, numbers, shade, size_text
+from mistral_ref.display import numbers, size_text
 from mistral_ref.errors import InputError, Progress, printable, short_repr
+from mistral_ref.heat_map import cell_ranges, heat_map, legend, merged_text, shade
 from mistral_ref.measure.cost import step_costs
 from mistral_ref.measure.cost_table import cost_table
 from mistral_ref.study import lens
