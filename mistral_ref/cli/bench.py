@@ -98,10 +98,10 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "-m",
         "--model",
-        metavar="DIR",
+        metavar="PATH",
         type=model_directory,
         default=DEMO_MODEL,
-        help="directory with the weights (default: the demonstration model)",
+        help="directory with the weights, or a GGUF file (default: the demonstration model)",
     )
     which.add_argument(
         "--shape",

@@ -21,7 +21,7 @@ from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
 
 
 def model_directory(name: str) -> str | Path:
-    """Return the directory of a model. "demo" means the demonstration model, unless a directory has that name."""
+    """Return the path of a model. "demo" means the demonstration model, unless a directory has that name."""
     return DEMO_MODEL if name == "demo" and not os.path.isdir(name) else name
 
 
@@ -30,10 +30,11 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m",
         "--model",
-        metavar="DIR",
+        metavar="PATH",
         type=model_directory,
         default=DEMO_MODEL,
-        help="directory with the weights, in Mistral's or Hugging Face's layout (default: the demonstration model)",
+        help="directory with the weights, in Mistral's or Hugging Face's layout, or a GGUF file, or the first of its "
+        "shards (default: the demonstration model)",
     )
 
 
@@ -60,6 +61,7 @@ def add_compute_options(
         help="round the weights to 8 or 4 bits after loading; mistral-ref quantize writes rounded weights to a "
         "directory (default: no rounding)",
     )
+    add_window_option(parser)
     parser.add_argument(
         "--quantized-inputs",
         choices=get_args(QuantizedInputs),
@@ -72,6 +74,17 @@ def add_compute_options(
         default="float32",
         help="what inputs are rounded to before they are multiplied by bf16 weights: float32, no rounding, or "
         "bfloat16, less exact, and prompts twice as fast on AMD processors with AVX512_BF16 (default: %(default)s)",
+    )
+
+
+def add_window_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that sets the sliding window."""
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="let each token see at most the last N tokens, in every layer (default: as the files say it; GGUF files "
+        "of Mistral 7B v0.1 have lost its window, 4096)",
     )
 
 
@@ -171,6 +184,7 @@ def load_model(arguments: argparse.Namespace) -> Model:
             dtype=getattr(arguments, "dtype", "float32"),
             threads=arguments.threads,
             quantize=arguments.quantize,
+            window=arguments.window,
             quantized_inputs=arguments.quantized_inputs,
             bf16_inputs=arguments.bf16_inputs,
             progress=progress,

@@ -8,6 +8,7 @@ import os
 from mistral_ref.cli.common import (
     add_ids_option,
     add_threads_option,
+    add_window_option,
     given_prompt,
     model_directory,
     progress_bar,
@@ -18,7 +19,7 @@ from mistral_ref.cli.pass_options import add_broken_option, add_last_option, may
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.compare import compare_walks
 from mistral_ref.errors import InputError, checked_int
-from mistral_ref.files.paths import local_path
+from mistral_ref.files.paths import is_gguf, local_path
 from mistral_ref.loading import load
 from mistral_ref.model import Model
 from mistral_ref.steps import step_names
@@ -34,7 +35,7 @@ difference, and the largest absolute difference in float32 ulps of the step's
 largest value (1 ulp is about one rounding).
 
 A and B are each one of these:
-  DIR     the directory of a model
+  DIR     the directory of a model, or a GGUF file
   demo    the demonstration model
   FILE    a trace: written by mistral-ref trace, or dumped by another engine
 
@@ -120,6 +121,7 @@ def _add_compute_options(parser: argparse.ArgumentParser) -> None:
         help="float32 or float64: one for both models, or one for each with a comma between (default: float32)",
     )
     add_threads_option(parser, " of each model")
+    add_window_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -152,13 +154,15 @@ def run(arguments: argparse.Namespace) -> None:
 def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
     """Return A (index 0) or B (index 1): a trace, or a model loaded with the options for this side."""
     path = (arguments.a, arguments.b)[index]
-    if os.path.isfile(local_path(path)) or path.endswith(".safetensors"):
+    file = local_path(path)
+    if (os.path.isfile(file) and not is_gguf(file)) or path.endswith(".safetensors"):
         return Trace.load(path, rope_row_order=arguments.rope_row_order)
     model = load(
         model_directory(path),
         backend=_one_of_two("--backend", arguments.backend, index) or _usual_backend(arguments),
         dtype=_one_of_two("--dtype", arguments.dtype, index) or "float32",
         threads=arguments.threads,
+        window=arguments.window,
     )
     return maybe_broken(model, arguments.broken if index == 0 else None)
 

@@ -1,4 +1,4 @@
-"""mistral-ref info: show what a model's directory holds; nothing is computed."""
+"""mistral-ref info: show what a model's directory or GGUF file holds; nothing is computed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
+
 import mistral_ref
-from mistral_ref.cli.common import add_model_option, size
+from mistral_ref.cli.common import add_model_option, add_window_option, size
 from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import list_of_rows
 from mistral_ref.errors import escaped
-from mistral_ref.files.checkpoint import Checkpoint, open_checkpoint
-from mistral_ref.files.paths import local_path
+from mistral_ref.files.checkpoint import Checkpoint, gguf_checkpoint, open_checkpoint
+from mistral_ref.files.gguf import Texts, open_gguf
+from mistral_ref.files.paths import checked_model, is_gguf
 from mistral_ref.files.tensor_file import DTYPES, Tensor
 from mistral_ref.files.tensor_names import huggingface_name
 from mistral_ref.weights import matrices
@@ -30,11 +33,12 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add this command to the command line."""
     parser = commands.add_parser(
         "info",
-        help="show what a model's directory holds",
+        help="show what a model's files hold",
         description="Show a model's architecture, its files and the types of its weights, the memory that it needs, "
-        "and its tokenizer. Nothing is computed.",
+        "and its tokenizer; of a GGUF file all that it says. Nothing is computed.",
     )
     add_model_option(parser)
+    add_window_option(parser)
     parser.add_argument(
         "--tensors", action="store_true", help="also list every tensor with its names, dtype, shape and file"
     )
@@ -42,15 +46,22 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what a model's directory holds."""
-    model = mistral_ref.load(arguments.model, backend="numpy")
+    """Print what a model's files hold."""
+    model = mistral_ref.load(arguments.model, backend="numpy", window=arguments.window)
+    path, metadata = checked_model(arguments.model), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has already shown them
-        checkpoint = open_checkpoint(local_path(arguments.model))
+        if is_gguf(path):
+            gguf = open_gguf(path)
+            checkpoint, metadata = gguf_checkpoint(gguf), gguf.metadata
+        else:
+            checkpoint = open_checkpoint(path)
     print_rows("architecture", architecture(model.config))
     print_rows("checkpoint", files(checkpoint, model))
     print_rows("memory", memory(model, checkpoint))
     print_rows("tokenizer", tokenizer(model))
+    if metadata:
+        print_rows("metadata", {escaped(name): shortened(value) for name, value in metadata.items()})
     if arguments.tensors:
         print_tensors(checkpoint)
 
@@ -58,8 +69,17 @@ def run(arguments: argparse.Namespace) -> None:
 def print_rows(title: str, rows: dict[str, object]) -> None:
     """Print a title, and below it rows of names and values; the values are aligned."""
     say(title)
+    width = max(20, *(len(name) + 2 for name in rows))
     for name, value in rows.items():
-        say(fitted(f"  {name:<20}{value}"))
+        say(fitted(f"  {name:<{width}}{value}"))
+
+
+def shortened(value: object) -> str:
+    """Return a value of a GGUF file's metadata in at most 100 characters; of an array its number of members."""
+    if isinstance(value, np.ndarray | Texts):
+        return f"{len(value):,} {'texts' if isinstance(value, Texts) else 'numbers'}"
+    text = escaped(value[:200]) if isinstance(value, str) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def architecture(config: ModelConfig) -> dict[str, object]:
@@ -150,20 +170,21 @@ def ids_with_names(model: mistral_ref.Model, ids: Sequence[int]) -> str:
     return ", ".join(names) + (f", and {len(ids) - 8} more" if len(ids) > 8 else "")
 
 
-def hugging_name(name: str, tensor: Tensor, checkpoint: Checkpoint) -> str:
-    """Return Hugging Face's name of a tensor: the name in the file, if the file has Hugging Face's layout."""
+def other_name(name: str, tensor: Tensor, checkpoint: Checkpoint) -> str:
+    """Return the name of a tensor in its file, and Hugging Face's if its file has Mistral's own name."""
     return huggingface_name(name) if checkpoint.layout == "consolidated" else tensor.name
 
 
 def print_tensors(checkpoint: Checkpoint) -> None:
     """Print every tensor: both names, dtype, shape and file."""
-    named = [(name, hugging_name(name, tensor, checkpoint), tensor) for name, tensor in checkpoint.tensors.items()]
+    named = [(name, other_name(name, tensor, checkpoint), tensor) for name, tensor in checkpoint.tensors.items()]
     named += [("(ignored)", tensor.name, tensor) for tensor in checkpoint.ignored]
     rows = [
         [escaped(cell) for cell in (own, theirs, tensor.dtype, "x".join(map(str, tensor.shape)), tensor.path.name)]
         for own, theirs, tensor in named
     ]
-    header = ("Mistral's name", "Hugging Face's name", "dtype", "shape", "file")
+    others = "GGUF's name" if checkpoint.layout == "gguf" else "Hugging Face's name"
+    header = ("Mistral's name", others, "dtype", "shape", "file")
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     say("tensors")
     if sum(widths) + 2 * len(widths) > (terminal_width() or math.inf):

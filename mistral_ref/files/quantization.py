@@ -23,7 +23,7 @@ import numpy as np
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CheckpointError, InputError, Progress, short_repr, warn
 from mistral_ref.files.build_weights import open_model
-from mistral_ref.files.paths import local_path
+from mistral_ref.files.paths import checked_model, is_gguf, local_path
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
 from mistral_ref.files.rounding import quantized
 from mistral_ref.files.tensor_file import DTYPES, TensorSpec, begin_tensor_file, require_space
@@ -154,6 +154,8 @@ def quantize(
     scheme = Scheme(bits, group_size, embedding, head)
     if os.path.lexists(target):
         raise InputError(f"{target}: exists already; expected the name of a new directory")
+    if is_gguf(checked_model(source)):
+        raise InputError(f"{source}: a GGUF file; expected a directory with safetensors files")
     config, weights = open_model(source)
     scheme.check(weights)
     specs, kept = _planned(config, weights, scheme)

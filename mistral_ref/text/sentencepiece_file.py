@@ -60,12 +60,12 @@ def count_fields(model: bytes) -> tuple[int, int]:
     (2, 2)
     """
     n_pieces = n_texts = 0
-    for number, start, stop in _fields(model, 0, len(model)):
+    for number, start, stop in fields_of(model, 0, len(model)):
         if number == _PIECE:
             n_pieces += 1
         else:
             n_texts += 1
-            for _ in _fields(model, start, stop):
+            for _ in fields_of(model, start, stop):
                 n_texts += 1
                 if n_texts > MAX_TEXTS:
                     break
@@ -74,7 +74,7 @@ def count_fields(model: bytes) -> tuple[int, int]:
     return n_pieces, n_texts
 
 
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+def fields_of(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yield the number of each field with a length, and where its bytes begin and end.
 
     The message begins at byte `at` of the file and ends before byte `end`.

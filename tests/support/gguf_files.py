@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 from support.checkpoints import Family, Tensors, draw_weights, to_bfloat16
 
 from mistral_ref.config import ModelConfig
+from mistral_ref.text.byte_bpe import LETTERS
+from mistral_ref.text.byte_tokenizer import ByteTokenizer
+from mistral_ref.text.sentencepiece_file import fields_of
 
 TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11}
 TYPE_IDS |= {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "BF16": 30}
@@ -26,11 +30,16 @@ class Typed(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor of a file. The shape is NumPy's, with the inputs last."""
+    """A tensor of a file. The shape is NumPy's, with the inputs last.
 
-    dtype: str
+    dtype   its type, or the number of one
+    begin   where its data begin according to the header; None: where they do
+    """
+
+    dtype: str | int
     shape: tuple[int, ...]
     raw: bytes
+    begin: int | None = None
 
 
 def text(value: str | bytes) -> bytes:
@@ -65,7 +74,8 @@ def gguf_bytes(
     data = b""
     for name, tensor in tensors.items():
         header += text(name) + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1])
-        header += struct.pack("<IQ", TYPE_IDS[tensor.dtype], len(data))
+        kind = TYPE_IDS[tensor.dtype] if isinstance(tensor.dtype, str) else tensor.dtype
+        header += struct.pack("<IQ", kind, len(data) if tensor.begin is None else tensor.begin)
         data += tensor.raw + bytes(-len(tensor.raw) % alignment)
     return header + bytes(-len(header) % alignment) + data
 
@@ -153,9 +163,67 @@ def family_tensors(weights: Tensors, dtype: str = "F32", *, stacked: bool = True
     return tensors | {name: stored(np.stack(parts), dtype) for name, parts in stacks.items()}
 
 
-def write_gguf(path: Path, family: Family, *, stacked: bool = True) -> None:
-    """Write a family, with weights of its own dtype and without a tokenizer."""
+def write_gguf(path: Path, family: Family, fields: Mapping[str, Any] | None = None, *, stacked: bool = True) -> None:
+    """Write a family, with weights of its own dtype; `fields` may describe a tokenizer, or overrule a field."""
     config = family.config
     architecture = "mistral3" if family.model_type == "ministral3" else "llama"
     tensors = family_tensors(draw_weights(family), family.dtype.upper(), stacked=stacked)
-    path.write_bytes(gguf_bytes(config_fields(config, architecture), tensors))
+    path.write_bytes(gguf_bytes(config_fields(config, architecture) | dict(fields or {}), tensors))
+
+
+def sentencepiece_fields(model: bytes) -> dict[str, Any]:
+    """Return the fields of a SentencePiece model."""
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    ids = range(processor.get_piece_size())
+    # The last field of a piece is its type; without one the piece is normal.
+    pieces = [model[start:end] for number, start, end in fields_of(model, 0, len(model)) if number == 1]
+    kinds = [piece[-1] if piece[-2] == 0x18 and piece[-1] < 7 else 1 for piece in pieces]
+
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [processor.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": Typed("f32", [processor.get_score(i) for i in ids]),
+        "tokenizer.ggml.token_type": Typed("i32", kinds),
+        "tokenizer.ggml.bos_token_id": processor.bos_id(),
+        "tokenizer.ggml.eos_token_id": processor.eos_id(),
+        "tokenizer.ggml.unknown_token_id": processor.unk_id(),
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": processor.encode("a")[0] != processor.piece_to_id("a"),
+    }
+
+
+def tekken_fields(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    """Return the fields of a tokenizer that was read of a tekken.json."""
+    tokens = {token_id: name for name, token_id in tokenizer.controls.items()}
+    tokens |= {token_id: "".join(LETTERS[byte] for byte in piece) for piece, token_id in tokenizer.bpe.ids.items()}
+    controls = set(tokenizer.controls.values())
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "tekken",
+        "tokenizer.ggml.tokens": [tokens[token_id] for token_id in range(tokenizer.vocab_size)],
+        "tokenizer.ggml.token_type": Typed("i32", [3 if i in controls else 1 for i in sorted(tokens)]),
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+    }
+
+
+def byte_bpe_fields(document: Mapping[str, Any], pre: str) -> dict[str, Any]:
+    """Return the fields of a tokenizer.json; tokens that no piece has the id of are unused."""
+    ids, added = document["model"]["vocab"], {token["id"]: token for token in document["added_tokens"]}
+    n = 1 + max((*ids.values(), *added))
+    tokens, kinds = [f"[UNUSED{i}]" for i in range(n)], [5] * n
+    for token, i in ids.items():
+        tokens[i], kinds[i] = token, 1
+    for i, token in added.items():
+        tokens[i], kinds[i] = token["content"], 3 if token["special"] else 4
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in document["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": Typed("i32", kinds),
+        "tokenizer.ggml.merges": merges,
+    }
