@@ -17,9 +17,9 @@ from mistral_ref.errors import (
     short_repr,
     warn,
 )
-from mistral_ref.files.build_weights import open_model
+from mistral_ref.files.build_weights import gguf_model, open_model
 from mistral_ref.files.config_files import read_eos_ids
-from mistral_ref.files.gguf import open_gguf
+from mistral_ref.files.gguf import GGUF, open_gguf
 from mistral_ref.files.gguf_config import gguf_eos_ids, lost_window
 from mistral_ref.files.paths import checked_model, is_gguf
 from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weights
@@ -28,6 +28,7 @@ from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
 from mistral_ref.text import Tokenizer, find_tokenizer, load_tokenizer
+from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
@@ -72,28 +73,29 @@ def load(
     Raises MistralRefError; the message names the file and the problem. Warns with MistralRefWarning if something is
     assumed or ignored.
     """
-    directory = checked_model(DEMO_MODEL if path is None else path)
+    path = checked_model(DEMO_MODEL if path is None else path)
     ops = _make_ops(
         backend, dtype, threads=threads, angles=rope_angles, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs
     )
     scheme = None if quantize is None else Scheme(checked_bits("quantize", quantize))
-    config, weights = open_model(directory)
-    config = _with_window(config, window, directory)
+    gguf = open_gguf(path) if is_gguf(path) else None
+    config, weights = open_model(path) if gguf is None else gguf_model(gguf)
+    config = _with_window(config, window, gguf)
     if scheme is not None:
         weights = quantized_weights(weights, scheme, progress)
-    tokenizer, eos_ids = _text_side(directory, config)
+    tokenizer, eos_ids = _text_side(path, gguf, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
-def _with_window(config: ModelConfig, window: int | None, path: Path) -> ModelConfig:
-    """Return a configuration with this window in every layer; warn if its file has lost its window."""
+def _with_window(config: ModelConfig, window: int | None, gguf: GGUF | None) -> ModelConfig:
+    """Return a configuration with this window in every layer; warn if its GGUF file has lost its window."""
     if window is not None:
         window = checked_int("window", window, least=1, most=MAX_VALUES["sliding_window"])
         return config.replace(sliding_window=(window,) * config.n_layers)
-    if is_gguf(path) and lost_window(config):
+    if gguf is not None and lost_window(config):
         warn(
-            f"{path}: has the shape of Mistral 7B v0.1, and GGUF files of this model have lost its window; window=4096 "
-            "or --window 4096 sets it. Without it texts of over 4096 tokens are computed wrongly"
+            f"{gguf.path}: has the shape of Mistral 7B v0.1, and GGUF files of this model have lost its window; "
+            "window=4096 or --window 4096 sets it. Without it texts of over 4096 tokens are computed wrongly"
         )
     return config
 
@@ -113,8 +115,15 @@ def _make_ops(backend: str | None, dtype: str, **settings: Any) -> ReferenceOps:
     return CompiledOps(**settings)
 
 
-def _text_side(directory: Path, config: ModelConfig) -> tuple[Tokenizer | None, tuple[int, ...]]:
-    """Return the tokenizer of a directory or a GGUF file (None if it has none) and the ids that end a text.
+def _read_tokenizer(path: Path, gguf: GGUF | None) -> Tokenizer | None:
+    if gguf is not None:
+        return gguf_tokenizer(gguf) if has_tokenizer(gguf) else None
+    found = find_tokenizer(path)
+    return None if found is None else load_tokenizer(found)
+
+
+def _text_side(path: Path, gguf: GGUF | None, config: ModelConfig) -> tuple[Tokenizer | None, tuple[int, ...]]:
+    """Return the tokenizer of a model (None if it has none) and the ids that end a text.
 
     The end ids are those in generation_config.json, else in config.json, else the tokenizer's own: `eos_token` in
     tokenizer_config.json, else that of its file (`Model` takes the last two). A GGUF file names them itself.
@@ -122,25 +131,24 @@ def _text_side(directory: Path, config: ModelConfig) -> tuple[Tokenizer | None, 
     Raises ConfigError or TokenizerError if they do not fit the model's vocabulary. Warns if an added token does not:
     models are published with tokens that are never used, such as "[PAD]". Warns if the tokenizer is of an unknown kind.
     """
-    eos_ids = gguf_eos_ids(open_gguf(directory)) if is_gguf(directory) else read_eos_ids(directory)
+    eos_ids = read_eos_ids(path) if gguf is None else gguf_eos_ids(gguf)
     if eos_ids and max(eos_ids) >= config.vocab_size:
-        raise ConfigError(f"{directory}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
-    path = find_tokenizer(directory)
-    if path is None:
-        return None, eos_ids
+        raise ConfigError(f"{path}: eos_token_id is {max(eos_ids)}; expected 0 to {config.vocab_size - 1}")
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = _read_tokenizer(path, gguf)
     except UnknownTokenizerError as error:
         warn(f"{error}; without a tokenizer, prompts must be token ids")
         return None, eos_ids
+    if tokenizer is None:
+        return None, eos_ids
     if tokenizer.n_pieces > config.vocab_size:
         raise TokenizerError(
-            f"{directory}: the tokenizer has {tokenizer.n_pieces} pieces; "
+            f"{path}: the tokenizer has {tokenizer.n_pieces} pieces; "
             f"expected at most the model's vocabulary of {config.vocab_size}"
         )
     if beyond := [token for token in tokenizer.added.by_id.values() if token.id >= config.vocab_size]:
         warn(
-            f"{directory}: added token {short_repr(beyond[0].content)} has id {beyond[0].id}; expected at most "
+            f"{path}: added token {short_repr(beyond[0].content)} has id {beyond[0].id}; expected at most "
             f"{config.vocab_size - 1}; a prompt with this token is refused"
         )
     return tokenizer, eos_ids

@@ -14,7 +14,7 @@ from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CheckpointError, short_repr
 from mistral_ref.files.checkpoint import Checkpoint, gguf_checkpoint, open_checkpoint
 from mistral_ref.files.config_files import read_config
-from mistral_ref.files.gguf import open_gguf
+from mistral_ref.files.gguf import GGUF, open_gguf
 from mistral_ref.files.gguf_config import gguf_config
 from mistral_ref.files.paths import checked_model, is_gguf
 from mistral_ref.files.quantized_format import bits_of, quantized_tensors
@@ -31,11 +31,15 @@ def open_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
     InputError, ConfigError or CheckpointError.
     """
     path = checked_model(path)
-    if is_gguf(path):
-        gguf = open_gguf(path)
-        config, checkpoint = gguf_config(gguf), gguf_checkpoint(gguf)
-    else:
-        config, checkpoint = read_config(path), open_checkpoint(path)
+    return gguf_model(open_gguf(path)) if is_gguf(path) else _model(read_config(path), open_checkpoint(path))
+
+
+def gguf_model(gguf: GGUF) -> tuple[ModelConfig, Weights]:
+    """Return the configuration and the weights of the model in a GGUF file. Raises ConfigError or CheckpointError."""
+    return _model(gguf_config(gguf), gguf_checkpoint(gguf))
+
+
+def _model(config: ModelConfig, checkpoint: Checkpoint) -> tuple[ModelConfig, Weights]:
     config = config.replace(rope_row_order=checkpoint.row_order)
     weights = build_weights(checkpoint, config)
     return config.replace(tied_embeddings=weights.output is weights.tok_embeddings), weights

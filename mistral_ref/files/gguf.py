@@ -30,7 +30,7 @@ from mistral_ref.files.tensor_file import BLOCKS, Tensor
 
 MAGIC = b"GGUF"
 # Published files have some 60 fields, 1,100 tensors, and 400,000 texts in arrays: tokens and merges.
-_MAX_FIELDS, _MAX_TENSORS, _MAX_LISTED = 10_000, 8_000, 1_000_000
+_MAX_FIELDS, _MAX_TENSORS, _MAX_LISTED = 1_000, 8_000, 800_000
 _MAX_TEXT_BYTES = 4 * 2**20  # of all names and texts that are no part of an array
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "u1"}
 _NUMBERS |= {10: "<u8", 11: "<i8", 12: "<f8"}

@@ -182,10 +182,10 @@ WRONG: dict[str, tuple[bytes, tuple[object, ...]]] = {
     ),
     "many texts": (
         gguf_bytes({"a": ["b"]}).replace(struct.pack("<IQ", 8, 1), struct.pack("<IQ", 8, 2**60)),
-        ("texts", 1_000_000),
+        ("texts", 800_000),
     ),
     "texts behind the end": (
-        gguf_bytes({"a": ["b"]}).replace(struct.pack("<IQ", 8, 1), struct.pack("<IQ", 8, 900_000)),
+        gguf_bytes({"a": ["b"]}).replace(struct.pack("<IQ", 8, 1), struct.pack("<IQ", 8, 700_000)),
         ("truncated",),
     ),
     "a long text": (gguf_bytes({"a": "b" * (4 * 2**20)}), ("texts", 4 * 2**20)),
