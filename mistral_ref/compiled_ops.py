@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
 
-from mistral_kernels import attention, elementwise, panels, threads
-from mistral_kernels.matmul import matmul, slab_shape
-from mistral_kernels.matvec import FEW, ONE, are_few, matvec
+from mistral_kernels import KernelWarning, compiling, elementwise, panels, threads
+from mistral_kernels.matmul import slab_shape
+from mistral_kernels.matvec import matvec
 from mistral_kernels.pool import ArrayPool
-from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
+from mistral_kernels.quantized import slab_shapes
+from mistral_ref import kernel_choice
 from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, OnCompile, warn
 from mistral_ref.host import chosen_threads
 from mistral_ref.ops import KeyView, Slots
 from mistral_ref.quantized_matrix import QuantizedMatrix
@@ -30,7 +30,7 @@ from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
 from mistral_ref.steps import Step, StepFactory, Steps
-from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values, matrices
+from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values
 
 # Below this much work one thread works alone: bytes of weights times tokens, and numbers of activations. Waking other
 # threads costs microseconds, or milliseconds if another program has taken their core.
@@ -50,6 +50,12 @@ def _start_threads() -> None:
         raise InputError(f"backend is 'numba', but its threads cannot be started: {problem}") from None
 
 
+def _warn_of_compiling(done: int, total: int, name: str) -> None:
+    if not done:
+        kernels = "1 kernel" if total == 1 else f"{total} kernels"
+        warn(f"compiling {kernels}, once on this machine: some seconds for each", KernelWarning)
+
+
 def _floats(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, np.float32)
 
@@ -62,6 +68,8 @@ class CompiledOps(ReferenceOps):
     quantized_inputs    what the inputs of quantized matrices are rounded to: "int16", or "int8", which is faster
     bf16_inputs     what the inputs of bf16 matrices are rounded to: "bfloat16", which is twice as fast on processors
                 that multiply pairs of bf16, or "float32": they are not rounded
+    on_compile  called as on_compile(done, total, name) before each kernel that is compiled, and at the end without a
+                name; None: a warning says how many are compiled
 
     Raises InputError if an argument cannot be used, or if Numba cannot compile or start threads.
     """
@@ -76,6 +84,7 @@ class CompiledOps(ReferenceOps):
         angles: AnglePrecision = "float64",
         quantized_inputs: QuantizedInputs | None = None,
         bf16_inputs: Bf16Inputs = "float32",
+        on_compile: OnCompile | None = None,
     ) -> None:
         if numba.config.DISABLE_JIT:
             raise InputError("backend is 'numba', but NUMBA_DISABLE_JIT is set; unset it, or use backend='numpy'")
@@ -84,6 +93,8 @@ class CompiledOps(ReferenceOps):
             raise InputError("quantized_inputs is 'float', which only backend='numpy' has; expected 'int16' or 'int8'")
         self.threads = chosen_threads(threads)
         self._pool = ArrayPool()
+        self._on_compile = _warn_of_compiling if on_compile is None else on_compile
+        self._prepared: WeakKeyDictionary[Weights, set[tuple[str, int, bool]]] = WeakKeyDictionary()
         _start_threads()
 
     @contextmanager
@@ -92,24 +103,22 @@ class CompiledOps(ReferenceOps):
         with super().running(), threads.using(self.threads):
             yield
 
-    def prepare(self, config: ModelConfig, weights: Weights, cache_dtype: str, lengths: Collection[int]) -> None:
-        """Compile, or read from disk, each kernel that passes of these lengths need. Only the last token has logits."""
-        dtype, most = np.dtype(cache_dtype), max(lengths)
-        needed = [
-            partial(elementwise.rms_norm),
-            partial(elementwise.rotate),
-            partial(elementwise.swiglu),
-            _write(dtype),
-        ]
-        needed += [_attention(dtype, length, config.n_heads, config.n_kv_heads) for length in lengths]
-        # An expert gets some of a pass's tokens, so it may get one, a few or many.
-        some = lengths if config.moe is None else {*lengths, 1, min(2, most)}
-        products = [(weight, length) for weight in matrices(weights.layers) for length in some]
-        products += [(weights.output, 1)]
-        needed += [self._product(*one) for one in products if not isinstance(one[0], BlockMatrix)]
-        needed += [] if config.moe is None else [partial(elementwise.mix_experts)]
-        for factory, arguments in {(kernel.func, kernel.args): None for kernel in needed}:
-            factory(*arguments)
+    def prepare(
+        self, config: ModelConfig, weights: Weights, cache_dtype: str, lengths: Collection[int], *, last_only: bool
+    ) -> None:
+        """Compile, or read from disk, each kernel that passes of these numbers of tokens need.
+
+        last_only   whether only the last token of a pass has logits
+        """
+        prepared = self._prepared.setdefault(weights, set())
+        wanted = {(cache_dtype, length, last_only) for length in lengths}
+        if not wanted <= prepared:
+            kernels = kernel_choice.of_passes(
+                config, weights, cache_dtype, lengths,
+                last_only=last_only, quantized_inputs=self.quantized_inputs, bf16_inputs=self.bf16_inputs,
+            )  # fmt: skip
+            compiling.make(kernels, self._on_compile)
+            prepared |= wanted
 
     def _threads_for(self, work: int, few: int) -> int:
         return 1 if work < few else threads.usable(self.threads)
@@ -135,7 +144,7 @@ class CompiledOps(ReferenceOps):
         if isinstance(weight_OI, QuantizedMatrix):
             self._quantized_linear(x_TI, weight_OI, y_TO)
             return y_TO
-        if self.rounds_to_bf16(weight_OI) and not self._takes_pairs(weight_OI):
+        if self.rounds_to_bf16(weight_OI) and not kernel_choice.takes_pairs(weight_OI, self.bf16_inputs):
             x_TI = bf16_values(bf16_bits(x_TI))
         stored, scale = weight_OI.as_bytes, _NO_SCALE if weight_OI.scale is None else weight_OI.scale
         n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
@@ -150,19 +159,8 @@ class CompiledOps(ReferenceOps):
                 product()(stored, scale, x_TI[rows], slabs, y_TO[rows], n_threads)
         return y_TO
 
-    def _takes_pairs(self, weight_OI: Matrix) -> bool:
-        """Return whether a matrix is multiplied by the kernel for pairs of bf16, which rounds the inputs itself."""
-        return self.rounds_to_bf16(weight_OI) and weight_OI.shape[1] % 2 == 0
-
-    def _product(self, weight_OI: Matrix, n_tokens: int) -> partial[Any]:
-        """Return what makes the kernel for a product: a factory with its arguments."""
-        if isinstance(weight_OI, QuantizedMatrix):
-            how = weight_OI.bits, self.quantized_inputs, weight_OI.group_size
-            return partial(matvec_quantized if n_tokens == 1 else matmul_quantized, *how)
-        kind = "pairs" if self._takes_pairs(weight_OI) else weight_OI.kind
-        if n_tokens and are_few(kind, n_tokens):
-            return partial(matvec, kind, ONE if n_tokens == 1 else FEW)
-        return partial(matmul, kind)
+    def _product(self, weight_OI: Matrix, n_tokens: int) -> kernel_choice.Kernel:
+        return kernel_choice.product(weight_OI, n_tokens, self.quantized_inputs, self.bf16_inputs)
 
     def _quantized_linear(self, x_TI: np.ndarray, weight_OI: QuantizedMatrix, y_TO: np.ndarray) -> None:
         stored, scales, unit = weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit
@@ -191,7 +189,7 @@ class CompiledOps(ReferenceOps):
     def write(self, store: panels.PanelStore, slots: Slots, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None:
         """Put keys and values in these slots, rounded to the store's dtype, by a compiled kernel."""
         slots_T = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else np.ascontiguousarray(slots)
-        kernel = _write(store.k.dtype)
+        kernel = kernel_choice.write(store.k.dtype)
         if kernel.func is panels.write_int8:
             kernel()(*store, slots_T, _floats(k_TGK), _floats(v_TGK))
             return
@@ -239,7 +237,7 @@ class CompiledOps(ReferenceOps):
         q_THK = _floats(q_THK)
         (k, v, k_scales, v_scales), heads_THK = view.store, self._pool.empty(q_THK.shape)
         n_kv_heads, n_blocks = v.shape[:2]
-        _attention(k.dtype, len(q_THK), q_THK.shape[1], n_kv_heads)()(
+        kernel_choice.attend(k.dtype, len(q_THK), q_THK.shape[1], n_kv_heads)()(
             q_THK,
             k.view(np.uint8).reshape(-1),
             v.view(np.uint8).reshape(-1),
@@ -271,20 +269,6 @@ class CompiledOps(ReferenceOps):
         tokens_N, experts_N = (np.ascontiguousarray(indices, np.int64) for indices in (tokens_N, experts_N))
         elementwise.mix_experts()(_floats(y_ND), tokens_N, experts_N, _floats(weights_TE), z_TD)
         return z_TD
-
-
-def _write(dtype: np.dtype) -> partial[Any]:
-    """Return what makes the kernel that writes into a store of this dtype."""
-    if dtype == np.int8:
-        return partial(panels.write_int8)
-    return partial(panels.write, "float32" if dtype == np.float32 else "uint16")
-
-
-def _attention(dtype: np.dtype, n_tokens: int, n_heads: int, n_kv_heads: int) -> partial[Any]:
-    """Return what makes the kernel for attention over a store of this dtype."""
-    is_few = n_tokens * n_heads <= n_kv_heads * attention.FEW_ROWS
-    kind = {4: "f32", 2: "f16", 1: "int8"}[dtype.itemsize]
-    return partial(attention.attention, kind, attention.FEW_ROWS if is_few else attention.MANY_ROWS)
 
 
 def _segments(view: KeyView) -> np.ndarray:

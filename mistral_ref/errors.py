@@ -18,7 +18,9 @@ from numbers import Real
 from typing import SupportsIndex, TypeVar
 
 _Choice = TypeVar("_Choice")
+_OURS = "mistral_ref.", "mistral_kernels."
 Progress = Callable[[int, int], None]  # called with (amount done, total amount) during long work
+OnCompile = Callable[[int, int, str], object]  # the same for kernels, with the name of the next kernel
 
 
 class MistralRefError(ValueError):
@@ -88,15 +90,15 @@ class MistralRefWarning(UserWarning):
     """The library assumed or ignored something, and the result may depend on it."""
 
 
-def warn(message: str) -> None:
-    """Give a MistralRefWarning that points at the line of the user's code that called this package.
+def warn(message: str, category: type[Warning] = MistralRefWarning) -> None:
+    """Give a warning that points at the line of the user's code that called this package.
 
     What cannot be printed is escaped, as in errors.
     """
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("mistral_ref."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):
         level, frame = level + 1, frame.f_back
-    warnings.warn(escaped(message), MistralRefWarning, stacklevel=level)
+    warnings.warn(escaped(message), category, stacklevel=level)
 
 
 _repr = reprlib.Repr()

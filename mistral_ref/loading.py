@@ -10,6 +10,7 @@ from mistral_ref.config import MAX_VALUES, ModelConfig
 from mistral_ref.errors import (
     ConfigError,
     InputError,
+    OnCompile,
     Progress,
     TokenizerError,
     UnknownTokenizerError,
@@ -45,6 +46,7 @@ def load(
     quantized_inputs: QuantizedInputs | None = None,
     bf16_inputs: Bf16Inputs = "float32",
     progress: Progress | None = None,
+    on_compile: OnCompile | None = None,
 ) -> Model:
     """Return the Model in a directory or a GGUF file. Its weights are mapped, not copied.
 
@@ -65,6 +67,8 @@ def load(
                   significant bits), as other runtimes do; prompts are twice as fast on AMD's processors with
                   AVX512_BF16, and decoding a little faster
     progress      called with (done, in all), numbers of weights, while `quantize` rounds
+    on_compile    called as on_compile(done, total, name) before each kernel that is compiled, and at the end without a
+                  name. None: a warning says how many are compiled
 
     Do not change the files while the model is in use. To replace one, write a new file and rename it to the old name.
     A pass raises CheckpointError if a file has become shorter. If it becomes shorter during the pass, the system may
@@ -75,8 +79,9 @@ def load(
     """
     path = checked_model(DEMO_MODEL if path is None else path)
     ops = _make_ops(
-        backend, dtype, threads=threads, angles=rope_angles, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs
-    )
+        backend, dtype, on_compile,
+        threads=threads, angles=rope_angles, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs,
+    )  # fmt: skip
     scheme = None if quantize is None else Scheme(checked_bits("quantize", quantize))
     gguf = open_gguf(path) if is_gguf(path) else None
     config, weights = open_model(path) if gguf is None else gguf_model(gguf)
@@ -100,7 +105,7 @@ def _with_window(config: ModelConfig, window: int | None, gguf: GGUF | None) -> 
     return config
 
 
-def _make_ops(backend: str | None, dtype: str, **settings: Any) -> ReferenceOps:
+def _make_ops(backend: str | None, dtype: str, on_compile: OnCompile | None, **settings: Any) -> ReferenceOps:
     """Return the operations of a backend: "numba" or "numpy"; None: "numba", or "numpy" with float64."""
     if backend not in (None, "numba", "numpy"):
         raise InputError(f"backend is {short_repr(backend)}; expected 'numba' or 'numpy'")
@@ -112,7 +117,7 @@ def _make_ops(backend: str | None, dtype: str, **settings: Any) -> ReferenceOps:
         from mistral_ref.compiled_ops import CompiledOps  # noqa: PLC0415
     except (ImportError, ValueError) as error:
         raise InputError(f"backend 'numba' cannot be used: {error}; backend='numpy' works without Numba") from None
-    return CompiledOps(**settings)
+    return CompiledOps(**settings, on_compile=on_compile)
 
 
 def _read_tokenizer(path: Path, gguf: GGUF | None) -> Tokenizer | None:

@@ -132,7 +132,7 @@ class Model:
 
     def _prepare(self, n_tokens: int, cache: KVCache) -> None:
         """Make what the passes of so many tokens, and then of one token each, need."""
-        self.ops.prepare(self.config, self.weights, cache.dtype, {1, *pass_lengths(n_tokens, cache.chunk)})
+        passes.prepare(self.transformer, cache, {1, *pass_lengths(n_tokens, cache.chunk)}, last_only=True)
 
     def _next_logits(self, ids: Sequence[int], cache: KVCache) -> np.ndarray:
         return passes.logits(self.transformer, ids, cache, last_only=True)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,12 +37,26 @@ def pass_lengths(n_tokens: int, chunk: int) -> set[int]:
     return {min(chunk, n_tokens - start) for start in range(0, n_tokens, chunk)}
 
 
-def _passes(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> Iterator[tuple[int, np.ndarray, Pass]]:
+def prepare(transformer: Transformer, cache: KVCache, lengths: Collection[int], *, last_only: bool = False) -> None:
+    """Make what passes of these numbers of tokens need, such as compiled kernels."""
+    transformer.ops.prepare(transformer.config, transformer.weights, cache.dtype, lengths, last_only=last_only)
+
+
+def begin_pass(transformer: Transformer, cache: KVCache, n_tokens: int, *, last_only: bool = False) -> Pass:
+    """Begin a pass of `n_tokens` tokens. Raises CheckpointError if a file with weights has become shorter."""
+    prepare(transformer, cache, {n_tokens}, last_only=last_only)
+    transformer.weights.check_files()
+    return cache.begin(n_tokens)
+
+
+def _passes(
+    transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last_only: bool = False
+) -> Iterator[tuple[int, np.ndarray, Pass]]:
     """Yield the passes that take these ids through the model: the first index, the ids (T,) and the Pass of each."""
+    prepare(transformer, cache, pass_lengths(len(ids), cache.chunk), last_only=last_only)
     for start in range(0, len(ids), cache.chunk):
-        transformer.weights.check_files()
         chunk = np.array(ids[start : start + cache.chunk])
-        yield start, chunk, cache.begin(len(chunk))
+        yield start, chunk, begin_pass(transformer, cache, len(chunk), last_only=last_only)
 
 
 def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last_only: bool) -> np.ndarray:
@@ -50,7 +64,7 @@ def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last
     cache.require_room(len(ids))
     ops = transformer.ops
     logits_TV = np.empty((1 if last_only else len(ids), transformer.config.vocab_size), ops.dtype)
-    for start, chunk, this_pass in _passes(transformer, ids, cache):
+    for start, chunk, this_pass in _passes(transformer, ids, cache, last_only=last_only):
         rows = slice(None) if last_only else slice(start, start + len(chunk))
         logits_TV[rows] = drain(transformer.forward_steps(chunk, this_pass, last_only=last_only), ops)
     return logits_TV
@@ -69,7 +83,6 @@ def walk(
 
     observe_attention   whether the steps inside attention are among those that can be seen and edited
     """
-    transformer.weights.check_files()
     ops = transformer.ops
     if observe_attention:
         require_memory(
@@ -77,8 +90,9 @@ def walk(
             f"the scores of {len(ids)} tokens",
             "a pass over a cache can take fewer tokens at once",
         )
+    this_pass = begin_pass(transformer, cache, len(ids), last_only=last_only)
     steps = transformer.forward_steps(
-        np.array(ids), cache.begin(len(ids)), last_only=last_only, observe_attention=observe_attention
+        np.array(ids), this_pass, last_only=last_only, observe_attention=observe_attention
     )
     return Walk(steps, ops, edits)
 
@@ -108,7 +122,7 @@ def scores(transformer: Transformer, ids: Sequence[int], cache: KVCache, n_top: 
 def embedding(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> np.ndarray:
     """Return the mean of the step "norm" over the tokens of a text, (D,) float32. The cache holds no token yet."""
     sum_D = np.zeros(transformer.config.dim)
-    for _, chunk, this_pass in _passes(transformer, ids, cache):
+    for _, chunk, this_pass in _passes(transformer, ids, cache, last_only=True):
         norm_TD = drain(transformer.forward_steps(chunk, this_pass), transformer.ops, until="norm")
         cache.commit(this_pass, chunk)  # the pass ends before the logits, which nobody needs
         sum_D += norm_TD.sum(axis=0, dtype=np.float64)

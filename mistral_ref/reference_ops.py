@@ -150,8 +150,10 @@ class ReferenceOps:
             with _BLAS_TURN, self._blas.limit(limits=self.threads, user_api="blas"):
                 yield
 
-    def prepare(self, config: ModelConfig, weights: Weights, cache_dtype: str, lengths: Collection[int]) -> None:
-        """Make everything ready for passes of these lengths. NumPy needs nothing."""
+    def prepare(
+        self, config: ModelConfig, weights: Weights, cache_dtype: str, lengths: Collection[int], *, last_only: bool
+    ) -> None:
+        """Make everything ready for passes of these numbers of tokens. NumPy needs nothing."""
 
     def rotation(self, positions_T: np.ndarray, config: ModelConfig) -> Rotation:
         """Return RoPE's cosines and sines at these positions (T,). rope.py has the formulas."""

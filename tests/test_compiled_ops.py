@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.cache_machine import run_cache_machine
 from support.checkpoints import FAMILIES, write_consolidated
-from support.errors import refused
+from support.errors import assert_says, refused
 from support.marks import slow, slow_but
 from support.paths import ROOT
 from support.tiny import (
@@ -36,8 +37,8 @@ from support.tiny import (
 )
 
 import mistral_ref
-from mistral_kernels import caches, threads
-from mistral_ref import CacheError, InputError, MistralRefError, compiled_ops
+from mistral_kernels import KernelWarning, caches, threads
+from mistral_ref import CacheError, InputError, MistralRefError, compiled_ops, kernel_choice
 from mistral_ref.compare import compare_walks
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.config import ModelConfig
@@ -96,12 +97,10 @@ def distance(logits: np.ndarray, exact: np.ndarray) -> float:
 # --------------------------------------------------------------------------------------------- what is made beforehand
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(wide_configs(), st.data())
-def test_a_generation_makes_no_kernel_after_its_first_look_at_the_prompt(
-    config: ModelConfig, data: st.DataObject
-) -> None:
-    """Any weights, cache and chunk: a second compilation would come in the middle of the text."""
+def test_kernels_are_made_before_a_pass_and_warm_knows_them_all(config: ModelConfig, data: st.DataObject) -> None:
+    """Any weights, cache and chunk: a compilation within a generation would come in the middle of the text."""
     model = compiled(config)
     bits = data.draw(st.sampled_from([None, 8, 4]))
     if bits is not None:
@@ -111,23 +110,73 @@ def test_a_generation_makes_no_kernel_after_its_first_look_at_the_prompt(
     )
     made: list[object] = []
     prepared: list[object] = []
+    prepare = model.ops.prepare
 
-    def begin_prompt(n_done: int, n_tokens: int) -> None:
-        if n_done == 0:
-            prepared.extend(made)
-            made.clear()
+    def noted_prepare(*arguments: Any, **options: Any) -> None:
+        prepare(*arguments, **options)
+        prepared.extend(made)
+        made.clear()
 
-    factories = [(compiled_ops, name) for name in ("matmul", "matvec", "matvec_quantized", "matmul_quantized")]
-    factories += [(compiled_ops.elementwise, name) for name in ("rms_norm", "rotate", "swiglu", "mix_experts")]
-    factories += [(compiled_ops.panels, name) for name in ("write", "write_int8")]
-    factories += [(compiled_ops.attention, "attention")]
+    factories = [(kernel_choice, name) for name in ("matmul", "matvec", "matvec_quantized", "matmul_quantized")]
+    factories += [(kernel_choice.elementwise, name) for name in ("rms_norm", "rotate", "swiglu", "mix_experts")]
+    factories += [(kernel_choice.panels, name) for name in ("write", "write_int8")]
+    factories += [(kernel_choice.attention, "attention")]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in factories:
             patch.setattr(module, name, noting(made, getattr(module, name)))
+        patch.setattr(compiled_ops, "matvec", kernel_choice.matvec)
+        patch.setattr(model.ops, "prepare", noted_prepare)
+        every = kernel_choice.of_a_model(config, model.weights)
         prompt = tokens_for(config, data.draw(st.integers(1, 150)))
-        assert len(list(model.generate(prompt, max_tokens=3, cache=cache, progress=begin_prompt))) == 3
+        if data.draw(st.booleans()):
+            model.forward(prompt, cache)
+        else:
+            assert len(list(model.generate(prompt, max_tokens=3, cache=cache))) == 3
     assert made
     assert set(made) <= set(prepared)
+    assert set(prepared) <= {(kernel.func.__name__, kernel.args) for kernel in every}
+
+
+def test_weights_of_other_kinds_and_other_options_need_other_kernels() -> None:
+    weights = model_of(SMALL).weights
+
+    def names(weights: Weights, **options: bool) -> set[str]:
+        kernels = kernel_choice.of_a_model(SMALL, weights, **options)
+        assert len({(kernel.func, kernel.args) for kernel in kernels}) == len(kernels)
+        return {"_".join([kernel.func.__name__, *map(str, kernel.args)]) for kernel in kernels}
+
+    plain, rounded = names(weights), names(quantized_weights(weights, Scheme(4, 32)))
+    assert {"attention_f32_4", "attention_f16_4", "attention_int8_4", "matmul_f32"} <= plain
+    assert {"matvec_quantized_4_int16_32", "matmul_quantized_4_int8_32"} <= rounded
+    assert not any("quantized" in name for name in plain)
+    with_all = names(weights, every_option=True)
+    assert plain | {name for name in rounded if "quantized" in name} | {"plain_read"} <= with_all
+    assert "matvec_quantized_8_int8_32" in with_all
+
+
+def test_a_library_call_warns_once_of_what_is_compiled_and_before_the_first_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+
+    def make(kernels: list[kernel_choice.Kernel], on_compile: Callable[[int, int, str], object]) -> int:
+        for done, name in enumerate(["attention_f32_4", "matvec_f32_8_1", ""]):
+            on_compile(done, 2, name)
+        return 2
+
+    monkeypatch.setattr(compiled_ops.compiling, "make", make)
+    model = compiled(SMALL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokens = model.generate([5, 6, 7], max_tokens=3)
+        assert next(tokens)
+        assert len(caught) == 1
+        assert len(list(tokens)) == 2
+    assert_says(str(caught[0].message), "compiling", "2 kernels")
+    assert (caught[0].category, caught[0].filename) == (KernelWarning, __file__)
+    quiet = CompiledOps(threads=1, on_compile=lambda done, total, name: said.append(f"{done} of {total} {name}"))
+    Model(SMALL, model.weights, quiet).forward([5, 6, 7])
+    assert said == ["0 of 2 attention_f32_4", "1 of 2 matvec_f32_8_1", "2 of 2 "]
 
 
 def noting(made: list[object], factory: Callable[..., Any]) -> Callable[..., Any]:

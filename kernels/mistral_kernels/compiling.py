@@ -13,7 +13,8 @@ import hashlib
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,43 @@ def made_once(factory: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+class _NotKeptError(Exception):
+    """A kernel is not on the disk, and was not to be compiled. Its argument is the kernel's name."""
+
+
+_ONE_BY_ONE, _ONLY_KEPT, _ANNOUNCED = range(3)
+_mode: ContextVar[int] = ContextVar("what to do about a kernel that is not on the disk", default=_ONE_BY_ONE)
+
+
+def _call_in(mode: int, kernel: Callable[[], object]) -> None:
+    token = _mode.set(mode)
+    try:
+        kernel()
+    finally:
+        _mode.reset(token)
+
+
+def make(kernels: Iterable[Callable[[], object]], on_compile: Callable[[int, int, str], object]) -> int:
+    """Make kernels: first read all that are on the disk, then compile the others. Return how many were compiled.
+
+    kernels     factories of kernels with their arguments
+    on_compile  called as on_compile(done, total, name) before each kernel of this name is compiled, and at the end
+                without a name; `total` is the number of kernels that are compiled
+    """
+    missing = {}
+    for kernel in kernels:
+        try:
+            _call_in(_ONLY_KEPT, kernel)
+        except _NotKeptError as error:
+            missing[str(error)] = kernel
+    for done, (name, kernel) in enumerate(missing.items()):
+        on_compile(done, len(missing), name)
+        _call_in(_ANNOUNCED, kernel)
+    if missing:
+        on_compile(len(missing), len(missing), "")
+    return len(missing)
+
+
 def _warn_once(message: str, detail: str = "") -> None:
     """Warn, unless there was a warning with this message before, of whatever detail."""
     if message not in _warned:
@@ -87,18 +125,21 @@ def _warn_once(message: str, detail: str = "") -> None:
 class _KernelCache(NullCache):
     """What Numba asks for a compiled kernel before it compiles, and gives one afterwards."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, file: str) -> None:
+        self._name, self._file = name, file
 
     def load_overload(self, signature: object, target_context: object) -> object:
-        found = kept.load(self._name, target_context)
+        found = kept.load(self._file, target_context)
         if found is None:
-            _warn_once("compiling kernels not used on this machine before: up to a minute, and once")
+            if _mode.get() == _ONLY_KEPT:
+                raise _NotKeptError(self._name)
+            if _mode.get() == _ONE_BY_ONE:
+                _warn_once(f"compiling the kernel {self._name}, once on this machine: some seconds")
         return found
 
     def save_overload(self, signature: object, compiled: Any) -> None:
         try:
-            kept.save(self._name, compiled)
+            kept.save(self._file, compiled)
         except OSError as error:
             _warn_once("compiled kernels cannot be kept for the next start", f": {error}")
 
@@ -127,7 +168,8 @@ def kernel(signature: object, *variant: object, parallel: bool = True) -> Callab
 
     def compiled(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(parallel=parallel, nogil=True, **_OPTIONS)(_named(function, variant))
-        dispatcher._cache = _KernelCache(f"{function.__module__}.{function.__qualname__}.kernel")
+        name = "_".join([function.__name__, *map(str, variant)])
+        dispatcher._cache = _KernelCache(name, f"{function.__module__}.{function.__qualname__}.kernel")
         dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher

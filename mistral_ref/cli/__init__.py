@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import mistral_ref
-from mistral_ref.cli import bench, chat, compare, generate, info, perplexity, quantize, step, trace
+from mistral_ref.cli import bench, chat, compare, generate, info, perplexity, quantize, step, trace, warm
 from mistral_ref.cli.output import say
 from mistral_ref.cli.parsers import CommandParser, OneLineParser
 from mistral_ref.errors import did_you_mean, escaped, short_repr
@@ -33,6 +33,7 @@ _COMMANDS = {
     "bench": bench,
     "perplexity": perplexity,
     "quantize": quantize,
+    "warm": warm,
     "info": info,
 }
 

@@ -229,7 +229,7 @@ def _measured(arguments: argparse.Namespace, tests: Sequence[SpeedTest]) -> tupl
     from mistral_ref.measure import benchmark, machine, records, speed  # noqa: PLC0415
 
     throttled = machine.throttle_count()
-    model, started = _started(arguments, max(test.depth + test.n for test in tests))
+    model, started = _started(arguments, tests)
     n_threads = chosen_threads(model.ops.threads)
     about = records.about_model(model, arguments.model, cache_dtype=arguments.cache_dtype)
     total, counter = sum(bool(test.depth) + 1 + arguments.repetitions for test in tests), itertools.count()
@@ -287,21 +287,23 @@ def _synthetic(arguments: argparse.Namespace) -> Path:
         return synthetic.make_checkpoint(folder, config, kind=arguments.kind, progress=bar)
 
 
-def _started(arguments: argparse.Namespace, n_tokens: int) -> tuple[Model, dict[str, float]]:
+def _started(arguments: argparse.Namespace, tests: Sequence[SpeedTest]) -> tuple[Model, dict[str, float]]:
     """Return the model and three times in seconds: to load it, to its first token, and to compile kernels."""
     import numba.core.event  # noqa: PLC0415
+
+    from mistral_ref.measure import speed  # noqa: PLC0415
 
     compiling: list[float] = []
     start = time.perf_counter()
     model = load_model(arguments)
     loaded = time.perf_counter()
-    longest = model.config.max_seq_len
+    n_tokens, longest = max(test.depth + test.n for test in tests), model.config.max_seq_len
     if longest is not None and n_tokens > longest:
         raise InputError(
             f"the longest test has {n_tokens} tokens; expected at most {longest}, the max_seq_len of the model"
         )
     with numba.core.event.install_timer("numba:compile", compiling.append):
-        model.forward([0], last_only=True)
+        model.forward([0], model.new_cache(dtype=arguments.cache_dtype), last_only=True)
         first_token = time.perf_counter()
-        model.forward([0, 0], last_only=True)  # several tokens need other kernels than one token
+        speed.prepare(model, tests, arguments.cache_dtype)
     return model, {"load_s": loaded - start, "first_token_s": first_token - loaded, "compile_s": sum(compiling)}

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, get_args
 
+from mistral_ref.cli.output import say, show_in_place
 from mistral_ref.errors import InputError, short_repr
 from mistral_ref.generation import Token
 from mistral_ref.loading import DEMO_MODEL, load
@@ -188,6 +189,7 @@ def load_model(arguments: argparse.Namespace) -> Model:
             quantized_inputs=arguments.quantized_inputs,
             bf16_inputs=arguments.bf16_inputs,
             progress=progress,
+            on_compile=show_compiling,
         )
 
 
@@ -195,6 +197,29 @@ class Bar(Protocol):
     """A function that moves a progress bar and can change the text beside it."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
+
+
+def n_kernels(n: int) -> str:
+    """Return a number of kernels in words."""
+    return "1 kernel" if n == 1 else f"{n} kernels"
+
+
+_bars: list[Bar] = []  # those on the terminal; the last one is in its last line
+
+
+def show_compiling(done: int, total: int, kernel: str) -> None:
+    """Show on standard error which kernel is compiled: beside the bar that is there, or in a line of its own.
+
+    The line is gone when all are compiled. Without a terminal one line says how many there are.
+    """
+    text = f"compiling kernels (once on this machine): {done + 1} of {total}, {kernel}" if kernel else ""
+    if sys.stderr is None or not sys.stderr.isatty():
+        if not done:
+            say(f"mistral-ref: note: compiling {n_kernels(total)}, once on this machine", error=True)
+    elif _bars:
+        _bars[-1](done, total, text)
+    else:
+        show_in_place(text)
 
 
 @contextmanager
@@ -216,7 +241,11 @@ def progress_bar(description: str, *, is_long: bool) -> Iterator[Bar | None]:
         def move(done: int, total: int, text: str = "") -> None:
             bar.update(task, completed=done, total=total, description=text or description)
 
-        yield move
+        _bars.append(move)
+        try:
+            yield move
+        finally:
+            _bars.remove(move)
 
 
 def size(n_bytes: int) -> str:

@@ -12,6 +12,7 @@ from mistral_ref.cli.common import (
     given_prompt,
     model_directory,
     progress_bar,
+    show_compiling,
     text_of,
 )
 from mistral_ref.cli.output import say
@@ -163,6 +164,7 @@ def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
         dtype=_one_of_two("--dtype", arguments.dtype, index) or "float32",
         threads=arguments.threads,
         window=arguments.window,
+        on_compile=show_compiling,
     )
     return maybe_broken(model, arguments.broken if index == 0 else None)
 

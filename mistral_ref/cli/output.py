@@ -7,6 +7,7 @@ become part of a line, so that they stay on it.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from typing import IO
 
@@ -21,6 +22,14 @@ def say(text: object = "", *, end: str = "\n", error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is not None:  # it is None where the program was started without it
         print(fit_for(stream, str(text)), end=end, file=stream, flush=True)
+
+
+def show_in_place(text: str) -> None:
+    """Show a text in the terminal's last line, in place of the text that was shown so before; "" clears the line."""
+    width = shutil.get_terminal_size().columns - 1
+    shown = fit_for(sys.stderr, text)[:width]
+    sys.stderr.write(f"\r{shown:<{width}}\r{shown}")
+    sys.stderr.flush()
 
 
 def fit_for(stream: IO[str], text: str) -> str:

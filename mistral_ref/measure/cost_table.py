@@ -18,6 +18,7 @@ from mistral_ref.errors import Progress, checked_int
 from mistral_ref.host import chosen_threads
 from mistral_ref.measure.cost import Limits, StepCost, step_costs, total_cost
 from mistral_ref.model import Model
+from mistral_ref.passes import begin_pass
 from mistral_ref.prompt import Prompt
 
 _N_SAMPLES = 5  # of each limit
@@ -51,7 +52,7 @@ def measure(
 def _timed_pass(model: Model, tokens_T: np.ndarray, cache: KVCache) -> list[float]:
     seconds: list[float] = []
     name, value = "", cast(Any, None)  # None starts a generator
-    steps = model.transformer.forward_steps(tokens_T, cache.begin(len(tokens_T)))
+    steps = model.transformer.forward_steps(tokens_T, begin_pass(model.transformer, cache, len(tokens_T)))
     with model.ops.running(), closing(steps):
         while name != "logits":
             begin = time.perf_counter()

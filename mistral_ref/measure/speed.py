@@ -20,12 +20,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mistral_ref import passes
 from mistral_ref.cache import KVCache
 from mistral_ref.errors import checked_int
 from mistral_ref.measure.benchmark import Limit, ratios
 from mistral_ref.measure.busy import processor_time, share_of_others
 from mistral_ref.measure.cost import StepCost, step_costs
 from mistral_ref.model import Model
+from mistral_ref.passes import pass_lengths
 
 CHUNK = 512  # how many tokens of a prompt go through the model at a time
 _SEED = 0
@@ -131,6 +133,13 @@ def work_of(model: Model, test: SpeedTest, cache_dtype: str) -> tuple[int, int]:
         n_tokens = min(CHUNK, test.n_prompt - start)
         counted += [*costs(n_tokens, test.depth + start)[:-2], *costs(1, test.depth + start)[-2:]]
     return sum(cost.flops for cost in counted), sum(cost.bytes for cost in counted)
+
+
+def prepare(model: Model, tests: Sequence[SpeedTest], cache_dtype: str | None = None) -> None:
+    """Compile every kernel that the tests need."""
+    counts = {n for test in tests for n in (test.depth, test.n_prompt)}
+    lengths = {1, *(length for n in counts for length in pass_lengths(n, CHUNK))}
+    passes.prepare(model.transformer, model.new_cache(dtype=cache_dtype), lengths, last_only=True)
 
 
 def measure_speed(

@@ -179,8 +179,8 @@ print(*[str(warning.message).split(":")[0] for warning in caught], sep="; ")
 def test_each_notice_is_given_once(package: Package) -> None:
     package.cache.touch()  # a file where the folder should be
     (said,) = package.run(TWO_KERNELS)
-    assert len(said.split("; ")) == 2
-    assert_says(said, "compiling", "kept")
+    assert [not unsaid(message, "kept") for message in said.split("; ")].count(True) == 1
+    assert_says(said, "write_float32", "write_uint16")
 
 
 # Imports come first: the other user may not be allowed to read the files of this Python.
