@@ -83,10 +83,25 @@ NAMES = st.sampled_from(
 TENSOR_NAMES = st.sampled_from(["output.weight", "rope_freqs.weight", "blk.0.attn_q.bias", "blk.1.ffn_up_exps.weight"])
 
 
+@dataclasses.dataclass
+class Hostile:
+    """A file, made of one that loads."""
+
+    kind: str
+    content: bytes
+    changed: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Show what is needed to see the fault, and not a whole file of weights."""
+        shown = {name: repr(value)[:1500] for name, value in self.changed.items()}
+        return f"{self.kind} with {shown}, {len(self.content)} bytes"
+
+
 @st.composite
-def hostile_files(draw: st.DrawFn) -> bytes:
+def hostile_files(draw: st.DrawFn) -> Hostile:
     """Draw a file in which one to three things are not what they were, or not true."""
-    fields, tensors = (dict(part) for part in valid(draw(st.sampled_from(KINDS))))
+    kind = draw(st.sampled_from(KINDS))
+    fields, tensors = (dict(part) for part in valid(kind))
     changes = draw(st.lists(st.sampled_from(["field", "more", "less", "tensor", "bytes"]), min_size=1, max_size=3))
     for change in changes:
         if change in ("field", "more"):
@@ -106,33 +121,37 @@ def hostile_files(draw: st.DrawFn) -> bytes:
             place = draw(st.sampled_from([old, name]))
             tensors[place] = tensors[old]._replace(**{field: draw(other[field])})
     content = gguf_bytes(fields, tensors, version=draw(st.sampled_from([2, 3])))
-    return draw(other_bytes(content)) if "bytes" in changes else content
+    if "bytes" in changes:
+        content = draw(other_bytes(content))
+    before, after = ({**part[0], **part[1]} for part in (valid(kind), (fields, tensors)))
+    changed = {name: after.get(name) for name in {*before, *after} if before.get(name) is not after.get(name)}
+    return Hostile(kind, content, changed)
 
 
-def check(content: bytes) -> None:
+def check(hostile: Hostile) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        fill(Path(directory), {"model.gguf": content})
+        fill(Path(directory), {"model.gguf": hostile.content})
         attempt(Path(directory))
 
 
 @given(hostile_files())
 @settings(max_examples=80)
-def test_hostile_files(content: bytes) -> None:
-    check(content)
+def test_hostile_files(hostile: Hostile) -> None:
+    check(hostile)
 
 
 @pytest.mark.slow
 @given(hostile_files())
 @settings(max_examples=1_500)
-def test_more_hostile_files(content: bytes) -> None:
-    check(content)
+def test_more_hostile_files(hostile: Hostile) -> None:
+    check(hostile)
 
 
 @pytest.mark.soak
 @given(hostile_files())
 @settings(max_examples=10_000)
-def test_many_hostile_files(content: bytes) -> None:
-    check(content)
+def test_many_hostile_files(hostile: Hostile) -> None:
+    check(hostile)
 
 
 @pytest.mark.parametrize("kind", KINDS)
