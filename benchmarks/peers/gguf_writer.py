@@ -20,37 +20,13 @@ from mistral_ref.errors import InputError
 from mistral_ref.files.checkpoint import open_checkpoint
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.tensor_file import Tensor, require_space
+from mistral_ref.files.tensor_names import gguf_name
 
-_AROUND_LAYERS = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-_IN_LAYER = {
-    "attention_norm": "attn_norm",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "ffn_norm": "ffn_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-}
 _TYPES = {
     "F32": gguf.GGMLQuantizationType.F32,
     "F16": gguf.GGMLQuantizationType.F16,
     "BF16": gguf.GGMLQuantizationType.BF16,
 }
-
-
-def gguf_name(name: str) -> str:
-    """Return what GGUF calls the tensor that Mistral's own files call `name`.
-
-    >>> gguf_name("layers.3.feed_forward.w1.weight")
-    'blk.3.ffn_gate.weight'
-    """
-    stem = name.removesuffix(".weight")
-    if stem in _AROUND_LAYERS:
-        return f"{_AROUND_LAYERS[stem]}.weight"
-    _, number, rest = stem.split(".", 2)
-    return f"blk.{number}.{_IN_LAYER[rest]}.weight"
 
 
 def _require_plain(config: ModelConfig, tensors: list[Tensor]) -> None:

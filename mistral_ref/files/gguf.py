@@ -44,7 +44,7 @@ _FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _SHARD = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)", re.DOTALL)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Texts:
     """An array of texts in a mapped file. Iterate over it to get the bytes of each.
 
@@ -56,6 +56,9 @@ class Texts:
     data: np.ndarray
     start: int
     n: int
+
+    def __repr__(self) -> str:
+        return f"<{self.n} texts>"
 
     def __len__(self) -> int:
         return self.n
@@ -113,8 +116,9 @@ def open_gguf(path: Path) -> GGUF:
     for number in range(1, n_shards):
         shard = _read_file(path.with_name(f"{name[1]}{number + 1:05}{name[3]}"), _MAX_TENSORS - n_tensors)
         found = [shard.metadata.get(f"split.{name}") for name in ("no", "count")]
-        if found != [number, n_shards]:
-            raise CheckpointError(f"{shard.path}: split.no and split.count are {found}; expected {[number, n_shards]}")
+        if any(type(one) is not int for one in found) or found != [number, n_shards]:
+            problem = f"split.no and split.count are {short_repr(found)}; expected {[number, n_shards]}"
+            raise CheckpointError(f"{shard.path}: {problem}")
         shards.append(shard)
         n_tensors += len(shard.tensors)
     said = opened.metadata.get("split.tensors.count", n_tensors)

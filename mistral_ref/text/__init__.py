@@ -13,11 +13,10 @@ import re
 from pathlib import Path
 
 from mistral_ref.errors import TokenizerError, UnknownTokenizerError
-from mistral_ref.files.gguf import open_gguf
 from mistral_ref.files.json_file import TOKENIZER, read_json
 from mistral_ref.files.paths import gguf_in, is_gguf, local_path
 from mistral_ref.text.chat import can_chat, encode_chat, encode_fim
-from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer
+from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer, opened
 from mistral_ref.text.reply import parse_reply
 from mistral_ref.text.sentencepiece import TOKENIZER_FILE, SentencePieceTokenizer
 from mistral_ref.text.sentencepiece_file import read_model
@@ -52,7 +51,7 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
     """
     directory = local_path(directory)
     if is_gguf(directory):
-        return directory if has_tokenizer(open_gguf(directory)) else None
+        return directory if has_tokenizer(opened(directory)) else None
     try:
         names = sorted(os.listdir(directory))
     except (OSError, ValueError) as error:
@@ -89,7 +88,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             )
         path = found
     if is_gguf(path):
-        return gguf_tokenizer(open_gguf(path))
+        return gguf_tokenizer(opened(path))
     if not _begins_as_json(path):
         config = read_tokenizer_config(path.parent)
         tokenizer: Tokenizer = SentencePieceTokenizer(read_model(path), origin=str(path), config=config)

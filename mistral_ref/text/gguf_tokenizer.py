@@ -15,12 +15,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mistral_ref.errors import TokenizerError, UnknownTokenizerError, short_repr
-from mistral_ref.files.gguf import GGUF, Texts
+from mistral_ref.errors import CheckpointError, TokenizerError, UnknownTokenizerError, short_repr
+from mistral_ref.files.gguf import GGUF, Texts, open_gguf
 from mistral_ref.text.added_tokens import AddedToken, AddedTokens, added_token
 from mistral_ref.text.byte_bpe import ByteBPE, bytes_of_letters
 from mistral_ref.text.byte_tokenizer import ByteTokenizer
@@ -42,8 +43,17 @@ _FIRST_MARKS = ("<unk>", "<s>", "</s>", "<pad>")
 
 
 def has_tokenizer(gguf: GGUF) -> bool:
-    """Return whether a GGUF file holds a tokenizer."""
-    return gguf.metadata.get("tokenizer.ggml.model", "none") != "none"
+    """Return whether a GGUF file holds a tokenizer, of whatever kind."""
+    model = gguf.metadata.get("tokenizer.ggml.model")
+    return model is not None and not (isinstance(model, str) and model == "none")
+
+
+def opened(path: Path) -> GGUF:
+    """Return the contents of a GGUF file; raise TokenizerError if it cannot be read."""
+    try:
+        return open_gguf(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
 
 
 def gguf_tokenizer(gguf: GGUF) -> Tokenizer:
@@ -53,22 +63,17 @@ def gguf_tokenizer(gguf: GGUF) -> Tokenizer:
     known; TokenizerError if the file has none, or if a field is missing or wrong.
     """
     file = _File(gguf)
-    model = gguf.metadata.get("tokenizer.ggml.model")
+    model, pre = (gguf.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if not has_tokenizer(gguf):
         raise TokenizerError(f"{gguf.path}: tokenizer.ggml.model is {short_repr(model)}; expected a tokenizer")
-    tokenizer: Tokenizer
-    if model == "llama":
-        tokenizer = _sentencepiece(file)
-    elif model == "gpt2":
-        pre = gguf.metadata.get("tokenizer.ggml.pre")
-        if not isinstance(pre, str) or pre not in _PATTERNS:
-            expected = ", ".join(_PATTERNS)
-            raise UnknownTokenizerError(
-                f"{gguf.path}: tokenizer.ggml.pre is {short_repr(pre)}; expected one of {expected}"
-            )
-        tokenizer = _tekken(file) if pre == "tekken" else _byte_bpe(file, pre)
-    else:
+    if not isinstance(model, str) or model not in ("llama", "gpt2"):
         raise UnknownTokenizerError(f"{gguf.path}: tokenizer.ggml.model is {short_repr(model)}; expected llama or gpt2")
+    if model == "gpt2" and (not isinstance(pre, str) or pre not in _PATTERNS):
+        raise UnknownTokenizerError(
+            f"{gguf.path}: tokenizer.ggml.pre is {short_repr(pre)}; expected one of {', '.join(_PATTERNS)}"
+        )
+    read = _sentencepiece if model == "llama" else _tekken if pre == "tekken" else _byte_bpe
+    tokenizer: Tokenizer = read(file)
     tokenizer.chat_template = _chat_template(file)
     return tokenizer
 
@@ -220,15 +225,16 @@ def _bytes_of(token: str, token_id: int, origin: str) -> bytes:
         ) from None
 
 
-def _byte_bpe(file: _File, pre: str) -> ByteTokenizer:
+def _byte_bpe(file: _File) -> ByteTokenizer:
     """Return the tokenizer of a byte-level BPE with a list of merges."""
+    patterns = _PATTERNS[file.metadata["tokenizer.ggml.pre"]]
     ids = {token: i for i, (token, kind) in enumerate(zip(file.tokens, file.types, strict=True)) if kind != _UNUSED}
-    is_llama = _PATTERNS[pre] == [LLAMA3]
+    is_llama = patterns == [LLAMA3]
     split = [
         {"type": "Digits", "individual_digits": True}
         if pattern == DIGITS
         else {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in _PATTERNS[pre]
+        for pattern in patterns
     ]
     letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     document = {

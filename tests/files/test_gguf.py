@@ -116,7 +116,12 @@ def test_shards_that_are_wrong(tmp_path: Path) -> None:
     paths[2].unlink()
     with refused(CheckpointError, paths[2]):
         open_gguf(paths[0])
-    for last in ({"split.no": Typed("u16", 1)}, {"split.count": Typed("u16", 2)}):
+    for last in (
+        {"split.no": Typed("u16", 1)},
+        {"split.count": Typed("u16", 2)},
+        {"split.count": Typed("u16", [3, 3])},
+        {"split.no": "2"},
+    ):
         shards_of(tmp_path, 3, **last)
         with refused(CheckpointError, paths[2], "split.no", "split.count"):
             open_gguf(paths[0])

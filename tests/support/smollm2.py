@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+from mistral_ref.files.gguf import open_gguf
 
 
 def smollm2_gguf() -> Path | None:
@@ -19,15 +18,9 @@ def smollm2_gguf() -> Path | None:
 
 def smollm2_document(path: Path) -> dict[str, Any]:
     """Return its tokenizer as the contents of a tokenizer.json: `smollm` is single digits and GPT-2's pattern."""
-    with path.open("rb") as file:
-        assert file.read(4) == b"GGUF"
-        _, _, n_fields = struct.unpack("<IQQ", file.read(20))
-        fields = {}
-        for _ in range(n_fields):
-            name = _text(file)
-            fields[name] = _value(file, _number(file, "I"))
-    tokens = fields["tokenizer.ggml.tokens"]
-    kinds = fields["tokenizer.ggml.token_type"]
+    fields = open_gguf(path).metadata
+    tokens, merges = ([text.decode() for text in fields[f"tokenizer.ggml.{name}"]] for name in ("tokens", "merges"))
+    kinds = fields["tokenizer.ggml.token_type"].tolist()
     assert fields["tokenizer.ggml.pre"] == "smollm"
     off = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     digits = {"type": "Digits", "individual_digits": True}
@@ -44,23 +37,6 @@ def smollm2_document(path: Path) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "vocab": {token: token_id for token_id, token in enumerate(tokens)},
-            "merges": fields["tokenizer.ggml.merges"],
+            "merges": merges,
         },
     }
-
-
-def _number(file: BinaryIO, code: str) -> Any:
-    return struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))[0]
-
-
-def _text(file: BinaryIO) -> str:
-    return file.read(_number(file, "Q")).decode()
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    if kind == 8:
-        return _text(file)
-    if kind == 9:
-        inner, n = struct.unpack("<IQ", file.read(12))
-        return [_value(file, inner) for _ in range(n)]
-    return _number(file, _NUMBERS[kind])
