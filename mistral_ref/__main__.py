@@ -3,6 +3,9 @@
 Python turns Ctrl-C into a KeyboardInterrupt. That must not happen while a module is imported: an extension module that
 is interrupted may raise an ImportError instead, or print the interrupt and go on. So Ctrl-C ends the process at once
 during an import, and when the command has ended. Nothing is imported before this is set.
+
+While a kernel is compiled, C calls functions of llvmlite's back. Python prints an exception in such a function, and
+goes on. So Ctrl-C waits until the function has returned.
 """
 
 from __future__ import annotations
@@ -37,12 +40,21 @@ def main() -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; end the process if a module is being imported."""
+    """Raise KeyboardInterrupt, a moment later in a function that C calls; end the process during an import."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             os._exit(130)
+        if frame.f_code.co_name.startswith("_raw_object_cache_"):
+            import threading  # noqa: PLC0415
+
+            threading.Timer(0.01, signal.raise_signal if os.name == "nt" else _press, [number]).start()
+            return
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _press(number: int) -> None:
+    os.kill(os.getpid(), number)  # unlike raise_signal in another thread, this also wakes a thread that waits
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from mistral_ref.cli.common import (
 from mistral_ref.cli.output import say
 from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.cli.width import fitted, terminal_width
+from mistral_ref.conversation import Conversation
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError
 from mistral_ref.generation import Token
@@ -135,8 +136,8 @@ def ids_of_turn(model: Model, system: str, prompt: str | Sequence[int]) -> list[
     """Return the ids of a conversation of a system prompt and one message."""
     if model.tokenizer is None or not isinstance(prompt, str):
         raise InputError("--system needs a model with a tokenizer, and a prompt that is a text")
-    messages = [{"role": "system", "content": as_text(system)}, {"role": "user", "content": prompt}]
-    return encode_chat(messages, model.tokenizer)
+    begun = Conversation(model, system=as_text(system)).messages
+    return encode_chat([*begun, {"role": "user", "content": prompt}], model.tokenizer)
 
 
 def text_of_ids(model: Model, ids: Sequence[int]) -> str:

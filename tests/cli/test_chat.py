@@ -93,6 +93,9 @@ def test_generate_answers_one_message_behind_a_system_prompt(chat_dir: Path) -> 
     done = run("generate", "--model", chat_dir, *SHORT, "--system", "Be brief.", "Hi")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert done.stdout == answer_of(chat_dir, messages)["content"] + "\n"
+    done = run("generate", "--backend", "numpy", "--system", "Be brief.", "Hi")
+    assert done.returncode == 2
+    assert_complains(done.stderr, "continue texts", "system prompt")
 
 
 def test_help_lists_every_command() -> None:

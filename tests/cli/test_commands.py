@@ -381,6 +381,34 @@ def test_ctrl_c_while_modules_are_imported_is_no_traceback(
     assert (process.returncode, printed, errors.strip()) == (130, b"", b"")
 
 
+# Presses Ctrl-C in a function of llvmlite's that C calls when it has made code.
+PRESSING_IN_C = """
+import signal, time
+from mistral_ref.__main__ import _interrupt
+signal.signal(signal.SIGINT, _interrupt)
+import numba
+from llvmlite.binding.executionengine import ExecutionEngine
+numba.njit(lambda x: x)(1)  # imports what compiling needs; an interrupted import would end the process
+find = ExecutionEngine._find_module_ptr
+def press(engine, pointer):
+    ExecutionEngine._find_module_ptr = find
+    signal.raise_signal(signal.SIGINT)
+    return find(engine, pointer)
+ExecutionEngine._find_module_ptr = press
+try:
+    numba.njit(lambda x: x + 1)(1)
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_function_that_c_calls_is_not_lost() -> None:
+    with start(sys.executable, "-c", PRESSING_IN_C) as process:
+        assert process.communicate(timeout=60) == (b"interrupted\n", b"")
+
+
 def test_the_command_is_what_python_m_runs() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     assert scripts == {"mistral-ref": "mistral_ref.__main__:main"}
