@@ -83,13 +83,11 @@ NAMES = st.sampled_from(
 TENSOR_NAMES = st.sampled_from(["output.weight", "rope_freqs.weight", "blk.0.attn_q.bias", "blk.1.ffn_up_exps.weight"])
 
 
-@dataclasses.dataclass
-class Hostile:
+class Hostile:  # hypothesis would print every field of a dataclass
     """A file, made of one that loads."""
 
-    kind: str
-    content: bytes
-    changed: dict[str, Any]
+    def __init__(self, kind: str, content: bytes, changed: dict[str, Any]) -> None:
+        self.kind, self.content, self.changed = kind, content, changed
 
     def __repr__(self) -> str:
         """Show what is needed to see the fault, and not a whole file of weights."""
