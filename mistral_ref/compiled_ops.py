@@ -7,9 +7,9 @@ the expected shapes. Indices come from the cache or have been checked before.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
@@ -94,7 +94,8 @@ class CompiledOps(ReferenceOps):
         self.threads = chosen_threads(threads)
         self._pool = ArrayPool()
         self._on_compile = _warn_of_compiling if on_compile is None else on_compile
-        self._prepared: WeakKeyDictionary[Weights, set[tuple[str, int, bool]]] = WeakKeyDictionary()
+        # The weights that passes were prepared for, and of these passes dtype of the cache, tokens and last_only.
+        self._prepared: tuple[Callable[[], Weights | None], set[tuple[str, int, bool]]] = lambda: None, set()
         _start_threads()
 
     @contextmanager
@@ -110,7 +111,10 @@ class CompiledOps(ReferenceOps):
 
         last_only   whether only the last token of a pass has logits
         """
-        prepared = self._prepared.setdefault(weights, set())
+        whose, prepared = self._prepared
+        if whose() is not weights:
+            prepared = set()
+            self._prepared = weakref.ref(weights), prepared
         wanted = {(cache_dtype, length, last_only) for length in lengths}
         if not wanted <= prepared:
             kernels = kernel_choice.of_passes(

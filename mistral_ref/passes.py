@@ -31,10 +31,10 @@ class Scores(NamedTuple):
 def pass_lengths(n_tokens: int, chunk: int) -> set[int]:
     """Return the different numbers of tokens in the passes that together take `n_tokens` tokens.
 
-    >>> sorted(pass_lengths(1000, 400))
-    [200, 400]
+    >>> [sorted(pass_lengths(n, 400)) for n in (1000, 800, 7, 0)]
+    [[200, 400], [400], [7], []]
     """
-    return {min(chunk, n_tokens - start) for start in range(0, n_tokens, chunk)}
+    return {min(n_tokens, chunk), (n_tokens - 1) % chunk + 1} if n_tokens else set()
 
 
 def prepare(transformer: Transformer, cache: KVCache, lengths: Collection[int], *, last_only: bool = False) -> None:
@@ -55,8 +55,9 @@ def _passes(
     """Yield the passes that take these ids through the model: the first index, the ids (T,) and the Pass of each."""
     prepare(transformer, cache, pass_lengths(len(ids), cache.chunk), last_only=last_only)
     for start in range(0, len(ids), cache.chunk):
+        transformer.weights.check_files()
         chunk = np.array(ids[start : start + cache.chunk])
-        yield start, chunk, begin_pass(transformer, cache, len(chunk), last_only=last_only)
+        yield start, chunk, cache.begin(len(chunk))
 
 
 def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last_only: bool) -> np.ndarray:
