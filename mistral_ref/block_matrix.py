@@ -145,6 +145,10 @@ def _one_group(codes: np.ndarray, d: np.ndarray, m: np.ndarray | None = None) ->
     return Blocks(codes, _unit(d), ones) if m is None else Blocks(codes, _unit(d), ones, _unit(m), -ones)
 
 
+# A function for each type. The parts of a block have the names of ggml: d, m, dmin are the float16 units; qs or ql has
+# the low bits of the codes, qh or hmask the high bits; scales, scales_l and scales_h have the whole numbers of scales.
+
+
 def _q4_0(d: np.ndarray, qs: np.ndarray) -> Blocks:
     return _one_group(_signed(_fields(qs, 16, 4), 8), d)
 

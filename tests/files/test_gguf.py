@@ -143,6 +143,10 @@ def test_which_file_of_a_directory_is_read(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "model-Q8_0.gguf", tmp_path / "a blob")  # told by its content
     assert checked_model(tmp_path / "a blob") == tmp_path / "a blob"
     assert mistral_ref.load(tmp_path / "a blob", backend="numpy").forward([1]).shape == (1, TINY.config.vocab_size)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "model.gguf").symlink_to(tmp_path / "a blob")  # as in the hub's cache
+    assert checked_model(tmp_path / "links") == tmp_path / "links" / "model.gguf"
+    assert mistral_ref.load(tmp_path / "links", backend="numpy").forward([1]).shape == (1, TINY.config.vocab_size)
     write_gguf(tmp_path / "model-Q4_0.gguf", TINY)
     with refused(InputError, tmp_path, "model-Q4_0.gguf", "model-Q8_0.gguf"):
         mistral_ref.load(tmp_path)
