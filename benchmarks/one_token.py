@@ -21,7 +21,7 @@ from unittest import mock
 from common import finish, parser_for, status, write_files
 
 import mistral_ref
-from mistral_kernels import attention, elementwise, panels
+from mistral_kernels import attention, elementwise, panels, products
 from mistral_ref import compiled_ops
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import checked_int
@@ -39,7 +39,7 @@ examples:
 
 OPERATIONS = ("embed", "rotation", "rms_norm", "linear", "split_heads", "rotate", "write", "_heads", "swiglu")
 # Where the operations find what makes their kernels.
-FACTORIES = [(compiled_ops, name) for name in ("matvec", "matvec_tiled", "matmul")]
+FACTORIES = [(products, name) for name in ("matvec", "matmul", "matvec_quantized", "matmul_quantized")]
 FACTORIES += [(panels, "write"), (attention, "attention")]
 FACTORIES += [(elementwise, name) for name in ("rms_norm", "rotate", "swiglu", "mix_experts")]
 

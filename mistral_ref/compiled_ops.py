@@ -8,24 +8,20 @@ the expected shapes. Indices come from the cache or have been checked before.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 
 import numba
 import numpy as np
 
-from mistral_kernels import KernelWarning, compiling, elementwise, panels, threads
-from mistral_kernels.matmul import slab_shape
-from mistral_kernels.matvec import matvec
+from mistral_kernels import KernelWarning, attention, compiling, elementwise, panels
 from mistral_kernels.pool import ArrayPool
-from mistral_kernels.quantized import slab_shapes
+from mistral_kernels.team import team
 from mistral_ref import kernel_choice
 from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, OnCompile, warn
 from mistral_ref.host import chosen_threads
 from mistral_ref.ops import KeyView, Slots
-from mistral_ref.quantized_matrix import QuantizedMatrix
 from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.rope import AnglePrecision
 from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
@@ -36,18 +32,8 @@ from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values
 # threads costs microseconds, or milliseconds if another program has taken their core.
 _FEW_BYTES = 2**20
 _FEW_NUMBERS = 2**15
-_TOKENS_AT_ONCE = 512  # the results of one product should stay in the processor's caches
 
 _EVERYTHING = 2**62  # a window that holds every position
-_NO_SCALE = np.ones((1, 1), np.float32)
-
-
-def _start_threads() -> None:
-    try:
-        threads.layer()
-    except ValueError as error:  # NUMBA_THREADING_LAYER names a layer that is not installed
-        problem = " ".join(str(error).split())
-        raise InputError(f"backend is 'numba', but its threads cannot be started: {problem}") from None
 
 
 def _warn_of_compiling(done: int, total: int, name: str) -> None:
@@ -71,7 +57,7 @@ class CompiledOps(ReferenceOps):
     on_compile  called as on_compile(done, total, name) before each kernel that is compiled, and at the end without a
                 name; None: a warning says how many are compiled
 
-    Raises InputError if an argument cannot be used, or if Numba cannot compile or start threads.
+    Raises InputError if an argument cannot be used, or if Numba cannot compile.
     """
 
     name = "numba"
@@ -96,13 +82,6 @@ class CompiledOps(ReferenceOps):
         self._on_compile = _warn_of_compiling if on_compile is None else on_compile
         # The weights that passes were prepared for, and of these passes dtype of the cache, tokens and last_only.
         self._prepared: tuple[Callable[[], Weights | None], set[tuple[str, int, bool]]] = lambda: None, set()
-        _start_threads()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Return the context in which steps are computed: as in ReferenceOps, and the number of kernel threads."""
-        with super().running(), threads.using(self.threads):
-            yield
 
     def prepare(
         self, config: ModelConfig, weights: Weights, cache_dtype: str, lengths: Collection[int], *, last_only: bool
@@ -125,7 +104,8 @@ class CompiledOps(ReferenceOps):
             prepared |= wanted
 
     def _threads_for(self, work: int, few: int) -> int:
-        return 1 if work < few else threads.usable(self.threads)
+        """Return what a kernel is given as `threads`, for so much work."""
+        return 1 if work < few else team(self.threads)
 
     def rms_norm(self, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
         """Return tokens scaled to unit root mean square, times the weight, by a compiled kernel."""
@@ -145,39 +125,12 @@ class CompiledOps(ReferenceOps):
             return super().linear(x_TI, weight_OI)
         x_TI, n_tokens = _floats(x_TI), len(x_TI)
         y_TO = self._pool.empty((n_tokens, n_out))
-        if isinstance(weight_OI, QuantizedMatrix):
-            self._quantized_linear(x_TI, weight_OI, y_TO)
-            return y_TO
         if self.rounds_to_bf16(weight_OI) and not kernel_choice.takes_pairs(weight_OI, self.bf16_inputs):
             x_TI = bf16_values(bf16_bits(x_TI))
-        stored, scale = weight_OI.as_bytes, _NO_SCALE if weight_OI.scale is None else weight_OI.scale
-        n_threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
-        product = self._product(weight_OI, n_tokens)
-        if product.func is matvec:
-            product()(stored, scale, x_TI, y_TO, n_threads)
-        else:
-            kind = product.args[0]
-            for start in range(0, n_tokens, _TOKENS_AT_ONCE):
-                rows = slice(start, start + _TOKENS_AT_ONCE)
-                slabs = self._pool.empty(slab_shape(kind, len(x_TI[rows]), n_in))
-                product()(stored, scale, x_TI[rows], slabs, y_TO[rows], n_threads)
+        threads = self._threads_for(weight_OI.nbytes * n_tokens, _FEW_BYTES)
+        factor = kernel_choice.factor(weight_OI, self.quantized_inputs, self.bf16_inputs)
+        factor.multiply(x_TI, y_TO, threads, self._pool)
         return y_TO
-
-    def _product(self, weight_OI: Matrix, n_tokens: int) -> kernel_choice.Kernel:
-        return kernel_choice.product(weight_OI, n_tokens, self.quantized_inputs, self.bf16_inputs)
-
-    def _quantized_linear(self, x_TI: np.ndarray, weight_OI: QuantizedMatrix, y_TO: np.ndarray) -> None:
-        stored, scales, unit = weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit
-        kernel = self._product(weight_OI, len(x_TI))()
-        n_threads = self._threads_for(weight_OI.nbytes * len(x_TI), _FEW_BYTES)
-        if len(x_TI) == 1:
-            kernel(stored, scales, unit, x_TI[0], y_TO[0], n_threads)
-            return
-        for start in range(0, len(x_TI), _TOKENS_AT_ONCE):
-            rows = slice(start, start + _TOKENS_AT_ONCE)
-            q_shape, scales_shape = slab_shapes(weight_OI.group_size, *x_TI[rows].shape)
-            q, scales_x = self._pool.empty(q_shape, self.quantized_inputs), self._pool.empty(scales_shape)
-            kernel(stored, scales, unit, x_TI[rows], q, scales_x, y_TO[rows], n_threads)
 
     def rotate(self, x_THK: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """Return every pair of neighbours turned by its angle, by a compiled kernel."""
@@ -239,30 +192,21 @@ class CompiledOps(ReferenceOps):
 
     def _heads(self, q_THK: np.ndarray, view: KeyView) -> np.ndarray:
         q_THK = _floats(q_THK)
-        (k, v, k_scales, v_scales), heads_THK = view.store, self._pool.empty(q_THK.shape)
-        n_kv_heads, n_blocks = v.shape[:2]
-        kernel_choice.attend(k.dtype, len(q_THK), q_THK.shape[1], n_kv_heads)()(
-            q_THK,
-            k.view(np.uint8).reshape(-1),
-            v.view(np.uint8).reshape(-1),
-            k_scales,
-            v_scales,
-            n_kv_heads,
-            n_blocks,
-            _segments(view),
-            view.query_positions.start,
-            _EVERYTHING if view.window is None else view.window,
-            heads_THK,
-            self._threads_for(q_THK.size * len(view.key_positions), 8 * _FEW_NUMBERS),
-        )
+        k, v, k_scales, v_scales = view.store
+        store = panels.PanelStore(k.view(np.uint8), v.view(np.uint8), k_scales, v_scales)
+        heads_THK = self._pool.empty(q_THK.shape)
+        window = _EVERYTHING if view.window is None else view.window
+        keys = attention.Keys(_segments(view), view.query_positions.start, window)
+        threads = self._threads_for(q_THK.size * len(view.key_positions), 8 * _FEW_NUMBERS)
+        kernel_choice.attend(k.dtype, len(q_THK), q_THK.shape[1], len(k))()(q_THK, store, keys, heads_THK, threads)
         return heads_THK
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         """Return the hidden units: each `up` times silu of its `gate`, by a compiled kernel."""
         gate, up = _floats(gate), _floats(up)
         hidden = self._pool.empty(gate.shape)
-        n_threads = self._threads_for(gate.size, _FEW_NUMBERS)
-        elementwise.swiglu()(gate.reshape(-1), up.reshape(-1), hidden.reshape(-1), n_threads)
+        threads = self._threads_for(gate.size, _FEW_NUMBERS)
+        elementwise.swiglu()(gate.reshape(-1), up.reshape(-1), hidden.reshape(-1), threads)
         return hidden
 
     def mix_experts(

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mistral_kernels import attention, elementwise, limits, panels
-from mistral_kernels.matmul import matmul
-from mistral_kernels.matvec import FEW, ONE, are_few, matvec
+from mistral_kernels import attention, elementwise, limits, panels, sharing
+from mistral_kernels.products import Codes, Floats
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized
 from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.cache import DEFAULT_CHUNK
@@ -25,6 +24,7 @@ from mistral_ref.weights import Matrix, Weights, matrices
 
 Kernel = partial[Any]
 
+_NO_SCALE = np.ones((1, 1), np.float32)
 _CACHE_DTYPES = ("float32", "float16", "int8")
 _ROUNDED: tuple[QuantizedInputs, ...] = ("int16", "int8")
 
@@ -34,15 +34,13 @@ def takes_pairs(weight_OI: Matrix, bf16_inputs: Bf16Inputs) -> bool:
     return weight_OI.kind == "bf16" and bf16_inputs == "bfloat16" and weight_OI.shape[1] % 2 == 0
 
 
-def product(weight_OI: Matrix, n_tokens: int, quantized_inputs: QuantizedInputs, bf16_inputs: Bf16Inputs) -> Kernel:
-    """Return the kernel for the product of a matrix with the inputs of some tokens."""
+def factor(weight_OI: Matrix, quantized_inputs: QuantizedInputs, bf16_inputs: Bf16Inputs) -> Floats | Codes:
+    """Return a matrix as kernels take it."""
     if isinstance(weight_OI, QuantizedMatrix):
         how = weight_OI.bits, quantized_inputs, weight_OI.group_size
-        return partial(matvec_quantized if n_tokens == 1 else matmul_quantized, *how)
+        return Codes(*how, weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit)
     kind = "pairs" if takes_pairs(weight_OI, bf16_inputs) else weight_OI.kind
-    if n_tokens and are_few(kind, n_tokens):
-        return partial(matvec, kind, ONE if n_tokens == 1 else FEW)
-    return partial(matmul, kind)
+    return Floats(kind, weight_OI.as_bytes, _NO_SCALE if weight_OI.scale is None else weight_OI.scale)
 
 
 def write(cache_dtype: np.dtype) -> Kernel:
@@ -74,14 +72,15 @@ def of_passes(
     last_only   whether only the last token of a pass has logits
     """
     dtype = np.dtype(cache_dtype)
-    needed = [partial(elementwise.rms_norm), partial(elementwise.rotate), partial(elementwise.swiglu), write(dtype)]
+    needed = [partial(sharing.serve), partial(elementwise.rms_norm), partial(elementwise.rotate)]
+    needed += [partial(elementwise.swiglu), write(dtype)]
     needed += [attend(dtype, length, config.n_heads, config.n_kv_heads) for length in lengths]
     multiplied = [(weights.output, length) for length in ({1} if last_only else lengths)]
     # An expert gets some of a pass's tokens, so it may get one, a few or many.
     some = lengths if config.moe is None else {*lengths, 1, min(2, max(lengths))}
     multiplied += pairs_of(matrices(weights.layers), some)
     needed += [
-        product(weight, length, quantized_inputs, bf16_inputs)
+        factor(weight, quantized_inputs, bf16_inputs).kernel(length)
         for weight, length in multiplied
         if not isinstance(weight, BlockMatrix)  # no kernel reads packed blocks
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -37,7 +36,8 @@ from support.tiny import (
 )
 
 import mistral_ref
-from mistral_kernels import KernelWarning, caches, threads
+from mistral_kernels import KernelWarning, caches, products, threads
+from mistral_kernels.team import team
 from mistral_ref import CacheError, InputError, MistralRefError, compiled_ops, kernel_choice
 from mistral_ref.compare import compare_walks
 from mistral_ref.compiled_ops import CompiledOps
@@ -117,14 +117,13 @@ def test_kernels_are_made_before_a_pass_and_warm_knows_them_all(config: ModelCon
         prepared.extend(made)
         made.clear()
 
-    factories = [(kernel_choice, name) for name in ("matmul", "matvec", "matvec_quantized", "matmul_quantized")]
+    factories = [(products, name) for name in ("matmul", "matvec", "matvec_quantized", "matmul_quantized")]
     factories += [(kernel_choice.elementwise, name) for name in ("rms_norm", "rotate", "swiglu", "mix_experts")]
     factories += [(kernel_choice.panels, name) for name in ("write", "write_int8")]
     factories += [(kernel_choice.attention, "attention")]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in factories:
             patch.setattr(module, name, noting(made, getattr(module, name)))
-        patch.setattr(compiled_ops, "matvec", kernel_choice.matvec)
         patch.setattr(model.ops, "prepare", noted_prepare)
         every = kernel_choice.of_a_model(config, model.weights)
         prompt = tokens_for(config, data.draw(st.integers(1, 150)))
@@ -465,18 +464,6 @@ def test_caches_are_what_the_system_tells(tmp_path: Path) -> None:
     assert caches._data_caches_of_linux(tmp_path) == (2**15, 2**20, 2**24)
 
 
-def threading_layers() -> list[str]:
-    """Return the layers that Numba can be asked for on this machine."""
-    layers = ["workqueue"]
-    try:
-        from numba.np.ufunc import omppool  # noqa: F401, PLC0415 (there where OpenMP is)
-
-        layers.append("omp")
-    except ImportError:
-        pass
-    return [*layers, "tbb"] if importlib.util.find_spec("tbb") else layers
-
-
 def lines_of(code: str, **environment: str) -> list[str]:
     """Return the lines that a process of its own prints, but for notices of compiling."""
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *sys.path])
@@ -495,7 +482,6 @@ def lines_of(code: str, **environment: str) -> list[str]:
 AT_ONCE = """
 import threading, warnings
 import numpy as np
-from mistral_kernels.threads import layer
 from support.tiny import LARGE, MIXTURE, model_of, tokens_for
 
 def run(model, tokens, results):
@@ -520,24 +506,14 @@ for found, expected in zip(at_once, alone, strict=True):
     assert len(found) == len(expected) > 5
     for one, other in zip(found, expected):
         np.testing.assert_array_equal(one, other)
-print(layer())
 for message in {str(warning.message) for warning in caught}:
     print(message)
 """
 
 
-@pytest.mark.parametrize("layer", threading_layers())
-def test_two_threads_that_use_models_at_once_get_what_one_gets(layer: str) -> None:
-    """Two of one model, and others beside it, each with a cache of its own. Workqueue would abort the process."""
-    # More threads than processors: those that wait should not hold one.
-    found, *warned = lines_of(AT_ONCE, NUMBA_THREADING_LAYER=layer, OMP_WAIT_POLICY="passive")
-    assert found == layer
-    if layer == "workqueue":
-        assert len(warned) == 1
-        assert "libgomp1" in warned[0]
-        assert "tbb" in warned[0]
-    else:
-        assert warned == []
+def test_two_threads_that_use_models_at_once_get_what_one_gets() -> None:
+    """Two of one model, and others beside it, each with a cache of its own. They find the team of threads in use."""
+    assert lines_of(AT_ONCE) == []
 
 
 LEFT_BEHIND = """
@@ -742,7 +718,7 @@ def test_threads_do_not_change_a_bit_of_a_quantized_model(bits: int, quantized_i
     results = []
     for n_threads in (1, 2, 5):
         ops = CompiledOps(threads=n_threads, quantized_inputs=quantized_inputs)
-        ops._threads_for = lambda work, few, n_threads=n_threads: n_threads
+        ops._threads_for = lambda work, few, n_threads=n_threads: team(n_threads)
         same = Model(LARGE, model.weights, ops)
         cache = same.new_cache(chunk=30)
         results.append(np.concatenate([same.forward(part, cache) for part in (tokens[:-1], tokens[-1:])]))

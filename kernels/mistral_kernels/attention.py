@@ -13,17 +13,20 @@ on how many threads there are.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import FIRST, kernel, made_once, part
-from mistral_kernels.instructions import LANES
-from mistral_kernels.panels import BLOCK, HEADS_IN, PANEL
-from mistral_kernels.simd import floats, load, multiply, splat, store
-from mistral_kernels.softmax import SPAN, shares
+from mistral_kernels.arrays import HEADS_IN, HEADS_OUT, written
+from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.panels import BLOCK, PANEL, PanelStore
+from mistral_kernels.processor import LANES
+from mistral_kernels.sharing import count_of, shared_out
+from mistral_kernels.simd import ask_for, floats, load, store
+from mistral_kernels.softmax import SPAN, Scales, Span, Sums, softmax_parts
+from mistral_kernels.stored import Place
 from mistral_kernels.tile import tile
 
 TOGETHER = 24  # rows of a prompt that meet a key at the same time: few enough for the first cache
@@ -33,24 +36,55 @@ AHEAD = 8192  # bytes to prefetch ahead: with one token, memory is the limit
 # Numbers of rows in a tile. Few: the query heads of one token. Many: those of several tokens, as registers allow.
 FEW_ROWS, MANY_ROWS = 4, {16: 12, 8: 6, 4: 4}[LANES]
 
-HEADS_OUT = types.Array(types.float32, 3, "C")
-PANELS = types.Array(types.uint8, 1, "C")
-SEGMENTS = types.Array(types.int64, 2, "C", readonly=True)
-SCALES = types.Array(types.float32, 2, "C", readonly=True)
-SIGNATURE = types.void(
-    HEADS_IN,
-    PANELS,
-    PANELS,
-    SCALES,
-    SCALES,
-    types.intp,
-    types.intp,
-    SEGMENTS,
-    types.intp,
-    types.intp,
-    HEADS_OUT,
-    types.intp,
+
+class Keys(NamedTuple):
+    """Where the keys lie that a pass may see.
+
+    segments        (n, 3): a row for each run of neighbouring slots, the oldest keys first. A row holds the first slot,
+                    the slot after the last one, and the position of the key in the first slot
+    first_query     position of the first query
+    window          how many keys a query sees, itself included
+    """
+
+    segments: Any
+    first_query: int
+    window: int
+
+
+class Queries(NamedTuple):
+    """The queries of a pass, and the heads that it computes: (T, H, K), flat."""
+
+    q: Any
+    heads: Any
+    n_tokens: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+
+class Piece(NamedTuple):
+    """Work for one thread: queries first, ..., last - 1 of head g, and keys at positions oldest, ..., newest - 1."""
+
+    g: int
+    first: int
+    last: int
+    oldest: int
+    newest: int
+
+
+class Work(NamedTuple):
+    """A thread's own memory: the scaled queries of a piece, and their scores with a span of keys."""
+
+    scaled: Any
+    S: Any
+
+
+# Arrays in a tuple must have exactly these types: Numba takes no writable array there for a read-only one.
+BYTE_STORE = types.NamedTuple(
+    (written(types.uint8, 4), written(types.uint8, 5), written(types.float32, 2), written(types.float32, 2)),
+    PanelStore,
 )
+KEYS = types.NamedTuple((written(types.int64, 2), types.intp, types.intp), Keys)
 
 
 @part(borrows=True)
@@ -58,7 +92,7 @@ def _multiplied(source: Any, start: int, n: int, factor: float, target: Any, at:
     """target[at + i] = factor source[start + i] for i < n, in flat offsets."""
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
-        store(target, at + i, multiply(load(source, start + i), splat(factor)))
+        store(target, at + i, load(source, start + i) * factor)
     for i in range(whole, n):
         target[at + i] = factor * source[start + i]
 
@@ -70,24 +104,43 @@ def _queries_together(group: int) -> int:
 
 
 @part(borrows=True)
-def _merge(m: Any, total: Any, acc: Any, width: int, g: int, n_splits: int, heads: Any, n_kv_heads: int) -> None:
+def _ask_for_heads(array: Any, queries: Queries, g: int, first: int, last: int) -> None:
+    """Ask for the numbers of head g of the tokens first, ..., last - 1, which need not exist, in an array like q."""
+    of_group = queries.n_heads // queries.n_kv_heads * queries.head_dim
+    for t in range(first, last):
+        ask_for(array, t * queries.n_heads * queries.head_dim + g * of_group, of_group)
+
+
+@part(borrows=True)
+def _merge(sums: Sums, g: int, n_splits: int, queries: Queries) -> None:
     """Merge the results of the pieces g * n_splits, ..., (g + 1) * n_splits - 1; each piece had keys of its own."""
-    n_tokens, n_heads, head_dim = heads.shape
-    group = n_heads // n_kv_heads
-    for row in range(n_tokens * group):
-        t, h = row // group, g * group + row % group
+    head_dim, group = queries.head_dim, queries.n_heads // queries.n_kv_heads
+    for row in range(queries.n_tokens * group):
+        at = ((row // group * queries.n_heads) + g * group + row % group) * head_dim
+        head = queries.heads[at : at + head_dim]
         largest = numba.float32(-np.inf)
         for piece in range(g * n_splits, (g + 1) * n_splits):
-            largest = max(largest, m[piece, row])
+            largest = max(largest, sums.largest[piece, row])
         summed = numba.float32(0)
-        heads[t, h] = 0
+        head[:] = 0
         for piece in range(g * n_splits, (g + 1) * n_splits):
-            share = numba.float32(math.exp(m[piece, row] - largest))
-            summed += share * total[piece, row]
+            share = numba.float32(math.exp(sums.largest[piece, row] - largest))
+            summed += share * sums.total[piece, row]
+            weighted = sums.weighted[piece, row * sums.width : (row + 1) * sums.width]
             for i in range(head_dim):
-                heads[t, h, i] += share * acc[piece, row * width + i]
+                head[i] += share * weighted[i]
         for i in range(head_dim):
-            heads[t, h, i] /= summed
+            head[i] /= summed
+
+
+@part(borrows=True)
+def _finish(sums: Sums, piece: Piece, queries: Queries) -> None:
+    """Divide each row of a piece by its total: its heads are done."""
+    group = queries.n_heads // queries.n_kv_heads
+    for row in range((piece.last - piece.first) * group):
+        h = (piece.first + row // group) * queries.n_heads + piece.g * group + row % group
+        share = numba.float32(1) / sums.total[row]
+        _multiplied(sums.weighted, row * sums.width, queries.head_dim, share, queries.heads, h * queries.head_dim)
 
 
 def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
@@ -96,28 +149,30 @@ def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
     multiply_half = tile(n_rows, 1, kind, of_vectors=2, ahead=AHEAD)
 
     @part(kind, n_rows, borrows=True)
-    def score(scaled: Any, head_dim: int, rows: int, k: Any, first_panel: int, low: int, high: int, S: Any) -> None:
+    def score(work: Work, head_dim: int, rows: int, k: Any, first_panel: int, low: int, high: int) -> None:
         """S[row, j] = scaled[row] . k[j] for the keys low, ..., high - 1, and for some around them."""
         for panel in range(low // PANEL, (high + PANEL - 1) // PANEL):
             keys, middle = (first_panel + panel) * head_dim * PANEL, panel * PANEL + LANES
             is_half, skipped = low >= middle or high <= middle, LANES if low >= middle else 0
             for row in range(0, rows, n_rows):
-                from_q, to_S = (row * head_dim, head_dim), (row * SPAN + panel * PANEL + skipped, SPAN)
+                from_q, to_S = Place(row * head_dim, head_dim), Place(row * SPAN + panel * PANEL + skipped, SPAN)
                 if is_half:
-                    multiply_half(scaled, from_q, k, keys + skipped, head_dim, S, to_S, False)
+                    multiply_half(work.scaled, from_q, k, keys + skipped, head_dim, work.S, to_S, False)
                 else:
-                    multiply_tile(scaled, from_q, k, keys, head_dim, S, to_S, False)
+                    multiply_tile(work.scaled, from_q, k, keys, head_dim, work.S, to_S, False)
 
     @part(kind, n_rows, borrows=True)
-    def add_values(S: Any, rows: int, v: Any, first_block: int, low: int, high: int, n_panels: int, acc: Any) -> None:
+    def add_values(S: Any, rows: int, v: Any, first_block: int, low: int, high: int, sums: Sums) -> None:
         """acc[row] += sum of S[row, j] v[j] over the keys low, ..., high - 1."""
+        n_panels = sums.width // PANEL
         for nth in range(low // BLOCK, (high + BLOCK - 1) // BLOCK):
             begin, end = max(low, nth * BLOCK), min(high, (nth + 1) * BLOCK)
             for panel in range(n_panels):
                 values = ((first_block + nth) * n_panels + panel) * BLOCK + begin - nth * BLOCK
                 for row in range(0, rows, n_rows):
-                    from_S, to_acc = (row * SPAN + begin, SPAN), ((row * n_panels + panel) * PANEL, n_panels * PANEL)
-                    multiply_tile(S, from_S, v, values * PANEL, end - begin, acc, to_acc, True)
+                    from_S = Place(row * SPAN + begin, SPAN)
+                    to_acc = Place(row * sums.width + panel * PANEL, sums.width)
+                    multiply_tile(S, from_S, v, values * PANEL, end - begin, sums.weighted, to_acc, True)
 
     return score, add_values
 
@@ -125,51 +180,67 @@ def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
 def _attend(kind: str, n_rows: int) -> Any:
     """Return the function that lets some queries attend to some keys of one key/value head."""
     score, add_values = _products(kind, n_rows)
-    into_shares = shares(kind == "int8")
+    raise_largest, take_exponentials = softmax_parts(kind == "int8")
 
     @part(kind, n_rows, borrows=True)
-    def attend(
-        q: Any, shape: Any, panels: Any, n_blocks: int, segments: Any, first_query: int, window: int,
-        g: int, first: int, last: int, oldest: int, newest: int, sums: Any, work: Any, heads: Any,
-    ) -> None:  # fmt: skip
-        """Take the queries first, ..., last - 1 through the keys at positions oldest, ..., newest - 1.
-
-        q and heads are flat; their shape is H, G, K. For row (t - first) * H/G + r of the sums, m is the largest score,
-        total the sum of exp(score - m), and acc the sum of exp(score - m) v. `work` is room for the scaled queries and
-        the scores. The number of rows in acc and in `work` is rounded up to whole tiles.
-        """
-        k, v, k_scales, v_scales = panels
-        m, total, acc = sums
-        scaled, S = work
-        n_heads, n_kv_heads, head_dim = shape
-        group, n_panels = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL
-        width, rows = n_panels * PANEL, (last - first) * group
-        own, of_token = (first * n_heads + g * group) * head_dim, n_heads * head_dim
-        next_ones = own - _queries_together(group) * of_token
+    def begin(queries: Queries, piece: Piece, sums: Sums, scaled: Any) -> None:
+        """Scale the queries of a piece by 1 / sqrt(K), and set its sums to nothing."""
+        head_dim = queries.head_dim
+        group, n_tokens = queries.n_heads // queries.n_kv_heads, piece.last - piece.first
         scale, n = numba.float32(1 / math.sqrt(head_dim)), group * head_dim
-        for t in range(last - first):
-            _multiplied(q, own + t * of_token, n, scale, scaled, t * n)
-        m[:rows] = -np.inf
-        total[:rows] = 0
-        acc[:] = 0
+        for t in range(n_tokens):
+            start = ((piece.first + t) * queries.n_heads + piece.g * group) * head_dim
+            _multiplied(queries.q, start, n, scale, scaled, t * n)
+        sums.largest[: n_tokens * group] = -np.inf
+        sums.total[: n_tokens * group] = 0
+        sums.weighted[:] = 0
+
+    @part(kind, n_rows, borrows=True)
+    def attend_span(
+        queries: Queries, store: PanelStore, piece: Piece, block: int, span: Span, sums: Sums, work: Work
+    ) -> None:
+        """Take the queries of a piece through a span of keys, whose key 0 is the first of a block."""
+        rows, g, n_blocks = span.n_tokens * span.group, piece.g, store.v.shape[1]
+        first_scale = g * store.k_scales.shape[1] + block * BLOCK
+        score(work, queries.head_dim, rows, store.k, (g * n_blocks + block) * (BLOCK // PANEL), span.low, span.high)
+        # A softmax leaves the memory idle, so what will be needed is asked for: the next queries, and room for heads.
+        _ask_for_heads(queries.q, queries, g, piece.first - span.n_tokens, piece.first)
+        raise_largest(work.S, span, Scales(store.k_scales, first_scale), sums)
+        _ask_for_heads(queries.heads, queries, g, piece.first, piece.last)
+        take_exponentials(work.S, span, Scales(store.v_scales, first_scale), sums)
+        add_values(work.S, rows, store.v, g * n_blocks + block, span.low, span.high, sums)
+
+    @part(kind, n_rows, borrows=True)
+    def attend(queries: Queries, store: PanelStore, keys: Keys, piece: Piece, sums: Sums, work: Work) -> None:
+        """Take the queries of a piece through its keys.
+
+        For row (t - first) * H/G + r of the sums, m is the largest score, total the sum of exp(score - m), and acc the
+        sum of exp(score - m) v. The number of rows in acc and in `work` is rounded up to whole tiles.
+        """
+        segments, first_query, window = keys
+        group = queries.n_heads // queries.n_kv_heads
+        begin(queries, piece, sums, work.scaled)
         for segment in range(len(segments)):
             shift = segments[segment, 2] - segments[segment, 0]  # from slot to position
-            start = max(segments[segment, 0], max(oldest, first_query + first - window + 1) - shift)
-            stop = min(segments[segment, 1], min(newest, first_query + last) - shift)
+            start = max(segments[segment, 0], max(piece.oldest, first_query + piece.first - window + 1) - shift)
+            stop = min(segments[segment, 1], min(piece.newest, first_query + piece.last) - shift)
             if start >= stop:
                 continue
             for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, SPAN // BLOCK):
                 base = block * BLOCK + shift  # position of the first slot; all that follows counts from there
                 low, high = max(start - block * BLOCK, 0), min(stop - block * BLOCK, SPAN)
-                score(scaled, head_dim, rows, k, (g * n_blocks + block) * (BLOCK // PANEL), low, high, S)
-                into_shares(
-                    S, last - first, group, first_query + first - base, window, low, high, (k_scales, v_scales),
-                    g * k_scales.shape[1] + block * BLOCK, sums, width, (q, next_ones), (heads, own),
-                    (of_token, head_dim),
-                )  # fmt: skip
-                add_values(S, rows, v, g * n_blocks + block, low, high, n_panels, acc)
+                newest = first_query + piece.first - base
+                span = Span(low, high, piece.last - piece.first, group, newest, window)
+                attend_span(queries, store, piece, block, span, sums, work)
 
     return attend
+
+
+class Cut(NamedTuple):
+    """How the keys are cut into pieces: how many, and how many keys are in one."""
+
+    n_splits: int
+    size: int
 
 
 def _thread_share(kind: str, n_rows: int) -> Any:
@@ -178,98 +249,90 @@ def _thread_share(kind: str, n_rows: int) -> Any:
 
     @part(kind, n_rows)
     def do_share(
-        q: Any, panels: Any, n_kv_heads: int, n_blocks: int, segments: Any, first_query: int, window: int,
-        heads: Any, n_splits: int, split: int, m: Any, total: Any, acc: Any, thread: int, n_threads: int,
+        thread: int, next_thread: int, queries: Queries, store: PanelStore, keys: Keys, cut: Cut, sums: Sums,
+        n_threads: int,
     ) -> None:  # fmt: skip
         """Do one thread's pieces of the work: every n_threads-th piece, or all pieces of every n_threads-th head.
 
         In the second case, merge the pieces of a head if its keys are split.
         """
-        n_tokens, n_heads, head_dim = q.shape
-        shape = n_heads, n_kv_heads, head_dim
-        flat_q, flat_heads, flat_acc = q.reshape(-1), heads.reshape(-1), acc.reshape(-1)
-        group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
-        n_queries = _queries_together(group)
-        n_tiles = (n_tokens + n_queries - 1) // n_queries
-        in_tiles = acc.shape[1] // width
-        work = np.zeros(in_tiles * head_dim, np.float32), floats(in_tiles * SPAN)
+        n_kv_heads, n_splits = queries.n_kv_heads, cut.n_splits
+        n_queries = _queries_together(queries.n_heads // n_kv_heads)
+        n_tiles = (queries.n_tokens + n_queries - 1) // n_queries
+        in_tiles = sums.weighted.shape[1] // sums.width
+        work = Work(np.zeros(in_tiles * queries.head_dim, np.float32), floats(in_tiles * SPAN))
         takes_heads = n_kv_heads % n_threads == 0
         n_together = n_tiles * n_splits if takes_heads else 1
         for turn in range(thread, n_kv_heads * n_tiles * n_splits // n_together, n_threads):
-            for piece in range(turn * n_together, (turn + 1) * n_together):
-                kept = piece if n_splits > 1 else thread
-                g, start = piece // (n_tiles * n_splits), segments[0, 2] + piece % n_splits * split
-                first = (n_tiles - 1 - piece // n_splits % n_tiles) * n_queries  # those that see most keys first
-                last = min(first + n_queries, n_tokens)
-                attend(
-                    flat_q, shape, panels, n_blocks, segments, first_query, window, g, first, last,
-                    start, min(start + split, first_query + n_tokens), (m[kept], total[kept], acc[kept]), work,
-                    flat_heads,
-                )  # fmt: skip
+            for number in range(turn * n_together, (turn + 1) * n_together):
+                kept = number if n_splits > 1 else thread
+                own = Sums(sums.largest[kept], sums.total[kept], sums.weighted[kept], sums.width)
+                start = keys.segments[0, 2] + number % n_splits * cut.size
+                first = (n_tiles - 1 - number // n_splits % n_tiles) * n_queries  # those that see most keys first
+                last = min(first + n_queries, queries.n_tokens)
+                newest = min(start + cut.size, keys.first_query + queries.n_tokens)
+                piece = Piece(number // (n_tiles * n_splits), first, last, start, newest)
+                attend(queries, store, keys, piece, own, work)
                 if n_splits == 1:
-                    for row in range((last - first) * group):
-                        h = (first + row // group) * n_heads + g * group + row % group
-                        share = numba.float32(1) / total[kept, row]
-                        _multiplied(
-                            flat_acc, (kept * in_tiles + row) * width, head_dim, share, flat_heads, h * head_dim
-                        )
+                    _finish(own, piece, queries)
             if n_splits > 1 and takes_heads:
-                _merge(m, total, acc, width, turn, n_splits, heads, n_kv_heads)
+                _merge(sums, turn, n_splits, queries)
 
     return do_share
 
 
+def plain_attention(q: Any, k: Any, v: Any, window: int, heads: Any) -> None:
+    """heads[t, h] = sum over s of softmax(q[t, h] . k[s, g] / sqrt(K)) v[s, g], over the keys that token t sees.
+
+    q, heads (T, H, K); k, v (S, G, K), the oldest first, the last T of them those of the queries' own positions.
+    """
+    (n_tokens, n_heads, head_dim), (n_keys, n_kv_heads, _) = q.shape, k.shape
+    for t in range(n_tokens):
+        own = n_keys - n_tokens + t
+        seen = range(max(0, own - window + 1), own + 1)
+        for h in range(n_heads):
+            g = h // (n_heads // n_kv_heads)
+            scores = [sum(q[t, h] * k[s, g]) / math.sqrt(head_dim) for s in seen]
+            shares = [math.exp(score - max(scores)) for score in scores]
+            heads[t, h] = sum(share * v[s, g] for share, s in zip(shares, seen, strict=True)) / sum(shares)
+
+
 @made_once
 def attention(kind: str, n_rows: int) -> Any:
-    """Return a kernel.
-
-    attention(q, k, v, k_scales, v_scales, n_kv_heads, n_blocks, segments, first_query, window, heads, n_threads)
+    """Return a kernel: attention(q, store, keys, heads, threads).
 
     kind            the kind of numbers in the store: "f32", "f16", "bf16", "int8"
     n_rows          rows of a tile: FEW_ROWS or MANY_ROWS
 
     q, heads        (T, H, K) float32
-    k, v            a PanelStore's arrays as bytes, of n_blocks blocks a head
-    k_scales, v_scales    a PanelStore's, not read unless kind is "int8"
-    segments        (n, 3): a row for each run of neighbouring slots, the oldest keys first. A row holds the first slot,
-                    the slot after the last one, and the position of the key in the first slot
-    first_query     position of q[0]
-    window          how many keys a query sees, itself included
+    store           a PanelStore whose k and v are seen as bytes; the scales are read only if kind is "int8"
+    keys            Keys: the runs of slots, the first query's position, and the window
+
+    It does what plain_attention does.
     """
     do_share = _thread_share(kind, n_rows)
 
-    @kernel(SIGNATURE, kind, n_rows)
-    def attention(
-        q: Any, k: Any, v: Any, k_scales: Any, v_scales: Any, n_kv_heads: int, n_blocks: int, segments: Any,
-        first_query: int, window: int, heads: Any, n_threads: int,
-    ) -> None:  # fmt: skip
-        n_tokens, n_heads, head_dim = q.shape
-        group, width = n_heads // n_kv_heads, (head_dim + PANEL - 1) // PANEL * PANEL
+    @kernel(types.void(HEADS_IN, BYTE_STORE, KEYS, HEADS_OUT, types.intp), kind, n_rows)
+    def attention(q: Any, store: Any, keys: Any, heads: Any, threads: int) -> None:
+        n_threads = count_of(threads)
+        (n_tokens, n_heads, head_dim), n_kv_heads = q.shape, store.v.shape[0]
+        group, width = n_heads // n_kv_heads, store.v.shape[2] * PANEL
         n_queries = _queries_together(group)
         n_tiles = (n_tokens + n_queries - 1) // n_queries
-        oldest, newest = segments[0, 2], first_query + n_tokens
+        n_keys = keys.first_query + n_tokens - keys.segments[0, 2]
         # Few queries: their keys are split, and each piece keeps its sums. Many queries: all keys are one piece.
-        n_splits = (newest - oldest + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
-        split = SPLIT if n_splits > 1 else newest - oldest
-        panels = k, v, k_scales, v_scales
+        n_splits = (n_keys + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
+        cut = Cut(n_splits, SPLIT if n_splits > 1 else n_keys)
         n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, n_queries) * group
         row_size = most_rows + 64  # so no two threads write to one cache line, or to two that are fetched together
-        m, total = np.empty((n_kept, row_size), np.float32), np.empty((n_kept, row_size), np.float32)
         in_tiles = (most_rows + n_rows - 1) // n_rows * n_rows
         acc = floats(n_kept * in_tiles * width).reshape((n_kept, in_tiles * width))
-        if n_threads == 1:
-            do_share(
-                q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total, acc,
-                FIRST, n_threads,
-            )  # fmt: skip
-        else:
-            for index in numba.prange(n_threads):  # `index` is unsigned; with a signed number it would give floats
-                do_share(
-                    q, panels, n_kv_heads, n_blocks, segments, first_query, window, heads, n_splits, split, m, total,
-                    acc, numba.intp(index), n_threads,
-                )  # fmt: skip
+        m, total = np.empty((n_kept, row_size), np.float32), np.empty((n_kept, row_size), np.float32)
+        sums = Sums(m, total, acc, width)
+        queries = Queries(q.reshape(-1), heads.reshape(-1), n_tokens, n_heads, n_kv_heads, head_dim)
+        shared_out(do_share, n_threads, threads, (queries, store, keys, cut, sums, n_threads))
         if n_splits > 1 and n_kv_heads % n_threads:
             for g in range(n_kv_heads):
-                _merge(m, total, acc, width, g, n_splits, heads, n_kv_heads)
+                _merge(sums, g, n_splits, queries)
 
     return attention

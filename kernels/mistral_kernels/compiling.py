@@ -22,12 +22,14 @@ import llvmlite
 import numba
 import numpy as np
 from numba.core.caching import NullCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.registry import cpu_target
 
 from mistral_kernels import KernelWarning, kept
 from mistral_kernels.caches import data_caches
 from mistral_kernels.forks import open_in_children
-from mistral_kernels.instructions import LANES
+from mistral_kernels.processor import LANES
 
 # No `fastmath`: NaN and infinities keep their meaning, and sums keep their order, so a kernel gives the same bits on
 # any number of threads. Its part "contract" is off too: with it LLVM chooses which of two products a sum is fused with.
@@ -122,6 +124,39 @@ def _warn_once(message: str, detail: str = "") -> None:
         warnings.warn(message + detail, KernelWarning, stacklevel=2)
 
 
+class _PartLibrary(JITCodeLibrary):
+    """The code of a part, which is optimised and made machine code of where it is used: in kernels.
+
+    Numba would do both for each part, with the parts that it calls in it, and then again for the kernel.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        self._finalized = True
+
+
+class _PartCompiler(Compiler):
+    """Numba's compiler, but that it makes nothing of a part that could be called from Python."""
+
+    def __init__(
+        self, typing: Any, target: Any, library: Any, arguments: Any, returned: Any, flags: Any, variables: Any
+    ) -> None:
+        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+        library = _PartLibrary(target.codegen(), "part")
+        super().__init__(typing, target, library, arguments, returned, flags, variables)
+
+    def compile_extra(self, function: Callable[..., Any]) -> Any:
+        """Compile a part. Numba finds it by its entry point for Python, so that is some function, another for each."""
+        entry_point: Any = [].append
+        compiled = super().compile_extra(function)._replace(entry_point=entry_point)
+        self.state.targetctx.insert_user_function(entry_point, compiled.fndesc, [compiled.library])
+        return compiled
+
+
 class _KernelCache(NullCache):
     """What Numba asks for a compiled kernel before it compiles, and gives one afterwards."""
 
@@ -154,12 +189,12 @@ def part(*variant: object, borrows: bool = False) -> Callable[[Callable[..., Any
     options = _OPTIONS | {"_nrt": False} if borrows else _OPTIONS
 
     def compiled(function: Callable[..., Any]) -> Any:
-        return numba.njit(nogil=True, **options)(_named(function, variant))
+        return numba.njit(nogil=True, pipeline_class=_PartCompiler, **options)(_named(function, variant))
 
     return compiled
 
 
-def kernel(signature: object, *variant: object, parallel: bool = True) -> Callable[[Callable[..., Any]], Any]:
+def kernel(signature: object, *variant: object) -> Callable[[Callable[..., Any]], Any]:
     """Return the decorator that at once compiles a function for one signature, or reads it from the cache.
 
     `variant` is as in `part`. With an explicit signature a call with other types is an error instead of a second
@@ -167,7 +202,7 @@ def kernel(signature: object, *variant: object, parallel: bool = True) -> Callab
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(parallel=parallel, nogil=True, **_OPTIONS)(_named(function, variant))
+        dispatcher = numba.njit(nogil=True, **_OPTIONS)(_named(function, variant))
         name = "_".join([function.__name__, *map(str, variant)])
         dispatcher._cache = _KernelCache(name, f"{function.__module__}.{function.__qualname__}.kernel")
         dispatcher.compile(signature)

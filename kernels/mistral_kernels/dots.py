@@ -16,198 +16,175 @@ and of the odd bytes.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 
-from mistral_kernels.instructions import (
+from mistral_kernels.pairs import pair_dots, quad_dots
+from mistral_kernels.processor import LANES
+from mistral_kernels.rows import AHEAD
+from mistral_kernels.stored import PLACE, ROWS, Place, Rows, addresses_at, row_addresses, widened
+from mistral_kernels.tile import TILE_ROWS, VECTORS, WIDTH, add_to_rows
+from mistral_kernels.value import (
+    ARRAY,
     F32,
     I8,
     I16,
     I32,
     I64,
-    LANES,
-    VECTOR,
-    combined,
+    U8,
+    U16,
+    U32,
+    Address,
+    Dtype,
+    FloatVectorType,
+    Value,
     constant,
     fenced,
-    fused,
-    load_vector,
-    prefetch_line,
-    row_addresses,
-    splat_of,
-    store_vector,
-    widened,
+    fma,
+    larger,
+    loop,
+    operation,
+    where,
 )
-from mistral_kernels.pairs import pair_dots, quad_dots
-from mistral_kernels.rows import AHEAD, ROWS_TYPE, TILE_LANES
-from mistral_kernels.simd import ARRAY, FloatVectorType, operation
-from mistral_kernels.tile import PLACE, ROWS, VECTORS, WIDTH, add_to_rows, stored_rows, summed_in_loop
 
-ACTIVATIONS = {"int16": 2, "int8": 1}  # what inputs are rounded to, and the bytes of one
+INPUTS: dict[str, Dtype] = {"int16": I16, "int8": I8}  # what inputs are rounded to
 LARGEST = {"int16": 32767.0, "int8": 127.0}
 EIGHT = FloatVectorType(8)
+TILE_LANES = max(LANES, 8)  # of a vector of codes: the 8 rows of a tile, once or twice
 
 # As many rows of a tile as leave room for an integer and a float for each lane.
-GROUP_ROWS = ROWS // 2
-
-_EIGHT_FLOATS = ir.VectorType(F32, 8)
+GROUP_ROWS = TILE_ROWS // 2
 
 
-def _whole(value: int) -> ir.Constant:
-    return ir.Constant(I64, value)
-
-
-def code_bytes(builder: Any, stored: Any, bits: int) -> list[Any]:
+def code_bytes(stored: Value, bits: int) -> list[Value]:
     """Return the vectors of codes that a vector of bytes holds: itself, or its lower and its upper halves."""
-    if bits == 8:
-        return [stored]
-    return [builder.and_(stored, constant(stored.type, 15)), builder.lshr(stored, constant(stored.type, 4))]
+    return [stored] if bits == 8 else [stored & 15, stored >> 4]
 
 
-def products(builder: Any, sums: Any, codes: Any, x: list[Any], bits: int) -> Any:
+def products(sums: Value, codes: Value, x: list[Value], bits: int) -> Value:
     """Return sums plus the products of codes, four in each lane, with inputs: int16 even and odd, or int8 together."""
     if len(x) == 1:
-        return quad_dots(builder, sums, codes, x[0], 2**bits - 1)
-    words = ir.VectorType(I16, 2 * sums.type.count)
-    codes = builder.bitcast(codes, words)
-    sums = pair_dots(builder, sums, builder.and_(codes, constant(words, 0xFF)), x[0])
-    return pair_dots(builder, sums, builder.lshr(codes, constant(words, 8)), x[1])
+        return quad_dots(sums, codes, x[0], 2**bits - 1)
+    words = codes.bits_as(U16)
+    even, odd = words & 0xFF, words >> 8
+    return pair_dots(pair_dots(sums, even.bits_as(I16), x[0]), odd.bits_as(I16), x[1])
 
 
-def scales_of(builder: Any, address: Any, bits: int) -> tuple[Any, Any]:
+def words_of_four(inputs: str) -> int:
+    """Return how many words of 32 bits hold four inputs."""
+    return INPUTS[inputs].bits // 8
+
+
+def scales_at(address: Address, bits: int) -> tuple[Value, Value]:
     """Return the scales, without their unit, and the zeros of the 8 rows of a tile's group."""
-    codes = load_vector(builder, address, I8, 8)
-    half = builder.shl(builder.zext(codes, ir.VectorType(I16, 8)), constant(ir.VectorType(I16, 8), 6))
-    zeros = load_vector(builder, builder.gep(address, [_whole(8)]), I8, 8)
-    zeros = builder.uitofp(builder.zext(zeros, ir.VectorType(I32, 8)), _EIGHT_FLOATS)
-    return widened(builder, half, "f16"), builder.fmul(zeros, constant(_EIGHT_FLOATS, 2.0 ** (bits - 8)))
+    scale, zero = address.load(U8, 8), (address + 8).load(U8, 8)
+    return widened(scale.to(U16) << 6, "f16"), zero.to(U32).to(F32) * 2.0 ** (bits - 8)
 
 
-def rounding(activations: str, group: int) -> Any:
-    """Return the operation round_group(x, i, q, j): rounds the inputs of a group, returns scale_x and the sum of q.
+def rounding(inputs: str, group: int) -> Any:
+    """Return the operation round_group(x, i, q, j): rounds the inputs of a group.
 
     x       float32; the group's begin at i
     q       int16 or int8; the group's begin at j
 
-    scale_x = max |x| / 32767 (or 127), q = x / scale_x to the nearest, ties to even; 0 where that is too small for it.
+    It returns scale_x and the sum of q. scale_x = max |x| / 32767 (or 127), q = x / scale_x to the nearest, ties to
+    even; 0 where that is too small for it.
     """
-    wide = ir.VectorType(I32, LANES)
     order = [lane // 4 * 4 + (0, 2, 1, 3)[lane % 4] for lane in range(LANES)]
-    largest = LARGEST[activations]
+    dtype, most = INPUTS[inputs], LARGEST[inputs]
+
+    def largest_magnitude(values: list[Value]) -> Value:
+        """As integers, floats without their sign are in the same order, and NaN is the largest of all."""
+        magnitude = constant(I32, 0, LANES)
+        for value in values:
+            magnitude = larger(magnitude, value.bits_as(I32) & 0x7FFFFFFF)
+        return magnitude.combined(larger).bits_as(F32)
+
+    def nearest(value: Value) -> Value:
+        """Adding 1.5 * 2^23 rounds, and leaves the result in the lowest bits."""
+        return (fenced(value) + 1.5 * 2**23).bits_as(I32).to(I16)
 
     @operation(types.UniTuple(types.float32, 2), ARRAY, types.intp, ARRAY, types.intp)
-    def round_group(builder: Any, x: Any, i: Any, q: Any, j: Any) -> Any:
-        def larger(a: Any, b: Any) -> Any:
-            return builder.select(builder.icmp_signed(">", a, b), a, b)
-
-        inputs, magnitude = [], constant(wide, 0)
-        for start in range(0, group, LANES):
-            value = load_vector(builder, builder.gep(x, [builder.add(i, _whole(start))]), F32, LANES)
-            inputs.append(value)
-            # As integers, floats without their sign are in the same order, and NaN is the largest of all.
-            bits = builder.and_(builder.bitcast(value, wide), constant(wide, 0x7FFFFFFF))
-            magnitude = larger(magnitude, bits)
-        most = builder.bitcast(combined(builder, magnitude, larger), F32)
-        times = builder.fdiv(ir.Constant(F32, largest), most)
-        is_finite = builder.fcmp_ordered("<", times, ir.Constant(F32, float("inf")))
-        times = splat_of(builder, builder.select(is_finite, times, ir.Constant(F32, 0.0)), LANES)
-        total = constant(wide, 0)
-        for number, value in enumerate(inputs):
-            # Adding 1.5 * 2^23 rounds, and leaves the result in the lowest bits.
-            shifted = builder.fadd(fenced(builder, builder.fmul(value, times)), constant(VECTOR, 1.5 * 2**23))
-            rounded = builder.trunc(builder.bitcast(shifted, wide), ir.VectorType(I16, LANES))
-            total = builder.add(total, builder.sext(rounded, wide))
-            if activations == "int16":
-                mask = ir.Constant(wide, order)
-                rounded = builder.shuffle_vector(rounded, ir.Constant(rounded.type, ir.Undefined), mask)
-            else:
-                rounded = builder.trunc(rounded, ir.VectorType(I8, LANES))
-            store_vector(builder, builder.gep(q, [builder.add(j, _whole(number * LANES))]), rounded)
-        summed = builder.sitofp(combined(builder, total, builder.add), F32)
-        return [builder.fdiv(most, ir.Constant(F32, largest)), summed]
+    def round_group(x: Address, i: Value, q: Address, j: Value) -> list[Value]:
+        starts = range(0, group, LANES)
+        values = [(x + (i + start)).load(F32, LANES) for start in starts]
+        magnitude = largest_magnitude(values)
+        times = most / magnitude
+        times = where(times < float("inf"), times, 0.0)
+        total = constant(I32, 0, LANES)
+        for start, value in zip(starts, values, strict=True):
+            rounded = nearest(value * times)
+            total = total + rounded.to(I32)
+            kept = rounded.chosen(order) if dtype is I16 else rounded.to(I8)
+            (q + (j + start)).store(kept)
+        return [magnitude / most, total.combined(operator.add).to(F32)]
 
     return round_group
 
 
-def tile_groups(bits: int, activations: str, group: int, n_tiles: int) -> tuple[Any, Any, Any]:
+def tile_groups(bits: int, inputs: str, group: int, n_tiles: int) -> tuple[Any, Any, Any]:
     """Return the operations on the sums of n tiles of codes.
 
     no_group_sums()                                         a tuple of n vectors of 8 zeros
-    add_group(sums, W, tiles, S, scales, q, i, scale_x, sum_x)
-                                                            each sum plus what the group of inputs from i on gives
-    store_group_sums(sums, number, y, offset)               puts the sums of a tile into y[offset : offset + 8]
+    add_group(sums, W, tiles, S, scales, q, scales_x, i)    each sum plus what the group of inputs from i on gives
+    store_group_sums(sums, y, offset)                       puts the sums of the tiles into y[offset : offset + 8 n]
 
-    W       bytes of the codes; `tiles` is as in `row_addresses`, with tiles in place of rows, and in bytes
-    S       bytes of the scales and zeros: 8 and 8 for each tile's group; `scales` is as `tiles`
+    W       bytes of the codes; `tiles` says where tiles begin, in bytes
+    S       bytes of the scales and zeros: 8 and 8 for each tile's group; `scales` says where those of tiles begin
     """
     sums_type = types.UniTuple(EIGHT, n_tiles)
-    lanes = ir.VectorType(I32, TILE_LANES)
-    halves, per_byte = TILE_LANES // 8, 8 // bits  # a vector has 8 rows of four codes, once or twice
-    n_words = {"int16": 2, "int8": 1}[activations]  # of 32 bits, for four inputs
+    in_vector, per_byte = TILE_LANES // 8, 8 // bits  # tiles' rows of four codes in a vector; codes in a byte
+    n_words, vector_bytes = words_of_four(inputs), 4 * TILE_LANES
 
-    def inputs_for(builder: Any, q: Any, vector_number: int, half_byte: int) -> list[Any]:
+    def inputs_for(q: Address, vector_number: int, half_byte: int) -> list[Value]:
         """Return what the codes of a vector, or of half of its bytes, are multiplied with."""
-        chosen = []
-        for part in range(n_words):
+        words = []
+        for word in range(n_words):
             # Of each half of the vector: the number of its four inputs, and of the word that holds this part of them.
-            fours = [(vector_number * halves + half) * per_byte + half_byte for half in range(halves)]
-            first, last = fours[0] * n_words + part, fours[-1] * n_words + part
-            stored = load_vector(builder, builder.gep(q, [_whole(4 * first)]), I32, last - first + 1)
-            mask = [0 if lane < 8 else last - first for lane in range(TILE_LANES)]
-            spread = builder.shuffle_vector(stored, ir.Constant(stored.type, ir.Undefined), ir.Constant(lanes, mask))
-            element, count = (I16, 2) if activations == "int16" else (I8, 4)
-            chosen.append(builder.bitcast(spread, ir.VectorType(element, count * TILE_LANES)))
-        return chosen
+            fours = [(vector_number * in_vector + half) * per_byte + half_byte for half in range(in_vector)]
+            first, last = fours[0] * n_words + word, fours[-1] * n_words + word
+            stored = (q + 4 * first).load(I32, last - first + 1)
+            spread = stored.chosen([0 if lane < 8 else last - first for lane in range(TILE_LANES)])
+            words.append(spread.bits_as(INPUTS[inputs]))
+        return words
 
-    def folded(builder: Any, dots: Any) -> Any:
+    def of_eight(dots: Value) -> Value:
         """Return the dots of 8 rows."""
-        if halves == 1:
-            return dots
-        undefined = ir.Constant(dots.type, ir.Undefined)
-        low, high = (
-            builder.shuffle_vector(dots, undefined, ir.Constant(ir.VectorType(I32, 8), list(range(start, start + 8))))
-            for start in (0, 8)
-        )
-        return builder.add(low, high)
+        return dots if in_vector == 1 else dots.chosen(range(8)) + dots.chosen(range(8, 16))
 
     @operation(sums_type)
-    def no_group_sums(builder: Any) -> Any:
-        return [constant(_EIGHT_FLOATS, 0.0)] * n_tiles
+    def no_group_sums() -> list[Value]:
+        return [constant(F32, 0.0, 8)] * n_tiles
 
-    @operation(
-        sums_type, sums_type, ARRAY, ROWS_TYPE, ARRAY, ROWS_TYPE, ARRAY, types.intp, types.float32, types.float32
-    )
+    @operation(sums_type, sums_type, ARRAY, ROWS, ARRAY, ROWS, ARRAY, ARRAY, types.intp)
     def add_group(
-        builder: Any, sums: Any, W: Any, tiles: Any, S: Any, scales: Any, q: Any, i: Any, scale_x: Any, sum_x: Any
-    ) -> Any:
-        q = builder.bitcast(builder.gep(q, [i]), I8.as_pointer())
-        addresses = row_addresses(builder, W, tiles, builder.mul(i, _whole(bits)), 1, range(n_tiles))
-        dots = [constant(lanes, 0)] * n_tiles
-        for vector_number in range(group * bits // (4 * TILE_LANES)):
-            x = [inputs_for(builder, q, vector_number, half) for half in range(per_byte)]
+        sums: tuple[Value, ...], W: Address, tiles: Rows, S: Address, scales: Rows, q: Address, scales_x: Address,
+        i: Value,
+    ) -> list[Value]:  # fmt: skip
+        begin, number_of_group = (q + i).of(U8), i // group
+        addresses = row_addresses(W, tiles, i * bits, U8, range(n_tiles))
+        dots = [constant(I32, 0, TILE_LANES)] * n_tiles
+        for vector_number in range(group * bits // vector_bytes):
+            x = [inputs_for(begin, vector_number, half) for half in range(per_byte)]
             for number, address in enumerate(addresses):
-                place = builder.gep(address, [_whole(4 * TILE_LANES * vector_number)])
-                prefetch_line(builder, place, AHEAD)
-                stored = load_vector(builder, place, I8, 4 * TILE_LANES)
-                for half, codes in enumerate(code_bytes(builder, stored, bits)):
-                    dots[number] = products(builder, dots[number], codes, x[half], bits)
-        scale_x, sum_x = (splat_of(builder, value, 8) for value in (scale_x, builder.fneg(sum_x)))
-        of_group = builder.mul(builder.sdiv(i, _whole(group)), _whole(16))
+                place = address + vector_bytes * vector_number
+                place.prefetch(AHEAD)
+                for half, codes in enumerate(code_bytes(place.load(U8, vector_bytes), bits)):
+                    dots[number] = products(dots[number], codes, x[half], bits)
+        scale_x, sum_x = ((scales_x + (number_of_group * 2 + n)).load(F32).spread(8) for n in (0, 1))
         new = []
-        for number, address in enumerate(row_addresses(builder, S, scales, of_group, 1, range(n_tiles))):
-            scale, zero = scales_of(builder, address, bits)
-            dot = builder.sitofp(folded(builder, dots[number]), _EIGHT_FLOATS)
-            dot = fused(builder, zero, sum_x, dot)
-            new.append(fused(builder, builder.fmul(scale, scale_x), dot, builder.extract_value(sums, number)))
+        for number, address in enumerate(row_addresses(S, scales, number_of_group * 16, U8, range(n_tiles))):
+            scale, zero = scales_at(address, bits)
+            dot = fma(zero, -sum_x, of_eight(dots[number]).to(F32))
+            new.append(fma(scale * scale_x, dot, sums[number]))
         return new
 
     @operation(types.void, sums_type, ARRAY, types.intp)
-    def store_group_sums(builder: Any, sums: Any, y: Any, offset: Any) -> None:
-        for number in range(n_tiles):
-            address = builder.gep(y, [builder.add(offset, _whole(8 * number))])
-            store_vector(builder, address, builder.extract_value(sums, number))
+    def store_group_sums(sums: tuple[Value, ...], y: Address, offset: Value) -> None:
+        for number, value in enumerate(sums):
+            (y + (offset + 8 * number)).store(value)
 
     return no_group_sums, add_group, store_group_sums
 
@@ -221,94 +198,79 @@ def unpack(bits: int) -> tuple[Any, Any]:
     """
 
     @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
-    def unpack_codes(builder: Any, W: Any, offset: Any, panel: Any, place: Any) -> None:
-        address = builder.gep(W, [offset])
-        stored = [load_vector(builder, builder.gep(address, [_whole(32 * n)]), I8, 32) for n in range(bits // 4)]
-        codes = stored if bits == 8 else code_bytes(builder, stored[0], bits)
+    def unpack_codes(W: Address, offset: Value, panel: Address, place: Value) -> None:
+        address = W + offset
+        stored = [(address + 32 * n).load(U8, 32) for n in range(bits // 4)]
+        codes = stored if bits == 8 else code_bytes(stored[0], bits)
         for number, four in enumerate(codes):
-            store_vector(builder, builder.gep(panel, [builder.add(place, _whole(4 * WIDTH * number))]), four)
+            (panel + (place + 4 * WIDTH * number)).store(four)
 
     @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
-    def unpack_scales(builder: Any, S: Any, offset: Any, panel: Any, place: Any) -> None:
-        scale, zero = scales_of(builder, builder.gep(S, [offset]), bits)
-        store_vector(builder, builder.gep(panel, [place]), scale)
-        store_vector(builder, builder.gep(panel, [builder.add(place, _whole(WIDTH))]), zero)
+    def unpack_scales(S: Address, offset: Value, panel: Address, place: Value) -> None:
+        scale, zero = scales_at(S + offset, bits)
+        (panel + place).store(scale)
+        (panel + (place + WIDTH)).store(zero)
 
     return unpack_codes, unpack_scales
 
 
-def group_tile(bits: int, activations: str, group: int) -> Any:
-    """Return the operation multiply_groups(q, a, panel, S, scales_x, n, n_groups, C, c, continues).
+def group_tile(bits: int, inputs: str, group: int) -> Any:
+    """Return the operation multiply_groups(q, a, scales_x, codes, scales, n_groups, C, c, continues).
 
         C[r, lane] += sum over groups of
             scale[lane] scale_x[r] (sum over the group of code[k, lane] q[r, k] - zero[lane] sum_x[r])
 
     for GROUP_ROWS rows and WIDTH lanes: an integer and a float for each stay in registers.
 
-    q           int16 or int8; a = (offset, row length)
-    panel       codes as bytes, four inputs of each lane together
-    S           float32: scales and zeros of WIDTH lanes, group by group
-    scales_x    float32: scale_x and sum_x, group by group; n = (offset, row length)
-    C           float32; c = (offset, row length)
+    q           int16 or int8; the Place a says where in it
+    scales_x    float32: scale_x and sum_x of each of q's groups
+    codes       a panel of bytes, four inputs of each lane together
+    scales      float32: scales and zeros of WIDTH lanes, group by group
+    C           float32; the Place c says where in it
     continues   whether to add to what C holds
     """
-    n_sums, size = GROUP_ROWS * VECTORS, ACTIVATIONS[activations]
-    lanes = ir.VectorType(I32, LANES)
-    element, n_words = (I16, 2) if activations == "int16" else (I8, 1)
+    n_sums, n_words = GROUP_ROWS * VECTORS, words_of_four(inputs)
 
-    def products_of(builder: Any, q_rows: list[Any], panel: Any, four: Any, sums: list[Any]) -> list[Any]:
-        """Return the sums after four more inputs."""
-        row = builder.gep(panel, [builder.mul(four, _whole(4 * WIDTH))])
-        codes = [
-            load_vector(builder, builder.gep(row, [_whole(4 * LANES * number)]), I8, 4 * LANES)
-            for number in range(VECTORS)
-        ]
+    def products_of(q_rows: list[Address], codes: Address, four: Value, dots: list[Value]) -> list[Value]:
+        """Return the integer sums after four more inputs."""
+        row = codes + four * (4 * WIDTH)
+        vectors = [(row + 4 * LANES * number).load(U8, 4 * LANES) for number in range(VECTORS)]
         new = []
         for r, address in enumerate(q_rows):
-            x = []
-            for part in range(n_words):
-                place = builder.gep(address, [builder.add(builder.mul(four, _whole(4 * size)), _whole(4 * part))])
-                one = load_vector(builder, place, I32, 1)
-                spread = splat_of(builder, builder.extract_element(one, ir.Constant(I32, 0)), LANES)
-                x.append(builder.bitcast(spread, ir.VectorType(element, 4 * LANES // n_words)))
-            for number, value in enumerate(codes):
-                new.append(products(builder, sums[r * VECTORS + number], value, x, bits))
+            place = address + four * (4 * n_words)
+            words = [(place + 4 * word).load(I32).spread(LANES).bits_as(INPUTS[inputs]) for word in range(n_words)]
+            new += [products(dots[r * VECTORS + number], value, words, bits) for number, value in enumerate(vectors)]
         return new
 
-    @operation(types.void, ARRAY, PLACE, ARRAY, ARRAY, ARRAY, PLACE, types.intp, ARRAY, PLACE, types.boolean)
+    def scaled(dots: list[Value], x_rows: list[Address], scales: Address, sums: list[Value]) -> list[Value]:
+        """Return the sums of floats after a group, with its integer sums."""
+        new = []
+        for r, address in enumerate(x_rows):
+            scale_x, sum_x = ((address + n).load(F32).spread(LANES) for n in (0, 1))
+            for number in range(VECTORS):
+                scale, zero = ((scales + (start + number * LANES)).load(F32, LANES) for start in (0, WIDTH))
+                index = r * VECTORS + number
+                new.append(fma(scale * scale_x, fma(zero, -sum_x, dots[index].to(F32)), sums[index]))
+        return new
+
+    @operation(types.void, ARRAY, PLACE, ARRAY, ARRAY, ARRAY, types.intp, ARRAY, PLACE, types.boolean)
     def multiply_groups(
-        builder: Any, q: Any, a: Any, panel: Any, S: Any, scales_x: Any, n: Any, n_groups: Any, C: Any, c: Any,
-        continues: Any,
+        q: Address, a: Place, scales_x: Address, codes: Address, scales: Address, n_groups: Value, C: Address,
+        c: Place, continues: Value,
     ) -> None:  # fmt: skip
-        q_rows, x_rows = stored_rows(builder, q, a, GROUP_ROWS), stored_rows(builder, scales_x, n, GROUP_ROWS)
-        C_rows = stored_rows(builder, C, c, GROUP_ROWS)
+        q_rows = addresses_at(q, a, GROUP_ROWS)
+        x_rows = addresses_at(scales_x, Place(a.first // group * 2, a.stride // group * 2), GROUP_ROWS)
 
-        def add_group(number_of_group: Any, sums: list[Any]) -> list[Any]:
-            start = builder.mul(number_of_group, _whole(group))
-            begins = [builder.bitcast(builder.gep(address, [start]), I8.as_pointer()) for address in q_rows]
-            codes = builder.gep(panel, [builder.mul(start, _whole(WIDTH))])
+        def add_group(number: Value, sums: list[Value]) -> list[Value]:
+            start = number * group
+            begins, panel = [(row + start).of(U8) for row in q_rows], codes + start * WIDTH
+            dots = loop(
+                0, constant(I64, group // 4), 1, [constant(I32, 0, LANES)] * n_sums,
+                lambda four, dots: products_of(begins, panel, four, dots),
+            )  # fmt: skip
+            return scaled(dots, [row + number * 2 for row in x_rows], scales + number * (2 * WIDTH), sums)
 
-            def add_four(four: Any, dots: list[Any]) -> list[Any]:
-                return products_of(builder, begins, codes, four, dots)
-
-            dots = summed_in_loop(builder, _whole(0), _whole(group // 4), 1, [constant(lanes, 0)] * n_sums, add_four)
-            scales = builder.gep(S, [builder.mul(number_of_group, _whole(2 * WIDTH))])
-            new = []
-            for r, address in enumerate(x_rows):
-                pair = builder.gep(address, [builder.mul(number_of_group, _whole(2))])
-                scale_x = splat_of(builder, builder.load(pair), LANES)
-                sum_x = builder.fneg(splat_of(builder, builder.load(builder.gep(pair, [_whole(1)])), LANES))
-                for number in range(VECTORS):
-                    scale, zero = (
-                        load_vector(builder, builder.gep(scales, [_whole(start + number * LANES)]), F32, LANES)
-                        for start in (0, WIDTH)
-                    )
-                    index = r * VECTORS + number
-                    dot = fused(builder, zero, sum_x, builder.sitofp(dots[index], VECTOR))
-                    new.append(fused(builder, builder.fmul(scale, scale_x), dot, sums[index]))
-            return new
-
-        sums = summed_in_loop(builder, _whole(0), n_groups, 1, [constant(VECTOR, 0.0)] * n_sums, add_group)
-        add_to_rows(builder, C_rows, sums, continues)
+        sums = loop(0, n_groups, 1, [constant(F32, 0.0, LANES)] * n_sums, add_group)
+        add_to_rows(addresses_at(C, c, GROUP_ROWS), sums, continues)
 
     return multiply_groups

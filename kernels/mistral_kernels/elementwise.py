@@ -13,49 +13,52 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import FIRST, kernel, made_once, part
-from mistral_kernels.instructions import LANES
-from mistral_kernels.simd import add, divide, exp, load, load_part, multiply, splat, store, subtract, sum_of, zeros
+from mistral_kernels.arrays import HEADS_IN, HEADS_OUT, INDICES, MATRIX_IN, MATRIX_OUT, VECTOR_IN, VECTOR_OUT
+from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.processor import LANES
+from mistral_kernels.sharing import shared_out
+from mistral_kernels.simd import exp, load, load_part, store, sum_of, zeros
 
-ROW = types.Array(types.float32, 1, "C", readonly=True)
-ROWS_IN = types.Array(types.float32, 2, "C", readonly=True)
-ROWS_OUT = types.Array(types.float32, 2, "C")
-HEADS_IN = types.Array(types.float32, 3, "C", readonly=True)
-HEADS_OUT = types.Array(types.float32, 3, "C")
-INDICES = types.Array(types.int64, 1, "C", readonly=True)
+
+def plain_rms_norm(x: Any, weight: Any, eps: float, y: Any) -> None:
+    """y = x / sqrt(mean(x²) + eps) * weight for each row of x and y (T, D); weight is (D,)."""
+    for t in range(len(x)):
+        mean = sum(x_i * x_i for x_i in x[t]) / len(x[t])
+        for i in range(len(x[t])):
+            y[t, i] = x[t, i] / math.sqrt(mean + eps) * weight[i]
 
 
 @made_once
 def rms_norm() -> Any:
-    """Return a kernel: rms_norm(x, weight, eps, y, n_threads), y = x / sqrt(mean(x²) + eps) * weight for each row."""
+    """Return a kernel: rms_norm(x, weight, eps, y, threads) does what plain_rms_norm does."""
 
     @part()
     def normalize(x: Any, weight: Any, eps: float, y: Any) -> None:
         n = len(x)
         squares = zeros()
         for i in range(0, n - LANES + 1, LANES):
-            squares = add(squares, multiply(load(x, i), load(x, i)))
+            squares = squares + load(x, i) * load(x, i)
         rest = load_part(x, n // LANES * LANES, n % LANES)
-        mean = sum_of(add(squares, multiply(rest, rest))) / numba.float32(n)
+        mean = sum_of(squares + rest * rest) / numba.float32(n)
         size = numba.float32(math.sqrt(mean + eps))
         for i in range(n):
             y[i] = x[i] / size * weight[i]
 
-    @kernel(types.void(ROWS_IN, ROW, types.float32, ROWS_OUT, types.intp))
-    def rms_norm(x: Any, weight: Any, eps: float, y: Any, n_threads: int) -> None:
-        if n_threads == 1:
-            for t in range(len(x)):
-                normalize(x[t], weight, eps, y[t])
-        else:
-            for t in numba.prange(len(x)):
-                normalize(x[t], weight, eps, y[t])
+    @part()
+    def normalize_rows(first: int, last: int, x: Any, weight: Any, eps: float, y: Any) -> None:
+        for t in range(first, last):
+            normalize(x[t], weight, eps, y[t])
+
+    @kernel(types.void(MATRIX_IN, VECTOR_IN, types.float32, MATRIX_OUT, types.intp))
+    def rms_norm(x: Any, weight: Any, eps: float, y: Any, threads: int) -> None:
+        shared_out(normalize_rows, len(x), threads, (x, weight, eps, y))
 
     return rms_norm
 
 
 @made_once
 def rotate() -> Any:
-    """Return a kernel: rotate(x, cos, sin, y, n_threads) turns pairs of neighbours; x and y are (T, heads, K)."""
+    """Return a kernel: rotate(x, cos, sin, y, threads) turns pairs of neighbours; x and y are (T, heads, K)."""
 
     @part()
     def turn(x: Any, cos: Any, sin: Any, y: Any) -> None:
@@ -65,45 +68,41 @@ def rotate() -> Any:
                 y[head, 2 * pair] = x0 * cos[pair] - x1 * sin[pair]
                 y[head, 2 * pair + 1] = x0 * sin[pair] + x1 * cos[pair]
 
-    @kernel(types.void(HEADS_IN, ROWS_IN, ROWS_IN, HEADS_OUT, types.intp))
-    def rotate(x: Any, cos: Any, sin: Any, y: Any, n_threads: int) -> None:
-        if n_threads == 1:
-            for t in range(len(x)):
-                turn(x[t], cos[t], sin[t], y[t])
-        else:
-            for t in numba.prange(len(x)):
-                turn(x[t], cos[t], sin[t], y[t])
+    @part()
+    def turn_rows(first: int, last: int, x: Any, cos: Any, sin: Any, y: Any) -> None:
+        for t in range(first, last):
+            turn(x[t], cos[t], sin[t], y[t])
+
+    @kernel(types.void(HEADS_IN, MATRIX_IN, MATRIX_IN, HEADS_OUT, types.intp))
+    def rotate(x: Any, cos: Any, sin: Any, y: Any, threads: int) -> None:
+        shared_out(turn_rows, len(x), threads, (x, cos, sin, y))
 
     return rotate
 
 
+def plain_swiglu(gate: Any, up: Any, h: Any) -> None:
+    """h = gate / (1 + e^-gate) * up; arrays of one row."""
+    for i in range(len(gate)):
+        h[i] = gate[i] / (1 + math.exp(-gate[i])) * up[i]
+
+
 @made_once
 def swiglu() -> Any:
-    """Return a kernel: swiglu(gate, up, h, n_threads), h = gate / (1 + e^-gate) * up; arrays of one row."""
+    """Return a kernel: swiglu(gate, up, h, threads) does what plain_swiglu does."""
 
     @part()
-    def open_gates(gate: Any, up: Any, h: Any, first: int, last: int) -> None:
-        one = splat(1.0)
-        for i in range(first, last - LANES + 1, LANES):
+    def open_gates(first: int, last: int, gate: Any, up: Any, h: Any) -> None:
+        """Compute the vectors first, ..., last - 1, and with the last vector what is left."""
+        n = len(gate)
+        for i in range(first * LANES, last * LANES, LANES):
             g = load(gate, i)
-            store(h, i, multiply(divide(g, add(one, exp(subtract(zeros(), g)))), load(up, i)))
-        rest = first + (last - first) // LANES * LANES
-        for i in range(rest, last):
+            store(h, i, g / (1 + exp(-g)) * load(up, i))
+        for i in range(last * LANES, n if last == n // LANES else 0):
             h[i] = gate[i] / (numba.float32(1) + numba.float32(math.exp(-gate[i]))) * up[i]
 
-    @kernel(types.void(ROW, ROW, types.Array(types.float32, 1, "C"), types.intp))
-    def swiglu(gate: Any, up: Any, h: Any, n_threads: int) -> None:
-        n = len(gate)
-        if n_threads == 1:
-            open_gates(gate, up, h, FIRST, n)
-        else:
-            n_vectors = n // LANES
-            for index in numba.prange(n_threads):
-                thread = numba.intp(index)
-                last = n_vectors * (thread + 1) // n_threads * LANES
-                if thread == n_threads - 1:
-                    last = n
-                open_gates(gate, up, h, n_vectors * thread // n_threads * LANES, last)
+    @kernel(types.void(VECTOR_IN, VECTOR_IN, VECTOR_OUT, types.intp))
+    def swiglu(gate: Any, up: Any, h: Any, threads: int) -> None:
+        shared_out(open_gates, len(gate) // LANES, threads, (gate, up, h))
 
     return swiglu
 
@@ -112,7 +111,7 @@ def swiglu() -> Any:
 def mix_experts() -> Any:
     """Return a kernel: mix_experts(y, tokens, experts, weights, z), z[t] = sum of weights[t, e] y[n] over its pairs."""
 
-    @kernel(types.void(ROWS_IN, INDICES, INDICES, ROWS_IN, ROWS_OUT), parallel=False)
+    @kernel(types.void(MATRIX_IN, INDICES, INDICES, MATRIX_IN, MATRIX_OUT))
     def mix_experts(y: Any, tokens: Any, experts: Any, weights: Any, z: Any) -> None:
         z[:] = np.float32(0)
         for n in range(len(y)):

@@ -21,29 +21,16 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.compiling import FIRST, kernel, made_once, part
-from mistral_kernels.instructions import LANES
+from mistral_kernels.arrays import BYTES, MATRIX_IN, MATRIX_OUT
+from mistral_kernels.compiling import kernel, made_once, part
+from mistral_kernels.processor import LANES
 from mistral_kernels.rows import row_sums
+from mistral_kernels.sharing import shared_out
 from mistral_kernels.simd import load_part, store_rounded
+from mistral_kernels.stored import Rows
 
 ONE, FEW = (8, 1), (4, 4)  # rows and tokens that are multiplied together in registers: for one token, for a few
 FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
-
-BYTES = types.Array(types.uint8, 1, "C", readonly=True)
-VECTOR_IN = types.Array(types.float32, 1, "C", readonly=True)
-VECTOR_OUT = types.Array(types.float32, 1, "C")
-MATRIX_IN = types.Array(types.float32, 2, "C", readonly=True)
-MATRIX_OUT = types.Array(types.float32, 2, "C")
-SCALES = types.Array(types.float32, 2, "C", readonly=True)
-
-
-def are_few(kind: str, n_tokens: int) -> bool:
-    """Return whether matvec is faster than matmul, which transposes W, for this number of tokens.
-
-    matmul widens each weight once for all tokens. Widening fp8 takes as long as several products. So for fp8 matmul is
-    faster from fewer tokens on.
-    """
-    return n_tokens <= (4 if kind == "fp8" else 24)
 
 
 @part()
@@ -82,16 +69,16 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
     is_scaled = kind == "fp8"
 
     @part(kind, n_rows, n_tokens)
-    def multiply_rows(W: Any, scales: Any, x: Any, y: Any, n_x: int, first: int, last: int) -> None:
+    def multiply_rows(first: int, last: int, W: Any, scales: Any, x: Any, y: Any, n_x: int) -> None:
         """Compute the rows first, ..., last - 1 of n_x tokens; x and y are flat."""
         n_in, n_out, stride = len(x) // n_x, len(y) // n_x, (last - first + n_rows - 1) // n_rows
         block = FP8_BLOCK if is_scaled else n_in  # inputs that share a scale
         for o in range(first, first + stride):
-            rows = (o * n_in, stride * n_in, (last - 1) * n_in)
+            rows = Rows(o * n_in, stride * n_in, (last - 1) * n_in)
             for start in range(0, n_in, block):
                 stop = min(start + block, n_in)
                 for t in range(0, n_x, n_tokens):
-                    tokens = (t * n_in, n_in, (n_x - 1) * n_in)
+                    tokens = Rows(t * n_in, n_in, (n_x - 1) * n_in)
                     sums = no_sums()
                     for i in range(start, stop - 2 * LANES + 1, 2 * LANES):
                         sums = add_products(sums, W, rows, x, tokens, i)
@@ -113,9 +100,19 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
     return multiply_rows
 
 
+def plain_product(W: Any, x: Any, y: Any) -> None:
+    """y[t, o] = sum over i of W[o, i] x[t, i]; W is (O, I), x (T, I), y (T, O)."""
+    for t in range(len(x)):
+        for o in range(len(W)):
+            total = 0.0
+            for i in range(W.shape[1]):
+                total += W[o, i] * x[t, i]
+            y[t, o] = total
+
+
 @made_once
 def matvec(kind: str, meeting: tuple[int, int]) -> Any:
-    """Return a kernel: matvec(W, scales, x, y, n_threads).
+    """Return a kernel: matvec(W, scales, x, y, threads) does what plain_product does, with W as it lies in the file.
 
     meeting     ONE or FEW: how many rows and tokens are multiplied together
     W           O * I numbers of the kind, row after row, as bytes (uint8); "pairs" are bf16, and I is even
@@ -125,13 +122,9 @@ def matvec(kind: str, meeting: tuple[int, int]) -> Any:
     inputs = in_pairs if kind == "pairs" else as_it_is
     multiply_rows = _over_rows(kind, *meeting)
 
-    @kernel(types.void(BYTES, SCALES, MATRIX_IN, MATRIX_OUT, types.intp), kind, *meeting)
-    def matvec(W: Any, scales: Any, x: Any, y: Any, n_threads: int) -> None:
-        (n_tokens, n_out), q, flat = y.shape, inputs(x.reshape(-1)), y.reshape(-1)
-        if n_threads == 1:
-            multiply_rows(W, scales, q, flat, n_tokens, FIRST, n_out)
-        else:
-            for t in numba.prange(n_threads):
-                multiply_rows(W, scales, q, flat, n_tokens, n_out * t // n_threads, n_out * (t + 1) // n_threads)
+    @kernel(types.void(BYTES, MATRIX_IN, MATRIX_IN, MATRIX_OUT, types.intp), kind, *meeting)
+    def matvec(W: Any, scales: Any, x: Any, y: Any, threads: int) -> None:
+        q = inputs(x.reshape(-1))
+        shared_out(multiply_rows, y.shape[1], threads, (W, scales, q, y.reshape(-1), len(y)))
 
     return matvec

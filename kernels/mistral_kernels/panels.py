@@ -15,16 +15,13 @@ import numba
 import numpy as np
 from numba import types
 
+from mistral_kernels.arrays import HEADS_IN, INDICES, MATRIX_OUT, read_only, written
 from mistral_kernels.compiling import kernel, made_once, part
-from mistral_kernels.instructions import LANES
 from mistral_kernels.pool import aligned
+from mistral_kernels.processor import LANES
 
 BLOCK = 64
 PANEL = 2 * LANES
-
-HEADS_IN = types.Array(types.float32, 3, "C", readonly=True)
-SCALES_OUT = types.Array(types.float32, 2, "C")
-SLOTS = types.Array(types.int64, 1, "C", readonly=True)
 
 
 class PanelStore(NamedTuple):
@@ -75,12 +72,11 @@ def write(dtype: str) -> Any:
     dtype is "float32", or "uint16" for any numbers of 16 bits.
     """
     element = types.float32 if dtype == "float32" else types.uint16
-    heads = types.Array(element, 3, "C", readonly=True)
+    heads = read_only(element, 3)
 
     @kernel(
-        types.void(types.Array(element, 4, "C"), types.Array(element, 5, "C"), SLOTS, heads, heads),
+        types.void(written(element, 4), written(element, 5), INDICES, heads, heads),
         dtype,
-        parallel=False,
     )
     def write(k_store: Any, v_store: Any, slots: Any, k: Any, v: Any) -> None:
         n_tokens, n_kv_heads, head_dim = k.shape
@@ -120,10 +116,9 @@ def write_int8() -> Any:
 
     @kernel(
         types.void(
-            types.Array(types.int8, 4, "C"), types.Array(types.int8, 5, "C"), SCALES_OUT, SCALES_OUT, SLOTS, HEADS_IN,
+            written(types.int8, 4), written(types.int8, 5), MATRIX_OUT, MATRIX_OUT, INDICES, HEADS_IN,
             HEADS_IN,
         ),
-        parallel=False,
     )  # fmt: skip
     def write_int8(k_store: Any, v_store: Any, k_scales: Any, v_scales: Any, slots: Any, k: Any, v: Any) -> None:
         n_tokens, n_kv_heads, head_dim = k.shape

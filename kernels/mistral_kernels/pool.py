@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mistral_kernels.instructions import LINE
+from mistral_kernels.processor import LINE
 
 MIN_BYTES = 2**16  # bytes; smaller arrays are left to NumPy
 MAX_KEPT_BYTES = 2**28  # bytes that are kept while nobody holds them

@@ -5,32 +5,19 @@ A vector holds neighbours of one row, and its lanes are summed at the end.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from numba import types
 
-from mistral_kernels.instructions import (
-    F32,
-    I8,
-    KINDS,
-    LANES,
-    STORED,
-    VECTOR,
-    combined,
-    constant,
-    load_first,
-    load_vector,
-    prefetch_line,
-    row_addresses,
-    widened,
-)
 from mistral_kernels.pairs import products
-from mistral_kernels.simd import ARRAY, operation, vector
+from mistral_kernels.processor import LANES
+from mistral_kernels.simd import vector
+from mistral_kernels.stored import KINDS, ROWS, Rows, row_addresses, widened
+from mistral_kernels.value import ARRAY, F32, Address, Dtype, Value, constant, operation
 
-ROWS_TYPE = types.UniTuple(types.intp, 3)  # of instructions.row_addresses
 AHEAD = 2048  # bytes; what a stream asks for before it gets there
-TILE_LANES = max(LANES, 8)  # of quantized weights: a vector holds one or two numbers of each of a tile's eight rows
 
 
 def row_sums(kind: str, n_rows: int, n_tokens: int) -> tuple[Any, Any, Any, Any]:
@@ -42,47 +29,45 @@ def row_sums(kind: str, n_rows: int, n_tokens: int) -> tuple[Any, Any, Any, Any]
     totals(sums)                                a tuple of float32
 
     x           float32, or pairs in their place
-    rows, tokens    as in `row_addresses`
+    rows, tokens    where the rows of W and of x begin
     """
-    element, size = STORED[kind], KINDS[kind]
-    sums_type = types.UniTuple(vector, n_rows * n_tokens)
-    parameters = (sums_type, ARRAY, ROWS_TYPE, ARRAY, ROWS_TYPE, types.intp)
+    dtype, n_sums = KINDS[kind], n_rows * n_tokens
+    sums_type = types.UniTuple(vector, n_sums)
+    parameters = (sums_type, ARRAY, ROWS, ARRAY, ROWS, types.intp)
+    Read = Callable[[Address, Dtype], Value]
 
-    def accumulate(
-        builder: Any, sums: Any, W: Any, rows: Any, x: Any, tokens: Any, i: Any, read: Callable[[Any, Any], Any]
-    ) -> Any:
-        x = builder.bitcast(x, I8.as_pointer())
-        inputs = [read(address, F32) for address in row_addresses(builder, x, tokens, i, 4, range(n_tokens))]
+    def accumulate(sums: tuple[Value, ...], weights: list[Address], inputs: list[Address], read: Read) -> list[Value]:
+        x = [read(address, F32) for address in inputs]
         new = []
-        for row, address in enumerate(row_addresses(builder, W, rows, i, size, range(n_rows))):
-            weights = widened(builder, read(address, element), kind)
-            for token, value in enumerate(inputs):
-                before = builder.extract_value(sums, row * n_tokens + token)
-                new.append(products(builder, weights, value, before, kind))
+        for row, address in enumerate(weights):
+            w = widened(read(address, dtype), kind)
+            new += [products(w, value, sums[row * n_tokens + token], kind) for token, value in enumerate(x)]
         return new
 
     @operation(sums_type)
-    def no_sums(builder: Any) -> Any:
-        return [constant(VECTOR, 0.0)] * (n_rows * n_tokens)
+    def no_sums() -> list[Value]:
+        return [constant(F32, 0.0, LANES)] * n_sums
 
     @operation(sums_type, *parameters)
-    def add_products(builder: Any, sums: Any, W: Any, rows: Any, x: Any, tokens: Any, i: Any) -> Any:
-        def read(address: Any, element: Any) -> Any:
-            return load_vector(builder, address, element, LANES)
-
-        for address in row_addresses(builder, W, rows, i, size, range(n_rows)):
-            prefetch_line(builder, address, AHEAD)
-        return accumulate(builder, sums, W, rows, x, tokens, i, read)
+    def add_products(
+        sums: tuple[Value, ...], W: Address, rows: Rows, x: Address, tokens: Rows, i: Value
+    ) -> list[Value]:
+        weights = row_addresses(W, rows, i, dtype, range(n_rows))
+        for address in weights:
+            address.prefetch(AHEAD)
+        inputs = row_addresses(x, tokens, i, F32, range(n_tokens))
+        return accumulate(sums, weights, inputs, lambda address, dtype: address.load(dtype, LANES))
 
     @operation(sums_type, *parameters, types.intp)
-    def add_products_part(builder: Any, sums: Any, W: Any, rows: Any, x: Any, tokens: Any, i: Any, count: Any) -> Any:
-        def read(address: Any, element: Any) -> Any:
-            return load_first(builder, address, element, LANES, count)
+    def add_products_part(
+        sums: tuple[Value, ...], W: Address, rows: Rows, x: Address, tokens: Rows, i: Value, count: Value
+    ) -> list[Value]:
+        weights = row_addresses(W, rows, i, dtype, range(n_rows))
+        inputs = row_addresses(x, tokens, i, F32, range(n_tokens))
+        return accumulate(sums, weights, inputs, lambda address, dtype: address.load_first(dtype, LANES, count))
 
-        return accumulate(builder, sums, W, rows, x, tokens, i, read)
-
-    @operation(types.UniTuple(types.float32, n_rows * n_tokens), sums_type)
-    def totals(builder: Any, sums: Any) -> Any:
-        return [combined(builder, builder.extract_value(sums, n), builder.fadd) for n in range(n_rows * n_tokens)]
+    @operation(types.UniTuple(types.float32, n_sums), sums_type)
+    def totals(sums: tuple[Value, ...]) -> list[Value]:
+        return [value.combined(operator.add) for value in sums]
 
     return no_sums, add_products, add_products_part, totals

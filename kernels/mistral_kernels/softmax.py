@@ -5,52 +5,75 @@
 m[r] is the largest score of row r so far. When a larger score turns up, the sums are scaled down (Milakov and
 Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). So the scores of a span can be dropped after that
 span. With int8 keys and values, a score is multiplied by its key's scale, and a share by its value's scale.
+
+    for r in range(rows):
+        before, m[r] = m[r], max(m[r], max(score[r, s] for s in seen[r]))
+        share[r] = [exp(score[r, s] - m[r]) if s in seen[r] else 0 for s in span]
+        total[r] = total[r] * exp(before - m[r]) + sum(share[r])
+        acc[r] = acc[r] * exp(before - m[r]) + share[r] @ V
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from mistral_kernels.compiling import part
-from mistral_kernels.instructions import LANES
 from mistral_kernels.panels import BLOCK
-from mistral_kernels.simd import (
-    add,
-    ask_for,
-    exp,
-    larger,
-    largest_of,
-    load,
-    multiply,
-    splat,
-    store,
-    subtract,
-    sum_of,
-    within,
-    zeros,
-)
+from mistral_kernels.processor import LANES
+from mistral_kernels.simd import exp, larger, largest_of, load, splat, store, sum_of, within, zeros
 
 SPAN = 4 * BLOCK  # keys that go through a softmax together
 
 
-@part(borrows=True)
-def _seen(newest: int, window: int, low: int, high: int) -> tuple[int, int]:
-    """Return the first key and the end of the keys that a query sees, within low, ..., high - 1.
+class Sums(NamedTuple):
+    """What is known of some rows so far: for each row the largest score, the total, and the weighted sum of values."""
 
-    `newest` is the query's own key. The rule is that of mistral_ref's `attends`: 0 <= query - key < window.
+    largest: Any  # m
+    total: Any
+    weighted: Any  # acc, a row after the other
+    width: int  # numbers in a row of acc
+
+
+class Span(NamedTuple):
+    """The keys low, ..., high - 1 of a span, and the tokens whose queries meet them.
+
+    The `group` rows of a token see the same keys. `newest` is the number of the first token's own key.
     """
-    return max(low, newest - window + 1), min(high, newest + 1)
+
+    low: int
+    high: int
+    n_tokens: int
+    group: int
+    newest: int
+    window: int
+
+
+class Scales(NamedTuple):
+    """The scales of a span's int8 keys, or of its values: those of its key 0 lie at `first`."""
+
+    numbers: Any
+    first: int
 
 
 @part(borrows=True)
-def _multiply_by_scales(S: Any, row: int, low: int, high: int, scales: Any, first_scale: int) -> None:
+def _seen(span: Span, t: int) -> tuple[int, int]:
+    """Return the first key and the end of the keys that token t sees.
+
+    The rule is that of mistral_ref's `attends`: 0 <= query - key < window.
+    """
+    query = span.newest + t
+    return max(span.low, query - span.window + 1), min(span.high, query + 1)
+
+
+@part(borrows=True)
+def _multiply_by_scales(S: Any, row: int, low: int, high: int, scales: Scales) -> None:
     """Multiply a row's numbers in S for the keys low, ..., high - 1 by the scales of these keys."""
     for j in range(low // LANES * LANES, high, LANES):
-        store(S, row * SPAN + j, multiply(load(S, row * SPAN + j), load(scales, first_scale + j)))
+        store(S, row * SPAN + j, load(S, row * SPAN + j) * load(scales.numbers, scales.first + j))
 
 
 @part(borrows=True)
@@ -61,79 +84,66 @@ def _nothing(S: Any, row: int, low: int, high: int) -> None:
 
 
 @part(borrows=True)
-def _raise_largest(S: Any, row: int, low: int, high: int, m: Any, total: Any, acc: Any, width: int) -> None:
+def _raise_largest(S: Any, row: int, low: int, high: int, sums: Sums) -> None:
     """Raise m[row] to the largest of a row's scores low, ..., high - 1, and scale the row's total and acc down."""
     is_whole = high - low == SPAN  # as nearly all are where there is no window
     maximum = splat(-np.inf)
     for j in range(low // LANES * LANES, high, LANES):
         score = load(S, row * SPAN + j)
         maximum = larger(maximum, score if is_whole else within(score, low - j, high - j, -np.inf))
-    before, now = m[row], max(m[row], largest_of(maximum))
-    m[row] = now
+    before, now = sums.largest[row], max(sums.largest[row], largest_of(maximum))
+    sums.largest[row] = now
     if -np.inf < before < now:
         shrink = numba.float32(math.exp(before - now))
-        total[row] *= shrink
-        for i in range(row * width, (row + 1) * width, LANES):
-            store(acc, i, multiply(load(acc, i), splat(shrink)))
+        sums.total[row] *= shrink
+        for i in range(row * sums.width, (row + 1) * sums.width, LANES):
+            store(sums.weighted, i, load(sums.weighted, i) * shrink)
 
 
 @part(borrows=True)
-def _exponentials(S: Any, row: int, low: int, high: int, all_low: int, all_high: int, m: Any, total: Any) -> None:
-    """Turn a row's scores low, ..., high - 1 into shares, and set its others from all_low to all_high to 0."""
+def _exponentials(S: Any, row: int, low: int, high: int, span: Span, sums: Sums) -> None:
+    """Turn a row's scores low, ..., high - 1 into shares, and set its others in the span to 0."""
     first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES  # whole vectors around them
     is_whole = high - low == SPAN
     summed = zeros()
     for j in range(first, last, LANES):
-        share = exp(subtract(load(S, row * SPAN + j), splat(m[row])))
+        share = exp(load(S, row * SPAN + j) - sums.largest[row])
         share = share if is_whole else within(share, low - j, high - j, 0.0)
         store(S, row * SPAN + j, share)
-        summed = add(summed, share)
-    total[row] += sum_of(summed)
-    _nothing(S, row, all_low // LANES * LANES, first)
-    _nothing(S, row, last, all_high)
+        summed = summed + share
+    sums.total[row] += sum_of(summed)
+    _nothing(S, row, span.low // LANES * LANES, first)
+    _nothing(S, row, last, span.high)
 
 
-def shares(has_scales: bool) -> Any:
-    """Return the function that turns the scores of some tokens' queries into shares."""
+def softmax_parts(has_scales: bool) -> tuple[Any, Any]:
+    """Return two functions, which together turn each row's scores into shares, those of unseen keys into 0.
+
+    They take turns over all rows: a row waits for its largest score, and meanwhile other rows' can be found.
+    """
 
     @part(has_scales, borrows=True)
-    def into_shares(
-        S: Any, n_tokens: int, group: int, newest: int, window: int, low: int, high: int, scales: Any, first_scale: int,
-        sums: Any, width: int, first_asked: Any, then_asked: Any, strides: Any,
-    ) -> None:  # fmt: skip
-        """Turn each row's scores of the keys low, ..., high - 1 of a span into shares, those unseen into 0.
-
-        The `group` rows of a token see the same keys. `newest` is the number of the first token's own key.
-
-        scales          of keys and of values; those of this span start at first_scale
-        sums            m, total and acc; a row of acc has `width` numbers
-        first_asked, then_asked     an array, and where in it the first row lies of what will be needed: a softmax
-                        leaves the memory idle, so it is asked for here
-        strides         from token to token and from row to row, of what is asked for
-        """
-        k_scales, v_scales = scales
-        m, total, acc = sums
-        of_token, of_row = strides
-        for t in range(n_tokens):
-            t_low, t_high = _seen(newest + t, window, low, high)
-            for r in range(group):
-                ask_for(first_asked[0], first_asked[1] + t * of_token + r * of_row, of_row)
-                row = t * group + r
-                if t_low < t_high:
+    def raise_largest(S: Any, span: Span, scales: Scales, sums: Sums) -> None:
+        """Find the largest score of each row; scores of int8 keys are multiplied by their scales first."""
+        for t in range(span.n_tokens):
+            low, high = _seen(span, t)
+            if low < high:
+                for row in range(t * span.group, (t + 1) * span.group):
                     if has_scales:
-                        _multiply_by_scales(S, row, t_low, t_high, k_scales, first_scale)
-                    _raise_largest(S, row, t_low, t_high, m, total, acc, width)
-        # In a loop of its own: a row waits for its largest score, and meanwhile other rows' can be found.
-        for t in range(n_tokens):
-            t_low, t_high = _seen(newest + t, window, low, high)
-            for r in range(group):
-                ask_for(then_asked[0], then_asked[1] + t * of_token + r * of_row, of_row)
-                row = t * group + r
-                if t_low < t_high:
-                    _exponentials(S, row, t_low, t_high, low, high, m, total)
+                        _multiply_by_scales(S, row, low, high, scales)
+                    _raise_largest(S, row, low, high, sums)
+
+    @part(has_scales, borrows=True)
+    def take_exponentials(S: Any, span: Span, scales: Scales, sums: Sums) -> None:
+        """Turn scores into shares; shares of int8 values are multiplied by their scales afterwards."""
+        for t in range(span.n_tokens):
+            low, high = _seen(span, t)
+            for row in range(t * span.group, (t + 1) * span.group):
+                if low < high:
+                    _exponentials(S, row, low, high, span, sums)
                     if has_scales:
-                        _multiply_by_scales(S, row, t_low, t_high, v_scales, first_scale)
+                        _multiply_by_scales(S, row, low, high, scales)
                 else:
-                    _nothing(S, row, low // LANES * LANES, high)
+                    _nothing(S, row, span.low // LANES * LANES, span.high)
 
-    return into_shares
+    return raise_largest, take_exponentials

@@ -22,8 +22,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mistral_kernels import limits, threads
-from mistral_kernels.instructions import LANES
+from mistral_kernels import limits
+from mistral_kernels.processor import LANES
+from mistral_kernels.team import team
 from mistral_ref.errors import InputError, checked_int
 from mistral_ref.files.whole_file import whole_file
 
@@ -83,10 +84,9 @@ def read_limits(counts: Sequence[int], n_bytes: int) -> list[Limit]:
     kernel = limits.plain_read()
 
     def measure(n_threads: int) -> float:
-        with threads.using(n_threads):
-            start = time.perf_counter()
-            kernel(floats, n_threads)
-            return floats.nbytes / (time.perf_counter() - start) / 1e9
+        start = time.perf_counter()
+        kernel(floats, team(n_threads))
+        return floats.nbytes / (time.perf_counter() - start) / 1e9
 
     return [Limit("GB/s", partial(measure, n_threads)) for n_threads in counts]
 
@@ -100,10 +100,9 @@ def multiply_add_limit(n_threads: int, kind: Literal["f32", "pairs"] = "f32") ->
     rounds = 10**5
 
     def measure_rounds(n: int) -> float:
-        with threads.using(n_threads):
-            start = time.perf_counter()
-            kernel(n, n_threads)
-            return time.perf_counter() - start
+        start = time.perf_counter()
+        kernel(n, team(n_threads))
+        return time.perf_counter() - start
 
     measure_rounds(rounds)  # wakes the threads
     rounds = math.ceil(rounds * _PEAK_SECONDS / measure_rounds(rounds))

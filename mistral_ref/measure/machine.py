@@ -16,9 +16,8 @@ import numba
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from mistral_kernels import threads
 from mistral_kernels.caches import CPUS, data_caches
-from mistral_kernels.instructions import LANES
+from mistral_kernels.processor import LANES
 from mistral_ref.errors import InputError
 from mistral_ref.files.paths import local_path
 from mistral_ref.host import command_output
@@ -121,7 +120,6 @@ def machine(n_threads: int) -> dict[str, Any]:
         "physical_cores": _physical_cores(),
         "largest_cache_mib": cache_bytes() / 2**20,
         "threads": n_threads,
-        "threading_layer": threads.layer(),
         "vector_lanes": LANES,
         "power_source": power_source(),
         "system": platform.platform(),

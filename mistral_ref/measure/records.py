@@ -29,7 +29,7 @@ _LIMITS = Limits(16 * 2**20, 100_000, 10**6)
 # What figures depend on, and what may therefore explain why two of them differ.
 _CONDITIONS = (
     *("model_type", "model_size", "backends", "dtype", "type_k", "quantized_inputs", "bf16_inputs", "cpu_info"),
-    *("power_source", "system", "build_commit", "numba", "numpy", "blas", "threading_layer"),
+    *("power_source", "system", "build_commit", "numba", "numpy", "blas"),
 )
 
 
@@ -79,7 +79,7 @@ def record(result: SpeedResult, about: Record, description: Record) -> Record:
         "percent_of_limit": 100 * median(result.shares),
         "samples_percent_of_limit": [100 * share for share in result.shares],
         "percent_of_others": None if result.others is None else 100 * result.others,
-        **{name: description[name] for name in ("numba", "numpy", "blas", "threading_layer", "power_source", "system")},
+        **{name: description[name] for name in ("numba", "numpy", "blas", "power_source", "system")},
     }
 
 

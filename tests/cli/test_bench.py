@@ -33,7 +33,6 @@ LLAMA_BENCH_KEYS = {
 OUR_KEYS = {
     "dtype", "quantized_inputs", "bf16_inputs", "load_s", "first_token_s", "compile_s", "percent_of_limit",
     "peak_resident", "anonymous", "power_source", "throttled", "percent_of_others", "numba", "numpy", "blas",
-    "threading_layer",
 }
 # fmt: on
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.kernels import UNIT, assert_within, gated, normal, seeds, sizes, some, thread_counts, token_counts
+from support.kernels import UNIT, assert_within, gated, normal, seeds, shared, sizes, some, thread_counts, token_counts
 
 from mistral_kernels import elementwise
-from mistral_kernels.simd import LANES
+from mistral_kernels.processor import LANES
 from mistral_ref.reference_ops import ReferenceOps
 
 
@@ -21,7 +21,7 @@ def test_rms_norm(n_tokens: int, dim: int, seed: int, size: float, n_threads: in
         normal(seed ^ 1, dim),
         np.empty((n_tokens, dim), "f4"),
     )
-    elementwise.rms_norm()(x, weight, 1e-5, y, n_threads)
+    elementwise.rms_norm()(x, weight, 1e-5, y, shared(n_threads))
     exact = x.astype(np.float64)
     exact = exact / np.sqrt(np.mean(exact * exact, axis=-1, keepdims=True) + np.float32(1e-5)) * weight
     np.testing.assert_allclose(y, exact, rtol=8 * UNIT, atol=0)
@@ -33,7 +33,7 @@ def test_rotate(n_tokens: int, n_heads: int, n_pairs: int, seed: int, n_threads:
     x, y = normal(seed, n_tokens, n_heads, 2 * n_pairs), np.empty((n_tokens, n_heads, 2 * n_pairs), np.float32)
     angles = np.random.RandomState(seed ^ 1).uniform(-9, 9, (n_tokens, n_pairs))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    elementwise.rotate()(x, cos, sin, y, n_threads)
+    elementwise.rotate()(x, cos, sin, y, shared(n_threads))
     exact = ReferenceOps("float64").rotate(*(part.astype(np.float64) for part in (x, cos, sin)))
     length = np.hypot(x[..., 0::2], x[..., 1::2]).repeat(2, axis=-1)
     assert_within(y, exact, 3 * UNIT * length)
@@ -108,8 +108,8 @@ def test_threads_do_not_change_a_bit_of_the_small_operations(n: int) -> None:
 
     def outputs(n_threads: int) -> list[np.ndarray]:
         normed, turned = np.full_like(x, np.nan), np.full_like(heads, np.nan)
-        elementwise.rms_norm()(x, weight, 1e-5, normed, n_threads)
-        elementwise.rotate()(heads, angles, angles, turned, n_threads)
+        elementwise.rms_norm()(x, weight, 1e-5, normed, shared(n_threads))
+        elementwise.rotate()(heads, angles, angles, turned, shared(n_threads))
         return [normed, turned, gated(x.ravel(), up, n_threads)]
 
     for n_threads in (2, 3, 7):

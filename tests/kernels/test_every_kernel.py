@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 import pytest
 from support.kernels import (
@@ -23,6 +22,7 @@ from support.kernels import (
     SOME_WAYS,
     WAYS,
     Past,
+    Shares,
     any_quantized,
     attended,
     filled,
@@ -32,12 +32,13 @@ from support.kernels import (
     product,
     quantized_product,
     random_matrix,
+    shared,
 )
 from support.paths import ROOT
 
-from mistral_kernels import attention, elementwise, panels, quantized, threads
+from mistral_kernels import attention, elementwise, panels, quantized
 from mistral_kernels.matmul import DEPTH
-from mistral_kernels.simd import LANES
+from mistral_kernels.processor import LANES
 from mistral_kernels.tile import WIDTH
 from mistral_ref.weights import FP8_BLOCK
 
@@ -45,7 +46,7 @@ HOST_FEATURES = {name for name, present in llvm.get_host_cpu_features().items() 
 
 
 @pytest.mark.slow
-def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
+def test_threads_that_really_run_at_once_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above share the work out and let one thread do it; here as many run as there are."""
     x_TI, past = normal(3, 30, 700), Past(normal(4, 30, 6, 16), *normal(5, 2, 900, 3, 16), 700)
 
@@ -63,15 +64,15 @@ def test_threads_that_really_run_at_once_do_not_change_a_bit() -> None:
         few = past._replace(q=past.q[-2:])
         heads = [attended(part, *filled(part, 5, "float32"), n_threads=n_threads) for part in (past, few)]
         normed, turned = np.full_like(x_TI, np.nan), np.full_like(past.q, np.nan)
-        elementwise.rms_norm()(x_TI, x_TI[0], 1e-5, normed, n_threads)
-        elementwise.rotate()(past.q, x_TI[:, :8].copy(), x_TI[:, 8:16].copy(), turned, n_threads)
+        elementwise.rms_norm()(x_TI, x_TI[0], 1e-5, normed, shared(n_threads))
+        elementwise.rotate()(past.q, x_TI[:, :8].copy(), x_TI[:, 8:16].copy(), turned, shared(n_threads))
         return [*products, *heads, normed, turned, gated(x_TI.ravel(), x_TI.ravel(), n_threads)]
 
     alone = outputs(1)
-    with threads.using(numba.config.NUMBA_NUM_THREADS):
-        for n_threads in (2, 3, 7):
-            for found, expected in zip(outputs(n_threads), alone, strict=True):
-                np.testing.assert_array_equal(found, expected)
+    monkeypatch.setattr(Shares, "run_at_once", True)
+    for n_threads in (2, 3, 7):
+        for found, expected in zip(outputs(n_threads), alone, strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def at_the_end(array: np.ndarray) -> np.ndarray:

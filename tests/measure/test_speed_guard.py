@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from mistral_kernels import limits, threads
-from mistral_kernels.instructions import LANES
+from mistral_kernels.processor import LANES
 from mistral_ref.compiled_ops import CompiledOps
 from mistral_ref.measure.benchmark import Candidate, alternate, ratios, read_limit
 from mistral_ref.measure.machine import cache_bytes

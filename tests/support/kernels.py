@@ -21,8 +21,9 @@ from support.marks import slow, slow_but
 from mistral_kernels import attention, elementwise, panels, quantized
 from mistral_kernels.matmul import DEPTH, matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, matvec
+from mistral_kernels.processor import LANES
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
-from mistral_kernels.simd import LANES
+from mistral_kernels.team import Team, team
 from mistral_kernels.tile import WIDTH
 from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.quantized_matrix import QuantizedMatrix
@@ -48,6 +49,20 @@ input_counts = sizes(300, 8, LANES, 2 * LANES, 4 * LANES, FP8_BLOCK, DEPTH)
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.RandomState(seed).normal(size=shape).astype(np.float32)
+
+
+class Shares:
+    """Who does what a kernel shares out."""
+
+    alone = Team()  # of no thread but the caller's: on a busy machine tests would wait for others
+    run_at_once = False
+
+
+def shared(n_threads: int) -> int:
+    """Return what a kernel is given as `threads`, to cut its work as for n threads."""
+    if n_threads == 1:
+        return 1
+    return team(n_threads) if Shares.run_at_once else Shares.alone.sized(n_threads)
 
 
 def assert_within(found: np.ndarray, exact: np.ndarray, error: np.ndarray) -> None:
@@ -113,14 +128,14 @@ def product(
     scale = np.ones((1, 1), np.float32) if matrix.scale is None else matrix.scale
     kind = "pairs" if matrix.name == PAIRS else matrix.kind
     if way == "few":
-        matvec(kind, FEW)(matrix.as_bytes, scale, x_TI, y_TO, n_threads)
+        matvec(kind, FEW)(matrix.as_bytes, scale, x_TI, y_TO, shared(n_threads))
         return y_TO
     if way == "many":
         slabs = np.full(slab_shape(kind, *x_TI.shape), np.nan, np.float32)
-        matmul(kind)(matrix.as_bytes, scale, x_TI, slabs, y_TO, n_threads)
+        matmul(kind)(matrix.as_bytes, scale, x_TI, slabs, y_TO, shared(n_threads))
         return y_TO
     for t in range(len(x_TI)):
-        matvec(kind, ONE)(matrix.as_bytes, scale, x_TI[t : t + 1], y_TO[t : t + 1], n_threads)
+        matvec(kind, ONE)(matrix.as_bytes, scale, x_TI[t : t + 1], y_TO[t : t + 1], shared(n_threads))
     return y_TO
 
 
@@ -187,10 +202,11 @@ def quantized_product(
     if not one_by_one:
         q_shape, scales_shape = slab_shapes(how.group, *x_TI.shape)
         q, scales_x = np.full(q_shape, 99, how.activations), np.full(scales_shape, np.nan, np.float32)
-        matmul_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_TI, q, scales_x, y_TO, n_threads)
+        stored, threads = (matrix.as_bytes, matrix.scale_bytes, matrix.unit), shared(n_threads)
+        matmul_quantized(*how)(*stored, x_TI, q, scales_x, y_TO, threads)
         return y_TO
     for x_I, y_O in zip(x_TI, y_TO, strict=True):
-        matvec_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_I, y_O, n_threads)
+        matvec_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_I, y_O, shared(n_threads))
     return y_TO
 
 
@@ -266,17 +282,10 @@ def attended(
     heads = np.full_like(past.q, np.nan) if into is None else into
     attention.attention({"float32": "f32", "float16": "f16", "int8": "int8"}[store.k.dtype.name], n_rows)(
         past.q,
-        store.k.view(np.uint8).reshape(-1),
-        store.v.view(np.uint8).reshape(-1),
-        store.k_scales,
-        store.v_scales,
-        store.k.shape[0],
-        store.v.shape[1],
-        segments_of(slots, past.first_visible),
-        past.positions.start,
-        past.window or 2**62,
+        panels.PanelStore(store.k.view(np.uint8), store.v.view(np.uint8), store.k_scales, store.v_scales),
+        attention.Keys(segments_of(slots, past.first_visible), past.positions.start, past.window or 2**62),
         heads,
-        n_threads,
+        shared(n_threads),
     )
     return heads
 
@@ -287,5 +296,5 @@ each_tile = pytest.mark.parametrize("n_rows", [attention.FEW_ROWS, attention.MAN
 
 def gated(gate: np.ndarray, up: np.ndarray, n_threads: int = 1) -> np.ndarray:
     hidden = np.full_like(gate, np.nan)
-    elementwise.swiglu()(gate, up, hidden, n_threads)
+    elementwise.swiglu()(gate, up, hidden, shared(n_threads))
     return hidden

@@ -1,0 +1,86 @@
+"""Which kernel multiplies a matrix with some tokens, and how it is called: one class for each form of matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mistral_kernels.matmul import matmul, slab_shape
+from mistral_kernels.matvec import FEW, ONE, matvec
+from mistral_kernels.pool import ArrayPool
+from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
+
+TOKENS_AT_ONCE = 512  # the results of one product should stay in the processor's caches
+
+
+def _chunks(n_tokens: int) -> Iterator[slice]:
+    for start in range(0, n_tokens, TOKENS_AT_ONCE):
+        yield slice(start, min(start + TOKENS_AT_ONCE, n_tokens))
+
+
+class Floats(NamedTuple):
+    """A matrix (O, I) of floats.
+
+    kind    "f32", "f16", "bf16", "fp8", or "pairs": bf16, with inputs rounded to bf16, and I even
+    data    its numbers, row after row, as bytes
+    scales  of fp8 weights, as in matvec.matvec
+    """
+
+    kind: str
+    data: np.ndarray
+    scales: np.ndarray
+
+    def kernel(self, n_tokens: int) -> partial[Any]:
+        """Return what makes the kernel for a number of tokens: a factory with its arguments.
+
+        matmul widens each weight once for all tokens. For few tokens it is not worth it to transpose the matrix.
+        Widening fp8 takes as long as several products. So for fp8 matmul is faster from fewer tokens on.
+        """
+        few = 4 if self.kind == "fp8" else 24
+        if 0 < n_tokens <= few:
+            return partial(matvec, self.kind, ONE if n_tokens == 1 else FEW)
+        return partial(matmul, self.kind)
+
+    def multiply(self, x_TI: np.ndarray, y_TO: np.ndarray, threads: int, pool: ArrayPool) -> None:
+        """Compute y = x Wᵀ; `threads` is what team.team returns."""
+        make = self.kernel(len(x_TI))
+        if make.func is matvec:
+            make()(self.data, self.scales, x_TI, y_TO, threads)
+            return
+        for rows in _chunks(len(x_TI)):
+            slabs = pool.empty(slab_shape(self.kind, *x_TI[rows].shape))
+            make()(self.data, self.scales, x_TI[rows], slabs, y_TO[rows], threads)
+
+
+class Codes(NamedTuple):
+    """A matrix (O, I) of codes of 8 or 4 bits in tile order, whose inputs are rounded to integers.
+
+    inputs  "int16" or "int8"
+    group   inputs that share a scale
+    data, scales, unit      as quantized.matvec_quantized has them
+    """
+
+    bits: int
+    inputs: str
+    group: int
+    data: np.ndarray
+    scales: np.ndarray
+    unit: np.float32
+
+    def kernel(self, n_tokens: int) -> partial[Any]:
+        """Return what makes the kernel for a number of tokens: a factory with its arguments."""
+        return partial(matvec_quantized if n_tokens == 1 else matmul_quantized, self.bits, self.inputs, self.group)
+
+    def multiply(self, x_TI: np.ndarray, y_TO: np.ndarray, threads: int, pool: ArrayPool) -> None:
+        """Compute y = x Wᵀ; `threads` is what team.team returns."""
+        kernel = self.kernel(len(x_TI))()
+        if len(x_TI) == 1:
+            kernel(self.data, self.scales, self.unit, x_TI[0], y_TO[0], threads)
+            return
+        for rows in _chunks(len(x_TI)):
+            q_shape, scales_shape = slab_shapes(self.group, *x_TI[rows].shape)
+            q, scales_x = pool.empty(q_shape, self.inputs), pool.empty(scales_shape)
+            kernel(self.data, self.scales, self.unit, x_TI[rows], q, scales_x, y_TO[rows], threads)
