@@ -26,7 +26,7 @@ def new_factory() -> Callable[[int], Any]:
 
     @compiling.made_once
     def adding(number: int) -> Any:
-        @compiling.kernel(types.int64(types.int64), number, parallel=False)
+        @compiling.kernel(types.int64(types.int64), number)
         def adding(x: int) -> int:
             return x + number
 
