@@ -32,7 +32,7 @@ def plain_rms_norm(x: Any, weight: Any, eps: float, y: Any) -> None:
 def rms_norm() -> Any:
     """Return a kernel: rms_norm(x, weight, eps, y, threads) does what plain_rms_norm does."""
 
-    @part()
+    @part(borrows=True)
     def normalize(x: Any, weight: Any, eps: float, y: Any) -> None:
         n = len(x)
         squares = zeros()
@@ -44,7 +44,7 @@ def rms_norm() -> Any:
         for i in range(n):
             y[i] = x[i] / size * weight[i]
 
-    @part()
+    @part(borrows=True)
     def normalize_rows(first: int, last: int, x: Any, weight: Any, eps: float, y: Any) -> None:
         for t in range(first, last):
             normalize(x[t], weight, eps, y[t])
@@ -60,7 +60,7 @@ def rms_norm() -> Any:
 def rotate() -> Any:
     """Return a kernel: rotate(x, cos, sin, y, threads) turns pairs of neighbours; x and y are (T, heads, K)."""
 
-    @part()
+    @part(borrows=True)
     def turn(x: Any, cos: Any, sin: Any, y: Any) -> None:
         for head in range(len(x)):
             for pair in range(len(cos)):
@@ -68,7 +68,7 @@ def rotate() -> Any:
                 y[head, 2 * pair] = x0 * cos[pair] - x1 * sin[pair]
                 y[head, 2 * pair + 1] = x0 * sin[pair] + x1 * cos[pair]
 
-    @part()
+    @part(borrows=True)
     def turn_rows(first: int, last: int, x: Any, cos: Any, sin: Any, y: Any) -> None:
         for t in range(first, last):
             turn(x[t], cos[t], sin[t], y[t])
@@ -90,7 +90,7 @@ def plain_swiglu(gate: Any, up: Any, h: Any) -> None:
 def swiglu() -> Any:
     """Return a kernel: swiglu(gate, up, h, threads) does what plain_swiglu does."""
 
-    @part()
+    @part(borrows=True)
     def open_gates(first: int, last: int, gate: Any, up: Any, h: Any) -> None:
         """Compute the vectors first, ..., last - 1, and with the last vector what is left."""
         n = len(gate)

@@ -56,14 +56,14 @@ def slab_shape(kind: str, n_tokens: int, n_in: int) -> tuple[int, int, int]:
     return whole_slabs(n_tokens, n_in // 2 if _takes_pairs(kind) else n_in, DEPTH)
 
 
-@part()
+@part(borrows=True)
 def _copy(x: Any, start: int, n: int, slabs: Any, at: int) -> None:
     """Copy n numbers of x from a flat offset to slabs[at:], in whole vectors."""
     for i in range(0, n, LANES):
         store(slabs, at + i, load_part(x, start + i, min(n - i, LANES)))
 
 
-@part()
+@part(borrows=True)
 def _copy_rounded(x: Any, start: int, n: int, slabs: Any, at: int) -> None:
     """As _copy, with x rounded to bf16."""
     for i in range(0, n, LANES):
@@ -92,7 +92,7 @@ def _panel_filler(kind: str) -> Any:
     n_columns, transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
     is_scaled = kind == "fp8"
 
-    @part(kind)
+    @part(kind, borrows=True)
     def fill_panel(W: Any, scales: Any, block: Block, panel: Any) -> None:
         """panel[k - start, r] = W[o + r, k], and any numbers where r is past the last row."""
         start, stop, o, n_in, n_out = block
@@ -142,7 +142,7 @@ def over_blocks(multiply_slab: Any, new_panel: Any, depth: int, *variant: object
 def _cutter(kind: str, copy: Any, at_once: int) -> Any:
     """Return the function that copies x into slabs."""
 
-    @part(kind)
+    @part(kind, borrows=True)
     def cut(first: int, last: int, x: Any, slabs: Any) -> None:
         """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1, and 0 past the last token."""
         n_tokens, n_in = x.shape
@@ -177,7 +177,7 @@ def matmul(kind: str) -> Any:
     def new_panel() -> Any:
         return floats(DEPTH * WIDTH)
 
-    @part(kind)
+    @part(kind, borrows=True)
     def multiply_slab(W: Any, slabs: Any, block: Block, panel: Any, sums: Any, n_rows: int, continues: bool) -> None:
         fill_panel(W[0], W[1], block, panel)
         for t in range(0, n_rows, TILE_ROWS):

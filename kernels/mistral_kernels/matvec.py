@@ -33,13 +33,13 @@ ONE, FEW = (8, 1), (4, 4)  # rows and tokens that are multiplied together in reg
 FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
 
 
-@part()
+@part(borrows=True)
 def scale_of(scales: Any, o: int, i: int) -> float:
     """Return the scale of the fp8 weight W[o, i]."""
     return scales[min(o // FP8_BLOCK, len(scales) - 1), min(i // FP8_BLOCK, scales.shape[1] - 1)]
 
 
-@part()
+@part(borrows=True)
 def round_to_pairs(x: Any, start: int, n: int, pairs: Any, at: int) -> None:
     """Put x[start : start + n], rounded to bf16, into pairs[at:], in whole vectors; x is flat."""
     for i in range(0, n, LANES):

@@ -33,7 +33,7 @@ def _rounded(inputs: str, group: int) -> Any:
     """Return the part of a kernel that rounds some inputs of one token, a whole number of groups with zeros behind."""
     round_group = rounding(inputs, group)
 
-    @part(inputs, group)
+    @part(inputs, group, borrows=True)
     def rounded(x: Any, kept: Any, unit: float, q: Any, at: int, scales_x: Any, n: int) -> None:
         """q[at + i] = x[i] / scale; for each group scale * unit and the sum of q into scales_x from n on.
 
@@ -125,7 +125,7 @@ def _slab_multiplier(bits: int, inputs: str, group: int) -> tuple[Any, Any]:
     def new_panel() -> Any:
         return floats(DEPTH * WIDTH // 4).view(np.uint8), floats(DEPTH // group * OF_GROUP)
 
-    @part(bits, inputs, group)
+    @part(bits, inputs, group, borrows=True)
     def fill_panel(W: Any, S: Any, block: Block, panel: Any, scales: Any) -> None:
         """Put the codes of a block into a panel, and their scales."""
         first, last, o, n_in, n_out = block
@@ -137,7 +137,7 @@ def _slab_multiplier(bits: int, inputs: str, group: int) -> tuple[Any, Any]:
                 offset = (tile * n_in + i) // group * 2 * TILE
                 unpack_scales(S, offset, scales, (i - first) // group * OF_GROUP + r)
 
-    @part(bits, inputs, group)
+    @part(bits, inputs, group, borrows=True)
     def multiply_slab(W: Any, x: Any, block: Block, panel: Any, sums: Any, n_rows: int, continues: bool) -> None:
         q, scales_x = x
         codes, scales = panel

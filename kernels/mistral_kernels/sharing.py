@@ -138,10 +138,13 @@ def shared_out(work: Any, n: int, threads: int, arguments: Any) -> None:
 
 @made_once
 def serve() -> Any:
-    """Return a kernel: serve(team, thread, patience) does pieces until there was none for `patience` rounds."""
+    """Return a kernel: serve(team, thread, patience, asleep) does pieces until there was none for `patience` rounds.
 
-    @kernel(types.void(types.intp, types.intp, types.intp))
-    def serve(team: int, thread: int, patience: int) -> None:
+    Then it puts 1 at the address `asleep`: from there on the thread has to be woken.
+    """
+
+    @kernel(types.void(types.intp, types.intp, types.intp, types.intp))
+    def serve(team: int, thread: int, patience: int, asleep: int) -> None:
         idle = 0
         while idle < patience:
             piece = _take(team, thread)
@@ -151,5 +154,6 @@ def serve() -> Any:
             else:
                 _do_pieces(team, thread, piece)
                 idle = 0
+        _put(asleep, 0, 1)
 
     return serve

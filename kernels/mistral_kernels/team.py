@@ -19,7 +19,7 @@ from mistral_kernels import sharing
 from mistral_kernels.forks import open_in_children
 from mistral_kernels.pool import aligned
 
-PATIENCE = 200e-6  # seconds that a thread looks for work before it sleeps; waking it takes about a quarter of that
+PATIENCE = 1e-3  # seconds that a thread looks for work before it sleeps; waking it takes about 50 microseconds
 
 
 class _Helper:
@@ -27,7 +27,7 @@ class _Helper:
 
     def __init__(self, team: Team, number: int) -> None:
         self.team, self.number = team, number
-        self.sleeps = False
+        self._asleep = np.zeros(1, np.int64)
         self._bed = threading.Lock()
         self._bed.acquire()
         threading.Thread(target=self._serve, name=f"mistral_kernels {number}", daemon=True).start()
@@ -35,13 +35,17 @@ class _Helper:
     def _serve(self) -> None:
         serve = sharing.serve()
         while True:
-            serve(self.team.address, self.number, self.team.patience)
-            self.sleeps = True
+            serve(self.team.address, self.number, self.team.patience, self._asleep.ctypes.data)
             self._bed.acquire()
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether the thread looks for no work. Compiled code says so; Python would have to wait for its lock."""
+        return bool(self._asleep[0])
+
     def wake(self) -> None:
-        """Let the thread look for work again; it may just have fallen asleep, and may then miss a job."""
-        self.sleeps = False
+        """Let the thread look for work again."""
+        self._asleep[0] = 0
         with suppress(RuntimeError):  # another thread was quicker
             self._bed.release()
 
@@ -58,10 +62,10 @@ class Team:
 
     def _rounds_in(self, seconds: float) -> int:
         """Return how often a thread looks for work in some seconds."""
-        serve, n, times = sharing.serve(), 3000, []
+        serve, n, times, ignored = sharing.serve(), 3000, [], np.zeros(1, np.int64)
         for _ in range(3):
             start = time.perf_counter()
-            serve(self.address, 1, n)
+            serve(self.address, 1, n, ignored.ctypes.data)
             times.append(time.perf_counter() - start)
         return int(n * seconds / min(times))
 
