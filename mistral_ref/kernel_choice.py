@@ -51,8 +51,11 @@ def write(cache_dtype: np.dtype) -> Kernel:
 
 
 def attend(cache_dtype: np.dtype, n_tokens: int, n_heads: int, n_kv_heads: int) -> Kernel:
-    """Return the kernel for attention over a store of this dtype."""
-    is_few = n_tokens * n_heads <= n_kv_heads * attention.FEW_ROWS
+    """Return the kernel for attention over a store of this dtype.
+
+    A short prompt has that of one token: it would take longer to compile another one than to compute.
+    """
+    is_few = n_tokens * n_heads <= n_kv_heads * attention.TOGETHER
     kind = {4: "f32", 2: "f16", 1: "int8"}[cache_dtype.itemsize]
     return partial(attention.attention, kind, attention.FEW_ROWS if is_few else attention.MANY_ROWS)
 
