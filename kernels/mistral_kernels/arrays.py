@@ -1,10 +1,23 @@
-"""The Numba types of the arrays that kernels take. Arrays that are only read are read-only, so mapped files fit."""
+"""The arrays that kernels take: what annotations call them, and their Numba types.
+
+Arrays that are only read are read-only, so mapped files fit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import types
+
+Bytes = np.ndarray  # of uint8
+Floats = np.ndarray  # of float32
+Integers = np.ndarray
+
+Kernel = Callable[..., Any]  # compiled for one signature
+Part = Callable[..., Any]  # compiled into the kernels that call it
+Operation = Callable[..., Any]  # writes its instructions itself (value.operation)
 
 
 def read_only(element: Any, n_axes: int) -> Any:

@@ -13,13 +13,13 @@ on how many threads there are.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.arrays import HEADS_IN, HEADS_OUT, written
+from mistral_kernels.arrays import HEADS_IN, HEADS_OUT, Bytes, Floats, Integers, Kernel, Part, written
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.panels import BLOCK, PANEL, PanelStore
 from mistral_kernels.processor import LANES
@@ -46,7 +46,7 @@ class Keys(NamedTuple):
     window          how many keys a query sees, itself included
     """
 
-    segments: Any
+    segments: Integers
     first_query: int
     window: int
 
@@ -54,8 +54,8 @@ class Keys(NamedTuple):
 class Queries(NamedTuple):
     """The queries of a pass, and the heads that it computes: (T, H, K), flat."""
 
-    q: Any
-    heads: Any
+    q: Floats
+    heads: Floats
     n_tokens: int
     n_heads: int
     n_kv_heads: int
@@ -75,8 +75,8 @@ class Piece(NamedTuple):
 class Work(NamedTuple):
     """A thread's own memory: the scaled queries of a piece, and their scores with a span of keys."""
 
-    scaled: Any
-    S: Any
+    scaled: Floats
+    S: Floats
 
 
 # Arrays in a tuple must have exactly these types: Numba takes no writable array there for a read-only one.
@@ -88,7 +88,7 @@ KEYS = types.NamedTuple((written(types.int64, 2), types.intp, types.intp), Keys)
 
 
 @part(borrows=True)
-def _multiplied(source: Any, start: int, n: int, factor: float, target: Any, at: int) -> None:
+def _multiplied(source: Floats, start: int, n: int, factor: float, target: Floats, at: int) -> None:
     """target[at + i] = factor source[start + i] for i < n, in flat offsets."""
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
@@ -104,7 +104,7 @@ def _queries_together(group: int) -> int:
 
 
 @part(borrows=True)
-def _ask_for_heads(array: Any, queries: Queries, g: int, first: int, last: int) -> None:
+def _ask_for_heads(array: Floats, queries: Queries, g: int, first: int, last: int) -> None:
     """Ask for the numbers of head g of the tokens first, ..., last - 1, which need not exist, in an array like q."""
     of_group = queries.n_heads // queries.n_kv_heads * queries.head_dim
     for t in range(first, last):
@@ -143,13 +143,13 @@ def _finish(sums: Sums, piece: Piece, queries: Queries) -> None:
         _multiplied(sums.weighted, row * sums.width, queries.head_dim, share, queries.heads, h * queries.head_dim)
 
 
-def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
+def _products(kind: str, n_rows: int) -> tuple[Part, Part]:
     """Return two functions: the product of some queries with keys, and the product of their shares with values."""
     multiply_tile = tile(n_rows, 2, kind, ahead=AHEAD)
     multiply_half = tile(n_rows, 1, kind, of_vectors=2, ahead=AHEAD)
 
     @part(kind, n_rows, borrows=True)
-    def score(work: Work, head_dim: int, rows: int, k: Any, first_panel: int, low: int, high: int) -> None:
+    def score(work: Work, head_dim: int, rows: int, k: Bytes, first_panel: int, low: int, high: int) -> None:
         """S[row, j] = scaled[row] . k[j] for the keys low, ..., high - 1, and for some around them."""
         for panel in range(low // PANEL, (high + PANEL - 1) // PANEL):
             keys, middle = (first_panel + panel) * head_dim * PANEL, panel * PANEL + LANES
@@ -162,7 +162,7 @@ def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
                     multiply_tile(work.scaled, from_q, k, keys, head_dim, work.S, to_S, False)
 
     @part(kind, n_rows, borrows=True)
-    def add_values(S: Any, rows: int, v: Any, first_block: int, low: int, high: int, sums: Sums) -> None:
+    def add_values(S: Floats, rows: int, v: Bytes, first_block: int, low: int, high: int, sums: Sums) -> None:
         """acc[row] += sum of S[row, j] v[j] over the keys low, ..., high - 1."""
         n_panels = sums.width // PANEL
         for nth in range(low // BLOCK, (high + BLOCK - 1) // BLOCK):
@@ -177,13 +177,13 @@ def _products(kind: str, n_rows: int) -> tuple[Any, Any]:
     return score, add_values
 
 
-def _attend(kind: str, n_rows: int) -> Any:
+def _attend(kind: str, n_rows: int) -> Part:
     """Return the function that lets some queries attend to some keys of one key/value head."""
     score, add_values = _products(kind, n_rows)
     raise_largest, take_exponentials = softmax_parts(kind == "int8")
 
     @part(kind, n_rows, borrows=True)
-    def begin(queries: Queries, piece: Piece, sums: Sums, scaled: Any) -> None:
+    def begin(queries: Queries, piece: Piece, sums: Sums, scaled: Floats) -> None:
         """Scale the queries of a piece by 1 / sqrt(K), and set its sums to nothing."""
         head_dim = queries.head_dim
         group, n_tokens = queries.n_heads // queries.n_kv_heads, piece.last - piece.first
@@ -243,7 +243,7 @@ class Cut(NamedTuple):
     size: int
 
 
-def _thread_share(kind: str, n_rows: int) -> Any:
+def _thread_share(kind: str, n_rows: int) -> Part:
     """Return the function that does one thread's share of the work."""
     attend = _attend(kind, n_rows)
 
@@ -281,7 +281,7 @@ def _thread_share(kind: str, n_rows: int) -> Any:
     return do_share
 
 
-def plain_attention(q: Any, k: Any, v: Any, window: int, heads: Any) -> None:
+def plain_attention(q: Floats, k: Floats, v: Floats, window: int, heads: Floats) -> None:
     """heads[t, h] = sum over s of softmax(q[t, h] . k[s, g] / sqrt(K)) v[s, g], over the keys that token t sees.
 
     q, heads (T, H, K); k, v (S, G, K), the oldest first, the last T of them those of the queries' own positions.
@@ -298,7 +298,7 @@ def plain_attention(q: Any, k: Any, v: Any, window: int, heads: Any) -> None:
 
 
 @made_once
-def attention(kind: str, n_rows: int) -> Any:
+def attention(kind: str, n_rows: int) -> Kernel:
     """Return a kernel: attention(q, store, keys, heads, threads).
 
     kind            the kind of numbers in the store: "f32", "f16", "bf16", "int8"
@@ -313,7 +313,7 @@ def attention(kind: str, n_rows: int) -> Any:
     do_share = _thread_share(kind, n_rows)
 
     @kernel(types.void(HEADS_IN, BYTE_STORE, KEYS, HEADS_OUT, types.intp), kind, n_rows)
-    def attention(q: Any, store: Any, keys: Any, heads: Any, threads: int) -> None:
+    def attention(q: Floats, store: PanelStore, keys: Keys, heads: Floats, threads: int) -> None:
         n_threads = count_of(threads)
         (n_tokens, n_heads, head_dim), n_kv_heads = q.shape, store.v.shape[0]
         group, width = n_heads // n_kv_heads, store.v.shape[2] * PANEL

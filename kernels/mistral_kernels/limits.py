@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import types
 
-from mistral_kernels.arrays import VECTOR_IN
+from mistral_kernels.arrays import VECTOR_IN, Floats, Kernel
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.processor import LANES
 from mistral_kernels.sharing import count_of, shared_out
@@ -17,11 +15,11 @@ N_CHAINS = 12  # sums that do not wait for each other: a multiply-add takes 4 cy
 
 
 @made_once
-def plain_read() -> Any:
+def plain_read() -> Kernel:
     """Return a kernel: plain_read(floats, threads) reads an array once, in four streams a thread."""
 
     @part()
-    def read(first: int, last: int, floats: Any, sums: Any) -> None:
+    def read(first: int, last: int, floats: Floats, sums: Floats) -> None:
         quarter = len(floats) // len(sums) // 4 // LANES * LANES
         for t in range(first, last):
             a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
@@ -34,7 +32,7 @@ def plain_read() -> Any:
             sums[t] = sum_of((a0 + a1) + (a2 + a3))
 
     @kernel(types.float32(VECTOR_IN, types.intp))
-    def plain_read(floats: Any, threads: int) -> float:
+    def plain_read(floats: Floats, threads: int) -> float:
         sums = np.zeros(count_of(threads), np.float32)
         shared_out(read, len(sums), threads, (floats, sums))
         return sums[0]
@@ -43,7 +41,7 @@ def plain_read() -> Any:
 
 
 @made_once
-def multiply_add_peak(kind: str = "f32") -> Any:
+def multiply_add_peak(kind: str = "f32") -> Kernel:
     """Return a kernel: multiply_add_peak(n, threads) does n rounds of N_CHAINS vectors on each thread.
 
     A vector is LANES multiply-adds of float32, or of "pairs" of bf16 twice as many.
@@ -51,7 +49,7 @@ def multiply_add_peak(kind: str = "f32") -> Any:
     added = multiply_add_pairs if kind == "pairs" else multiply_add
 
     @part(kind)
-    def multiply(first: int, last: int, n: int, sums: Any) -> None:
+    def multiply(first: int, last: int, n: int, sums: Floats) -> None:
         for t in range(first, last):
             x, y = splat(0.999), splat(1e-3 * t)
             a0, a1, a2, a3, a4, a5 = y, y, y, y, y, y

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numba
 from numba import types
 
-from mistral_kernels.arrays import BYTES, HEADS_OUT, MATRIX_IN, MATRIX_OUT
+from mistral_kernels.arrays import BYTES, HEADS_OUT, MATRIX_IN, MATRIX_OUT, Bytes, Floats, Kernel, Part
 from mistral_kernels.caches import data_caches
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.matvec import round_to_pairs, scale_of
@@ -57,14 +57,14 @@ def slab_shape(kind: str, n_tokens: int, n_in: int) -> tuple[int, int, int]:
 
 
 @part(borrows=True)
-def _copy(x: Any, start: int, n: int, slabs: Any, at: int) -> None:
+def _copy(x: Floats, start: int, n: int, slabs: Floats, at: int) -> None:
     """Copy n numbers of x from a flat offset to slabs[at:], in whole vectors."""
     for i in range(0, n, LANES):
         store(slabs, at + i, load_part(x, start + i, min(n - i, LANES)))
 
 
 @part(borrows=True)
-def _copy_rounded(x: Any, start: int, n: int, slabs: Any, at: int) -> None:
+def _copy_rounded(x: Floats, start: int, n: int, slabs: Floats, at: int) -> None:
     """As _copy, with x rounded to bf16."""
     for i in range(0, n, LANES):
         store(slabs, at + i, rounded(load_part(x, start + i, min(n - i, LANES))))
@@ -87,13 +87,13 @@ def _way(kind: str) -> Way:
     return Way(_copy, 1, "f32", kind)
 
 
-def _panel_filler(kind: str) -> Any:
+def _panel_filler(kind: str) -> Part:
     """Return the function that widens a block of W into a panel."""
     n_columns, transpose_whole, transpose_part = transpose(kind, ahead=DEPTH)
     is_scaled = kind == "fp8"
 
     @part(kind, borrows=True)
-    def fill_panel(W: Any, scales: Any, block: Block, panel: Any) -> None:
+    def fill_panel(W: Bytes, scales: Floats, block: Block, panel: Floats) -> None:
         """panel[k - start, r] = W[o + r, k], and any numbers where r is past the last row."""
         start, stop, o, n_in, n_out = block
         for r in range(0, WIDTH, 8):
@@ -110,7 +110,7 @@ def _panel_filler(kind: str) -> Any:
     return fill_panel
 
 
-def over_blocks(multiply_slab: Any, new_panel: Any, depth: int, *variant: object) -> Any:
+def over_blocks(multiply_slab: Part, new_panel: Part, depth: int, *variant: object) -> Part:
     """Return the function that multiplies all inputs with some blocks of WIDTH outputs.
 
     multiply_slab(W, x, block, panel, sums, n_rows, continues) multiplies the inputs of a block. It writes the result
@@ -119,7 +119,7 @@ def over_blocks(multiply_slab: Any, new_panel: Any, depth: int, *variant: object
     """
 
     @part(*variant)
-    def multiply_blocks(first: int, last: int, W: Any, x: Any, n_rows: int, n_in: int, y: Any) -> None:
+    def multiply_blocks(first: int, last: int, W: Any, x: Any, n_rows: int, n_in: int, y: Floats) -> None:
         """Compute the blocks first, ..., last - 1."""
         n_tokens, n_out = y.shape
         # Sums are kept here: the distance between rows of y is often a multiple of 4 KiB, and such rows push each
@@ -139,11 +139,11 @@ def over_blocks(multiply_slab: Any, new_panel: Any, depth: int, *variant: object
     return multiply_blocks
 
 
-def _cutter(kind: str, copy: Any, at_once: int) -> Any:
+def _cutter(kind: str, copy: Part, at_once: int) -> Part:
     """Return the function that copies x into slabs."""
 
     @part(kind, borrows=True)
-    def cut(first: int, last: int, x: Any, slabs: Any) -> None:
+    def cut(first: int, last: int, x: Floats, slabs: Floats) -> None:
         """slabs[slab, t, i] = x[t, slab * DEPTH + i] for the slabs first, ..., last - 1, and 0 past the last token."""
         n_tokens, n_in = x.shape
         for slab in range(first, last):
@@ -157,7 +157,7 @@ def _cutter(kind: str, copy: Any, at_once: int) -> Any:
 
 
 @made_once
-def matmul(kind: str) -> Any:
+def matmul(kind: str) -> Kernel:
     """Return a kernel: matmul(W, scales, x, slabs, y, threads) does what matvec.plain_product does, for many tokens.
 
     W, scales   as in matvec
@@ -174,11 +174,13 @@ def matmul(kind: str) -> Any:
     cut = _cutter(kind, way.copy, at_once)
 
     @part(kind)
-    def new_panel() -> Any:
+    def new_panel() -> Floats:
         return floats(DEPTH * WIDTH)
 
     @part(kind, borrows=True)
-    def multiply_slab(W: Any, slabs: Any, block: Block, panel: Any, sums: Any, n_rows: int, continues: bool) -> None:
+    def multiply_slab(
+        W: tuple[Bytes, Floats], slabs: Floats, block: Block, panel: Floats, sums: Floats, n_rows: int, continues: bool
+    ) -> None:
         fill_panel(W[0], W[1], block, panel)
         for t in range(0, n_rows, TILE_ROWS):
             from_x, to_sums = Place(block.start * n_rows + t * DEPTH, DEPTH), Place(t * WIDTH, WIDTH)
@@ -187,7 +189,7 @@ def matmul(kind: str) -> Any:
     multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, kind)
 
     @kernel(types.void(BYTES, MATRIX_IN, MATRIX_IN, SLABS, MATRIX_OUT, types.intp), kind)
-    def matmul(W: Any, scales: Any, x: Any, slabs: Any, y: Any, threads: int) -> None:
+    def matmul(W: Bytes, scales: Floats, x: Floats, slabs: Floats, y: Floats, threads: int) -> None:
         # Slabs are copies: rows of x whose distance is a power of two push each other out of the cache.
         n_slabs, n_rows = slabs.shape[:2]
         n_in, n_blocks = x.shape[1] // at_once, (y.shape[1] + WIDTH - 1) // WIDTH

@@ -21,7 +21,7 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.arrays import BYTES, MATRIX_IN, MATRIX_OUT
+from mistral_kernels.arrays import BYTES, MATRIX_IN, MATRIX_OUT, Bytes, Floats, Kernel, Part
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.processor import LANES
 from mistral_kernels.rows import row_sums
@@ -34,20 +34,20 @@ FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
 
 
 @part(borrows=True)
-def scale_of(scales: Any, o: int, i: int) -> float:
+def scale_of(scales: Floats, o: int, i: int) -> float:
     """Return the scale of the fp8 weight W[o, i]."""
     return scales[min(o // FP8_BLOCK, len(scales) - 1), min(i // FP8_BLOCK, scales.shape[1] - 1)]
 
 
 @part(borrows=True)
-def round_to_pairs(x: Any, start: int, n: int, pairs: Any, at: int) -> None:
+def round_to_pairs(x: Floats, start: int, n: int, pairs: Floats, at: int) -> None:
     """Put x[start : start + n], rounded to bf16, into pairs[at:], in whole vectors; x is flat."""
     for i in range(0, n, LANES):
         store_rounded(pairs, 2 * at + i, load_part(x, start + i, min(n - i, LANES)))
 
 
 @part()
-def in_pairs(x: Any) -> Any:
+def in_pairs(x: Floats) -> Any:
     """Return x rounded to bf16, as len(x) // 2 pairs. The length of x is even."""
     pairs = np.empty((len(x) + LANES - 1) // LANES * LANES // 2, np.float32)
     round_to_pairs(x, 0, len(x), pairs, 0)
@@ -55,12 +55,12 @@ def in_pairs(x: Any) -> Any:
 
 
 @part()
-def as_it_is(x: Any) -> Any:
+def as_it_is(x: Floats) -> Any:
     """Return x."""
     return x
 
 
-def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
+def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Part:
     """Return the function that multiplies some rows of a matrix with all tokens.
 
     n_rows rows are multiplied with n_tokens tokens at a time. Each row and token have a sum of their own.
@@ -69,7 +69,7 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
     is_scaled = kind == "fp8"
 
     @part(kind, n_rows, n_tokens)
-    def multiply_rows(first: int, last: int, W: Any, scales: Any, x: Any, y: Any, n_x: int) -> None:
+    def multiply_rows(first: int, last: int, W: Bytes, scales: Floats, x: Floats, y: Floats, n_x: int) -> None:
         """Compute the rows first, ..., last - 1 of n_x tokens; x and y are flat."""
         n_in, n_out, stride = len(x) // n_x, len(y) // n_x, (last - first + n_rows - 1) // n_rows
         block = FP8_BLOCK if is_scaled else n_in  # inputs that share a scale
@@ -100,7 +100,7 @@ def _over_rows(kind: str, n_rows: int, n_tokens: int) -> Any:
     return multiply_rows
 
 
-def plain_product(W: Any, x: Any, y: Any) -> None:
+def plain_product(W: Floats, x: Floats, y: Floats) -> None:
     """y[t, o] = sum over i of W[o, i] x[t, i]; W is (O, I), x (T, I), y (T, O)."""
     for t in range(len(x)):
         for o in range(len(W)):
@@ -111,7 +111,7 @@ def plain_product(W: Any, x: Any, y: Any) -> None:
 
 
 @made_once
-def matvec(kind: str, meeting: tuple[int, int]) -> Any:
+def matvec(kind: str, meeting: tuple[int, int]) -> Kernel:
     """Return a kernel: matvec(W, scales, x, y, threads) does what plain_product does, with W as it lies in the file.
 
     meeting     ONE or FEW: how many rows and tokens are multiplied together
@@ -123,7 +123,7 @@ def matvec(kind: str, meeting: tuple[int, int]) -> Any:
     multiply_rows = _over_rows(kind, *meeting)
 
     @kernel(types.void(BYTES, MATRIX_IN, MATRIX_IN, MATRIX_OUT, types.intp), kind, *meeting)
-    def matvec(W: Any, scales: Any, x: Any, y: Any, threads: int) -> None:
+    def matvec(W: Bytes, scales: Floats, x: Floats, y: Floats, threads: int) -> None:
         q = inputs(x.reshape(-1))
         shared_out(multiply_rows, y.shape[1], threads, (W, scales, q, y.reshape(-1), len(y)))
 

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba import types
 
-from mistral_kernels.arrays import HEADS_IN, INDICES, MATRIX_OUT, read_only, written
+from mistral_kernels.arrays import HEADS_IN, INDICES, MATRIX_OUT, Floats, Integers, Kernel, read_only, written
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.pool import aligned
 from mistral_kernels.processor import LANES
@@ -66,7 +66,7 @@ def read(store: PanelStore, slots: np.ndarray | slice) -> tuple[np.ndarray, np.n
 
 
 @made_once
-def write(dtype: str) -> Any:
+def write(dtype: str) -> Kernel:
     """Return a kernel: write(k_store, v_store, slots, k, v) puts k and v (T, G, K) in their slots.
 
     dtype is "float32", or "uint16" for any numbers of 16 bits.
@@ -78,7 +78,7 @@ def write(dtype: str) -> Any:
         types.void(written(element, 4), written(element, 5), INDICES, heads, heads),
         dtype,
     )
-    def write(k_store: Any, v_store: Any, slots: Any, k: Any, v: Any) -> None:
+    def write(k_store: np.ndarray, v_store: np.ndarray, slots: Integers, k: Floats, v: Floats) -> None:
         n_tokens, n_kv_heads, head_dim = k.shape
         for t in range(n_tokens):
             slot = slots[t]
@@ -91,7 +91,7 @@ def write(dtype: str) -> Any:
 
 
 @made_once
-def write_int8() -> Any:
+def write_int8() -> Kernel:
     """Return a kernel: write_int8(k_store, v_store, k_scales, v_scales, slots, k, v) rounds k and v (T, G, K) to int8.
 
     x becomes scale q, where q is the nearest whole number from -127 to 127 and scale is max |x| / 127 over a head. The
@@ -99,7 +99,7 @@ def write_int8() -> Any:
     """
 
     @part()
-    def scale_of(x: Any, scales: Any, bits: Any, g: int, slot: int) -> float:
+    def scale_of(x: Floats, scales: Floats, bits: Integers, g: int, slot: int) -> float:
         largest = numba.float32(0)
         for i in range(len(x)):
             size = abs(x[i])
@@ -120,7 +120,10 @@ def write_int8() -> Any:
             HEADS_IN,
         ),
     )  # fmt: skip
-    def write_int8(k_store: Any, v_store: Any, k_scales: Any, v_scales: Any, slots: Any, k: Any, v: Any) -> None:
+    def write_int8(
+        k_store: np.ndarray, v_store: np.ndarray, k_scales: Floats, v_scales: Floats, slots: Integers, k: Floats,
+        v: Floats,
+    ) -> None:  # fmt: skip
         n_tokens, n_kv_heads, head_dim = k.shape
         k_bits, v_bits = k_scales.view(np.uint32), v_scales.view(np.uint32)
         for t in range(n_tokens):

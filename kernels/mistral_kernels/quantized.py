@@ -8,12 +8,22 @@ groups.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import types
 
-from mistral_kernels.arrays import BYTES, MATRIX_IN, MATRIX_OUT, VECTOR_IN, VECTOR_OUT, written
+from mistral_kernels.arrays import (
+    BYTES,
+    MATRIX_IN,
+    MATRIX_OUT,
+    VECTOR_IN,
+    VECTOR_OUT,
+    Bytes,
+    Floats,
+    Integers,
+    Kernel,
+    Part,
+    written,
+)
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
 from mistral_kernels.layout import TILE
@@ -29,12 +39,12 @@ TILES = 4  # tiles that are read at the same time, each as a stream of its own
 OF_GROUP = 2 * WIDTH  # floats in a panel's scales for a group: scales, then zeros
 
 
-def _rounded(inputs: str, group: int) -> Any:
+def _rounded(inputs: str, group: int) -> Part:
     """Return the part of a kernel that rounds some inputs of one token, a whole number of groups with zeros behind."""
     round_group = rounding(inputs, group)
 
     @part(inputs, group, borrows=True)
-    def rounded(x: Any, kept: Any, unit: float, q: Any, at: int, scales_x: Any, n: int) -> None:
+    def rounded(x: Floats, kept: Floats, unit: float, q: Integers, at: int, scales_x: Floats, n: int) -> None:
         """q[at + i] = x[i] / scale; for each group scale * unit and the sum of q into scales_x from n on.
 
         `kept` is room for x in whole groups.
@@ -50,7 +60,7 @@ def _rounded(inputs: str, group: int) -> Any:
     return rounded
 
 
-def plain_product(codes: Any, scales: Any, zeros: Any, largest: int, x: Any, y: Any) -> None:
+def plain_product(codes: Integers, scales: Floats, zeros: Floats, largest: int, x: Floats, y: Floats) -> None:
     """y[o] = sum over i of W[o, i] x[i], where W = scale * (code - zero), and x is rounded to scale_x * q.
 
     codes           (O, groups, group) whole numbers
@@ -68,7 +78,7 @@ def plain_product(codes: Any, scales: Any, zeros: Any, largest: int, x: Any, y: 
 
 
 @made_once
-def matvec_quantized(bits: int, inputs: str, group: int) -> Any:
+def matvec_quantized(bits: int, inputs: str, group: int) -> Kernel:
     """Return a kernel: matvec_quantized(W, S, unit, x, y, threads), for codes of 8 or 4 bits.
 
     W       codes as layout.code_tiles has them, of whole groups of inputs, as bytes
@@ -82,7 +92,7 @@ def matvec_quantized(bits: int, inputs: str, group: int) -> Any:
     integer = {"int16": np.int16, "int8": np.int8}[inputs]
 
     @part(bits, inputs, group)
-    def multiply_tiles(first: int, last: int, W: Any, S: Any, q: Any, scales_x: Any, y: Any) -> None:
+    def multiply_tiles(first: int, last: int, W: Bytes, S: Bytes, q: Integers, scales_x: Floats, y: Floats) -> None:
         """Compute the rows of the tiles first, ..., last - 1, in TILES streams as in matvec.py."""
         n_in, stride = len(q), (last - first + TILES - 1) // TILES
         of_tile, scales_of_tile = n_in * bits, n_in // group * 2 * TILE  # bytes
@@ -101,7 +111,7 @@ def matvec_quantized(bits: int, inputs: str, group: int) -> Any:
                         y[o + row] = sums_of_tiles[number * TILE + row]
 
     @kernel(types.void(BYTES, BYTES, types.float32, VECTOR_IN, VECTOR_OUT, types.intp), bits, inputs, group)
-    def matvec_quantized(W: Any, S: Any, unit: float, x: Any, y: Any, threads: int) -> None:
+    def matvec_quantized(W: Bytes, S: Bytes, unit: float, x: Floats, y: Floats, threads: int) -> None:
         n_groups, n_tiles = (len(x) + group - 1) // group, (len(y) + TILE - 1) // TILE
         q, scales_x = np.empty(n_groups * group, integer), np.empty(n_groups * 2, np.float32)
         rounded(x, np.empty(n_groups * group, np.float32), unit, q, 0, scales_x, 0)
@@ -116,17 +126,17 @@ def slab_shapes(group: int, n_tokens: int, n_in: int) -> tuple[tuple[int, int, i
     return slabs, (*slabs[:2], DEPTH // group * 2)
 
 
-def _slab_multiplier(bits: int, inputs: str, group: int) -> tuple[Any, Any]:
+def _slab_multiplier(bits: int, inputs: str, group: int) -> tuple[Part, Part]:
     """Return the functions new_panel and multiply_slab of matmul.over_blocks, for codes."""
     multiply_groups = group_tile(bits, inputs, group)
     unpack_codes, unpack_scales = unpack(bits)
 
     @part(bits, inputs, group)
-    def new_panel() -> Any:
+    def new_panel() -> tuple[Bytes, Floats]:
         return floats(DEPTH * WIDTH // 4).view(np.uint8), floats(DEPTH // group * OF_GROUP)
 
     @part(bits, inputs, group, borrows=True)
-    def fill_panel(W: Any, S: Any, block: Block, panel: Any, scales: Any) -> None:
+    def fill_panel(W: Bytes, S: Bytes, block: Block, panel: Bytes, scales: Floats) -> None:
         """Put the codes of a block into a panel, and their scales."""
         first, last, o, n_in, n_out = block
         for r in range(0, WIDTH, TILE):
@@ -138,7 +148,10 @@ def _slab_multiplier(bits: int, inputs: str, group: int) -> tuple[Any, Any]:
                 unpack_scales(S, offset, scales, (i - first) // group * OF_GROUP + r)
 
     @part(bits, inputs, group, borrows=True)
-    def multiply_slab(W: Any, x: Any, block: Block, panel: Any, sums: Any, n_rows: int, continues: bool) -> None:
+    def multiply_slab(
+        W: tuple[Bytes, Bytes], x: tuple[Integers, Floats], block: Block, panel: tuple[Bytes, Floats], sums: Floats,
+        n_rows: int, continues: bool,
+    ) -> None:  # fmt: skip
         q, scales_x = x
         codes, scales = panel
         fill_panel(W[0], W[1], block, codes, scales)
@@ -151,7 +164,7 @@ def _slab_multiplier(bits: int, inputs: str, group: int) -> tuple[Any, Any]:
 
 
 @made_once
-def matmul_quantized(bits: int, inputs: str, group: int) -> Any:
+def matmul_quantized(bits: int, inputs: str, group: int) -> Kernel:
     """Return a kernel: matmul_quantized(W, S, unit, x, q, scales_x, y, threads), for codes of 8 or 4 bits.
 
     W, S, unit  as in matvec_quantized
@@ -165,7 +178,7 @@ def matmul_quantized(bits: int, inputs: str, group: int) -> Any:
     multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, bits, inputs, group)
 
     @part(bits, inputs, group)
-    def cut(first: int, last: int, x: Any, unit: float, q: Any, scales_x: Any, n_rows: int) -> None:
+    def cut(first: int, last: int, x: Floats, unit: float, q: Integers, scales_x: Floats, n_rows: int) -> None:
         """Round the inputs of some slabs of all tokens; rows past the last token are 0."""
         for slab in range(first, last):
             start, stop = slab * DEPTH, min((slab + 1) * DEPTH, x.shape[1])
@@ -183,7 +196,9 @@ def matmul_quantized(bits: int, inputs: str, group: int) -> Any:
         inputs,
         group,
     )
-    def matmul_quantized(W: Any, S: Any, unit: float, x: Any, q: Any, scales_x: Any, y: Any, threads: int) -> None:
+    def matmul_quantized(
+        W: Bytes, S: Bytes, unit: float, x: Floats, q: Integers, scales_x: Floats, y: Floats, threads: int
+    ) -> None:
         n_in, n_blocks = (x.shape[1] + group - 1) // group * group, (y.shape[1] + WIDTH - 1) // WIDTH
         (n_slabs, n_rows), q, scales_x = q.shape[:2], q.reshape(-1), scales_x.reshape(-1)
         shared_out(cut, n_slabs, threads, (x, unit, q, scales_x, n_rows))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 from numba import types
 
+from mistral_kernels.arrays import Operation
 from mistral_kernels.pairs import products
 from mistral_kernels.processor import LANES
 from mistral_kernels.simd import vector
@@ -20,7 +20,7 @@ from mistral_kernels.value import ARRAY, F32, Address, Dtype, Value, constant, o
 AHEAD = 2048  # bytes; what a stream asks for before it gets there
 
 
-def row_sums(kind: str, n_rows: int, n_tokens: int) -> tuple[Any, Any, Any, Any]:
+def row_sums(kind: str, n_rows: int, n_tokens: int) -> tuple[Operation, Operation, Operation, Operation]:
     """Return the operations on the sums of n rows of a matrix of a kind, given as bytes, with the inputs of n tokens.
 
     no_sums()                                   a tuple of zero vectors, one for each row and token, row after row

@@ -16,11 +16,12 @@ span. With int8 keys and values, a score is multiplied by its key's scale, and a
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
+from mistral_kernels.arrays import Floats, Part
 from mistral_kernels.compiling import part
 from mistral_kernels.panels import BLOCK
 from mistral_kernels.processor import LANES
@@ -32,9 +33,9 @@ SPAN = 4 * BLOCK  # keys that go through a softmax together
 class Sums(NamedTuple):
     """What is known of some rows so far: for each row the largest score, the total, and the weighted sum of values."""
 
-    largest: Any  # m
-    total: Any
-    weighted: Any  # acc, a row after the other
+    largest: Floats  # m
+    total: Floats
+    weighted: Floats  # acc, a row after the other
     width: int  # numbers in a row of acc
 
 
@@ -55,7 +56,7 @@ class Span(NamedTuple):
 class Scales(NamedTuple):
     """The scales of a span's int8 keys, or of its values: those of its key 0 lie at `first`."""
 
-    numbers: Any
+    numbers: Floats
     first: int
 
 
@@ -70,21 +71,21 @@ def _seen(span: Span, t: int) -> tuple[int, int]:
 
 
 @part(borrows=True)
-def _multiply_by_scales(S: Any, row: int, low: int, high: int, scales: Scales) -> None:
+def _multiply_by_scales(S: Floats, row: int, low: int, high: int, scales: Scales) -> None:
     """Multiply a row's numbers in S for the keys low, ..., high - 1 by the scales of these keys."""
     for j in range(low // LANES * LANES, high, LANES):
         store(S, row * SPAN + j, load(S, row * SPAN + j) * load(scales.numbers, scales.first + j))
 
 
 @part(borrows=True)
-def _nothing(S: Any, row: int, low: int, high: int) -> None:
+def _nothing(S: Floats, row: int, low: int, high: int) -> None:
     """Set a row of S to 0 from `low`, where a vector begins, up to `high`."""
     for j in range(low, high, LANES):
         store(S, row * SPAN + j, zeros())
 
 
 @part(borrows=True)
-def _raise_largest(S: Any, row: int, low: int, high: int, sums: Sums) -> None:
+def _raise_largest(S: Floats, row: int, low: int, high: int, sums: Sums) -> None:
     """Raise m[row] to the largest of a row's scores low, ..., high - 1, and scale the row's total and acc down."""
     is_whole = high - low == SPAN  # as nearly all are where there is no window
     maximum = splat(-np.inf)
@@ -101,7 +102,7 @@ def _raise_largest(S: Any, row: int, low: int, high: int, sums: Sums) -> None:
 
 
 @part(borrows=True)
-def _exponentials(S: Any, row: int, low: int, high: int, span: Span, sums: Sums) -> None:
+def _exponentials(S: Floats, row: int, low: int, high: int, span: Span, sums: Sums) -> None:
     """Turn a row's scores low, ..., high - 1 into shares, and set its others in the span to 0."""
     first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES  # whole vectors around them
     is_whole = high - low == SPAN
@@ -116,14 +117,14 @@ def _exponentials(S: Any, row: int, low: int, high: int, span: Span, sums: Sums)
     _nothing(S, row, last, span.high)
 
 
-def softmax_parts(has_scales: bool) -> tuple[Any, Any]:
+def softmax_parts(has_scales: bool) -> tuple[Part, Part]:
     """Return two functions, which together turn each row's scores into shares, those of unseen keys into 0.
 
     They take turns over all rows: a row waits for its largest score, and meanwhile other rows' can be found.
     """
 
     @part(has_scales, borrows=True)
-    def raise_largest(S: Any, span: Span, scales: Scales, sums: Sums) -> None:
+    def raise_largest(S: Floats, span: Span, scales: Scales, sums: Sums) -> None:
         """Find the largest score of each row; scores of int8 keys are multiplied by their scales first."""
         for t in range(span.n_tokens):
             low, high = _seen(span, t)
@@ -134,7 +135,7 @@ def softmax_parts(has_scales: bool) -> tuple[Any, Any]:
                     _raise_largest(S, row, low, high, sums)
 
     @part(has_scales, borrows=True)
-    def take_exponentials(S: Any, span: Span, scales: Scales, sums: Sums) -> None:
+    def take_exponentials(S: Floats, span: Span, scales: Scales, sums: Sums) -> None:
         """Turn scores into shares; shares of int8 values are multiplied by their scales afterwards."""
         for t in range(span.n_tokens):
             low, high = _seen(span, t)

@@ -10,10 +10,10 @@ k to the last. So each k loads n_vectors vectors and n_rows numbers for n_rows *
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from numba import types
 
+from mistral_kernels.arrays import Operation
 from mistral_kernels.pairs import products
 from mistral_kernels.processor import IS_ARM, LANES, LINE
 from mistral_kernels.stored import KINDS, PLACE, ROWS, Place, Rows, addresses_at, row_addresses, size_of, widened
@@ -44,7 +44,7 @@ def tile(
     ahead: int = 0,
     steps: int = 1,
     asks_for_next_rows: bool = False,
-) -> Any:
+) -> Operation:
     """Return the operation multiply_tile(A, a, B, b, n_k, C, c, continues), with a panel of numbers of a kind.
 
     A, C            float32 arrays; the Places a and c say where in them. If the kind is "pairs", A holds pairs as well,
@@ -111,7 +111,7 @@ def tile(
     return multiply_tile
 
 
-def transpose(kind: str, ahead: int) -> tuple[int, Any, Any]:
+def transpose(kind: str, ahead: int) -> tuple[int, Operation, Operation]:
     """Return n, and two operations: transpose(W, rows, k, scale, panel, place), and transpose_part(..., count).
 
     They take 8 rows of a matrix of a kind, given as bytes, n columns of each from column k on, and put them into a
