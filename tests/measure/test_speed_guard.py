@@ -1,5 +1,7 @@
 """The two products that nearly all time goes into, held against what this machine can do: no factor of two gets lost.
 
+On a busy machine, several threads are held against one.
+
 Kernel and limit are measured in turn within one run, so that a slow machine slows down both; and so that a busy one
 does no harm, the best samples are compared, or processor time. 70% and more have been seen, mostly 90%; half of that
 fails.
@@ -7,11 +9,15 @@ fails.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import numpy as np
+import pytest
 
 from mistral_kernels import limits, threads
 from mistral_kernels.processor import LANES
@@ -31,14 +37,14 @@ def product(ops: CompiledOps, n_tokens: int, n_out: int, n_in: int) -> tuple[Cal
     return lambda: ops.linear(x_TI, weight), weight
 
 
-def check(share: Callable[[], float], of: str) -> None:
+def check(share: Callable[[], float], of: str, least: float = LEAST) -> None:
     """Fail if every try falls short of the least share."""
     best = 0.0
     for _ in range(TRIES):
         best = max(best, share())
-        if best >= LEAST:
+        if best >= least:
             return
-    raise AssertionError(f"{100 * best:.0f}% of {of}; expected {100 * LEAST:.0f}% at least")
+    raise AssertionError(f"{100 * best:.0f}% of {of}; expected {100 * least:.0f}% at least")
 
 
 def test_a_product_with_one_vector_keeps_up_with_plain_reads() -> None:
@@ -76,3 +82,39 @@ def test_a_product_with_many_vectors_keeps_up_with_multiply_adds() -> None:
 
     with ops.running():
         check(share, "the multiply-add peak")
+
+
+BUSY_LEAST = 0.4  # of one thread's speed; 0.9 and more were measured, and 0.04 where threads wait for each other
+
+
+@pytest.fixture
+def busy_cores() -> Iterator[None]:
+    """Keep every core busy meanwhile with a process that computes."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_cores)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("busy_cores")
+@pytest.mark.parametrize("n_tokens", [1, 64])
+def test_several_threads_are_no_slower_than_one_where_others_compute(n_tokens: int) -> None:
+    n_threads = max(2, threads.performance_cores())
+    runs = {n: product(CompiledOps(threads=n), n_tokens, 2048, 1024)[0] for n in (1, n_threads)}
+
+    def seconds(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(200 if n_tokens == 1 else 20):
+            run()
+        return time.perf_counter() - start
+
+    def share() -> float:
+        alone, together = ([seconds(runs[n]) for _ in range(3)] for n in runs)
+        return min(1.0, median(alone) / median(together))
+
+    check(share, "one thread's speed", BUSY_LEAST)
