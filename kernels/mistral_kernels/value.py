@@ -375,7 +375,7 @@ class _FloatVectorModel(models.PrimitiveModel):
 
 ARRAY = None  # as the type of a parameter: any array
 _DTYPES = {types.boolean: BOOL, types.intp: I64, types.float32: F32}
-_DTYPES |= {types.uint8: U8, types.int8: I8, types.uint16: U16, types.int16: I16, types.int64: I64}
+_DTYPES |= {types.uint8: U8, types.int8: I8, types.uint16: U16, types.int16: I16, types.uint32: U32, types.int32: I32}
 
 
 def operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], Any]:
