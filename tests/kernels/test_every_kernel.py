@@ -212,9 +212,9 @@ EVERY_KERNEL = [
         for rows in ("FEW_ROWS", "MANY_ROWS")
     ),
     *(
-        f"from mistral_kernels.quantized import *; {product}(4, {activations!r}, 32)"
+        f"from mistral_kernels.quantized import *; {product}(4, {inputs!r}, 32)"
         for product in ("matvec_quantized", "matmul_quantized")
-        for activations in ("int16", "int8")
+        for inputs in ("int16", "int8")
     ),
 ]
 

@@ -45,7 +45,7 @@ def quantized_product_exactly(how: How, matrix: QuantizedMatrix, x_TI: np.ndarra
     subtraction, the product of the scales, and that with it. Adding up n groups, slab by slab, gives at most n + slabs
     more of these. So this is a bound and no measurement; scale (code + zero) is weight + 2 scale zero.
     """
-    x_TI = rounded(x_TI.astype(np.float64), how.activations, how.group)
+    x_TI = rounded(x_TI.astype(np.float64), how.inputs, how.group)
     w_OI = matrix.rows(slice(None), np.float64)
     scales = matrix.scales.transpose(0, 3, 2, 1).reshape(-1, 2, matrix.scales.shape[1])[: matrix.n_out]
     zero_weights = (
@@ -155,7 +155,7 @@ def test_inputs_of_next_to_nothing_are_nothing(how: How, one_by_one: bool) -> No
     """Where largest / max |x| is beyond float32, as in `rounded`: such a group is as good as zeros."""
     n_in = 2 * how.group + 5
     matrix, x_TI = any_quantized(how, 20, n_in, 0), normal(1, 3, n_in)
-    least = {"int16": 32767, "int8": 127}[how.activations] / float(np.finfo(np.float32).max)
+    least = {"int16": 32767, "int8": 127}[how.inputs] / float(np.finfo(np.float32).max)
     tiny = np.linspace(-0.9 * least, 0.9 * least, how.group)
     for start in (0, how.group):
         x_TI[:, start : start + how.group] = 0

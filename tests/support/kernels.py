@@ -148,7 +148,7 @@ class How(NamedTuple):
     """What one of these kernels is made for."""
 
     bits: int
-    activations: str
+    inputs: str
     group: int
 
     def __str__(self) -> str:
@@ -156,7 +156,7 @@ class How(NamedTuple):
 
 
 EVERY_WAY = [How(*one) for one in itertools.product((8, 4), ("int16", "int8"), (32, 64, 128))]
-# All bits with all activations, and all sizes of groups: each takes seconds to compile. The first has the largest sums.
+# All bits with all inputs, and all sizes of groups: each takes seconds to compile. The first has the largest sums.
 SOME_WAYS = [How(8, "int16", 128), How(8, "int8", 32), How(4, "int16", 32), How(4, "int8", 64)]
 
 
@@ -201,7 +201,7 @@ def quantized_product(
     y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
     if not one_by_one:
         q_shape, scales_shape = slab_shapes(how.group, *x_TI.shape)
-        q, scales_x = np.full(q_shape, 99, how.activations), np.full(scales_shape, np.nan, np.float32)
+        q, scales_x = np.full(q_shape, 99, how.inputs), np.full(scales_shape, np.nan, np.float32)
         stored, threads = (matrix.as_bytes, matrix.scale_bytes, matrix.unit), shared(n_threads)
         matmul_quantized(*how)(*stored, x_TI, q, scales_x, y_TO, threads)
         return y_TO
