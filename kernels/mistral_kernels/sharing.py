@@ -1,7 +1,7 @@
 """How a kernel shares out its work: in pieces, which the threads of a team take one after the other.
 
 The thread that calls a kernel puts a job into the team's memory, and then takes pieces itself. The team's other threads
-(threads.py) watch that memory for a while after each job and take pieces too. So nobody waits for a thread that has
+(team.py) watch that memory for a while after each job and take pieces too. So nobody waits for a thread that has
 not begun, because another program has its processor: what it does not take, others do. Only a piece that was taken is
 waited for.
 
