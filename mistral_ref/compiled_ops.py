@@ -17,7 +17,6 @@ from mistral_kernels import KernelWarning, attention, compiling, elementwise, pa
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.team import team
 from mistral_ref import kernel_choice
-from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, OnCompile, warn
 from mistral_ref.host import chosen_threads
@@ -121,8 +120,6 @@ class CompiledOps(ReferenceOps):
             raise InputError(
                 f"inputs of {weight_OI.name} have shape {x_TI.shape}; expected {n_in} inputs for each token"
             )
-        if isinstance(weight_OI, BlockMatrix):  # no kernel reads packed blocks
-            return super().linear(x_TI, weight_OI)
         x_TI, n_tokens = _floats(x_TI), len(x_TI)
         y_TO = self._pool.empty((n_tokens, n_out))
         if self.rounds_to_bf16(weight_OI) and not kernel_choice.takes_pairs(weight_OI, self.bf16_inputs):

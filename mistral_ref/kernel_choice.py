@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mistral_kernels import attention, elementwise, limits, panels, sharing
-from mistral_kernels.products import Codes, Floats
+from mistral_kernels.products import Blocks, Codes, Floats
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized
 from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.cache import DEFAULT_CHUNK
@@ -34,11 +34,13 @@ def takes_pairs(weight_OI: Matrix, bf16_inputs: Bf16Inputs) -> bool:
     return weight_OI.kind == "bf16" and bf16_inputs == "bfloat16" and weight_OI.shape[1] % 2 == 0
 
 
-def factor(weight_OI: Matrix, quantized_inputs: QuantizedInputs, bf16_inputs: Bf16Inputs) -> Floats | Codes:
+def factor(weight_OI: Matrix, quantized_inputs: QuantizedInputs, bf16_inputs: Bf16Inputs) -> Floats | Codes | Blocks:
     """Return a matrix as kernels take it."""
     if isinstance(weight_OI, QuantizedMatrix):
         how = weight_OI.bits, quantized_inputs, weight_OI.group_size
         return Codes(*how, weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit)
+    if isinstance(weight_OI, BlockMatrix):
+        return Blocks(weight_OI.kind, quantized_inputs, weight_OI.as_bytes)
     kind = "pairs" if takes_pairs(weight_OI, bf16_inputs) else weight_OI.kind
     return Floats(kind, weight_OI.as_bytes, _NO_SCALE if weight_OI.scale is None else weight_OI.scale)
 
@@ -82,11 +84,7 @@ def of_passes(
     # An expert gets some of a pass's tokens, so it may get one, a few or many.
     some = lengths if config.moe is None else {*lengths, 1, min(2, max(lengths))}
     multiplied += pairs_of(matrices(weights.layers), some)
-    needed += [
-        factor(weight, quantized_inputs, bf16_inputs).kernel(length)
-        for weight, length in multiplied
-        if not isinstance(weight, BlockMatrix)  # no kernel reads packed blocks
-    ]
+    needed += [factor(weight, quantized_inputs, bf16_inputs).kernel(length) for weight, length in multiplied]
     needed += [] if config.moe is None else [partial(elementwise.mix_experts)]
     return _once(needed)
 
@@ -98,7 +96,7 @@ def of_a_model(config: ModelConfig, weights: Weights, *, every_option: bool = Fa
 
     every_option    also what `quantize`, `quantized_inputs` and `bf16_inputs` lead to, and what `bench` measures with
     """
-    is_quantized = any(isinstance(matrix, QuantizedMatrix) for matrix in matrices(weights))
+    is_quantized = any(isinstance(matrix, (QuantizedMatrix, BlockMatrix)) for matrix in matrices(weights))
     roundings: list[tuple[QuantizedInputs, Bf16Inputs]] = [
         (inputs, "float32") for inputs in (_ROUNDED if is_quantized else _ROUNDED[:1])
     ]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from support.blocks import random_blocks
 from support.paths import GOLDEN
 
 from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix, group_factors
@@ -19,23 +20,6 @@ from mistral_ref.weights import BlockKind
 STORED = load_file(GOLDEN / "gguf_blocks.safetensors")
 KINDS = get_args(BlockKind)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def random_matrix(kind: Any, n_out: int, n_blocks: int, seed: int = 0) -> BlockMatrix:
-    """Return a matrix of random bytes whose scales are finite and of ordinary size."""
-    random = np.random.default_rng(seed)
-    data = random.integers(0, 256, (n_out, n_blocks, BLOCK_TYPES[kind].bytes), dtype=np.uint8)
-    for at in units_of(kind):
-        data[..., at + 1] = data[..., at + 1] & 0x83 | 0x20  # float16 from 2^-7 to 2^-6, of both signs
-    return BlockMatrix("w", kind, data)
-
-
-def units_of(kind: Any) -> list[int]:
-    """Return where the float16 numbers of a block begin."""
-    ends = np.cumsum(BLOCK_TYPES[kind].fields)
-    return [int(end) - 2 for end, size in zip(ends, BLOCK_TYPES[kind].fields, strict=True) if size == 2][
-        : 1 if kind == "iq4_xs" else 2
-    ]
 
 
 def test_every_kind_has_a_type_and_a_golden_row() -> None:
@@ -59,7 +43,7 @@ def test_rows_equal_the_published_formula_bit_for_bit(kind: Any) -> None:
 def test_any_rows_are_those_of_the_whole_matrix(
     kind: Any, n_out: int, n_blocks: int, seed: int, data: st.DataObject
 ) -> None:
-    matrix = random_matrix(kind, n_out, n_blocks, seed)
+    matrix = random_blocks(kind, n_out, n_blocks, seed)
     whole = matrix.rows(slice(None), np.float32)
     start, stop = sorted(data.draw(st.lists(st.integers(0, n_out), min_size=2, max_size=2)))
     several = np.array(data.draw(st.lists(st.integers(0, n_out - 1), max_size=5)), np.int64)
@@ -73,7 +57,7 @@ def test_any_rows_are_those_of_the_whole_matrix(
 
 @each_kind
 def test_blocks_are_what_the_weights_are_made_of(kind: Any) -> None:
-    matrix = random_matrix(kind, 5, 2)
+    matrix = random_blocks(kind, 5, 2)
     blocks, n_groups = matrix.blocks(slice(None)), matrix.shape[1] // matrix.group_size
     assert blocks.codes.reshape(5, n_groups, -1).shape == (5, n_groups, matrix.group_size)
     assert {blocks.codes.dtype, blocks.scales.dtype} == {np.dtype(np.int8)}
@@ -90,7 +74,7 @@ def test_blocks_are_what_the_weights_are_made_of(kind: Any) -> None:
 
 @each_kind
 def test_numpy_rounds_the_inputs_of_each_group_and_the_oracle_does_not(kind: Any) -> None:
-    matrix = random_matrix(kind, 7, 2)
+    matrix = random_blocks(kind, 7, 2)
     x = np.random.default_rng(1).normal(size=(3, matrix.shape[1]))
     exact = x @ matrix.rows(slice(None), np.float64).T
     np.testing.assert_allclose(ReferenceOps("float64").linear(x, matrix), exact, rtol=1e-12)

@@ -214,18 +214,19 @@ def unpack(bits: int) -> tuple[Any, Any]:
     return unpack_codes, unpack_scales
 
 
-def group_tile(bits: int, inputs: str, group: int) -> Any:
+def group_tile(bits: int, inputs: str, group: int, *, has_offsets: bool = False) -> Any:
     """Return the operation multiply_groups(q, a, scales_x, codes, scales, n_groups, C, c, continues).
 
         C[r, lane] += sum over groups of
             scale[lane] scale_x[r] (sum over the group of code[k, lane] q[r, k] - zero[lane] sum_x[r])
 
-    for GROUP_ROWS rows and WIDTH lanes: an integer and a float for each stay in registers.
+    for GROUP_ROWS rows and WIDTH lanes: an integer and a float for each stay in registers. With `has_offsets` weights
+    are scale * code - offset, and the offset takes the place of scale * zero.
 
     q           int16 or int8; the Place a says where in it
     scales_x    float32: scale_x and sum_x of each of q's groups
     codes       a panel of bytes, four inputs of each lane together
-    scales      float32: scales and zeros of WIDTH lanes, group by group
+    scales      float32: scales and zeros, or offsets, of WIDTH lanes, group by group
     C           float32; the Place c says where in it
     continues   whether to add to what C holds
     """
@@ -250,7 +251,12 @@ def group_tile(bits: int, inputs: str, group: int) -> Any:
             for number in range(VECTORS):
                 scale, zero = ((scales + (start + number * LANES)).load(F32, LANES) for start in (0, WIDTH))
                 index = r * VECTORS + number
-                new.append(fma(scale * scale_x, fma(zero, -sum_x, dots[index].to(F32)), sums[index]))
+                dot, before = dots[index].to(F32), sums[index]
+                if has_offsets:
+                    before = fma(zero, -(scale_x * sum_x), before)
+                else:
+                    dot = fma(zero, -sum_x, dot)
+                new.append(fma(scale * scale_x, dot, before))
         return new
 
     @operation(types.void, ARRAY, PLACE, ARRAY, ARRAY, ARRAY, types.intp, ARRAY, PLACE, types.boolean)

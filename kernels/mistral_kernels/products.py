@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mistral_kernels.blocks import PACKINGS
 from mistral_kernels.matmul import matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, matvec
+from mistral_kernels.packed import matmul_blocks, matvec_blocks
 from mistral_kernels.pool import ArrayPool
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
 
@@ -84,3 +86,31 @@ class Codes(NamedTuple):
             q_shape, scales_shape = slab_shapes(self.group, *x_TI[rows].shape)
             q, scales_x = pool.empty(q_shape, self.inputs), pool.empty(scales_shape)
             kernel(self.data, self.scales, self.unit, x_TI[rows], q, scales_x, y_TO[rows], threads)
+
+
+class Blocks(NamedTuple):
+    """A matrix (O, I) in a packed type of GGUF files, whose inputs are rounded to integers.
+
+    kind    "q2_k" to "q8_0": a type of blocks.PACKINGS
+    inputs  "int16" or "int8"
+    data    its blocks, row after row, as bytes
+    """
+
+    kind: str
+    inputs: str
+    data: np.ndarray
+
+    def kernel(self, n_tokens: int) -> partial[Any]:
+        """Return what makes the kernel for a number of tokens: a factory with its arguments."""
+        return partial(matvec_blocks if n_tokens == 1 else matmul_blocks, self.kind, self.inputs)
+
+    def multiply(self, x_TI: np.ndarray, y_TO: np.ndarray, threads: int, pool: ArrayPool) -> None:
+        """Compute y = x Wᵀ; `threads` is what team.team returns."""
+        kernel = self.kernel(len(x_TI))()
+        if len(x_TI) == 1:
+            kernel(self.data, x_TI[0], y_TO[0], threads)
+            return
+        for rows in _chunks(len(x_TI)):
+            q_shape, scales_shape = slab_shapes(PACKINGS[self.kind].group, *x_TI[rows].shape)
+            q, scales_x = pool.empty(q_shape, self.inputs), pool.empty(scales_shape)
+            kernel(self.data, x_TI[rows], q, scales_x, y_TO[rows], threads)

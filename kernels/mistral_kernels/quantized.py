@@ -8,6 +8,8 @@ groups.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import types
 
@@ -21,6 +23,7 @@ from mistral_kernels.arrays import (
     Floats,
     Integers,
     Kernel,
+    Operation,
     Part,
     written,
 )
@@ -39,7 +42,7 @@ TILES = 4  # tiles that are read at the same time, each as a stream of its own
 OF_GROUP = 2 * WIDTH  # floats in a panel's scales for a group: scales, then zeros
 
 
-def _rounded(inputs: str, group: int) -> Part:
+def rounded_inputs(inputs: str, group: int) -> Part:
     """Return the part of a kernel that rounds some inputs of one token, a whole number of groups with zeros behind."""
     round_group = rounding(inputs, group)
 
@@ -88,7 +91,7 @@ def matvec_quantized(bits: int, inputs: str, group: int) -> Kernel:
     It does what plain_product does.
     """
     no_group_sums, add_group, store_group_sums = tile_groups(bits, inputs, group, TILES)
-    rounded = _rounded(inputs, group)
+    rounded = rounded_inputs(inputs, group)
     integer = {"int16": np.int16, "int8": np.int8}[inputs]
 
     @part(bits, inputs, group)
@@ -126,58 +129,12 @@ def slab_shapes(group: int, n_tokens: int, n_in: int) -> tuple[tuple[int, int, i
     return slabs, (*slabs[:2], DEPTH // group * 2)
 
 
-def _slab_multiplier(bits: int, inputs: str, group: int) -> tuple[Part, Part]:
-    """Return the functions new_panel and multiply_slab of matmul.over_blocks, for codes."""
-    multiply_groups = group_tile(bits, inputs, group)
-    unpack_codes, unpack_scales = unpack(bits)
-
-    @part(bits, inputs, group)
-    def new_panel() -> tuple[Bytes, Floats]:
-        return floats(DEPTH * WIDTH // 4).view(np.uint8), floats(DEPTH // group * OF_GROUP)
-
-    @part(bits, inputs, group, borrows=True)
-    def fill_panel(W: Bytes, S: Bytes, block: Block, panel: Bytes, scales: Floats) -> None:
-        """Put the codes of a block into a panel, and their scales."""
-        first, last, o, n_in, n_out = block
-        for r in range(0, WIDTH, TILE):
-            tile = min(o + r, n_out - 1) // TILE
-            for i in range(first, last, 8):
-                unpack_codes(W, (tile * n_in + i) * bits, panel, (i - first) * WIDTH + 4 * r)
-            for i in range(first, last, group):
-                offset = (tile * n_in + i) // group * 2 * TILE
-                unpack_scales(S, offset, scales, (i - first) // group * OF_GROUP + r)
-
-    @part(bits, inputs, group, borrows=True)
-    def multiply_slab(
-        W: tuple[Bytes, Bytes], x: tuple[Integers, Floats], block: Block, panel: tuple[Bytes, Floats], sums: Floats,
-        n_rows: int, continues: bool,
-    ) -> None:  # fmt: skip
-        q, scales_x = x
-        codes, scales = panel
-        fill_panel(W[0], W[1], block, codes, scales)
-        n_groups, slab = (block.stop - block.start) // group, block.start // DEPTH
-        for t in range(0, n_rows, GROUP_ROWS):
-            from_q, to_sums = Place((slab * n_rows + t) * DEPTH, DEPTH), Place(t * WIDTH, WIDTH)
-            multiply_groups(q, from_q, scales_x, codes, scales, n_groups, sums, to_sums, continues)
-
-    return new_panel, multiply_slab
-
-
-@made_once
-def matmul_quantized(bits: int, inputs: str, group: int) -> Kernel:
-    """Return a kernel: matmul_quantized(W, S, unit, x, q, scales_x, y, threads), for codes of 8 or 4 bits.
-
-    W, S, unit  as in matvec_quantized
-    x, y        (T, I) and (T, O) float32, T at least 1
-    q, scales_x of the shapes slab_shapes(group, T, I) and any content: int16 or int8, and float32
-    """
-    rounded = _rounded(inputs, group)
-    integers = written({"int16": types.int16, "int8": types.int8}[inputs], 3)
+def cutter(inputs: str, group: int) -> Part:
+    """Return the function that rounds the inputs of many tokens and cuts them into slabs."""
+    rounded = rounded_inputs(inputs, group)
     n_kept = DEPTH // group * 2  # numbers for each token and slab
-    new_panel, multiply_slab = _slab_multiplier(bits, inputs, group)
-    multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, bits, inputs, group)
 
-    @part(bits, inputs, group)
+    @part(inputs, group)
     def cut(first: int, last: int, x: Floats, unit: float, q: Integers, scales_x: Floats, n_rows: int) -> None:
         """Round the inputs of some slabs of all tokens; rows past the last token are 0."""
         for slab in range(first, last):
@@ -189,6 +146,70 @@ def matmul_quantized(bits: int, inputs: str, group: int) -> Kernel:
             beyond, end = slab * n_rows + len(x), (slab + 1) * n_rows
             q[beyond * DEPTH : end * DEPTH] = 0
             scales_x[beyond * n_kept : end * n_kept] = 0
+
+    return cut
+
+
+def slab_multiplier(multiply_groups: Operation, fill_panel: Part, group: int, *variant: object) -> tuple[Part, Part]:
+    """Return the functions new_panel and multiply_slab of matmul.over_blocks, for codes.
+
+    multiply_groups     as dots.group_tile has it
+    fill_panel(W, block, codes, scales) puts the codes of a block of W into a panel, and their scales into another
+    """
+
+    @part(*variant)
+    def new_panel() -> tuple[Bytes, Floats]:
+        return floats(DEPTH * WIDTH // 4).view(np.uint8), floats(DEPTH // group * OF_GROUP)
+
+    @part(*variant, borrows=True)
+    def multiply_slab(
+        W: Any, x: tuple[Integers, Floats], block: Block, panel: tuple[Bytes, Floats], sums: Floats, n_rows: int,
+        continues: bool,
+    ) -> None:  # fmt: skip
+        q, scales_x = x
+        codes, scales = panel
+        fill_panel(W, block, codes, scales)
+        n_groups, slab = (block.stop - block.start) // group, block.start // DEPTH
+        for t in range(0, n_rows, GROUP_ROWS):
+            from_q, to_sums = Place((slab * n_rows + t) * DEPTH, DEPTH), Place(t * WIDTH, WIDTH)
+            multiply_groups(q, from_q, scales_x, codes, scales, n_groups, sums, to_sums, continues)
+
+    return new_panel, multiply_slab
+
+
+def _panel_filler(bits: int, group: int) -> Part:
+    """Return the function fill_panel of slab_multiplier, for codes in tile order."""
+    unpack_codes, unpack_scales = unpack(bits)
+
+    @part(bits, group, borrows=True)
+    def fill_panel(W: tuple[Bytes, Bytes], block: Block, panel: Bytes, scales: Floats) -> None:
+        """Put the codes of a block into a panel, and their scales."""
+        first, last, o, n_in, n_out = block
+        codes, factors = W
+        for r in range(0, WIDTH, TILE):
+            tile = min(o + r, n_out - 1) // TILE
+            for i in range(first, last, 8):
+                unpack_codes(codes, (tile * n_in + i) * bits, panel, (i - first) * WIDTH + 4 * r)
+            for i in range(first, last, group):
+                offset = (tile * n_in + i) // group * 2 * TILE
+                unpack_scales(factors, offset, scales, (i - first) // group * OF_GROUP + r)
+
+    return fill_panel
+
+
+@made_once
+def matmul_quantized(bits: int, inputs: str, group: int) -> Kernel:
+    """Return a kernel: matmul_quantized(W, S, unit, x, q, scales_x, y, threads), for codes of 8 or 4 bits.
+
+    W, S, unit  as in matvec_quantized
+    x, y        (T, I) and (T, O) float32, T at least 1
+    q, scales_x of the shapes slab_shapes(group, T, I) and any content: int16 or int8, and float32
+    """
+    integers = written({"int16": types.int16, "int8": types.int8}[inputs], 3)
+    cut, variant = cutter(inputs, group), (bits, inputs, group)
+    fill_panel = _panel_filler(bits, group)
+    new_panel, multiply_slab = slab_multiplier(group_tile(*variant), fill_panel, group, *variant)
+    multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, *variant)
 
     @kernel(
         types.void(BYTES, BYTES, types.float32, MATRIX_IN, integers, SLABS, MATRIX_OUT, types.intp),

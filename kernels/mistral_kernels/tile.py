@@ -111,6 +111,14 @@ def tile(
     return multiply_tile
 
 
+def columns_of_eight(rows: list[Value]) -> list[Value]:
+    """Return the columns of 8 rows of 8 lanes. Three rounds interleave row i with row i + 4."""
+    low, high = [0, 8, 1, 9, 2, 10, 3, 11], [4, 12, 5, 13, 6, 14, 7, 15]
+    for _ in range(3):
+        rows = [rows[row].chosen(half, rows[row + 4]) for row in range(4) for half in (low, high)]
+    return rows
+
+
 def transpose(kind: str, ahead: int) -> tuple[int, Operation, Operation]:
     """Return n, and two operations: transpose(W, rows, k, scale, panel, place), and transpose_part(..., count).
 
@@ -124,16 +132,13 @@ def transpose(kind: str, ahead: int) -> tuple[int, Operation, Operation]:
     """
     dtype, in_word = KINDS[kind], 2 if kind == "bf16" else 1
     n = 8 * in_word
-    low, high = [0, 8, 1, 9, 2, 10, 3, 11], [4, 12, 5, 13, 6, 14, 7, 15]
     parameters = (ARRAY, ROWS, types.intp, types.float32, ARRAY, PLACE)
 
     def columns_of(rows: list[Value]) -> list[Value]:
-        """Return the columns of 8 rows of 8 words. Three rounds interleave row i with row i + 4."""
-        for _ in range(3):
-            rows = [rows[row].chosen(half, rows[row + 4]) for row in range(4) for half in (low, high)]
+        """Return the columns of 8 rows of 8 words."""
         if in_word == 1:
-            return rows
-        return [(words >> shift).to(dtype) for words in rows for shift in (0, 16)]
+            return columns_of_eight(rows)
+        return [(words >> shift).to(dtype) for words in columns_of_eight(rows) for shift in (0, 16)]
 
     def transposed(
         W: Address, rows: Rows, k: Value, scale: Value, panel: Address, place: Place, read: Callable[[Address], Value]

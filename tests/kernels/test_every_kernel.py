@@ -17,6 +17,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
+from support.blocks import block_product, random_blocks
 from support.kernels import (
     ALL_STORED,
     SOME_WAYS,
@@ -40,6 +41,7 @@ from mistral_kernels import attention, elementwise, panels, quantized
 from mistral_kernels.matmul import DEPTH
 from mistral_kernels.processor import LANES
 from mistral_kernels.tile import WIDTH
+from mistral_ref.block_matrix import BLOCK_TYPES
 from mistral_ref.weights import FP8_BLOCK
 
 HOST_FEATURES = {name for name, present in llvm.get_host_cpu_features().items() if present}
@@ -60,6 +62,17 @@ def test_threads_that_really_run_at_once_do_not_change_a_bit(monkeypatch: pytest
             quantized_product(how, any_quantized(how, 300, 700, 9), x_TI[:n_tokens], n_threads, one_by_one=one_by_one)
             for how in SOME_WAYS
             for n_tokens, one_by_one in ((1, True), (30, False))
+        ]
+        products += [
+            block_product(
+                random_blocks(kind, 300, 3),
+                normal(6, 30, 3 * packed.weights),
+                "int16",
+                n_threads,
+                one_by_one=one_by_one,
+            )
+            for kind, packed in BLOCK_TYPES.items()
+            for one_by_one in (True, False)
         ]
         few = past._replace(q=past.q[-2:])
         heads = [attended(part, *filled(part, 5, "float32"), n_threads=n_threads) for part in (past, few)]
@@ -89,6 +102,21 @@ def at_the_end(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def run_blocks_to_the_ends() -> None:
+    """Run the kernels for packed types in the same way."""
+    for kind, packed in BLOCK_TYPES.items():
+        for n_out, n_blocks in ((1, 1), (7, 3), (8, 2), (9, 1), (33, 1), (WIDTH, 2), (WIDTH + 1, 9)):
+            drawn_blocks = random_blocks(kind, n_out, n_blocks)
+            packed_matrix = dataclasses.replace(drawn_blocks, data=at_the_end(drawn_blocks.data))
+            x_TI = at_the_end(normal(n_out, 5, n_blocks * packed.weights))
+            for inputs in ("int16", "int8"):
+                for one_by_one in (True, False):
+                    into = at_the_end(np.empty((5, n_out), np.float32))
+                    found = block_product(packed_matrix, x_TI, inputs, one_by_one=one_by_one, into=into)
+                    expected = block_product(drawn_blocks, x_TI.copy(), inputs, one_by_one=one_by_one)
+                    np.testing.assert_array_equal(found, expected)
+
+
 def run_to_the_ends() -> None:
     """Run every kernel on arrays at whose ends the process would be killed for one step further."""
     for stored in ALL_STORED:
@@ -113,6 +141,7 @@ def run_to_the_ends() -> None:
                     found = quantized_product(how, matrix, x_TI, one_by_one=one_by_one, into=into)
                     expected = quantized_product(how, drawn, x_TI.copy(), one_by_one=one_by_one)
                     np.testing.assert_array_equal(found, expected)
+    run_blocks_to_the_ends()
     for n_tokens, head_dim, window in ((1, 2, None), (1, 10, 70), (5, 18, None), (30, 34, 9), (2, 36, 600)):
         for n_rows in (attention.FEW_ROWS, attention.MANY_ROWS):
             for dtype in ("float32", "float16"):
@@ -159,6 +188,9 @@ for _name, _cpu, _features in (
 
 # The plain way, which every machine has, and AVX2 alone, which most laptops have. The others are tried as soak.
 USUAL_VARIANTS = ("4 lanes, no instruction sets", "8 lanes, pairs of bytes")
+OF_KERNELS = [
+    f"tests/kernels/test_{file}.py" for file in ("products", "quantized_products", "packed_products", "attention")
+]
 
 
 def each_variant(names: Iterable[str]) -> pytest.MarkDecorator:
@@ -179,7 +211,7 @@ def run_tests(variant: dict[str, str], cache: Path, *chosen: str) -> None:
 
 @pytest.mark.slow
 @each_variant(USUAL_VARIANTS)
-@pytest.mark.parametrize("file", ["products", "quantized_products", "attention", "elementwise"])
+@pytest.mark.parametrize("file", ["products", "quantized_products", "packed_products", "attention", "elementwise"])
 def test_the_usual_kernels_of_other_machines(variant: dict[str, str], file: str, tmp_path: Path) -> None:
     run_tests(variant, tmp_path, f"tests/kernels/test_{file}.py")
 
@@ -193,9 +225,7 @@ def test_the_usual_kernels_of_all_machines(variant: dict[str, str], tmp_path: Pa
 @pytest.mark.soak
 @each_variant(VARIANTS)
 def test_every_kernel_of_other_machines(variant: dict[str, str], tmp_path: Path) -> None:
-    files = [
-        f"tests/kernels/test_{file}.py" for file in ("products", "quantized_products", "attention", "every_kernel")
-    ]
+    files = [*OF_KERNELS, "tests/kernels/test_every_kernel.py"]
     run_tests(variant, tmp_path, "-m", "slow", "-k", "not of_other_machines", *files)
 
 
@@ -216,6 +246,12 @@ EVERY_KERNEL = [
         for product in ("matvec_quantized", "matmul_quantized")
         for inputs in ("int16", "int8")
     ),
+    *(
+        f"from mistral_kernels.packed import *; {product}({kind!r}, {inputs!r})"
+        for product in ("matvec_blocks", "matmul_blocks")
+        for kind in ("q4_k", "q6_k", "q8_0")
+        for inputs in ("int16", "int8")
+    ),
 ]
 
 
@@ -224,8 +260,7 @@ def test_kernels_that_were_each_compiled_in_a_process_of_its_own_pass_their_test
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "MISTRAL_REF_EXAMPLES": "10"}
     for code in EVERY_KERNEL:
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
-    files = [f"tests/kernels/test_{file}.py" for file in ("products", "quantized_products", "attention")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *OF_KERNELS]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -1,0 +1,183 @@
+"""The packed types of GGUF files, from Q2_K to Q8_0: how codes, scales and offsets lie in a block.
+
+A block holds 32 or 256 neighbours of a row, in groups of 16 or 32. Here the codes of every type are whole numbers, from
+0 on, and
+
+    weight = scale * code - offset          scale and offset are those of the weight's group
+
+Some types take codes as signed, so the code that stands for 0 is part of the offset. mistral_ref.block_matrix defines
+the same types in NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mistral_kernels.processor import FEATURES
+from mistral_kernels.stored import widened
+from mistral_kernels.value import F32, I8, I32, U8, U16, Address, Value, call, constant, where
+
+VECTOR = 32  # codes that are unpacked at once
+
+Factors = tuple[Value, Value]  # scales and offsets: a vector each, or a number each if the block is one group
+
+
+class Packing(NamedTuple):
+    """How a type packs its weights.
+
+    weights     number of weights in a block
+    group       number of weights in a group
+    bytes       bytes of a block
+    bits        codes are below 2^bits
+    codes       codes(block, n) returns the codes 32 n, ..., 32 n + 31 of the block at an address, in order
+    factors     factors(block) returns its scales and offsets
+    """
+
+    weights: int
+    group: int
+    bytes: int
+    bits: int
+    codes: Callable[[Address, int], Value]
+    factors: Callable[[Address], Factors]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups in a block."""
+        return self.weights // self.group
+
+
+def _beside(first: Value, second: Value) -> Value:
+    """Return a vector of the lanes of two vectors of the same length."""
+    return first.chosen(range(2 * first.lanes), second)
+
+
+def _nibbles(place: Address) -> Value:
+    """Return the lower halves of 16 bytes, then their upper halves."""
+    stored = place.load(U8, 16)
+    return _beside(stored & 15, stored >> 4)
+
+
+def _field(place: Address, number: int, bits: int, run: int = VECTOR) -> Value:
+    """Return 32 numbers of `bits` bits: those from 32 `number` on of runs as block_matrix._fields has them."""
+    in_run, vectors = 8 // bits, run // VECTOR
+    runs, rest = divmod(number, in_run * vectors)
+    shift, vector = divmod(rest, vectors)
+    stored = (place + (runs * run + vector * VECTOR)).load(U8, VECTOR)
+    stored = stored >> (shift * bits) if shift else stored
+    return stored if shift == in_run - 1 else stored & 2**bits - 1
+
+
+def _bits(place: Address) -> Value:
+    """Return the 32 bits of four bytes, as numbers of 0 or 1."""
+    stored = place.load(I32).spread(VECTOR // 4).bits_as(U8).chosen([lane // 8 for lane in range(VECTOR)])
+    chosen = stored & constant(U8, [1 << lane % 8 for lane in range(VECTOR)], VECTOR)
+    return where(chosen > 0, constant(U8, 1, VECTOR), 0)
+
+
+def _unit(place: Address) -> Value:
+    """Return the float16 here."""
+    return widened(place.load(U16), "f16")
+
+
+def _times(unit: Value, numbers: Value) -> Value:
+    """Return a unit times the whole numbers of groups, which is exact."""
+    return numbers.to(I32).to(F32) * unit
+
+
+def _shifted(scale: Value, zero: int) -> Factors:
+    """Return scales, and the offsets if the code `zero` stands for 0."""
+    return scale, scale * float(zero)
+
+
+def _from_zero(zero: int) -> Callable[[Address], Factors]:
+    """Return what reads the scale of a block that is one group, and whose code `zero` stands for 0."""
+    return lambda block: _shifted(_unit(block), zero)
+
+
+def _scale_and_minimum(block: Address) -> Factors:
+    """Return the factors of Q4_1 and Q5_1, which store the minimum with the other sign."""
+    return _unit(block), -_unit(block + 2)
+
+
+def _scales_and_minimums(packed: Address) -> tuple[Value, Value]:
+    """Return the scales and the minimums of 8 groups, of 6 bits each, as block_matrix has them."""
+    first, second, halves = ((packed + start).load(U8, 4) for start in (0, 4, 8))
+    scales = _beside(first & 63, (halves & 15) | ((first >> 6) << 4))
+    minimums = _beside(second & 63, (halves >> 4) | ((second >> 6) << 4))
+    return scales, minimums
+
+
+def _factors_of_k(block: Address) -> Factors:
+    """Return the scales and offsets of Q4_K and Q5_K."""
+    scales, minimums = _scales_and_minimums(block + 4)
+    return _times(_unit(block), scales), _times(_unit(block + 2), minimums)
+
+
+def _factors_of_q2_k(block: Address) -> Factors:
+    packed = block.load(U8, 16)
+    return _times(_unit(block + 80), packed & 15), _times(_unit(block + 82), packed >> 4)
+
+
+def _factors_of_q3_k(block: Address) -> Factors:
+    low, high = (block + 96).load(U8, 8), (block + 104).load(U8, 4)
+    low = _beside(low & 15, low >> 4)
+    parts = [high & 3, (high >> 2) & 3, (high >> 4) & 3, high >> 6]
+    high = _beside(_beside(*parts[:2]), _beside(*parts[2:]))
+    return _shifted(_times(_unit(block + 108), ((low | (high << 4)) - 32).bits_as(I8)), 4)
+
+
+def _factors_of_iq4_xs(block: Address) -> Factors:
+    """The numbers of neighbouring groups are the halves of a byte, and their upper bits neighbours in another."""
+    groups = range(8)
+    low = (block + 4).load(U8, 4).chosen([group // 2 for group in groups])
+    high = (block + 2).load(U8, 2).chosen([group // 4 for group in groups])
+    low = where(constant(U8, [group % 2 for group in groups], 8) > 0, low >> 4, low & 15)
+    high = (high >> constant(U8, [group % 4 * 2 for group in groups], 8)) & 3
+    return _shifted(_times(_unit(block), ((low | (high << 4)) - 32).bits_as(I8)), 128)
+
+
+# The codes of IQ4_NL and IQ4_XS are indices in this table; 128 stands for 0.
+_IQ4_CODES = [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241]
+
+
+def _iq4_codes(place: Address) -> Value:
+    indices = _nibbles(place)
+    if "avx2" in FEATURES:  # one instruction looks up the indices of each half of a vector
+        return call("llvm.x86.avx2.pshuf.b", indices, constant(U8, _IQ4_CODES * 2, VECTOR), indices)
+    codes = constant(U8, _IQ4_CODES[0], VECTOR)
+    for index, code in enumerate(_IQ4_CODES):
+        codes = where(indices.equals(index), code, codes)
+    return codes
+
+
+def _factors_of_q6_k(block: Address) -> Factors:
+    return _shifted(_times(_unit(block + 208), (block + 192).load(I8, 16)), 32)
+
+
+def _codes_of_q3_k(block: Address, n: int) -> Value:
+    return _field(block + 32, n, 2) | (_field(block, n, 1) << 2)
+
+
+def _codes_of_q5_k(block: Address, n: int) -> Value:
+    return _field(block + 48, n, 4) | (_field(block + 16, n, 1) << 4)
+
+
+def _codes_of_q6_k(block: Address, n: int) -> Value:
+    return _field(block, n, 4, run=64) | (_field(block + 128, n, 2) << 4)
+
+
+PACKINGS: dict[str, Packing] = {
+    "q4_0": Packing(32, 32, 18, 4, lambda block, _: _nibbles(block + 2), _from_zero(8)),
+    "q4_1": Packing(32, 32, 20, 4, lambda block, _: _nibbles(block + 4), _scale_and_minimum),
+    "q5_0": Packing(32, 32, 22, 5, lambda block, _: _nibbles(block + 6) | (_bits(block + 2) << 4), _from_zero(16)),
+    "q5_1": Packing(32, 32, 24, 5, lambda block, _: _nibbles(block + 8) | (_bits(block + 4) << 4), _scale_and_minimum),
+    "q8_0": Packing(32, 32, 34, 8, lambda block, _: (block + 2).load(U8, VECTOR) + 128, _from_zero(128)),
+    "q2_k": Packing(256, 16, 84, 2, lambda block, n: _field(block + 16, n, 2), _factors_of_q2_k),
+    "q3_k": Packing(256, 16, 110, 3, _codes_of_q3_k, _factors_of_q3_k),
+    "q4_k": Packing(256, 32, 144, 4, lambda block, n: _field(block + 16, n, 4), _factors_of_k),
+    "q5_k": Packing(256, 32, 176, 5, _codes_of_q5_k, _factors_of_k),
+    "q6_k": Packing(256, 16, 210, 6, _codes_of_q6_k, _factors_of_q6_k),
+    "iq4_nl": Packing(32, 32, 18, 8, lambda block, _: _iq4_codes(block + 2), _from_zero(128)),
+    "iq4_xs": Packing(256, 32, 136, 8, lambda block, n: _iq4_codes(block + (8 + 16 * n)), _factors_of_iq4_xs),
+}

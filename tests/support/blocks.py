@@ -1,0 +1,62 @@
+"""Matrices in the packed types of GGUF files, and their products by the compiled kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support.kernels import shared
+from support.marks import slow_but
+
+from mistral_kernels.packed import matmul_blocks, matvec_blocks
+from mistral_kernels.quantized import slab_shapes
+from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix
+
+# Kernels of a kind take seconds to compile, so only those of most files are tried each time.
+each_kind = pytest.mark.parametrize("kind", slow_but(["q4_k", "q6_k", "q8_0"], {kind: kind for kind in BLOCK_TYPES}))
+each_inputs = pytest.mark.parametrize("inputs", ["int16", "int8"])
+
+
+def random_blocks(kind: Any, n_out: int, n_blocks: int, seed: int = 0) -> BlockMatrix:
+    """Return a matrix of random bytes whose scales are finite and of ordinary size."""
+    random = np.random.default_rng(seed)
+    data = random.integers(0, 256, (n_out, n_blocks, BLOCK_TYPES[kind].bytes), dtype=np.uint8)
+    return BlockMatrix("w", kind, with_ordinary_units(kind, data))
+
+
+def with_ordinary_units(kind: Any, data: np.ndarray) -> np.ndarray:
+    """Return blocks whose float16 numbers are made those from 2^-7 to 2^-6, of both signs."""
+    data = data.copy()
+    for at in units_of(kind):
+        data[..., at + 1] = data[..., at + 1] & 0x83 | 0x20
+    return data
+
+
+def units_of(kind: Any) -> list[int]:
+    """Return where the float16 numbers of a block begin."""
+    ends = np.cumsum(BLOCK_TYPES[kind].fields)
+    return [int(end) - 2 for end, size in zip(ends, BLOCK_TYPES[kind].fields, strict=True) if size == 2][
+        : 1 if kind == "iq4_xs" else 2
+    ]
+
+
+def block_product(
+    matrix: BlockMatrix,
+    x_TI: np.ndarray,
+    inputs: str,
+    n_threads: int = 1,
+    *,
+    one_by_one: bool,
+    into: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return x · Wᵀ by matvec_blocks, token by token, or by matmul_blocks."""
+    y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
+    if not one_by_one:
+        q_shape, scales_shape = slab_shapes(matrix.group_size, *x_TI.shape)
+        q, scales_x = np.full(q_shape, 99, inputs), np.full(scales_shape, np.nan, np.float32)
+        matmul_blocks(matrix.kind, inputs)(matrix.as_bytes, x_TI, q, scales_x, y_TO, shared(n_threads))
+        return y_TO
+    for x_I, y_O in zip(x_TI, y_TO, strict=True):
+        matvec_blocks(matrix.kind, inputs)(matrix.as_bytes, x_I, y_O, shared(n_threads))
+    return y_TO
