@@ -51,8 +51,9 @@ def load(
     """Return the Model in a directory or a GGUF file. Its weights are mapped, not copied.
 
     path          directory with params.json or config.json, safetensors in either published layout, and a tokenizer; or
-                  a GGUF file, the first of its shards, or a directory with one GGUF file and no safetensors.
-                  None: the demonstration model
+                  a GGUF file, the first of its shards, or a directory with one GGUF file and no safetensors; or, if
+                  there is no such path, the name of a model in the hub's cache: "org/name", "org/name@REVISION" or
+                  "org/name/FILE.gguf". Nothing is downloaded. None: the demonstration model
     backend       "numba": compiled kernels; "numpy": plain NumPy; None: "numba", or "numpy" with dtype="float64"
     dtype         number format of all activations: "float32", or "float64" (the oracle; only the NumPy backend has it)
     threads       number of threads. None: with "numba" the number in MISTRAL_REF_THREADS, or the number of performance

@@ -101,7 +101,8 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         type=model_directory,
         default=DEMO_MODEL,
-        help="directory with the weights, or a GGUF file (default: the demonstration model)",
+        help="directory with the weights, or a GGUF file, or a name in the hub's cache, ORG/NAME "
+        "(default: the demonstration model)",
     )
     which.add_argument(
         "--shape",

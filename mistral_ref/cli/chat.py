@@ -12,7 +12,7 @@ from mistral_ref.cli.sampling_options import add_sampling_options, sampling_sett
 from mistral_ref.conversation import SYSTEM_PROMPT_FILE, Conversation, read_system_prompt
 from mistral_ref.errors import InputError, escaped, short_repr
 from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
-from mistral_ref.files.paths import local_path
+from mistral_ref.files.paths import local_path, model_path
 from mistral_ref.files.text_file import read_text
 from mistral_ref.text.chat_format import CHAT_FORMATS
 
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.system is not None:
         conversation.set_system(as_text(arguments.system))
     elif conversation.is_chat:
-        conversation.set_system(read_system_prompt(local_path(arguments.model)))
+        conversation.set_system(read_system_prompt(model_path(arguments.model)))
     with LineReader(keeps_history=not arguments.no_history) as reader:
         if reader.is_terminal or not conversation.is_chat:
             say(introduction(conversation, str(arguments.model)), error=True)

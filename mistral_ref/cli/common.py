@@ -22,20 +22,23 @@ from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
 
 
 def model_directory(name: str) -> str | Path:
-    """Return the path of a model. "demo" means the demonstration model, unless a directory has that name."""
+    """Return the path or the name of a model: "demo" is the demonstration model, unless a directory has that name."""
     return DEMO_MODEL if name == "demo" and not os.path.isdir(name) else name
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says which model to load."""
+def add_model_option(
+    parser: argparse.ArgumentParser, default: Path | None = DEMO_MODEL, without: str = "the demonstration model"
+) -> None:
+    """Add the option that says which model to load; `without` says what the command does without it."""
     parser.add_argument(
         "-m",
         "--model",
         metavar="PATH",
         type=model_directory,
-        default=DEMO_MODEL,
+        default=default,
         help="directory with the weights, in Mistral's or Hugging Face's layout, or a GGUF file, or the first of its "
-        "shards (default: the demonstration model)",
+        "shards, or the name of a model in the cache of the Hugging Face Hub: ORG/NAME, ORG/NAME@REVISION or "
+        f"ORG/NAME/FILE.gguf (default: {without})",
     )
 
 

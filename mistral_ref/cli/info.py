@@ -7,7 +7,7 @@ import math
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -18,10 +18,12 @@ from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import list_of_rows
-from mistral_ref.errors import escaped
+from mistral_ref.errors import InputError, escaped
+from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.checkpoint import Checkpoint, gguf_checkpoint, open_checkpoint
 from mistral_ref.files.gguf import Texts, open_gguf
-from mistral_ref.files.paths import checked_model, is_gguf
+from mistral_ref.files.hub import cache_folder, models
+from mistral_ref.files.paths import begins_gguf_model, checked_model, is_gguf
 from mistral_ref.files.tensor_file import DTYPES, Tensor
 from mistral_ref.files.tensor_names import huggingface_name
 from mistral_ref.weights import matrices
@@ -35,9 +37,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "info",
         help="show what a model's files hold",
         description="Show a model's architecture, its files and the types of its weights, the memory that it needs, "
-        "and its tokenizer; of a GGUF file all that it says. Nothing is computed.",
+        "and its tokenizer; of a GGUF file all that it says. Without --model: list the models in the cache of the "
+        "Hugging Face Hub that can be loaded. Nothing is computed.",
     )
-    add_model_option(parser)
+    add_model_option(parser, None, "list the models in the cache; --model demo is the demonstration model")
     add_window_option(parser)
     parser.add_argument(
         "--tensors", action="store_true", help="also list every tensor with its names, dtype, shape and file"
@@ -46,7 +49,13 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what a model's files hold."""
+    """Print what a model's files hold; without a model, which models the hub's cache holds."""
+    if arguments.model is None:
+        given = {"--tensors": arguments.tensors, "--window": arguments.window is not None}
+        if found := [name for name, is_given in given.items() if is_given]:
+            raise InputError(f"{found[0]} is for one model; expected --model, too")
+        print_cached()
+        return
     model = mistral_ref.load(arguments.model, backend="numpy", window=arguments.window)
     path, metadata = checked_model(arguments.model), {}
     with warnings.catch_warnings():
@@ -66,9 +75,38 @@ def run(arguments: argparse.Namespace) -> None:
         print_tensors(checkpoint)
 
 
+def print_cached() -> None:
+    """Print the name, the layout and the size of each model in the hub's cache that can be loaded."""
+    rows: dict[str, object] = {}
+    others: dict[str, object] = {}
+    for name in cached_names():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load gives them
+            try:
+                path = checked_model(name)
+                weights = open_model(path)[1]
+                layout = "gguf" if is_gguf(path) else open_checkpoint(path).layout
+            except mistral_ref.MistralRefError:
+                others[escaped(name)] = f"mistral-ref info --model {escaped(name)} says why"
+                continue
+        rows[escaped(name)] = f"{layout}, {size(sum(matrix.nbytes for matrix in matrices(weights)))}"
+    print_rows(f"models in the hub's cache, {escaped(str(cache_folder()))}", rows or {"none": "that can be loaded"})
+    if others:
+        print_rows("cannot be loaded", others)
+    say(fitted("mistral-ref info --model demo shows the demonstration model"))
+
+
+def cached_names() -> Iterator[str]:
+    """Yield the name of each model in the hub's cache: of GGUF files each, if no safetensors files are beside them."""
+    for name, snapshot in models():
+        files = [] if any(snapshot.glob("*.safetensors*")) else sorted(snapshot.rglob("*.gguf"))
+        ggufs = [file.relative_to(snapshot).as_posix() for file in files if begins_gguf_model(file.name)]
+        yield from [f"{name}/{file}" for file in ggufs] or [name]
+
+
 def print_rows(title: str, rows: dict[str, object]) -> None:
     """Print a title, and below it rows of names and values; the values are aligned."""
-    say(title)
+    say(fitted(title))
     width = max(20, *(len(name) + 2 for name in rows))
     for name, value in rows.items():
         say(fitted(f"  {name:<{width}}{value}"))

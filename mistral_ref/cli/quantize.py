@@ -38,7 +38,11 @@ Rounding makes a model less exact. With 8 bits the difference is very small.
 docs/quantization.md shows the difference measured with 4 bits.""",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("source", metavar="IN", help="directory of the model, or `demo` for the demonstration model")
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        help="directory of the model, its name in the hub's cache, or `demo` for the demonstration model",
+    )
     parser.add_argument("target", metavar="OUT", help="the new directory; it must not exist yet")
     parser.add_argument(
         "--bits",

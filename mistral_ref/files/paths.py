@@ -1,4 +1,7 @@
-"""Paths that a user gave: `~` is the user's home, and what lies there instead of a model is told by name."""
+"""Paths that a user gave, and names of models in the hub's cache.
+
+`~` is the user's home. What lies there instead of a model is told by name.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mistral_ref.errors import InputError, MistralRefError, short_repr
+from mistral_ref.files import hub
 
 _OTHER_GGUF = re.compile(r"mmproj|.*-(?!00001-)\d{5}-of-\d{5}\.gguf$", re.DOTALL)
 
@@ -17,13 +21,22 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(os.fspath(path)))
 
 
+def model_path(path: str | os.PathLike[str], error: type[MistralRefError] = InputError) -> Path:
+    """Return an existing path as a Path; else the path in the hub's cache of the model that has this name (`hub.find`).
+
+    A path that is neither is returned as it is. Raises `error` if it has the form of a name and is not in the cache.
+    """
+    found = local_path(path)
+    return found if os.path.lexists(found) else hub.find(os.fspath(path), error) or found
+
+
 def checked_model(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a model: of a GGUF file, or of a directory that can be read.
+    """Return the path of a model: of a GGUF file, or of a directory that can be read; `path` may be a name, too.
 
     A directory with a GGUF file and no safetensors files is the GGUF file in it. Raises InputError if it holds several,
-    or if `path` is neither a GGUF file nor a directory that can be read.
+    or if `path` is neither a GGUF file nor a directory that can be read, nor the name of a model in the hub's cache.
     """
-    directory = local_path(path)
+    directory = model_path(path)
     if is_gguf(directory):
         return directory
     try:
@@ -37,7 +50,7 @@ def checked_model(path: str | os.PathLike[str]) -> Path:
             ) from None
         raise InputError(f"{directory}: cannot be read: {getattr(error, 'strerror', error)}") from None
     if "snapshots" in names and not {"params.json", "config.json"} & set(names):
-        snapshot = _snapshot(directory)
+        snapshot = hub.usual_snapshot(directory)
         raise InputError(f"{directory}: a folder of the hub's cache, not a model's directory; expected {snapshot}")
     return gguf_in(directory, names) or directory
 
@@ -55,16 +68,23 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
+def begins_gguf_model(name: str) -> bool:
+    """Return whether this is the name of a GGUF file with a model in it, or of the first of its shards.
+
+    Files that llama.cpp has beside a model, with the weights for pictures, are none.
+    """
+    return name.endswith(".gguf") and not _OTHER_GGUF.match(name)
+
+
 def gguf_in(directory: Path, names: Iterable[str]) -> Path | None:
     """Return the GGUF file, or the first shard, in a directory of these names; None beside safetensors files.
 
-    Files that llama.cpp has beside a model, with the weights for pictures, do not count. Raises InputError if there are
-    several GGUF files.
+    Raises InputError if there are several GGUF files.
     """
     names = sorted(names)
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return None
-    found = [name for name in names if name.endswith(".gguf") and not _OTHER_GGUF.match(name)]
+    found = [name for name in names if begins_gguf_model(name)]
     if len(found) > 1:
         raise InputError(f"{directory}: holds several GGUF files, {short_repr(found)}; expected the path of one")
     return directory / found[0] if found else None
@@ -74,17 +94,3 @@ def refuse_pointer(path: Path, beginning: bytes, error: type[MistralRefError]) -
     """Raise `error` if a file that begins with these bytes is a pointer of Git LFS, in place of the file itself."""
     if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
         raise error(f"{path}: a pointer of Git LFS, not the file itself; expected the file: `git lfs pull` fetches it")
-
-
-def _snapshot(repository: Path) -> Path:
-    """Return the snapshot in a repository's folder of the hub's cache: the one of its branch main, or else the newest.
-
-    The hub keeps files as snapshots/COMMIT/NAME, and the commit of main in refs/main.
-    """
-    snapshots = [path for path in (repository / "snapshots").glob("*") if os.path.isdir(path)]
-    try:
-        main = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        main = ""
-    newest_last = sorted(snapshots, key=lambda path: (path.name == main, path.stat().st_mtime))
-    return newest_last[-1] if snapshots else repository / "snapshots" / "COMMIT"

@@ -139,7 +139,7 @@ def quantize(
 ) -> Path:
     """Write a new directory with a model in 8 or 4 bits a weight; return its path. `load` reads it like any model.
 
-    source      directory of the model
+    source      directory of the model, or its name in the hub's cache
     target      the new directory
     bits        8 or 4, for the matrices of the layers; routers are not rounded
     group_size  how many neighbours in a row share a scale and a zero: 32, 64 or 128. A scale and a zero take 16 bits
@@ -150,11 +150,11 @@ def quantize(
     it is there already, if the disk has no room, or if the model is quantized already; CheckpointError if a weight is
     not finite.
     """
-    source, target = local_path(source), local_path(target)
+    source, target = checked_model(source), local_path(target)
     scheme = Scheme(bits, group_size, embedding, head)
     if os.path.lexists(target):
         raise InputError(f"{target}: exists already; expected the name of a new directory")
-    if is_gguf(checked_model(source)):
+    if is_gguf(source):
         raise InputError(f"{source}: a GGUF file; expected a directory with safetensors files")
     config, weights = open_model(source)
     scheme.check(weights)

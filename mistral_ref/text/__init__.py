@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mistral_ref.errors import TokenizerError, UnknownTokenizerError
 from mistral_ref.files.json_file import TOKENIZER, read_json
-from mistral_ref.files.paths import gguf_in, is_gguf, local_path
+from mistral_ref.files.paths import gguf_in, is_gguf, model_path
 from mistral_ref.text.chat import can_chat, encode_chat, encode_fim
 from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer, opened
 from mistral_ref.text.reply import parse_reply
@@ -49,7 +49,7 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
 
     Raises TokenizerError if the directory cannot be listed, or if it has several versioned names.
     """
-    directory = local_path(directory)
+    directory = model_path(directory, TokenizerError)
     if is_gguf(directory):
         return directory if has_tokenizer(opened(directory)) else None
     try:
@@ -70,7 +70,7 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Return the tokenizer in a file, a GGUF file too, or in a directory (`find_tokenizer`).
+    """Return the tokenizer in a file, a GGUF file too, or in a directory (`find_tokenizer`), or of a model by its name.
 
     The file's content tells its kind. Beside any file but a GGUF file, tokenizer_config.json or added_tokens.json are
     read, too. Beside tekken.json, which lists its own control tokens, they say no more than which of these ends a text,
@@ -79,7 +79,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises TokenizerError if there is no such file, or if it cannot be used; UnknownTokenizerError, a kind of it, if the
     file is of another kind than these. The message begins with the path.
     """
-    path = local_path(path)
+    path = model_path(path, TokenizerError)
     if os.path.isdir(path):
         found = find_tokenizer(path)
         if found is None:

@@ -57,7 +57,7 @@ def test_without_a_model_the_demonstration_model_answers() -> None:
     done = run_process("generate", "--temperature", 0, "--max-tokens", 20, "Once upon a time")
     text = mistral_ref.load().complete("Once upon a time", max_tokens=20)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"Once upon a time{text}\n")
-    assert "bf16" in run("info").stdout.lower()
+    assert "bf16" in run("info", "--model", "demo").stdout.lower()
 
 
 def test_generate_prints_the_prompt_and_what_the_library_generates(model_dir: Path) -> None:
@@ -236,7 +236,7 @@ def without_blanks(text: str) -> str:
     return re.sub(r"\\\n|\s|#", "", text)
 
 
-@pytest.mark.parametrize("command", [*(f"{name} --help" for name in HELPS), "step --broken list", "info"])
+@pytest.mark.parametrize("command", [*(f"{name} --help" for name in HELPS), "step --broken list", "info -m demo"])
 def test_a_narrow_terminal_shows_the_same_words(command: str) -> None:
     wide, narrow = (run(*command.split(), columns=columns) for columns in (None, 40))
     assert max(map(cell_len, narrow.stdout.splitlines())) <= 40
@@ -246,7 +246,7 @@ def test_a_narrow_terminal_shows_the_same_words(command: str) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "info --tensors",
+        "info -m demo --tensors",
         "trace --backend numpy A",
         "compare demo demo --backend numpy --broken tiled-heads A",
         "perplexity --backend numpy --context 8 --stride 4",

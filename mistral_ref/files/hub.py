@@ -1,0 +1,115 @@
+"""Find models by name in the cache of the Hugging Face Hub, as its own programs leave it. Nothing is downloaded.
+
+CACHE/models--ORG--NAME/refs/BRANCH             a file that holds the commit of this branch
+snapshots/COMMIT/FILE   a link to a file in blobs/, or the file itself
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mistral_ref.errors import MistralRefError, short_repr
+
+_PART = r"\w[\w.-]*"
+# org/name, org/name@REVISION, org/name/FILE.gguf or org/name@REVISION/FILE.gguf; only refs/pr/1 and its like and a
+# revision without a file may hold a slash.
+_NAME = re.compile(
+    rf"(?P<repository>{_PART}/{_PART})"
+    rf"(?:@(?P<revision>refs/\w+/{_PART}|{_PART}|{_PART}(?:/{_PART})+?))?"
+    rf"(?:/(?P<file>(?:{_PART}/)*{_PART}\.gguf))?",
+    re.ASCII,
+)
+# What may be read of a model: other links, such as those of pictures, may be broken.
+_READ = re.compile(r".+\.(safetensors|gguf|json|jinja|model(\..+)?)")
+
+
+def cache_folder() -> Path:
+    """Return the folder of the hub's cache: of HF_HUB_CACHE, else in HF_HOME, else in the user's cache folder."""
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(user, "huggingface")
+    folder = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expanduser(os.path.expandvars(folder)))
+
+
+def find(name: str, error: type[MistralRefError]) -> Path | None:
+    """Return the snapshot of a model, or the GGUF file in it; None if `name` is none of the hub's names.
+
+    Names are "org/name", "org/name@REVISION" and "org/name/FILE.gguf". A revision is a branch, a tag, a commit, or the
+    beginning of one; without it the branch main is taken. Raises `error` if the cache does not hold the model, or if a
+    file of it is missing.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None or ".." in name or "--" in found["repository"]:
+        return None
+    fetch = _fetch(found)
+    repository = cache_folder() / f"models--{found['repository'].replace('/', '--')}"
+    if not os.path.isdir(repository):
+        raise error(
+            f"{name}: no such directory or file, and no model of this name in the hub's cache, {repository.parent}; "
+            f"{fetch} fetches it"
+        )
+    snapshot = _snapshot(repository, found["revision"] or "main")
+    if snapshot is None:
+        names = [path.name for path in _snapshots(repository)]
+        raise error(
+            f"{name}: the hub's cache, {repository.parent}, does not have {short_repr(found['revision'] or 'main')} of "
+            f"this model; {fetch} fetches it"
+            + (f"; to take what is there, write {found['repository']}@{names[-1]}" if names else "")
+        )
+    _require_whole(snapshot, found["file"], fetch, error)
+    return snapshot / found["file"] if found["file"] else snapshot
+
+
+def models() -> Iterator[tuple[str, Path]]:
+    """Yield the name and the snapshot of each model in the hub's cache.
+
+    It is the snapshot of the branch main; of a model without this branch each snapshot, by its commit.
+    """
+    for repository in sorted(cache_folder().glob("models--*--*")):
+        name = repository.name.removeprefix("models--").replace("--", "/", 1)
+        if main := _snapshot(repository, "main"):
+            yield name, main
+        else:
+            yield from ((f"{name}@{snapshot.name}", snapshot) for snapshot in _snapshots(repository))
+
+
+def usual_snapshot(repository: Path) -> Path:
+    """Return the snapshot in a repository's folder of the cache: the one of its branch main, or else the newest."""
+    return _snapshot(repository, "main") or [repository / "snapshots" / "COMMIT", *_snapshots(repository)][-1]
+
+
+def _snapshots(repository: Path) -> list[Path]:
+    """Return the snapshots of a repository, the newest last."""
+    found = [path for path in (repository / "snapshots").glob("*") if os.path.isdir(path)]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def _snapshot(repository: Path, revision: str) -> Path | None:
+    """Return the snapshot of a branch, a tag, a commit or the beginning of a commit; None if there is none."""
+    try:
+        commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = ""
+    snapshots = _snapshots(repository)
+    if exact := [path for path in snapshots if path.name in (commit, revision)]:
+        return exact[0]
+    begun = [path for path in snapshots if path.name.startswith(revision)] if len(revision) >= 7 else []
+    return begun[0] if len(begun) == 1 else None
+
+
+def _require_whole(snapshot: Path, file: str | None, fetch: str, error: type[MistralRefError]) -> None:
+    """Raise `error` if `file`, or without it any file that may be read, is missing: its link leads nowhere."""
+    read = [snapshot / file] if file else [path for path in sorted(snapshot.iterdir()) if _READ.fullmatch(path.name)]
+    for path in read:
+        if not os.path.exists(path):
+            what = "its content is not in the hub's cache" if path.is_symlink() else "not in the hub's cache"
+            raise error(f"{path}: {what}; {fetch} fetches it")
+
+
+def _fetch(name: re.Match[str]) -> str:
+    """Return the command that downloads a model, in the words of the hub's own program."""
+    words = ["hf download", name["repository"], name["file"], name["revision"] and f"--revision {name['revision']}"]
+    return f"`{' '.join(word for word in words if word)}`"
