@@ -91,7 +91,9 @@ def test_where_there_is_a_progress_bar_kernels_are_named_beside_it() -> None:
     with terminal(columns=150) as screen, progress_bar("scoring", is_long=True) as bar:
         bar(0, 10)
         show_compiling(1, 2, NAMES[1])
-        time.sleep(0.2)  # a bar is drawn ten times a second
+        deadline = time.monotonic() + 20
+        while NAMES[1] not in screen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)  # a bar is drawn ten times a second
         bar(5, 10)
     shown = screen.getvalue()
     assert NAMES[1] in shown
