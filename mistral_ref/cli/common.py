@@ -216,11 +216,11 @@ def show_compiling(done: int, total: int, kernel: str) -> None:
     The line is gone when all are compiled. Without a terminal one line says how many there are.
     """
     text = f"compiling kernels (once on this machine): {done + 1} of {total}, {kernel}" if kernel else ""
-    if sys.stderr is None or not sys.stderr.isatty():
+    if _bars:  # only a terminal has bars
+        _bars[-1](done, total, text)
+    elif sys.stderr is None or not sys.stderr.isatty():
         if not done:
             say(f"mistral-ref: note: compiling {n_kernels(total)}, once on this machine", error=True)
-    elif _bars:
-        _bars[-1](done, total, text)
     else:
         show_in_place(text)
 
