@@ -1,7 +1,9 @@
 """Find models by name in the cache of the Hugging Face Hub, as its own programs leave it. Nothing is downloaded.
 
-CACHE/models--ORG--NAME/refs/BRANCH             a file that holds the commit of this branch
-snapshots/COMMIT/FILE   a link to a file in blobs/, or the file itself
+The folder models--ORG--NAME in the cache holds:
+
+    refs/BRANCH             a file with the commit of this branch
+    snapshots/COMMIT/FILE   a link to a file in blobs/, or the file itself
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ _NAME = re.compile(
 )
 # What may be read of a model: other links, such as those of pictures, may be broken.
 _READ = re.compile(r".+\.(safetensors|gguf|json|jinja|model(\..+)?)")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 
 
 def cache_folder() -> Path:
@@ -101,12 +104,26 @@ def _snapshot(repository: Path, revision: str) -> Path | None:
 
 
 def _require_whole(snapshot: Path, file: str | None, fetch: str, error: type[MistralRefError]) -> None:
-    """Raise `error` if `file`, or without it any file that may be read, is missing: its link leads nowhere."""
+    """Raise `error` if `file`, or without it any file that may be read, is missing: its link leads nowhere.
+
+    What is being downloaded is in blobs/HASH.incomplete, and has no link yet.
+    """
     read = [snapshot / file] if file else [path for path in sorted(snapshot.iterdir()) if _READ.fullmatch(path.name)]
     for path in read:
         if not os.path.exists(path):
             what = "its content is not in the hub's cache" if path.is_symlink() else "not in the hub's cache"
             raise error(f"{path}: {what}; {fetch} fetches it")
+    begun = snapshot.parent.with_name("blobs").glob("*.incomplete")
+    if not file and any(begun) and _lacks_weights([path.name for path in read]):
+        raise error(f"{snapshot}: the download of its weights has not ended; {fetch} goes on with it")
+
+
+def _lacks_weights(names: list[str]) -> bool:
+    """Return whether there is no file of weights among these names, or one of several shards is missing."""
+    weights = {name for name in names if name.endswith((".safetensors", ".gguf"))}
+    shards = [shard for name in weights if (shard := _SHARD.fullmatch(name))]
+    others = (f"{one[1]}-{number:05}-of-{one[2]}{one[3]}" for one in shards for number in range(1, int(one[2]) + 1))
+    return not weights or not weights.issuperset(others)
 
 
 def _fetch(name: re.Match[str]) -> str:

@@ -128,6 +128,25 @@ def test_half_a_model_is_told_by_the_file_that_is_missing(cache: Path, files: Pa
         mistral_ref.load("org/name")
 
 
+@pytest.mark.parametrize("there", [(), ("model-00001-of-00002.safetensors",), ("a-00002-of-00003.gguf",)])
+def test_a_download_that_has_not_ended_is_told(cache: Path, tmp_path: Path, there: tuple[str, ...]) -> None:
+    (tmp_path / "files").mkdir()
+    for name in ("config.json", *there):
+        (tmp_path / "files" / name).write_text("{}")
+    snapshot = into_cache(cache, "org/name", tmp_path / "files")
+    assert model_path("org/name") == snapshot
+    unfinished = cache / "models--org--name" / "blobs" / "0123.incomplete"
+    unfinished.touch()
+    with refused(InputError, snapshot, "`hf download org/name`"):
+        mistral_ref.load("org/name")
+
+
+def test_an_old_download_that_never_ended_is_in_nobodys_way(cache: Path, files: Path) -> None:
+    snapshot = into_cache(cache, "org/name", files)
+    (cache / "models--org--name" / "blobs" / "0123.incomplete").touch()
+    assert model_path("org/name") == snapshot
+
+
 @pytest.mark.parametrize("name", ["a/b/c", "a", "../b", "a/..", "a/b@", "a/b@../../c", "/a/b", "a--b/c", "a/b/c.bin"])
 def test_what_is_no_name_is_a_path(cache: Path, name: str) -> None:
     dots(cache, "a/b", branch="../../c")
