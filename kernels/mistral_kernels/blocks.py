@@ -3,10 +3,10 @@
 A block holds 32 or 256 neighbours of a row, in groups of 16 or 32. Here the codes of every type are whole numbers, from
 0 on, and
 
-    weight = scale * code - offset          scale and offset are those of the weight's group
+    weight = scale * (code - zero)          the scale is that of the weight's group, the zero that of the type
+    weight = scale * code - minimum         in types with minimums, where the zero is 0
 
-Some types take codes as signed, so the code that stands for 0 is part of the offset. mistral_ref.block_matrix defines
-the same types in NumPy.
+mistral_ref.block_matrix defines the same types in NumPy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from mistral_kernels.value import F32, I8, I32, U8, U16, Address, Value, call, c
 
 VECTOR = 32  # codes that are unpacked at once
 
-Factors = tuple[Value, Value]  # scales and offsets: a vector each, or a number each if the block is one group
+# Scales and minimums of the groups in a block: a vector each, or a number each if the block is one group. None: the
+# type has no minimums.
+Factors = tuple[Value, "Value | None"]
 
 
 class Packing(NamedTuple):
@@ -30,14 +32,16 @@ class Packing(NamedTuple):
     group       number of weights in a group
     bytes       bytes of a block
     bits        codes are below 2^bits
+    zero        the code that stands for 0
     codes       codes(block, n) returns the codes 32 n, ..., 32 n + 31 of the block at an address, in order
-    factors     factors(block) returns its scales and offsets
+    factors     factors(block) returns its scales and minimums
     """
 
     weights: int
     group: int
     bytes: int
     bits: int
+    zero: int
     codes: Callable[[Address, int], Value]
     factors: Callable[[Address], Factors]
 
@@ -85,17 +89,12 @@ def _times(unit: Value, numbers: Value) -> Value:
     return numbers.to(I32).to(F32) * unit
 
 
-def _shifted(scale: Value, zero: int) -> Factors:
-    """Return scales, and the offsets if the code `zero` stands for 0."""
-    return scale, scale * float(zero)
+def _only_scale(block: Address) -> Factors:
+    """Return the scale of a block that is one group."""
+    return _unit(block), None
 
 
-def _from_zero(zero: int) -> Callable[[Address], Factors]:
-    """Return what reads the scale of a block that is one group, and whose code `zero` stands for 0."""
-    return lambda block: _shifted(_unit(block), zero)
-
-
-def _scale_and_minimum(block: Address) -> Factors:
+def _both_units(block: Address) -> Factors:
     """Return the factors of Q4_1 and Q5_1, which store the minimum with the other sign."""
     return _unit(block), -_unit(block + 2)
 
@@ -109,7 +108,7 @@ def _scales_and_minimums(packed: Address) -> tuple[Value, Value]:
 
 
 def _factors_of_k(block: Address) -> Factors:
-    """Return the scales and offsets of Q4_K and Q5_K."""
+    """Return the factors of Q4_K and Q5_K."""
     scales, minimums = _scales_and_minimums(block + 4)
     return _times(_unit(block), scales), _times(_unit(block + 2), minimums)
 
@@ -124,7 +123,7 @@ def _factors_of_q3_k(block: Address) -> Factors:
     low = _beside(low & 15, low >> 4)
     parts = [high & 3, (high >> 2) & 3, (high >> 4) & 3, high >> 6]
     high = _beside(_beside(*parts[:2]), _beside(*parts[2:]))
-    return _shifted(_times(_unit(block + 108), ((low | (high << 4)) - 32).bits_as(I8)), 4)
+    return _times(_unit(block + 108), ((low | (high << 4)) - 32).bits_as(I8)), None
 
 
 def _factors_of_iq4_xs(block: Address) -> Factors:
@@ -134,7 +133,7 @@ def _factors_of_iq4_xs(block: Address) -> Factors:
     high = (block + 2).load(U8, 2).chosen([group // 4 for group in groups])
     low = where(constant(U8, [group % 2 for group in groups], 8) > 0, low >> 4, low & 15)
     high = (high >> constant(U8, [group % 4 * 2 for group in groups], 8)) & 3
-    return _shifted(_times(_unit(block), ((low | (high << 4)) - 32).bits_as(I8)), 128)
+    return _times(_unit(block), ((low | (high << 4)) - 32).bits_as(I8)), None
 
 
 # The codes of IQ4_NL and IQ4_XS are indices in this table; 128 stands for 0.
@@ -152,7 +151,7 @@ def _iq4_codes(place: Address) -> Value:
 
 
 def _factors_of_q6_k(block: Address) -> Factors:
-    return _shifted(_times(_unit(block + 208), (block + 192).load(I8, 16)), 32)
+    return _times(_unit(block + 208), (block + 192).load(I8, 16)), None
 
 
 def _codes_of_q3_k(block: Address, n: int) -> Value:
@@ -168,16 +167,16 @@ def _codes_of_q6_k(block: Address, n: int) -> Value:
 
 
 PACKINGS: dict[str, Packing] = {
-    "q4_0": Packing(32, 32, 18, 4, lambda block, _: _nibbles(block + 2), _from_zero(8)),
-    "q4_1": Packing(32, 32, 20, 4, lambda block, _: _nibbles(block + 4), _scale_and_minimum),
-    "q5_0": Packing(32, 32, 22, 5, lambda block, _: _nibbles(block + 6) | (_bits(block + 2) << 4), _from_zero(16)),
-    "q5_1": Packing(32, 32, 24, 5, lambda block, _: _nibbles(block + 8) | (_bits(block + 4) << 4), _scale_and_minimum),
-    "q8_0": Packing(32, 32, 34, 8, lambda block, _: (block + 2).load(U8, VECTOR) + 128, _from_zero(128)),
-    "q2_k": Packing(256, 16, 84, 2, lambda block, n: _field(block + 16, n, 2), _factors_of_q2_k),
-    "q3_k": Packing(256, 16, 110, 3, _codes_of_q3_k, _factors_of_q3_k),
-    "q4_k": Packing(256, 32, 144, 4, lambda block, n: _field(block + 16, n, 4), _factors_of_k),
-    "q5_k": Packing(256, 32, 176, 5, _codes_of_q5_k, _factors_of_k),
-    "q6_k": Packing(256, 16, 210, 6, _codes_of_q6_k, _factors_of_q6_k),
-    "iq4_nl": Packing(32, 32, 18, 8, lambda block, _: _iq4_codes(block + 2), _from_zero(128)),
-    "iq4_xs": Packing(256, 32, 136, 8, lambda block, n: _iq4_codes(block + (8 + 16 * n)), _factors_of_iq4_xs),
+    "q4_0": Packing(32, 32, 18, 4, 8, lambda block, _: _nibbles(block + 2), _only_scale),
+    "q4_1": Packing(32, 32, 20, 4, 0, lambda block, _: _nibbles(block + 4), _both_units),
+    "q5_0": Packing(32, 32, 22, 5, 16, lambda block, _: _nibbles(block + 6) | (_bits(block + 2) << 4), _only_scale),
+    "q5_1": Packing(32, 32, 24, 5, 0, lambda block, _: _nibbles(block + 8) | (_bits(block + 4) << 4), _both_units),
+    "q8_0": Packing(32, 32, 34, 8, 128, lambda block, _: (block + 2).load(U8, VECTOR) + 128, _only_scale),
+    "q2_k": Packing(256, 16, 84, 2, 0, lambda block, n: _field(block + 16, n, 2), _factors_of_q2_k),
+    "q3_k": Packing(256, 16, 110, 3, 4, _codes_of_q3_k, _factors_of_q3_k),
+    "q4_k": Packing(256, 32, 144, 4, 0, lambda block, n: _field(block + 16, n, 4), _factors_of_k),
+    "q5_k": Packing(256, 32, 176, 5, 0, _codes_of_q5_k, _factors_of_k),
+    "q6_k": Packing(256, 16, 210, 6, 32, _codes_of_q6_k, _factors_of_q6_k),
+    "iq4_nl": Packing(32, 32, 18, 8, 128, lambda block, _: _iq4_codes(block + 2), _only_scale),
+    "iq4_xs": Packing(256, 32, 136, 8, 128, lambda block, n: _iq4_codes(block + (8 + 16 * n)), _factors_of_iq4_xs),
 }

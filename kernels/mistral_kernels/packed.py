@@ -3,10 +3,11 @@
 Inputs are rounded to int16 or int8, a group at a time, and products are summed as integers, a group at a time, as in
 quantized.py. Over a group
 
-    sum of weight * x = scale * scale_x * (sum of code * q) - offset * scale_x * (sum of q)
+    sum of weight * x = scale * scale_x * (sum of (code - zero) * q) - minimum * scale_x * (sum of q)
 
 Decoding reads some rows at the same time, as streams (matvec.py). A row's sums lie side by side in a vector, and are
-added up at the row's end. For prompts, codes, scales and offsets of some rows become a panel, as in quantized.py.
+added up at the row's end. For prompts, codes, scales and offsets of some rows become a panel, as in
+quantized.py; an offset is a minimum or scale * zero.
 """
 
 from __future__ import annotations
@@ -44,41 +45,48 @@ from mistral_kernels.value import ARRAY, F32, I16, I32, U8, U32, Address, Value,
 STREAMS = 4  # rows that are read at the same time
 
 
+@operation(types.void, ARRAY, types.intp)
+def _part(q: Address, i: Value) -> None:
+    """Bring the int16 i, ..., i + 31 of q, which lie in the order 0, 2, 1, 3 in each four, into the order even, odd."""
+    words = (q + i).load(I32, VECTOR // 2)
+    for start in (0, 1):
+        (q + (i + start * (VECTOR // 2))).store(words.chosen(range(start, VECTOR // 2, 2)))
+
+
 def _row_sums(kind: str, inputs: str) -> tuple[Operation, Operation, Operation]:
     """Return the operations on the sums of STREAMS rows of blocks.
 
     no_sums()                                       a tuple of vectors of 8 zeros
-    add_block(sums, W, rows, number, q, scales_x)   each sum plus what the block of this number in its row gives
+    add_block(sums, W, rows, number, q, scales_x)   each sum plus what the block of this number in its row gives; int16
+                                                    of q lie as _part has them
     totals(sums)                                    the tuple of the rows' sums
     """
     packing = PACKINGS[kind]
     sums_type = types.UniTuple(EIGHT, STREAMS)
 
     def inputs_at(q: Address) -> list[Value]:
-        """Return 32 inputs as `products` takes them; int16 lie in the order 0, 2, 1, 3 in each four."""
+        """Return 32 inputs as `products` takes them."""
         if INPUTS[inputs] is not I16:
             return [q.load(INPUTS[inputs], VECTOR)]
-        words = q.load(I32, VECTOR // 2)
-        return [words.chosen(range(start, words.lanes, 2)).bits_as(I16) for start in (0, 1)]
+        return [(q + start).load(I16, VECTOR // 2) for start in (0, VECTOR // 2)]
 
-    def scales_at(scales_x: Address) -> tuple[list[Value], list[Value]]:
+    def scales_at(scales_x: Address) -> list[tuple[Value, Value]]:
         """Return scale_x and -scale_x * sum of q of a block's groups, as vectors of 8.
 
         Where the block is one group, the second is an eighth of it in each lane.
         """
         if packing.groups == 1:
             scale, total = ((scales_x + n).load(F32) for n in (0, 1))
-            return [scale.spread(8)], [(scale * total * -0.125).spread(8)]
-        scales, totals = [], []
+            return [(scale.spread(8), (scale * total * -0.125).spread(8))]
+        found = []
         for start in range(0, packing.groups, 8):
             both = (scales_x + 2 * start).load(F32, 16)
             scale, total = (both.chosen(range(first, 16, 2)) for first in (0, 1))
-            scales.append(scale)
-            totals.append(-(scale * total))
-        return scales, totals
+            found.append((scale, -(scale * total)))
+        return found
 
     def of_eight(factors: Value) -> list[Value]:
-        """Return the scales or offsets of a block's groups as vectors of 8."""
+        """Return the scales or minimums of a block's groups as vectors of 8."""
         if packing.groups == 1:
             return [factors.spread(8)]
         return [factors.chosen(range(start, start + 8)) for start in range(0, packing.groups, 8)]
@@ -99,20 +107,23 @@ def _row_sums(kind: str, inputs: str) -> tuple[Operation, Operation, Operation]:
         sums: tuple[Value, ...], W: Address, rows: Rows, number: Value, q: Address, scales_x: Address
     ) -> list[Value]:
         q_block = q + number * packing.weights
-        x_scales, x_totals = scales_at(scales_x + number * (2 * packing.groups))
+        x_scales = scales_at(scales_x + number * (2 * packing.groups))
         addresses = row_addresses(W, rows, number * packing.bytes, U8, range(STREAMS))
         new, scales = list(sums), []
         for row, address in enumerate(addresses):
             for line in range(0, packing.bytes, LINE):
                 address.prefetch(AHEAD + line)
-            scale, offset = (of_eight(factors) for factors in packing.factors(address))
-            scales.append([one * x_scale for one, x_scale in zip(scale, x_scales, strict=True)])
-            for one, x_total in zip(offset, x_totals, strict=True):
-                new[row] = fma(one, x_total, new[row])
+            scale, minimum = packing.factors(address)
+            scales.append([one * x_scale for one, (x_scale, _) in zip(of_eight(scale), x_scales, strict=True)])
+            if minimum is not None:
+                for one, (_, x_total) in zip(of_eight(minimum), x_scales, strict=True):
+                    new[row] = fma(one, x_total, new[row])
         for vector in range(packing.weights // VECTOR):
-            x = inputs_at(q_block + VECTOR * vector)
+            x, nothing = inputs_at(q_block + VECTOR * vector), constant(I32, 0, 8)
+            zeros = constant(U8, packing.zero, VECTOR)
+            start = -products(nothing, zeros, x, packing.bits) if packing.zero else nothing
             for row, address in enumerate(addresses):
-                dots = products(constant(I32, 0, 8), packing.codes(address, vector), x, packing.bits)
+                dots = products(start, packing.codes(address, vector), x, packing.bits)
                 new[row] = fma(of_vector(scales[row], vector), dots.to(F32), new[row])
         return new
 
@@ -156,6 +167,9 @@ def matvec_blocks(kind: str, inputs: str) -> Kernel:
     def matvec_blocks(W: Bytes, x: Floats, y: Floats, threads: int) -> None:
         q, scales_x = np.empty(len(x), integer), np.empty(len(x) // group * 2, np.float32)
         rounded(x, np.empty(len(x), np.float32), np.float32(1), q, 0, scales_x, 0)
+        if integer is np.int16:
+            for i in range(0, len(x), VECTOR):
+                _part(q, i)
         shared_out(multiply_rows, len(y), threads, (W, q, scales_x, y))
 
     return matvec_blocks
@@ -186,8 +200,9 @@ def _unpack(kind: str) -> Operation:
     ) -> None:
         addresses = row_addresses(W, rows, number * packing.bytes, U8, range(8))
         of_rows = [packing.factors(address) for address in addresses]
-        for index, start in enumerate((0, WIDTH)):
-            store_factors([factors[index] for factors in of_rows], scales + (place_of_scales + start))
+        offsets = [scale * float(packing.zero) if minimum is None else minimum for scale, minimum in of_rows]
+        store_factors([scale for scale, _ in of_rows], scales + place_of_scales)
+        store_factors(offsets, scales + (place_of_scales + WIDTH))
         for vector in range(packing.weights // VECTOR):
             fours = columns_of_eight([packing.codes(address, vector).bits_as(U32) for address in addresses])
             for number_of_four, four in enumerate(fours):

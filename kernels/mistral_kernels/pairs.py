@@ -15,17 +15,28 @@ def _by_lanes(feature: str) -> dict[int, bool]:
     return {16: feature in FEATURES, 8: has_short, 4: has_short}
 
 
-# Whether pairs of bf16, or four bytes, are multiplied and added up at once, and what multiplies bytes into pairs.
+def _named(names: dict[str, str]) -> dict[int, str]:
+    """Return which instructions the processor has for vectors of 16, 8 and 4 lanes of 32 bits."""
+    return {n: name for n, (feature, name) in zip((16, 8, 4), names.items(), strict=True) if feature in FEATURES}
+
+
+# Whether pairs of bf16, or four bytes, are multiplied and added up at once.
 _HAS_BF16_PAIRS, _HAS_QUADS = _by_lanes("avx512bf16"), _by_lanes("avx512vnni")
-_PAIRS_OF_BYTES = {
-    n: name
-    for n, feature, name in (
-        (16, "avx512bw", "llvm.x86.avx512.pmaddubs.w.512"),
-        (8, "avx2", "llvm.x86.avx2.pmadd.ub.sw"),
-        (4, "ssse3", "llvm.x86.ssse3.pmadd.ub.sw.128"),
-    )
-    if feature in FEATURES
-}
+# What multiplies bytes into pairs, and what multiplies and adds pairs of int16.
+_PAIRS_OF_BYTES = _named(
+    {
+        "avx512bw": "llvm.x86.avx512.pmaddubs.w.512",
+        "avx2": "llvm.x86.avx2.pmadd.ub.sw",
+        "ssse3": "llvm.x86.ssse3.pmadd.ub.sw.128",
+    }
+)
+_PAIRS = _named(
+    {
+        "avx512bw": "llvm.x86.avx512.pmaddw.d.512",
+        "avx2": "llvm.x86.avx2.pmadd.wd",
+        "sse2": "llvm.x86.sse2.pmadd.wd",
+    }
+)
 # Zen starts as many pairs of bf16 in a cycle as multiply-adds of float32, Intel's Emerald Rapids a quarter as many.
 PAIRS_ARE_FASTER = _HAS_BF16_PAIRS[LANES] and target_cpu().startswith("znver")
 
@@ -51,6 +62,8 @@ def products(a: Value, b: Value, sums: Value, kind: str) -> Value:
 
 def pair_dots(sums: Value, a: Value, b: Value) -> Value:
     """Return sums + a[2j] b[2j] + a[2j+1] b[2j+1] for n int32 and 2n int16: x86's multiply-and-add of pairs."""
+    if sums.lanes in _PAIRS:
+        return sums + call(_PAIRS[sums.lanes], sums, a, b)
     products = a.to(I32) * b.to(I32)
     return sums + (products.chosen(range(0, a.lanes, 2)) + products.chosen(range(1, a.lanes, 2)))
 
