@@ -21,7 +21,7 @@ from typing import Any
 
 from numba import types
 
-from mistral_kernels.pairs import pair_dots, quad_dots
+from mistral_kernels.pairs import add_dots, no_dots, total_of
 from mistral_kernels.processor import LANES
 from mistral_kernels.rows import AHEAD
 from mistral_kernels.stored import PLACE, ROWS, Place, Rows, addresses_at, row_addresses, widened
@@ -65,11 +65,7 @@ def code_bytes(stored: Value, bits: int) -> list[Value]:
 
 def products(sums: Value, codes: Value, x: list[Value], bits: int) -> Value:
     """Return sums plus the products of codes, four in each lane, with inputs: int16 even and odd, or int8 together."""
-    if len(x) == 1:
-        return quad_dots(sums, codes, x[0], 2**bits - 1)
-    words = codes.bits_as(U16)
-    even, odd = words & 0xFF, words >> 8
-    return pair_dots(pair_dots(sums, even.bits_as(I16), x[0]), odd.bits_as(I16), x[1])
+    return add_dots(sums, codes, x, 2**bits - 1)
 
 
 def words_of_four(inputs: str) -> int:
@@ -152,6 +148,7 @@ def tile_groups(bits: int, inputs: str, group: int, n_tiles: int) -> tuple[Any, 
 
     def of_eight(dots: Value) -> Value:
         """Return the dots of 8 rows."""
+        dots = total_of(dots, TILE_LANES)
         return dots if in_vector == 1 else dots.chosen(range(8)) + dots.chosen(range(8, 16))
 
     @operation(sums_type)
@@ -165,7 +162,7 @@ def tile_groups(bits: int, inputs: str, group: int, n_tiles: int) -> tuple[Any, 
     ) -> list[Value]:  # fmt: skip
         begin, number_of_group = (q + i).of(U8), i // group
         addresses = row_addresses(W, tiles, i * bits, U8, range(n_tiles))
-        dots = [constant(I32, 0, TILE_LANES)] * n_tiles
+        dots = [no_dots(TILE_LANES, n_words)] * n_tiles
         for vector_number in range(group * bits // vector_bytes):
             x = [inputs_for(begin, vector_number, half) for half in range(per_byte)]
             for number, address in enumerate(addresses):
@@ -251,7 +248,7 @@ def group_tile(bits: int, inputs: str, group: int, *, has_offsets: bool = False)
             for number in range(VECTORS):
                 scale, zero = ((scales + (start + number * LANES)).load(F32, LANES) for start in (0, WIDTH))
                 index = r * VECTORS + number
-                dot, before = dots[index].to(F32), sums[index]
+                dot, before = total_of(dots[index], LANES).to(F32), sums[index]
                 if has_offsets:
                     before = fma(zero, -(scale_x * sum_x), before)
                 else:
@@ -271,7 +268,7 @@ def group_tile(bits: int, inputs: str, group: int, *, has_offsets: bool = False)
             start = number * group
             begins, panel = [(row + start).of(U8) for row in q_rows], codes + start * WIDTH
             dots = loop(
-                0, constant(I64, group // 4), 1, [constant(I32, 0, LANES)] * n_sums,
+                0, constant(I64, group // 4), 1, [no_dots(LANES, n_words)] * n_sums,
                 lambda four, dots: products_of(begins, panel, four, dots),
             )  # fmt: skip
             return scaled(dots, [row + number * 2 for row in x_rows], scales + number * (2 * WIDTH), sums)

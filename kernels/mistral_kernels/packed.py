@@ -32,8 +32,9 @@ from mistral_kernels.arrays import (
 )
 from mistral_kernels.blocks import PACKINGS, VECTOR
 from mistral_kernels.compiling import kernel, made_once, part
-from mistral_kernels.dots import EIGHT, INPUTS, group_tile, products
+from mistral_kernels.dots import EIGHT, INPUTS, group_tile, products, words_of_four
 from mistral_kernels.matmul import SLABS, Block, over_blocks
+from mistral_kernels.pairs import no_dots, total_of
 from mistral_kernels.processor import LINE
 from mistral_kernels.quantized import DEPTH, OF_GROUP, cutter, rounded_inputs, slab_multiplier
 from mistral_kernels.rows import AHEAD
@@ -123,8 +124,13 @@ def _row_sums(kind: str, inputs: str) -> tuple[Operation, Operation, Operation]:
             zeros = constant(U8, packing.zero, VECTOR)
             start = -products(nothing, zeros, x, packing.bits) if packing.zero else nothing
             for row, address in enumerate(addresses):
+<<<<<<< HEAD
                 dots = products(start, packing.codes(address, vector), x, packing.bits)
                 new[row] = fma(of_vector(scales[row], vector), dots.to(F32), new[row])
+=======
+                dots = products(no_dots(8, words_of_four(inputs)), packing.codes(address, vector), x, packing.bits)
+                new[row] = fma(of_vector(scales[row], vector), total_of(dots, 8).to(F32), new[row])
+>>>>>>> 0b69d42 (NEON has integer products of its own: smlal, sdot and udot, usdot)
         return new
 
     @operation(types.UniTuple(types.float32, STREAMS), sums_type)

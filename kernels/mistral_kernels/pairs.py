@@ -5,7 +5,8 @@ Not every processor has an instruction for each of these. Without it, several in
 
 from __future__ import annotations
 
-from mistral_kernels.processor import FEATURES, LANES, target_cpu
+from mistral_kernels import neon
+from mistral_kernels.processor import FEATURES, IS_ARM, LANES, target_cpu
 from mistral_kernels.value import BF16, F32, I16, I32, U16, U32, Value, call, constant, fma
 
 
@@ -66,6 +67,30 @@ def pair_dots(sums: Value, a: Value, b: Value) -> Value:
         return sums + call(_PAIRS[sums.lanes], sums, a, b)
     products = a.to(I32) * b.to(I32)
     return sums + (products.chosen(range(0, a.lanes, 2)) + products.chosen(range(1, a.lanes, 2)))
+
+
+def no_dots(lanes: int, n_words: int) -> Value:
+    """Return the sums that `add_dots` begins with, for inputs of which four are n words of 32 bits."""
+    return neon.no_dots(lanes, n_words) if IS_ARM else constant(I32, 0, lanes)
+
+
+def total_of(sums: Value, lanes: int) -> Value:
+    """Return what `add_dots` has summed, as so many int32."""
+    return neon.total_of(sums, lanes) if IS_ARM else sums
+
+
+def add_dots(sums: Value, codes: Value, x: list[Value], largest: int) -> Value:
+    """Return sums plus the products of codes of up to `largest`, four in each lane, with inputs.
+
+    x   int16 even and odd, or int8 together
+    """
+    if IS_ARM:
+        return neon.add_dots(sums, codes, x, largest)
+    if len(x) == 1:
+        return quad_dots(sums, codes, x[0], largest)
+    words = codes.bits_as(U16)
+    even, odd = words & 0xFF, words >> 8
+    return pair_dots(pair_dots(sums, even.bits_as(I16), x[0]), odd.bits_as(I16), x[1])
 
 
 def quad_dots(sums: Value, codes: Value, x: Value, largest: int) -> Value:
