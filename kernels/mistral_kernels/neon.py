@@ -1,6 +1,6 @@
 """Sums of products of codes by NEON, in integers: exact.
 
-To add neighbours takes as long as to multiply them. So the sums of n lanes are two vectors, of which `total_of` makes one:
+To add neighbours takes as long as to multiply them. So sums lie in two vectors, of which `total_of` makes one:
 
     inputs  with dotprod                                        without
     int16   of the products with the inputs' lower bytes,       of even products,

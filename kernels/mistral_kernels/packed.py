@@ -120,17 +120,12 @@ def _row_sums(kind: str, inputs: str) -> tuple[Operation, Operation, Operation]:
                 for one, (_, x_total) in zip(of_eight(minimum), x_scales, strict=True):
                     new[row] = fma(one, x_total, new[row])
         for vector in range(packing.weights // VECTOR):
-            x, nothing = inputs_at(q_block + VECTOR * vector), constant(I32, 0, 8)
+            x, nothing = inputs_at(q_block + VECTOR * vector), no_dots(8, words_of_four(inputs))
             zeros = constant(U8, packing.zero, VECTOR)
             start = -products(nothing, zeros, x, packing.bits) if packing.zero else nothing
             for row, address in enumerate(addresses):
-<<<<<<< HEAD
                 dots = products(start, packing.codes(address, vector), x, packing.bits)
-                new[row] = fma(of_vector(scales[row], vector), dots.to(F32), new[row])
-=======
-                dots = products(no_dots(8, words_of_four(inputs)), packing.codes(address, vector), x, packing.bits)
                 new[row] = fma(of_vector(scales[row], vector), total_of(dots, 8).to(F32), new[row])
->>>>>>> 0b69d42 (NEON has integer products of its own: smlal, sdot and udot, usdot)
         return new
 
     @operation(types.UniTuple(types.float32, STREAMS), sums_type)
