@@ -15,12 +15,10 @@ import llvmlite.binding as llvm
 from numba.core import config
 
 LINE = 64  # bytes of a cache line
-
-
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686", "x86")
 IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
 
-# The sums of four products of bytes in each lane, unsigned ones, and unsigned with signed ones.
+# Sums of products of bytes: unsigned ones, and unsigned with signed ones.
 _SUMS_OF_BYTES = """
 declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
 define {i32, i32} @sums(<16 x i8> %a, <16 x i8> %b) {
@@ -49,17 +47,16 @@ def target_features() -> frozenset[str]:
     if features is None:
         features = llvm.get_host_cpu_features().flatten()
     names = {name[1:] for name in features.split(",") if name.startswith("+")}
-    return frozenset(names | _sums_of_bytes(features) if IS_ARM else names)
+    if IS_ARM:  # LLVM knows some by the processor's name, and does not list them
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_default_triple()
+        names |= sums_of_bytes(target.create_target_machine(cpu=target_cpu(), features=features))
+    return frozenset(names)
 
 
-def _sums_of_bytes(features: str) -> set[str]:
-    """Return which of "dotprod" and "i8mm" an ARM processor has: LLVM uses them where it may.
-
-    LLVM does not list them among the features of the host, though it knows them by the processor's name.
-    """
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(cpu=target_cpu(), features=features)
+def sums_of_bytes(machine: llvm.TargetMachine) -> set[str]:
+    """Return which of "dotprod" and "i8mm" an ARM processor has: LLVM uses them where it may."""
     instructions = machine.emit_assembly(llvm.parse_assembly(_SUMS_OF_BYTES))
     return {name for name, word in (("dotprod", "udot"), ("i8mm", "usdot")) if word in instructions}
 
