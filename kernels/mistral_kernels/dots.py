@@ -64,7 +64,10 @@ def code_bytes(stored: Value, bits: int) -> list[Value]:
 
 
 def products(sums: Value, codes: Value, x: list[Value], bits: int) -> Value:
-    """Return sums plus the products of codes, four in each lane, with inputs: int16 even and odd, or int8 together."""
+    """Return sums, as no_dots begins them, plus the products of codes, four in each lane, with inputs.
+
+    x   int16 even and odd, or int8 together
+    """
     return add_dots(sums, codes, x, 2**bits - 1)
 
 
