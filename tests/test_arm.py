@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 
 import pytest
+from support.command import run
 
 ARM = os.environ.get("MISTRAL_REF_ARM")
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(not ARM, reason="MISTRAL_REF_ARM is not set")]
@@ -58,7 +58,6 @@ def test_the_demonstration_model_gives_the_logits_of_transformers_and_its_first_
 
 
 def test_the_demonstration_story_is_the_same() -> None:
-    """By two threads; the command would say what is wrong."""
-    story = ["-m", "mistral_ref", "generate", "Once upon a time", "--temperature", "0", "--max-tokens", "24"]
-    here = subprocess.run([sys.executable, *story], capture_output=True, text=True, check=True)
-    assert output_of("apple-m2", *story, "--threads", "2") == here.stdout
+    """Written by two threads."""
+    story = ["generate", "Once upon a time", "--temperature", "0", "--max-tokens", "24", "--threads", "2"]
+    assert output_of("apple-m2", "-m", "mistral_ref", *story) == run(*story).stdout
