@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 
 import pytest
-from support.command import run
 
 ARM = os.environ.get("MISTRAL_REF_ARM")
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(not ARM, reason="MISTRAL_REF_ARM is not set")]
@@ -59,5 +59,6 @@ def test_the_demonstration_model_gives_the_logits_of_transformers_and_its_first_
 
 def test_the_demonstration_story_is_the_same() -> None:
     """Written by two threads."""
-    story = ["generate", "Once upon a time", "--temperature", "0", "--max-tokens", "24", "--threads", "2"]
-    assert output_of("apple-m2", "-m", "mistral_ref", *story) == run(*story).stdout
+    code = 'import mistral_ref; print(mistral_ref.load(threads=2).complete("Once upon a time", max_tokens=24))'
+    here = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output_of("apple-m2", "-c", code) == here.stdout
