@@ -598,7 +598,7 @@ def test_threads_steps_and_cache_do_not_change_inputs_in_bf16() -> None:
         pass
     np.testing.assert_array_equal(walk.logits, expected)
     ops = CompiledOps(threads=5, bf16_inputs="bfloat16")
-    ops._threads_for = lambda work, few: 5
+    ops._threads_for = lambda work, few: team(5)
     np.testing.assert_array_equal(Model(LARGE, model.weights, ops).forward(tokens), expected)
     cache = model.new_cache(chunk=7)
     parts = [model.forward(tokens[start : start + 7], cache) for start in range(0, 28, 7)]
