@@ -166,7 +166,7 @@ def test_a_screen_reader_is_told_what_every_canvas_shows(tab: Any, path: Path) -
     opened(tab, path, "attention/layers.2.attention_weights/2/3/40")
     for key, fact in {"h": "head 4", ".": "41 is chosen", "ArrowUp": "layer 1"}.items():
         tab.keyboard.press(key)
-        tab.wait_for_function(f"{label}?.includes('{fact}')")
+        tab.wait_for_function(f"() => {label}?.includes('{fact}')")
     assert "64 rows, 64 columns, values from 0 to 1" in tab.evaluate(label)
     tab.focus("main figure canvas")
     tab.keyboard.press("ArrowDown")
