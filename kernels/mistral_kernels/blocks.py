@@ -51,15 +51,10 @@ class Packing(NamedTuple):
         return self.weights // self.group
 
 
-def _beside(first: Value, second: Value) -> Value:
-    """Return a vector of the lanes of two vectors of the same length."""
-    return first.chosen(range(2 * first.lanes), second)
-
-
 def _nibbles(place: Address) -> Value:
     """Return the lower halves of 16 bytes, then their upper halves."""
     stored = place.load(U8, 16)
-    return _beside(stored & 15, stored >> 4)
+    return (stored & 15).beside(stored >> 4)
 
 
 def _field(place: Address, number: int, bits: int, run: int = VECTOR) -> Value:
@@ -102,8 +97,8 @@ def _both_units(block: Address) -> Factors:
 def _scales_and_minimums(packed: Address) -> tuple[Value, Value]:
     """Return the scales and the minimums of 8 groups, of 6 bits each, as block_matrix has them."""
     first, second, halves = ((packed + start).load(U8, 4) for start in (0, 4, 8))
-    scales = _beside(first & 63, (halves & 15) | ((first >> 6) << 4))
-    minimums = _beside(second & 63, (halves >> 4) | ((second >> 6) << 4))
+    scales = (first & 63).beside((halves & 15) | ((first >> 6) << 4))
+    minimums = (second & 63).beside((halves >> 4) | ((second >> 6) << 4))
     return scales, minimums
 
 
@@ -120,9 +115,9 @@ def _factors_of_q2_k(block: Address) -> Factors:
 
 def _factors_of_q3_k(block: Address) -> Factors:
     low, high = (block + 96).load(U8, 8), (block + 104).load(U8, 4)
-    low = _beside(low & 15, low >> 4)
+    low = (low & 15).beside(low >> 4)
     parts = [high & 3, (high >> 2) & 3, (high >> 4) & 3, high >> 6]
-    high = _beside(_beside(*parts[:2]), _beside(*parts[2:]))
+    high = parts[0].beside(parts[1]).beside(parts[2].beside(parts[3]))
     return _times(_unit(block + 108), ((low | (high << 4)) - 32).bits_as(I8)), None
 
 

@@ -47,7 +47,7 @@ def add_dots(sums: Value, codes: Value, x: list[Value], largest: int) -> Value:
         for first in (0, 1)
     )
     of_low = _dots("udot", _half(sums, 0), codes, low)
-    return _joined(of_low, _mixed_dots(_half(sums, 1), codes, high.bits_as(I8), largest))
+    return of_low.beside(_mixed_dots(_half(sums, 1), codes, high.bits_as(I8), largest))
 
 
 def _mixed_dots(sums: Value, codes: Value, x: Value, largest: int) -> Value:
@@ -77,20 +77,18 @@ def _sums_of_neighbours(products: Value) -> Value:
     """Return the sums of two int16 each, as int32."""
     if products.lanes == 8:
         return call("llvm.aarch64.neon.saddlp.v4i32.v8i16", constant(I32, 0, 4), products)
-    return _joined(*(_sums_of_neighbours(_half(products, number)) for number in (0, 1)))
+    first, second = (_sums_of_neighbours(_half(products, number)) for number in (0, 1))
+    return first.beside(second)
 
 
 def _dots(name: str, sums: Value, a: Value, b: Value) -> Value:
     """Return sums plus the products of bytes, four in each lane, by an instruction for four lanes."""
     if sums.lanes == 4:
         return call(f"llvm.aarch64.neon.{name}.v4i32.v16i8", sums, sums, a, b)
-    return _joined(*(_dots(name, *(_half(value, number) for value in (sums, a, b))) for number in (0, 1)))
+    first, second = (_dots(name, *(_half(value, number) for value in (sums, a, b))) for number in (0, 1))
+    return first.beside(second)
 
 
 def _half(value: Value, number: int) -> Value:
     lanes = value.lanes // 2
     return value.chosen(range(number * lanes, (number + 1) * lanes))
-
-
-def _joined(a: Value, b: Value) -> Value:
-    return a.chosen(range(2 * a.lanes), b)

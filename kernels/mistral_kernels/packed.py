@@ -147,7 +147,7 @@ def matvec_blocks(kind: str, inputs: str) -> Kernel:
     weights, group, block_bytes = PACKINGS[kind].weights, PACKINGS[kind].group, PACKINGS[kind].bytes
     no_sums, add_block, totals = _row_sums(kind, inputs)
     rounded = rounded_inputs(inputs, group)
-    integer = {"int16": np.int16, "int8": np.int8}[inputs]
+    integer = np.dtype(inputs).type
 
     @part(kind, inputs, borrows=True)
     def multiply_rows(first: int, last: int, W: Bytes, q: Integers, scales_x: Floats, y: Floats) -> None:
@@ -219,7 +219,7 @@ def matmul_blocks(kind: str, inputs: str) -> Kernel:
     x, y            (T, I) and (T, O) float32, T at least 1
     q, scales_x     of the shapes quantized.slab_shapes(group, T, I) and any content: int16 or int8, and float32
     """
-    packing, integers = PACKINGS[kind], written({"int16": types.int16, "int8": types.int8}[inputs], 3)
+    packing, integers = PACKINGS[kind], written(getattr(types, inputs), 3)
     weights, group, block_bytes = packing.weights, packing.group, packing.bytes
     unpack_block = _unpack(kind)
 

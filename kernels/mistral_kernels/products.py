@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,21 @@ TOKENS_AT_ONCE = 512  # the results of one product should stay in the processor'
 def _chunks(n_tokens: int) -> Iterator[slice]:
     for start in range(0, n_tokens, TOKENS_AT_ONCE):
         yield slice(start, min(start + TOKENS_AT_ONCE, n_tokens))
+
+
+def _multiply_rounded(
+    factor: Codes | Blocks, stored: Sequence[Any], group: int, x_TI: np.ndarray, y_TO: np.ndarray, threads: int,
+    pool: ArrayPool,
+) -> None:  # fmt: skip
+    """Compute y = x Wᵀ by the kernels that round x, a group at a time; `stored` is the matrix as they take it."""
+    kernel = factor.kernel(len(x_TI))()
+    if len(x_TI) == 1:
+        kernel(*stored, x_TI[0], y_TO[0], threads)
+        return
+    for rows in _chunks(len(x_TI)):
+        q_shape, scales_shape = slab_shapes(group, *x_TI[rows].shape)
+        q, scales_x = pool.empty(q_shape, factor.inputs), pool.empty(scales_shape)
+        kernel(*stored, x_TI[rows], q, scales_x, y_TO[rows], threads)
 
 
 class Floats(NamedTuple):
@@ -78,14 +93,7 @@ class Codes(NamedTuple):
 
     def multiply(self, x_TI: np.ndarray, y_TO: np.ndarray, threads: int, pool: ArrayPool) -> None:
         """Compute y = x Wᵀ; `threads` is what team.team returns."""
-        kernel = self.kernel(len(x_TI))()
-        if len(x_TI) == 1:
-            kernel(self.data, self.scales, self.unit, x_TI[0], y_TO[0], threads)
-            return
-        for rows in _chunks(len(x_TI)):
-            q_shape, scales_shape = slab_shapes(self.group, *x_TI[rows].shape)
-            q, scales_x = pool.empty(q_shape, self.inputs), pool.empty(scales_shape)
-            kernel(self.data, self.scales, self.unit, x_TI[rows], q, scales_x, y_TO[rows], threads)
+        _multiply_rounded(self, (self.data, self.scales, self.unit), self.group, x_TI, y_TO, threads, pool)
 
 
 class Blocks(NamedTuple):
@@ -106,11 +114,4 @@ class Blocks(NamedTuple):
 
     def multiply(self, x_TI: np.ndarray, y_TO: np.ndarray, threads: int, pool: ArrayPool) -> None:
         """Compute y = x Wᵀ; `threads` is what team.team returns."""
-        kernel = self.kernel(len(x_TI))()
-        if len(x_TI) == 1:
-            kernel(self.data, x_TI[0], y_TO[0], threads)
-            return
-        for rows in _chunks(len(x_TI)):
-            q_shape, scales_shape = slab_shapes(PACKINGS[self.kind].group, *x_TI[rows].shape)
-            q, scales_x = pool.empty(q_shape, self.inputs), pool.empty(scales_shape)
-            kernel(self.data, x_TI[rows], q, scales_x, y_TO[rows], threads)
+        _multiply_rounded(self, (self.data,), PACKINGS[self.kind].group, x_TI, y_TO, threads, pool)

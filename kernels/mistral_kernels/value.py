@@ -194,6 +194,10 @@ class Value:
         mask = ir.Constant(ir.VectorType(I32.llvm, len(order)), list(order))
         return Value(_BUILDER.get().shuffle_vector(self.llvm, second, mask), self.dtype, len(order))
 
+    def beside(self, other: Value) -> Value:
+        """The lanes of this vector, then those of another one of the same length."""
+        return self.chosen(range(2 * self.lanes), other)
+
     def address(self, dtype: Dtype = I64) -> Address:
         """The place in memory that an int64 stands for."""
         return Address(_BUILDER.get().inttoptr(self.llvm, dtype.llvm.as_pointer()), dtype)

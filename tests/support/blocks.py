@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from support.kernels import shared
+from support.kernels import rounded_product
 from support.marks import slow_but
 
 from mistral_kernels.packed import matmul_blocks, matvec_blocks
-from mistral_kernels.quantized import slab_shapes
 from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix
 
 # Kernels of a kind take seconds to compile, so only those of most files are tried each time.
@@ -41,22 +41,8 @@ def units_of(kind: Any) -> list[int]:
     ]
 
 
-def block_product(
-    matrix: BlockMatrix,
-    x_TI: np.ndarray,
-    inputs: str,
-    n_threads: int = 1,
-    *,
-    one_by_one: bool,
-    into: np.ndarray | None = None,
-) -> np.ndarray:
+def block_product(matrix: BlockMatrix, x_TI: np.ndarray, inputs: str, n_threads: int = 1, **options: Any) -> np.ndarray:
     """Return x · Wᵀ by matvec_blocks, token by token, or by matmul_blocks."""
-    y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
-    if not one_by_one:
-        q_shape, scales_shape = slab_shapes(matrix.group_size, *x_TI.shape)
-        q, scales_x = np.full(q_shape, 99, inputs), np.full(scales_shape, np.nan, np.float32)
-        matmul_blocks(matrix.kind, inputs)(matrix.as_bytes, x_TI, q, scales_x, y_TO, shared(n_threads))
-        return y_TO
-    for x_I, y_O in zip(x_TI, y_TO, strict=True):
-        matvec_blocks(matrix.kind, inputs)(matrix.as_bytes, x_I, y_O, shared(n_threads))
-    return y_TO
+    makers = partial(matvec_blocks, matrix.kind, inputs), partial(matmul_blocks, matrix.kind, inputs)
+    rounding = inputs, matrix.group_size
+    return rounded_product(makers, (matrix.as_bytes,), rounding, x_TI, matrix.shape[0], n_threads, **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from support.checkpoints import to_bfloat16
 from support.marks import slow, slow_but
 
 from mistral_kernels import attention, elementwise, panels, quantized
+from mistral_kernels.arrays import Kernel
 from mistral_kernels.matmul import DEPTH, matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, matvec
 from mistral_kernels.processor import LANES
@@ -188,26 +190,41 @@ def any_inputs(seed: int, n_tokens: int, n_in: int) -> np.ndarray:
     return x_TI.astype(np.float32)
 
 
-def quantized_product(
-    how: How,
-    matrix: QuantizedMatrix,
+def rounded_product(
+    makers: tuple[Kernel, Kernel],
+    stored: tuple[Any, ...],
+    rounding: tuple[str, int],
     x_TI: np.ndarray,
+    n_out: int,
     n_threads: int = 1,
     *,
     one_by_one: bool,
     into: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return x · Wᵀ by matvec_quantized, token by token, or by matmul_quantized."""
-    y_TO = np.full((len(x_TI), matrix.shape[0]), np.nan, np.float32) if into is None else into
+    """Return x · Wᵀ by the first of two kernels, token by token, or by the second, whose workspaces hold anything.
+
+    stored      the matrix as both take it
+    rounding    what inputs are rounded to, and how many share a scale
+    """
+    (one, many), (inputs, group), threads = makers, rounding, shared(n_threads)
+    y_TO = np.full((len(x_TI), n_out), np.nan, np.float32) if into is None else into
     if not one_by_one:
-        q_shape, scales_shape = slab_shapes(how.group, *x_TI.shape)
-        q, scales_x = np.full(q_shape, 99, how.inputs), np.full(scales_shape, np.nan, np.float32)
-        stored, threads = (matrix.as_bytes, matrix.scale_bytes, matrix.unit), shared(n_threads)
-        matmul_quantized(*how)(*stored, x_TI, q, scales_x, y_TO, threads)
+        q_shape, scales_shape = slab_shapes(group, *x_TI.shape)
+        q, scales_x = np.full(q_shape, 99, inputs), np.full(scales_shape, np.nan, np.float32)
+        many()(*stored, x_TI, q, scales_x, y_TO, threads)
         return y_TO
     for x_I, y_O in zip(x_TI, y_TO, strict=True):
-        matvec_quantized(*how)(matrix.as_bytes, matrix.scale_bytes, matrix.unit, x_I, y_O, shared(n_threads))
+        one()(*stored, x_I, y_O, threads)
     return y_TO
+
+
+def quantized_product(
+    how: How, matrix: QuantizedMatrix, x_TI: np.ndarray, n_threads: int = 1, **options: Any
+) -> np.ndarray:
+    """Return x · Wᵀ by matvec_quantized, token by token, or by matmul_quantized."""
+    makers = partial(matvec_quantized, *how), partial(matmul_quantized, *how)
+    stored = matrix.as_bytes, matrix.scale_bytes, matrix.unit
+    return rounded_product(makers, stored, (how.inputs, how.group), x_TI, matrix.shape[0], n_threads, **options)
 
 
 class Past(NamedTuple):
