@@ -73,8 +73,9 @@ def plain_product(codes: Integers, scales: Floats, zeros: Floats, largest: int, 
     """
     y[:] = 0
     for g in range(len(x)):
-        scale_x = max(abs(x_i) for x_i in x[g]) / largest
-        q = [round(float(x_i / scale_x)) if scale_x else 0 for x_i in x[g]]
+        most = max(abs(x_i) for x_i in x[g])
+        q = [round(float(x_i * (largest / most))) if most else 0 for x_i in x[g]]
+        scale_x = most / largest
         for o in range(len(y)):
             dot = sum(int(code) * q_i for code, q_i in zip(codes[o, g], q, strict=True))
             y[o] += scales[o, g] * scale_x * (dot - zeros[o, g] * sum(q))
@@ -92,7 +93,7 @@ def matvec_quantized(bits: int, inputs: str, group: int) -> Kernel:
     """
     no_group_sums, add_group, store_group_sums = tile_groups(bits, inputs, group, TILES)
     rounded = rounded_inputs(inputs, group)
-    integer = {"int16": np.int16, "int8": np.int8}[inputs]
+    integer = np.dtype(inputs).type
 
     @part(bits, inputs, group)
     def multiply_tiles(first: int, last: int, W: Bytes, S: Bytes, q: Integers, scales_x: Floats, y: Floats) -> None:
@@ -205,7 +206,7 @@ def matmul_quantized(bits: int, inputs: str, group: int) -> Kernel:
     x, y        (T, I) and (T, O) float32, T at least 1
     q, scales_x of the shapes slab_shapes(group, T, I) and any content: int16 or int8, and float32
     """
-    integers = written({"int16": types.int16, "int8": types.int8}[inputs], 3)
+    integers = written(getattr(types, inputs), 3)
     cut, variant = cutter(inputs, group), (bits, inputs, group)
     fill_panel = _panel_filler(bits, group)
     new_panel, multiply_slab = slab_multiplier(group_tile(*variant), fill_panel, group, *variant)
