@@ -206,34 +206,43 @@ class GenerationRequest:
         return array
 
 
-def generate(
-    request: GenerationRequest,
-    prepare: Prepare,
-    next_logits: NextLogits,
-    cache: KVCache,
-    stream: TokenStream | None,
-) -> Generator[Token, None, None]:
-    """Yield tokens until there is a reason to end (`Token.finish_reason`).
+class NewText:
+    """The text after a prompt, token by token: `push` takes logits and returns the token that is chosen from them.
 
-    Each token is yielded as soon as it is known. The pass for the next token runs when the caller asks for that token.
-    No pass runs after the last token. The text of a token is empty without a `stream` (a model without tokenizer), and
-    for an id without a piece (the model's vocabulary may be larger than the tokenizer's).
-
-    Raises CacheError if the cache is full, or if another pass uses it between two tokens.
+    length      number of tokens in the cache when the next token is chosen
+    cache_size  the most tokens that the cache holds; None: no maximum
+    stream      makes text of ids; None for a model without tokenizer
     """
-    n_kept = cache.keep_shared(request.prompt_ids[:-1]) if request.shares_prompt else 0
-    prepare(len(request.prompt_ids) - n_kept, cache)
-    started = time.monotonic()
-    logits_V = prefill(next_logits, request.prompt_ids[n_kept:], cache, request.progress)
-    rng = np.random.default_rng(request.seed)
-    length = cache.length
-    watch = StopStrings(request.stop_strings)
-    seen = list(request.prompt_ids)
-    for count in range(1, request.max_tokens + 1):
-        token = sample(request.processed(seen, logits_V), request.sampling, rng, seen)
+
+    def __init__(
+        self, request: GenerationRequest, length: int, cache_size: int | None, stream: TokenStream | None
+    ) -> None:
+        self.length = length
+        self._request, self._cache_size, self._stream = request, cache_size, stream
+        self._count, self._started = 0, time.monotonic()
+        self._rng = np.random.default_rng(request.seed)
+        self._watch = StopStrings(request.stop_strings)
+        self._seen = list(request.prompt_ids)
+
+    def push(self, logits_V: np.ndarray) -> Token:
+        """Return the next token. `logits_V` (V,) are those after the tokens before it.
+
+        Its text is empty without a stream, and for an id without a piece (the model's vocabulary may be larger than the
+        tokenizer's).
+        """
+        request = self._request
+        token = sample(request.processed(self._seen, logits_V), request.sampling, self._rng, self._seen)
         logprobs_V = log_softmax(logits_V)
-        seen.append(token)
-        reason = request.limit(count, length, cache.max_tokens, time.monotonic() - started)
+        self._seen.append(token)
+        self._count += 1
+        reason = request.limit(self._count, self.length, self._cache_size, time.monotonic() - self._started)
+        self.length += 1
+        text, reason, stop = self._text_of(token, reason)
+        return Token(token, text, float(logprobs_V[token]), reason, "text", stop, request.top_of(logprobs_V))
+
+    def _text_of(self, token: int, reason: FinishReason | None) -> tuple[str, FinishReason | None, str | int | None]:
+        """Return a token's text, the reason to end and the stop; `reason` is the limit that the text has reached."""
+        request, stream, watch = self._request, self._stream, self._watch
         text = ""
         stop: str | int | None = None
         if token in request.eos_ids:
@@ -246,13 +255,36 @@ def generate(
             text += watch.push(stream.flush()) + watch.flush()
         if watch.found is not None:
             reason, stop = "stop", watch.found
-        yield Token(token, text, float(logprobs_V[token]), reason, "text", stop, request.top_of(logprobs_V))
-        if reason is not None:
+        return text, reason, stop
+
+
+def generate(
+    request: GenerationRequest,
+    prepare: Prepare,
+    next_logits: NextLogits,
+    cache: KVCache,
+    stream: TokenStream | None,
+) -> Generator[Token, None, None]:
+    """Yield tokens until there is a reason to end (`Token.finish_reason`).
+
+    Each token is yielded as soon as it is known. The pass for the next token runs when the caller asks for that token.
+    No pass runs after the last token.
+
+    Raises CacheError if the cache is full, or if another pass uses it between two tokens.
+    """
+    n_kept = cache.keep_shared(request.prompt_ids[:-1]) if request.shares_prompt else 0
+    unread = request.prompt_ids[n_kept:]
+    prepare(len(unread), cache)
+    new_text = NewText(request, cache.length + len(unread), cache.max_tokens, stream)
+    logits_V = prefill(next_logits, unread, cache, request.progress)
+    while True:
+        token = new_text.push(logits_V)
+        yield token
+        if token.finish_reason is not None:
             return
-        if cache.length != length:
+        if cache.length != new_text.length - 1:
             raise CacheError("another pass has used the cache since the last token; this text cannot go on")
-        logits_V = next_logits([token], cache)
-        length += 1
+        logits_V = next_logits([token.id], cache)
 
 
 def answer(tokens: Generation, reader: ReplyReader) -> Generator[Token, None, None]:
