@@ -242,6 +242,15 @@ def _every_matrix(part: Any) -> Iterator[Matrix]:
             yield from _every_matrix(getattr(part, field.name))
 
 
+def norms(weights: Weights) -> dict[str, np.ndarray]:
+    """Return the weight of each norm by its name in a file."""
+    found = {"norm.weight": weights.norm}
+    for number, layer in enumerate(weights.layers):
+        found[f"layers.{number}.attention_norm.weight"] = layer.attention_norm
+        found[f"layers.{number}.ffn_norm.weight"] = layer.ffn_norm
+    return found
+
+
 def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
     """Return a copy of Weights, a layer, a network or a tuple of them; `change(matrix)` replaces each Matrix."""
     if isinstance(part, Matrix):

@@ -27,17 +27,17 @@ from mistral_ref.files.mapped_file import MappedFile
 from mistral_ref.files.tensor_file import Tensor, open_tensor_file
 from mistral_ref.files.tensor_names import is_unused, mistral_name, name_of_gguf, other_component
 
+Layout = Literal["consolidated", "huggingface", "gguf"]
 # The largest model has several times fewer tensors. Without a limit a hostile file could use up the memory, because a
 # tensor's object takes more bytes in memory than the tensor's entry takes in the file.
 _MAX_TENSORS = 8_000
 
-# The first of these that a directory holds is read. Each layout comes in one file, or in shards with an index.
-_FILES = tuple(f"{stem}.safetensors{ending}" for stem in ("consolidated", "model") for ending in ("", ".index.json"))
+# The first of these layouts that a directory holds is read. Each comes in one file, or in shards with an index.
+_STEMS: dict[Layout, str] = {"consolidated": "consolidated", "huggingface": "model"}
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 # Ends of names in GGUF files of models whose pass is another one.
 _NOT_COMPUTED = {".bias": "is a bias, and ", "rope_freqs.weight": "divides RoPE's frequencies, and "}
-Layout = Literal["consolidated", "huggingface", "gguf"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +65,15 @@ class Checkpoint:
         return "halves" if self.layout == "huggingface" else "interleaved"
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, layout: Layout | None = None) -> Checkpoint:
     """Map the weights of a directory into memory and return them as a Checkpoint.
 
-    If the directory holds both layouts, the consolidated one is read, with a warning. Raises CheckpointError if there
-    is no safetensors file, if a shard is missing, if a file is broken, or if a tensor is unknown or occurs twice.
+    layout      which layout's files are read. None: if the directory holds both, the consolidated one, with a warning
+
+    Raises CheckpointError if there is no safetensors file, if a shard is missing, if a file is broken, or if a tensor
+    is unknown or occurs twice.
     """
-    paths, expected = _choose_files(directory)
+    paths, expected = _choose_files(directory, weight_files(directory, layout))
     tensors: dict[str, Tensor] = {}
     ignored: list[Tensor] = []
     files: list[MappedFile] = []
@@ -107,8 +109,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     if parts := sorted({part for tensor in ignored if (part := other_component(tensor.name))}):
         warn(f"{directory}: only the text model is read, not {', '.join(parts)}")
-    layout: Layout = "consolidated" if own_names else "huggingface"
-    return Checkpoint(directory, tuple(files), tensors, layout, tuple(ignored), metadata)
+    found: Layout = "consolidated" if own_names else "huggingface"
+    return Checkpoint(directory, tuple(files), tensors, found, tuple(ignored), metadata)
+
+
+def weight_files(directory: Path, layout: Layout | None = None) -> list[str]:
+    """Return the names of the files, or of the indexes of shards, that begin the weights of a directory.
+
+    The first of them is read. A link that leads nowhere counts: opening it raises an error.
+    """
+    stems = _STEMS.values() if layout is None else [_STEMS[layout]]
+    names = [f"{stem}.safetensors{ending}" for stem in stems for ending in ("", ".index.json")]
+    return [name for name in names if os.path.lexists(directory / name)]
 
 
 def gguf_checkpoint(gguf: GGUF) -> Checkpoint:
@@ -149,9 +161,8 @@ def _experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(".experts.", f".experts.{expert}."), part
 
 
-def _choose_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+def _choose_files(directory: Path, names: list[str]) -> tuple[list[Path], dict[str, str] | None]:
     """Return the paths of the files to open, and the index's map from tensor to file name (None without an index)."""
-    names = [name for name in _FILES if os.path.lexists(directory / name)]  # a broken link too: opening it raises
     if not names:
         found = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".safetensors", *_PICKLES)]
         raise CheckpointError(

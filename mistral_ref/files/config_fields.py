@@ -6,6 +6,7 @@ ModelConfig. `spelled_as` replaces the name in the error by the name that the fi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -149,6 +150,33 @@ class Fields:
             moe=MixtureOfExperts(**{field: self.required(field) for field in experts}) if moe else None,
             **others,
         )
+
+
+def differences(config: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, object, object]]:
+    """Yield each field in which params.json (`config`) and config.json (`other`) differ, and its values in the two.
+
+    Fields of a part that both have are named as "yarn.factor". Two fields are not compared. The row order follows from
+    the layout. `tied_embeddings` is often absent, and only matters if there is no output matrix. `max_seq_len` is
+    compared only if both files hold it.
+    """
+    for field in (field.name for field in dataclasses.fields(ModelConfig)):
+        ours, theirs = getattr(config, field), getattr(other, field)
+        is_ignored = field in ("rope_row_order", "tied_embeddings") or (
+            field == "max_seq_len" and None in (ours, theirs)
+        )
+        if ours == theirs or is_ignored:
+            continue
+        if None in (ours, theirs) or not dataclasses.is_dataclass(ours):
+            yield field, ours, theirs
+            continue
+        pairs = ((part.name, getattr(ours, part.name), getattr(theirs, part.name)) for part in dataclasses.fields(ours))
+        yield from ((f"{field}.{part}", one, another) for part, one, another in pairs if one != another)
+
+
+def difference_text(field: str, ours: object, theirs: object) -> str:
+    """Return a difference as a text; the windows of many layers are cut short."""
+    spelled = short_repr if field == "sliding_window" else repr
+    return f"{field} is {spelled(theirs)}, in params.json {spelled(ours)}"
 
 
 def check_only(file: dict[str, Any], accepted: Mapping[str, object], level: str = "") -> None:

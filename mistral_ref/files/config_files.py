@@ -6,16 +6,26 @@ field, values that follow from several fields, and values that are refused becau
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mistral_ref.config import ModelConfig, Yarn, checked_number
 from mistral_ref.errors import ConfigError, Field, short_repr, warn
-from mistral_ref.files.config_fields import NAMES, ORIGINAL, Fields, check_only, naming, spelled_as, value_at
+from mistral_ref.files.config_fields import (
+    NAMES,
+    ORIGINAL,
+    Fields,
+    check_only,
+    difference_text,
+    differences,
+    naming,
+    spelled_as,
+    value_at,
+)
 from mistral_ref.files.json_file import parse_json, read_json
 
 # fmt: off
@@ -59,16 +69,16 @@ def read_config(directory: Path) -> ModelConfig:
     if not os.path.lexists(params_json):
         if not os.path.lexists(config_json):
             raise ConfigError(f"{directory}: holds no configuration; expected params.json or config.json")
-        return _from_config_json(config_json)
+        return read_config_json(config_json)
     other = None
     if os.path.lexists(config_json):
         try:
-            other = _from_config_json(config_json)
+            other = read_config_json(config_json)
         except ConfigError as error:
             warn(f"{error}; params.json is used")
-    config = _from_params_json(params_json, {} if other is None else _said(config_json, other))
-    if other is not None and (differences := _differences(config, other)):
-        warn(f"{config_json}: params.json disagrees and is used: {differences}")
+    config = read_params_json(params_json, {} if other is None else _said(config_json, other))
+    if other is not None and (found := "; ".join(difference_text(*one) for one in differences(config, other))):
+        warn(f"{config_json}: params.json disagrees and is used: {found}")
     return config
 
 
@@ -89,22 +99,6 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
                         )
                     return tuple(ids)
     return ()
-
-
-def _differences(config: ModelConfig, other: ModelConfig) -> str:
-    """Return a text: the fields that differ between params.json (`config`) and config.json (`other`), and both values.
-
-    Two fields are not compared. The row order follows from the layout. `tied_embeddings` is often absent, and only
-    matters if there is no output matrix. `max_seq_len` is compared only if both files hold it.
-    """
-    differences = []
-    for field in (field.name for field in dataclasses.fields(ModelConfig)):
-        pair = getattr(config, field), getattr(other, field)
-        is_ignored = field in ("rope_row_order", "tied_embeddings") or (field == "max_seq_len" and None in pair)
-        if pair[0] != pair[1] and not is_ignored:
-            ours, theirs = (short_repr(value) if field == "sliding_window" else repr(value) for value in pair)
-            differences.append(f"{field} is {theirs}, in params.json {ours}")
-    return "; ".join(differences)
 
 
 def magnitude(factor: float, mscale: float = 1.0) -> float:
@@ -128,8 +122,11 @@ def _said(config_json: Path, config: ModelConfig) -> dict[str, Any]:
     return said
 
 
-def _from_params_json(path: Path, beside: Mapping[str, Any]) -> ModelConfig:
-    """Return the configuration in params.json. `beside` has the fields that count if the file does not hold them."""
+def read_params_json(path: Path, beside: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
+    """Return the configuration in params.json. `beside` has the fields that count if the file does not hold them.
+
+    Raises ConfigError. Warns if theta is assumed, and of unknown fields.
+    """
     file = read_json(path)
     with naming(path):
         fields = Fields(file, {field: names for field, (names, _) in NAMES.items()})
@@ -153,12 +150,13 @@ def _from_params_json(path: Path, beside: Mapping[str, Any]) -> ModelConfig:
                 moe=has_moe,
                 tied_embeddings=fields.flag("tied_embeddings", default=False),
             )
-    if unknown := _unknown_in_params_json(file):
+    if unknown := unknown_in_params_json(file):
         warn(f"{path}: unknown fields are ignored: {', '.join(short_repr(name) for name in unknown[:20])}")
     return config
 
 
-def _unknown_in_params_json(file: dict[str, Any]) -> list[str]:
+def unknown_in_params_json(file: dict[str, Any]) -> list[str]:
+    """Return the names of fields that are not known here."""
     known = {*" ".join(names for names, _ in NAMES.values()).split(), *_PARAMS_JSON_ONLY, *_PARAMS_JSON_HARMLESS}
     blocks = {name.partition(".")[0] for name in known if "." in name}
     nested = [f"{block}.{name}" for block in sorted(blocks) for name in file.get(block) or ()]
@@ -199,7 +197,8 @@ def _params_json_yarn(fields: Fields) -> Yarn:
     )
 
 
-def _from_config_json(path: Path) -> ModelConfig:
+def read_config_json(path: Path) -> ModelConfig:
+    """Return the configuration in config.json. Raises ConfigError."""
     file = read_json(path)
     with naming(path):
         level = "text_config." if file.get("model_type") == _WRAPPER else ""

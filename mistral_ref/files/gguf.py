@@ -128,8 +128,30 @@ def open_gguf(path: Path) -> GGUF:
     return GGUF(path, files, opened.metadata, [tensor for shard in shards for tensor in shard.tensors])
 
 
+def gguf_header(path: Path) -> GGUF:
+    """Return what the header of one file says, even if the tensors' data are not there; the tensors have no bytes.
+
+    Raises CheckpointError if the header is broken or cut.
+    """
+    mapped, metadata, entries, _ = _read_header(path, _MAX_TENSORS)
+    tensors = [Tensor(path, one.name, _TYPES.get(one.type, ""), one.shape, mapped.bytes[:0]) for one in entries]
+    return GGUF(path, (mapped,), metadata, tensors)
+
+
 def _read_file(path: Path, most_tensors: int = _MAX_TENSORS) -> GGUF:
     """Return the contents of one file."""
+    mapped, metadata, entries, end = _read_header(path, most_tensors)
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+        raise CheckpointError(f"{path}: general.alignment is {short_repr(alignment)}; expected a power of two")
+    start = -(-end // alignment) * alignment
+    tensors = [entry.tensor(path, mapped.bytes[start:], start, alignment) for entry in entries]
+    _check_overlap(path, entries)
+    return GGUF(path, (mapped,), metadata, tensors)
+
+
+def _read_header(path: Path, most_tensors: int) -> tuple[MappedFile, dict[str, Any], list[_Entry], int]:
+    """Return a file, the fields and the list of tensors in its header, and where the header ends."""
     mapped = MappedFile(path)
     reader = _Reader(path, mapped.bytes)
     n_tensors, n_fields = reader.beginning(most_tensors)
@@ -139,14 +161,7 @@ def _read_file(path: Path, most_tensors: int = _MAX_TENSORS) -> GGUF:
         if name in metadata:
             raise CheckpointError(f"{path}: field {short_repr(name)} occurs twice")
         metadata[name] = reader.value(name)
-    entries = [reader.tensor() for _ in range(n_tensors)]
-    alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-        raise CheckpointError(f"{path}: general.alignment is {short_repr(alignment)}; expected a power of two")
-    start = -(-reader.at // alignment) * alignment
-    tensors = [entry.tensor(path, mapped.bytes[start:], start, alignment) for entry in entries]
-    _check_overlap(path, entries)
-    return GGUF(path, (mapped,), metadata, tensors)
+    return mapped, metadata, [reader.tensor() for _ in range(n_tensors)], reader.at
 
 
 class _Reader:

@@ -37,12 +37,12 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(os.path.expandvars(folder)))
 
 
-def find(name: str, error: type[MistralRefError]) -> Path | None:
+def find(name: str, error: type[MistralRefError], *, whole: bool = True) -> Path | None:
     """Return the snapshot of a model, or the GGUF file in it; None if `name` is none of the hub's names.
 
     Names are "org/name", "org/name@REVISION" and "org/name/FILE.gguf". A revision is a branch, a tag, a commit, or the
-    beginning of one; without it the branch main is taken. Raises `error` if the cache does not hold the model, or if a
-    file of it is missing.
+    beginning of one; without it the branch main is taken. Raises `error` if the cache does not hold the model, or, with
+    `whole`, if a file of it is missing.
     """
     found = _NAME.fullmatch(name)
     if found is None or ".." in name or "--" in found["repository"]:
@@ -62,7 +62,8 @@ def find(name: str, error: type[MistralRefError]) -> Path | None:
             f"this model; {fetch} fetches it"
             + (f"; to take what is there, write {found['repository']}@{names[-1]}" if names else "")
         )
-    _require_whole(snapshot, found["file"], fetch, error)
+    for path, problem in lacking(snapshot, found["file"]) if whole else ():
+        raise error(f"{path}: {problem}; {fetch} fetches it")
     return snapshot / found["file"] if found["file"] else snapshot
 
 
@@ -103,19 +104,19 @@ def _snapshot(repository: Path, revision: str) -> Path | None:
     return begun[0] if len(begun) == 1 else None
 
 
-def _require_whole(snapshot: Path, file: str | None, fetch: str, error: type[MistralRefError]) -> None:
-    """Raise `error` if `file`, or without it any file that may be read, is missing: its link leads nowhere.
+def lacking(directory: Path, file: str | None = None) -> Iterator[tuple[Path, str]]:
+    """Yield what a snapshot or another directory lacks, as a path and what is wrong there.
 
-    What is being downloaded is in blobs/HASH.incomplete, and has no link yet.
+    That is `file`, or without it any file that may be read, whose link leads nowhere; and weights that are not there if
+    a download of them has begun. What is being downloaded is in blobs/HASH.incomplete, and has no link yet.
     """
-    read = [snapshot / file] if file else [path for path in sorted(snapshot.iterdir()) if _READ.fullmatch(path.name)]
+    read = [directory / file] if file else [path for path in sorted(directory.iterdir()) if _READ.fullmatch(path.name)]
     for path in read:
         if not os.path.exists(path):
-            what = "its content is not in the hub's cache" if path.is_symlink() else "not in the hub's cache"
-            raise error(f"{path}: {what}; {fetch} fetches it")
-    begun = snapshot.parent.with_name("blobs").glob("*.incomplete")
+            yield path, "its content is not in the hub's cache" if path.is_symlink() else "not in the hub's cache"
+    begun = Path(os.path.abspath(directory / "../../blobs")).glob("*.incomplete")
     if not file and any(begun) and _lacks_weights([path.name for path in read]):
-        raise error(f"{snapshot}: the download of its weights has not ended; {fetch} goes on with it")
+        yield directory, "the download of its weights has not ended"
 
 
 def _lacks_weights(names: list[str]) -> bool:

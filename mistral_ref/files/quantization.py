@@ -29,7 +29,7 @@ from mistral_ref.files.rounding import quantized
 from mistral_ref.files.tensor_file import DTYPES, TensorSpec, begin_tensor_file, require_space
 from mistral_ref.files.whole_file import whole_directory
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES, QuantizedMatrix
-from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
+from mistral_ref.weights import Matrix, Weights, matrices, norms, with_matrices
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack")
 _TEXT_FILES = re.compile(
@@ -214,26 +214,17 @@ def _interleaved(matrix: Matrix, config: ModelConfig) -> np.ndarray | None:
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def _norms(weights: Weights) -> dict[str, np.ndarray]:
-    """Return the weight of each norm by its name in a file."""
-    norms = {"norm.weight": weights.norm}
-    for number, layer in enumerate(weights.layers):
-        norms[f"layers.{number}.attention_norm.weight"] = layer.attention_norm
-        norms[f"layers.{number}.ffn_norm.weight"] = layer.ffn_norm
-    return norms
-
-
 def _planned(
     config: ModelConfig, weights: Weights, scheme: Scheme
 ) -> tuple[dict[str, TensorSpec], dict[str, np.ndarray]]:
     """Return the tensors of the new file, and the values of those that are not rounded. Norms are float32."""
-    norms, by_name = _norms(weights), {f"{matrix.name}.weight": matrix for matrix in matrices(weights)}
+    every_norm, by_name = norms(weights), {f"{matrix.name}.weight": matrix for matrix in matrices(weights)}
     bits = _bits(weights, scheme)
     specs: dict[str, TensorSpec] = {}
     kept: dict[str, np.ndarray] = {}
     for name, shape in tensor_shapes(config):
         if len(shape) == 1:
-            specs[name], kept[name] = TensorSpec("F32", shape), norms[name]
+            specs[name], kept[name] = TensorSpec("F32", shape), every_norm[name]
             continue
         matrix, stem = by_name[name], name.removesuffix(".weight")
         if stem in bits:
