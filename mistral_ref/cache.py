@@ -280,6 +280,11 @@ class Pass:
         """The positions (T,) of the tokens."""
         return np.arange(self.start, self.stop)
 
+    @property
+    def last(self) -> slice:
+        """Which of the tokens is the last one."""
+        return slice(self.n_tokens - 1, None)
+
     def check(self) -> None:
         """Raise CacheError if another pass, or truncate, has used the cache since this one began."""
         if self.cache._n_passes != self.number:
@@ -294,12 +299,12 @@ class Pass:
         ring = self.cache.rings[layer]
         self.cache.ops.write(ring.store, ring.slots(self.start, self.stop), k_TGK, v_TGK)
 
-    def keys(self, layer: int) -> KeyView:
-        """Return the keys and values of one layer that this pass's queries see.
+    def keys(self, layer: int, rows: slice = slice(None)) -> KeyView:
+        """Return the keys and values of one layer that the queries of this pass see, or those of its tokens `rows`.
 
         They reach from the oldest key that the first query sees to the key of the last query.
         """
         ring = self.cache.rings[layer]
-        keys = range(ring.first_visible(self.start), self.stop)
-        queries = range(self.start, self.stop)
+        queries = range(self.start, self.stop)[rows]
+        keys = range(ring.first_visible(queries.start), queries.stop)
         return KeyView(ring.store, ring.slots(keys.start, keys.stop), keys, queries, ring.window)

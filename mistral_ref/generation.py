@@ -20,7 +20,8 @@ from mistral_ref.text.stream import TokenStream
 FinishReason = Literal["eos", "stop", "length", "model_length", "time", "tool_calls"]
 LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]  # the ids so far, logits (V,) -> logits (V,)
 Prepare = Callable[[int, KVCache], None]  # how many tokens the prompt has beyond the cache, the cache
-NextLogits = Callable[[Sequence[int], KVCache], np.ndarray]  # token ids, a cache -> the last token's logits (V,)
+# Token ids, a cache, and what is called with (tokens done, tokens in all) -> the last token's logits (V,).
+NextLogits = Callable[[Sequence[int], KVCache, Progress | None], np.ndarray]
 
 _REPEATED = 4  # as many tokens that begin a prompt and also a cache are no chance
 
@@ -91,20 +92,6 @@ class Generation(Iterator[Token]):
     def close(self) -> None:
         """End the text here: there are no more tokens."""
         self._tokens.close()
-
-
-def prefill(next_logits: NextLogits, ids: Sequence[int], cache: KVCache, progress: Progress | None) -> np.ndarray:
-    """Take a prompt through the model, at most `cache.chunk` tokens a pass; return the last token's logits (V,).
-
-    `progress(done, total)` is called before each chunk and at the end.
-    """
-    for start in range(0, len(ids), cache.chunk):
-        if progress is not None:
-            progress(start, len(ids))
-        logits_V = next_logits(ids[start : start + cache.chunk], cache)
-    if progress is not None:
-        progress(len(ids), len(ids))
-    return logits_V
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +263,7 @@ def generate(
     unread = request.prompt_ids[n_kept:]
     prepare(len(unread), cache)
     new_text = NewText(request, cache.length + len(unread), cache.max_tokens, stream)
-    logits_V = prefill(next_logits, unread, cache, request.progress)
+    logits_V = next_logits(unread, cache, request.progress)
     while True:
         token = new_text.push(logits_V)
         yield token
@@ -284,7 +271,7 @@ def generate(
             return
         if cache.length != new_text.length - 1:
             raise CacheError("another pass has used the cache since the last token; this text cannot go on")
-        logits_V = next_logits([token.id], cache)
+        logits_V = next_logits([token.id], cache, None)
 
 
 def answer(tokens: Generation, reader: ReplyReader) -> Generator[Token, None, None]:

@@ -74,9 +74,10 @@ def of_passes(
 ) -> list[Kernel]:
     """Return every kernel that passes of these numbers of tokens need.
 
-    last_only   whether only the last token of a pass has logits
+    last_only   whether only the last token of a pass has logits; in the last layer most products then have one token
     """
     dtype = np.dtype(cache_dtype)
+    lengths = {*lengths, 1} if last_only else lengths
     needed = [partial(sharing.serve), partial(elementwise.rms_norm), partial(elementwise.rotate)]
     needed += [partial(elementwise.swiglu), write(dtype)]
     needed += [attend(dtype, length, config.n_heads, config.n_kv_heads) for length in lengths]

@@ -113,29 +113,31 @@ class Model:
         cache       the tokens continue the sequence in the cache and are appended to it. One call with many tokens and
                     several calls with parts of them give the same logits. None: nothing is kept
         edits       a map from names of steps, or globs, to an array or to a function of the step's value. A pass with
-                    edits is never split, so T is at most the cache's chunk
+                    edits is never split, so T is at most the cache's chunk. Its steps have all tokens, also with
+                    `last_only`
 
         An interrupted call keeps the chunks that are finished: `cache.tokens` holds their tokens. Raises InputError or
         CacheError, also if less memory is left than the logits take.
         """
         ids = self.token_ids(tokens, cache)
         require_memory(
-            (1 if last_only else len(ids)) * self.config.vocab_size * self.ops.dtype.itemsize,
+            (1 if last_only and not edits else len(ids)) * self.config.vocab_size * self.ops.dtype.itemsize,
             f"the logits of {len(ids)} tokens",
-            "last_only=True computes those of the last token, and score(tokens) the log-probabilities of all tokens",
+            "last_only=True without edits computes those of the last token, and score(tokens) the log-probabilities",
         )
         if edits:
             touched = check_edits(edits, self.config)
-            return self._walk(ids, cache, last_only, inside_attention(touched), edits).finish().copy()
+            logits_TV = self._walk(ids, cache, inside_attention(touched), edits).finish()
+            return (logits_TV[-1:] if last_only else logits_TV).copy()
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
-        return passes.logits(self.transformer, ids, cache, last_only=last_only)
+        return (passes.last_logits if last_only else passes.logits)(self.transformer, ids, cache)
 
     def _prepare(self, n_tokens: int, cache: KVCache) -> None:
         """Make what the passes of so many tokens, and then of one token each, need."""
         passes.prepare(self.transformer, cache, {1, *pass_lengths(n_tokens, cache.chunk)}, last_only=True)
 
-    def _next_logits(self, ids: Sequence[int], cache: KVCache) -> np.ndarray:
-        return passes.logits(self.transformer, ids, cache, last_only=True)[0]
+    def _next_logits(self, ids: Sequence[int], cache: KVCache, progress: Progress | None = None) -> np.ndarray:
+        return passes.last_logits(self.transformer, ids, cache, progress)[0]
 
     def steps(self, tokens: Prompt, cache: KVCache | None = None, *, edits: Mapping[str, Edit] | None = None) -> Walk:
         """Return a Walk through the forward pass of these tokens. Iterate over it to get every Step.
@@ -148,7 +150,7 @@ class Model:
         """
         edits = {} if edits is None else edits
         check_edits(edits, self.config)
-        return self._walk(self.token_ids(tokens, cache), cache, last_only=False, observe_attention=True, edits=edits)
+        return self._walk(self.token_ids(tokens, cache), cache, observe_attention=True, edits=edits)
 
     def trace(
         self,
@@ -176,7 +178,7 @@ class Model:
             f"the steps to be kept of {len(ids)} tokens",
             "keep=... chooses fewer steps",
         )
-        walk = self._walk(ids, cache, False, inside_attention([*kept, *touched]), edits)
+        walk = self._walk(ids, cache, inside_attention([*kept, *touched]), edits)
         steps = [step for step in walk if step.name in kept]
         pieces = [self.piece(token) for token in ids]
         made_by, windows = f"{self.ops.dtype} by {self.ops.name}", self.config.sliding_window
@@ -192,14 +194,11 @@ class Model:
         self,
         ids: list[int],
         cache: KVCache | None,
-        last_only: bool,
         observe_attention: bool,
         edits: Mapping[str, Edit],
     ) -> Walk:
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
-        return passes.walk(
-            self.transformer, ids, cache, last_only=last_only, observe_attention=observe_attention, edits=edits
-        )
+        return passes.walk(self.transformer, ids, cache, observe_attention=observe_attention, edits=edits)
 
     @overload
     def score(self, tokens: Prompt, *, top: None = None) -> np.ndarray: ...

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mistral_ref.cache import KVCache, Pass
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import Progress
 from mistral_ref.host import require_memory
 from mistral_ref.sampling import likeliest, log_softmax
 from mistral_ref.steps import count_values
@@ -42,9 +44,9 @@ def prepare(transformer: Transformer, cache: KVCache, lengths: Collection[int], 
     transformer.ops.prepare(transformer.config, transformer.weights, cache.dtype, lengths, last_only=last_only)
 
 
-def begin_pass(transformer: Transformer, cache: KVCache, n_tokens: int, *, last_only: bool = False) -> Pass:
+def begin_pass(transformer: Transformer, cache: KVCache, n_tokens: int) -> Pass:
     """Begin a pass of `n_tokens` tokens. Raises CheckpointError if a file with weights has become shorter."""
-    prepare(transformer, cache, {n_tokens}, last_only=last_only)
+    prepare(transformer, cache, {n_tokens})
     transformer.weights.check_files()
     return cache.begin(n_tokens)
 
@@ -60,15 +62,39 @@ def _passes(
         yield start, chunk, cache.begin(len(chunk))
 
 
-def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last_only: bool) -> np.ndarray:
-    """Append ids to the tokens in a cache; return their logits (T, V), or (1, V) of the last one with `last_only`."""
+def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> np.ndarray:
+    """Append ids to the tokens in a cache; return their logits (T, V)."""
     cache.require_room(len(ids))
-    ops = transformer.ops
-    logits_TV = np.empty((1 if last_only else len(ids), transformer.config.vocab_size), ops.dtype)
-    for start, chunk, this_pass in _passes(transformer, ids, cache, last_only=last_only):
-        rows = slice(None) if last_only else slice(start, start + len(chunk))
-        logits_TV[rows] = drain(transformer.forward_steps(chunk, this_pass, last_only=last_only), ops)
+    logits_TV = np.empty((len(ids), transformer.config.vocab_size), transformer.ops.dtype)
+    for start, chunk, this_pass in _passes(transformer, ids, cache):
+        logits_TV[start : start + len(chunk)] = drain(transformer.forward_steps(chunk, this_pass), transformer.ops)
     return logits_TV
+
+
+def end_of_keys(config: ModelConfig) -> str:
+    """Return the name of the first step that comes after all keys and values have been written."""
+    return f"layers.{config.n_layers - 1}.heads"
+
+
+def last_logits(
+    transformer: Transformer, ids: Sequence[int], cache: KVCache, progress: Progress | None = None
+) -> np.ndarray:
+    """Append ids to the tokens in a cache; return the logits (1, V) of the last one.
+
+    `progress(done, total)` is called before each pass and at the end. Of a pass that is not the last one only keys and
+    values are needed, so it ends at the first step after them.
+    """
+    cache.require_room(len(ids))
+    report = progress or (lambda done, total: None)
+    for start, chunk, this_pass in _passes(transformer, ids, cache, last_only=True):
+        report(start, len(ids))
+        steps = transformer.forward_steps(chunk, this_pass, last_only=True)
+        if start + len(chunk) < len(ids):
+            drain(steps, transformer.ops, until=end_of_keys(transformer.config))
+            cache.commit(this_pass, chunk)
+    logits_1V = drain(steps, transformer.ops)
+    report(len(ids), len(ids))
+    return logits_1V
 
 
 def walk(
@@ -76,7 +102,6 @@ def walk(
     ids: Sequence[int],
     cache: KVCache,
     *,
-    last_only: bool,
     observe_attention: bool,
     edits: Mapping[str, Edit],
 ) -> Walk:
@@ -91,10 +116,8 @@ def walk(
             f"the scores of {len(ids)} tokens",
             "a pass over a cache can take fewer tokens at once",
         )
-    this_pass = begin_pass(transformer, cache, len(ids), last_only=last_only)
-    steps = transformer.forward_steps(
-        np.array(ids), this_pass, last_only=last_only, observe_attention=observe_attention
-    )
+    this_pass = begin_pass(transformer, cache, len(ids))
+    steps = transformer.forward_steps(np.array(ids), this_pass, observe_attention=observe_attention)
     return Walk(steps, ops, edits)
 
 

@@ -46,6 +46,8 @@ class Transformer:
         """Yield every step of one pass and return logits (T, V); with `last_only` the last token's logits (1, V).
 
         tokens_T            the token ids, (T,)
+        last_only           in the last layer the steps that are neither keys nor values, and those after it, have only
+                            the last token: nothing else reaches its logits
         this_pass           reads and writes the cache. The tokens of this pass are among the cache's tokens only after
                             the caller has sent back the value of the last step
         observe_attention   yield "scores" and "attention_weights" too
@@ -55,33 +57,35 @@ class Transformer:
         rotation = ops.rotation(this_pass.positions, config)
         x_TD = yield step("embedding", ops.embed(tokens_T, weights.tok_embeddings))
         for index in range(config.n_layers):
-            x_TD = yield from self.block_steps(x_TD, index, rotation, this_pass, observe_attention)
-        if last_only:
-            x_TD = x_TD[-1:]
+            rows = this_pass.last if last_only and index == config.n_layers - 1 else slice(None)
+            x_TD = yield from self.block_steps(x_TD, index, rotation, this_pass, rows, observe_attention)
         x_TD = yield step("norm", ops.rms_norm(x_TD, weights.norm, config.norm_eps))
         logits_TV = yield step("logits", ops.linear(x_TD, weights.output))
         this_pass.cache.commit(this_pass, tokens_T)
         return logits_TV
 
     def block_steps(
-        self, x_TD: np.ndarray, index: int, rotation: Rotation, this_pass: Pass, observe_attention: bool
+        self, x_TD: np.ndarray, index: int, rotation: Rotation, this_pass: Pass, rows: slice, observe_attention: bool
     ) -> Steps:
-        """Yield the steps of one block, return its x_TD: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+        """Yield the steps of one block, return its x_TD: x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+        Keys and values are those of all tokens; everything else is computed for the tokens `rows` alone.
+        """
         config, ops, layer = self.config, self.ops, self.weights.layers[index]
         step = step_factory(config, index)
         order, eps = config.rope_row_order, config.norm_eps
 
         a_TD = yield step("attention_norm", ops.rms_norm(x_TD, layer.attention_norm, eps))
-        q_THK = yield step("q", ops.split_heads(ops.linear(a_TD, layer.wq), config.n_heads, order))
+        q_THK = yield step("q", ops.split_heads(ops.linear(a_TD[rows], layer.wq), config.n_heads, order))
         k_TGK = yield step("k", ops.split_heads(ops.linear(a_TD, layer.wk), config.n_kv_heads, order))
         v_TGK = yield step("v", ops.split_heads(ops.linear(a_TD, layer.wv), config.n_kv_heads, "interleaved"))
-        q_THK = yield step("q_rotated", ops.rotate(q_THK, rotation.query_cos, rotation.query_sin))
+        q_THK = yield step("q_rotated", ops.rotate(q_THK, rotation.query_cos[rows], rotation.query_sin[rows]))
         k_TGK = yield step("k_rotated", ops.rotate(k_TGK, rotation.key_cos, rotation.key_sin))
         this_pass.write(index, k_TGK, v_TGK)  # written before they are read, for a prompt and for a single token
-        heads_THK = yield from ops.attention(q_THK, this_pass.keys(index), step if observe_attention else None)
+        heads_THK = yield from ops.attention(q_THK, this_pass.keys(index, rows), step if observe_attention else None)
         heads_THK = yield step("heads", heads_THK)
-        out_TD = yield step("attention_out", ops.linear(heads_THK.reshape(len(x_TD), -1), layer.wo))
-        x_TD = yield step("residual_after_attention", x_TD + out_TD)
+        out_TD = yield step("attention_out", ops.linear(heads_THK.reshape(len(q_THK), -1), layer.wo))
+        x_TD = yield step("residual_after_attention", x_TD[rows] + out_TD)
 
         b_TD = yield step("ffn_norm", ops.rms_norm(x_TD, layer.ffn_norm, eps))
         if isinstance(layer.feed_forward, FeedForward):

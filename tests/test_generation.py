@@ -39,7 +39,7 @@ class Scripted(Model):
         super().__init__(model.config, model.weights, model.ops, **({"tokenizer": TOKENIZER} | options))
         self.script, self.n_passes = [*ids, 0], 0
 
-    def _next_logits(self, ids: list[int], cache: KVCache) -> np.ndarray:
+    def _next_logits(self, ids: list[int], cache: KVCache, progress: object = None) -> np.ndarray:
         cache.commit(cache.begin(len(ids)), ids)
         self.n_passes += 1
         logits = np.zeros(self.config.vocab_size, np.float32)

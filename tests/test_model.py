@@ -94,7 +94,7 @@ MUCH = SMALL.replace(vocab_size=40_000, max_seq_len=None)
         (lambda model: model.trace([5] * 1000, keep="logits"), ["1000 tokens", "0.15 GiB", "keep"]),
         (lambda model: model.trace([5] * 4000, keep="*.scores"), ["4000 tokens", "keep"]),
         (lambda model: model.steps([5] * 4000), ["scores", "4000 tokens"]),
-        (lambda model: model.forward([5] * 3000, edits={"*.scores": np.zeros_like}, last_only=True), ["scores"]),
+        (lambda model: model.forward([5] * 3000, edits={"*.scores": np.zeros_like}, last_only=True), ["3000", "edits"]),
     ],
     ids=["forward", "score", "trace", "trace of scores", "steps", "forward with edits"],
 )

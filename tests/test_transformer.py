@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES
 from support.errors import refused
-from support.tiny import configs, model_of, tokens_for
+from support.tiny import chunkings, configs, model_of, tokens_for
 
 import mistral_ref
 from mistral_ref import InputError, Walk
@@ -227,10 +228,48 @@ def test_mistakes_in_edits_are_errors() -> None:
         _ = walk.logits
 
 
-def test_last_only_is_the_last_row() -> None:
-    model = model_of(FAMILIES["dense_windowed"].config)
-    tokens = tokens_for(model.config, 9)
-    np.testing.assert_allclose(model.forward(tokens, last_only=True), model.forward(tokens)[-1:], rtol=0, atol=1e-4)
+@given(config=configs(), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_last_only_is_the_last_row(config: ModelConfig, data: st.DataObject) -> None:
+    """Whatever chunks, windows and caches: the last layer skips what does not reach the last logits, nothing else."""
+    model, tokens = model_of(config, dtype="float64"), tokens_for(config, data.draw(st.integers(1, 20)))
+    cache = model.new_cache(chunk=data.draw(st.integers(1, 9)))
+    expected, start = model.forward(tokens), 0
+    for length in data.draw(chunkings(len(tokens), len(tokens))):
+        logits_1V = model.forward(tokens[start : start + length], cache, last_only=True)
+        start += length
+        np.testing.assert_allclose(logits_1V, expected[start - 1 : start], rtol=0, atol=1e-9)
+    assert cache.tokens == tokens
+
+
+@pytest.mark.parametrize("family", ["dense_windowed", "mixtral"])
+def test_which_tokens_the_steps_have_with_last_only(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(FAMILIES[family].config)
+    tokens, last = np.array(tokens_for(model.config, 6)), f"layers.{model.config.n_layers - 1}."
+    going = model.transformer.forward_steps(tokens, model.new_cache().begin(6), last_only=True)
+    n_rows, value = {}, None
+    with contextlib.suppress(StopIteration):
+        while True:
+            step = going.send(value)
+            n_rows[step.name], value = len(step.value), step.value
+    whole = {step.name: step.value.shape[0] for step in model.steps(tokens)}
+    of_all = {f"{last}{name}" for name in ("attention_norm", "k", "v", "k_rotated")}
+    for name, rows in n_rows.items():
+        is_last = (name.startswith(last) or name in {"norm", "logits"}) and name not in of_all
+        assert rows == (whole[name] // 6 if is_last else whole[name]), name
+
+
+def test_whoever_watches_sees_all_tokens_also_with_last_only() -> None:
+    model, seen = model_of(FAMILIES["dense_windowed"].config, dtype="float64"), []
+    tokens = tokens_for(model.config, 6)
+
+    def watched(value: np.ndarray) -> np.ndarray:
+        seen.append(len(value))
+        return value
+
+    last = model.forward(tokens, edits={"layers.2.q": watched, "logits": watched}, last_only=True)
+    assert seen == [6, 6]
+    np.testing.assert_array_equal(last, model.forward(tokens)[-1:])
 
 
 def test_a_walk_can_be_iterated_in_pieces() -> None:

@@ -87,7 +87,7 @@ def visible_pairs(n_tokens: int, start: int, window: int | None) -> int:
 
 def step_costs(
     config: ModelConfig, weights: Weights, n_tokens: int, start: int = 0, *,
-    cache_dtype: str = "float32", activation_bytes: int = 4,
+    last_only: bool = False, cache_dtype: str = "float32", activation_bytes: int = 4,
 ) -> list[StepCost]:  # fmt: skip
     """Return the cost of every step of a pass of T = n_tokens from position `start`, in the order of the pass.
 
@@ -107,7 +107,8 @@ def step_costs(
     Attention: in each query head a pair takes 2 K FLOPs for its score and 2 K to gather its value. Softmax adds little
     and is not counted. Scores are not counted as memory, since a kernel need not store them. The pass writes its keys
     and values to the cache between `k_rotated` and `heads`; these bytes count in `heads`. RoPE's cosines and sines are
-    computed once per pass and are not counted. Logits are computed for all T tokens.
+    computed once per pass and are not counted. Logits are computed for all T tokens. With `last_only` only the last
+    token has logits. Then T is 1 in the last layer and after it, except in the steps that lead to keys and values.
 
     Experts: a pair is a token and one of its experts, and there are N = T * (experts per token) pairs. gate, up,
     ffn_hidden and ffn_out have a row for each pair. ffn_out also mixes the experts of a token: 2 N D FLOPs, N D + T D
@@ -125,9 +126,12 @@ def step_costs(
     rows_read = min(this_pass.n_tokens, config.vocab_size)
     row_bytes = weights.tok_embeddings.nbytes * rows_read // config.vocab_size
     costs = [this_pass.elementwise("embedding", config.dim, 0, 1, row_bytes)]
+    n_last = 1 if last_only else n_tokens
     for index, (layer, window) in enumerate(zip(weights.layers, config.sliding_window, strict=True)):
-        costs += [replace(cost, name=f"layers.{index}.{cost.name}") for cost in this_pass.block(layer, window)]
-    return [*costs, this_pass.norm("norm", weights.norm), this_pass.product("logits", weights.output)]
+        block = this_pass.block(layer, window, n_last if index == config.n_layers - 1 else n_tokens)
+        costs += [replace(cost, name=f"layers.{index}.{cost.name}") for cost in block]
+    end = replace(this_pass, n_tokens=n_last)
+    return [*costs, end.norm("norm", weights.norm), end.product("logits", weights.output)]
 
 
 @dataclass(frozen=True)
@@ -158,35 +162,39 @@ class _PassCost:
         activations = self.n_tokens * (n_in + n_out)
         return StepCost(name, 2 * self.n_tokens * n_out * n_in, matrix.nbytes, activations * self.activation_bytes)
 
-    def block(self, layer: Layer, window: int | None) -> Iterator[StepCost]:
-        """Yield the costs of all steps of one layer."""
-        config = self.config
+    def block(self, layer: Layer, window: int | None, n_asking: int) -> Iterator[StepCost]:
+        """Yield the costs of all steps of one layer.
+
+        n_asking    of so many tokens, the last ones, the layer computes more than keys and values
+        """
+        config, asking = self.config, replace(self, n_tokens=n_asking)
         yield self.norm("attention_norm", layer.attention_norm)
-        yield self.product("q", layer.wq)
+        yield asking.product("q", layer.wq)
         yield self.product("k", layer.wk)
         yield self.product("v", layer.wv)
-        yield self.elementwise("q_rotated", config.n_heads * config.head_dim, 3, 2)
+        yield asking.elementwise("q_rotated", config.n_heads * config.head_dim, 3, 2)
         yield self.elementwise("k_rotated", config.n_kv_heads * config.head_dim, 3, 2)
-        yield self.heads(window)
-        yield self.product("attention_out", layer.wo)
-        yield self.elementwise("residual_after_attention", config.dim, 1, 3)
-        yield self.norm("ffn_norm", layer.ffn_norm)
+        yield self.heads(window, n_asking)
+        yield asking.product("attention_out", layer.wo)
+        yield asking.elementwise("residual_after_attention", config.dim, 1, 3)
+        yield asking.norm("ffn_norm", layer.ffn_norm)
         if isinstance(layer.feed_forward, FeedForward):
-            yield self.product("gate", layer.feed_forward.w1)
-            yield self.product("up", layer.feed_forward.w3)
-            yield self.elementwise("ffn_hidden", config.hidden_dim, 5, 3)
-            yield self.product("ffn_out", layer.feed_forward.w2)
+            yield asking.product("gate", layer.feed_forward.w1)
+            yield asking.product("up", layer.feed_forward.w3)
+            yield asking.elementwise("ffn_hidden", config.hidden_dim, 5, 3)
+            yield asking.product("ffn_out", layer.feed_forward.w2)
         else:
-            yield from self.experts(layer.feed_forward)
-        yield self.elementwise("residual_after_ffn", config.dim, 1, 3)
+            yield from asking.experts(layer.feed_forward)
+        yield asking.elementwise("residual_after_ffn", config.dim, 1, 3)
 
-    def heads(self, window: int | None) -> StepCost:
-        """Return the cost of attention, from queries, keys and values to `heads`."""
+    def heads(self, window: int | None, n_queries: int) -> StepCost:
+        """Return the cost of attention, from the last queries and all keys and values to `heads`."""
         q_width, kv_width = (n * self.config.head_dim for n in (self.config.n_heads, self.config.n_kv_heads))
-        n_keys = self.start + self.n_tokens - Ring(window, None, 1).first_visible(self.start)
-        activations, cached = 2 * self.n_tokens * (q_width + kv_width), 2 * (n_keys + self.n_tokens)
+        stop = self.start + self.n_tokens
+        n_keys = stop - Ring(window, None, 1).first_visible(stop - n_queries)
+        activations, cached = 2 * (n_queries * q_width + self.n_tokens * kv_width), 2 * (n_keys + self.n_tokens)
         other_bytes = activations * self.activation_bytes + cached * self.config.n_kv_heads * self.head_bytes
-        return StepCost("heads", 4 * visible_pairs(self.n_tokens, self.start, window) * q_width, 0, other_bytes)
+        return StepCost("heads", 4 * visible_pairs(n_queries, stop - n_queries, window) * q_width, 0, other_bytes)
 
     def experts(self, weights: ExpertFeedForward) -> Iterator[StepCost]:
         """Yield the costs of a feed-forward with experts, the router included."""

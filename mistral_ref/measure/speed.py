@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from mistral_ref.measure.benchmark import Limit, ratios
 from mistral_ref.measure.busy import processor_time, share_of_others
 from mistral_ref.measure.cost import StepCost, step_costs
 from mistral_ref.model import Model
-from mistral_ref.passes import pass_lengths
+from mistral_ref.passes import end_of_keys, pass_lengths
 
 CHUNK = 512  # how many tokens of a prompt go through the model at a time
 _SEED = 0
@@ -118,20 +119,21 @@ class SpeedResult:
 def work_of(model: Model, test: SpeedTest, cache_dtype: str) -> tuple[int, int]:
     """Return how many FLOP a run needs, and how many bytes it reads and writes at least; see cost.py.
 
-    For a prompt, norm and logits are counted for one token of each chunk. For generation, every token is counted as
-    if it were the one in the middle of the run, that is, with as many tokens before it.
+    A prompt is counted as it is read (passes.last_logits): in the last layer only the last token is more than its keys
+    and values, and a chunk that is not the last one ends there. For generation, every token is counted as if it were
+    the one in the middle of the run, that is, with as many tokens before it.
     """
 
     def costs(n_tokens: int, start: int) -> list[StepCost]:
-        return step_costs(model.config, model.weights, n_tokens, start, cache_dtype=cache_dtype)
+        return step_costs(model.config, model.weights, n_tokens, start, last_only=True, cache_dtype=cache_dtype)
 
     if test.n_gen:
         counted = costs(1, test.depth + test.n_gen // 2)
         return test.n_gen * sum(cost.flops for cost in counted), test.n_gen * sum(cost.bytes for cost in counted)
-    counted = []
+    counted, end = [], end_of_keys(model.config)
     for start in range(0, test.n_prompt, CHUNK):
-        n_tokens = min(CHUNK, test.n_prompt - start)
-        counted += [*costs(n_tokens, test.depth + start)[:-2], *costs(1, test.depth + start)[-2:]]
+        chunk = costs(min(CHUNK, test.n_prompt - start), test.depth + start)
+        counted += chunk if start + CHUNK >= test.n_prompt else takewhile(lambda cost: cost.name != end, chunk)
     return sum(cost.flops for cost in counted), sum(cost.bytes for cost in counted)
 
 
@@ -173,7 +175,7 @@ def measure_speed(
         rng = np.random.default_rng(_SEED)
         if test.depth:
             report(f"{test.name}: the {test.depth} tokens before")
-            _append(model, cache, rng.integers(0, model.config.vocab_size, test.depth), CHUNK)
+            model.forward(rng.integers(0, model.config.vocab_size, test.depth), cache, last_only=True)
         ids = rng.integers(0, model.config.vocab_size, test.n)
         n_runs, took = repeats, 0.0
         if warm_up:
@@ -196,13 +198,9 @@ def _run(model: Model, cache: KVCache, test: SpeedTest, ids: np.ndarray) -> floa
     """Return the seconds that a run takes; after the run the cache is as long as before it."""
     used = cache if len(ids) <= cache.chunk else cache.copy()  # a ring can take back at most one chunk of tokens
     start = time.perf_counter()
-    _append(model, used, ids, CHUNK if test.n_prompt else 1)
+    for part in [ids] if test.n_prompt else ids.reshape(-1, 1):
+        model.forward(part, used, last_only=True)
     took = time.perf_counter() - start
     if used is cache:
         cache.truncate(test.depth)
     return took
-
-
-def _append(model: Model, cache: KVCache, ids: np.ndarray, step: int) -> None:
-    for start in range(0, len(ids), step):
-        model.forward(ids[start : start + step], cache, last_only=True)

@@ -94,6 +94,24 @@ def test_products_take_two_flops_for_each_weight_and_token(config: ModelConfig, 
             assert cost.flops == 2 * rows[name] * matrix.data.size + mixing, name
 
 
+@given(config=configs(), n_tokens=st.integers(1, 12), start=st.integers(0, 12))
+@settings(max_examples=40)
+def test_of_the_last_token_alone(config: ModelConfig, n_tokens: int, start: int) -> None:
+    """In the last layer, and after it, all but keys and values costs what it costs in a pass of the last token."""
+    weights, last = model_of(config).weights, f"layers.{config.n_layers - 1}."
+    whole = by_name(step_costs(config, weights, n_tokens, start))
+    alone = by_name(step_costs(config, weights, 1, start + n_tokens - 1))
+    for name, cost in by_name(step_costs(config, weights, n_tokens, start, last_only=True)).items():
+        is_last = name in {"norm", "logits"} or name.startswith(last)
+        if name == f"{last}heads":  # reads the keys of one query, and writes those of all tokens
+            assert cost.flops == alone[name].flops
+            assert alone[name].other_bytes <= cost.other_bytes <= whole[name].other_bytes
+        elif is_last and name.removeprefix(last) not in {"attention_norm", "k", "v", "k_rotated"}:
+            assert cost == alone[name]
+        else:
+            assert cost == whole[name]
+
+
 @given(config=configs(), n_tokens=st.integers(1, 30))
 @settings(max_examples=40)
 def test_a_dense_pass_reads_every_weight_once_and_rows_of_the_embedding(config: ModelConfig, n_tokens: int) -> None:

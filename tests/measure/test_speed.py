@@ -44,10 +44,14 @@ def test_what_a_run_is_counted_as() -> None:
     one = step_costs(config, weights, 1, 7)
     flops, n_bytes = work_of(model, SpeedTest(0, 4, 5), "float32")
     assert (flops, n_bytes) == (4 * sum(c.flops for c in one), 4 * sum(c.bytes for c in one))
-    # a prompt of 3: every product for three tokens, but the output for one
-    prompt, single = step_costs(config, weights, 3), step_costs(config, weights, 1)
-    expected = sum(c.flops for c in prompt) - sum(c.flops for c in prompt[-2:]) + sum(c.flops for c in single[-2:])
-    assert work_of(model, SpeedTest(3, 0, 0), "float32")[0] == expected
+    # A prompt of 3: in the last layer keys and values of three tokens, and everything else of one. One of 512 + 3: the
+    # first chunk ends with the last layer's keys.
+    prompt = step_costs(config, weights, 3, 512, last_only=True)
+    assert work_of(model, SpeedTest(3, 0, 512), "float32")[0] == sum(c.flops for c in prompt)
+    costs = step_costs(config, weights, 512, last_only=True)
+    names = [c.name for c in costs]
+    first = costs[: names.index("layers.2.k_rotated") + 1]
+    assert work_of(model, SpeedTest(515, 0, 0), "float32")[0] == sum(c.flops for c in [*first, *prompt])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,10 +73,9 @@ def test_every_run_does_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) 
         assert len(result.seconds) == len(result.limits) == 2
         assert min(result.seconds) > 0
         assert result.limits == ([2.0] * 2 if result.test.n_gen else [8.0] * 2)
-    starts = [[length for length, _ in seen[run : run + 3]] for run in (0, 3, 6)]  # 10 tokens, 4 at a time, three times
-    assert starts == [[0, 4, 8]] * 3
-    assert seen[0:3] == seen[3:6] == seen[6:9]
-    assert [length for length, _ in seen[9:17]] == [0, 1, 0, 1, 2, 0, 1, 2]  # two tokens to warm up, then twice three
+    assert seen[0][0] == 0
+    assert seen[0] == seen[1] == seen[2]  # a prompt of 10, three times
+    assert [length for length, _ in seen[3:11]] == [0, 1, 0, 1, 2, 0, 1, 2]  # two tokens to warm up, then twice three
     assert [length for length, _ in seen[-8:]] == [9, 10, 9, 10, 11, 9, 10, 11]
     assert "tg3 @ d9: 2 of 2" in said
     assert len(said) == 4 * 3 + 2

@@ -32,7 +32,7 @@ class Scripted(Model):
             for part in [*answer, "</s>"] if answer[-1] is not None else answer[:-1]:
                 self.script += ids_of(str(part), tokenizer)
 
-    def _next_logits(self, ids: Any, cache: KVCache) -> np.ndarray:
+    def _next_logits(self, ids: Any, cache: KVCache, progress: object = None) -> np.ndarray:
         cache.commit(cache.begin(len(ids)), ids)
         self.n_read += len(ids)
         logits = np.zeros(self.config.vocab_size, np.float32)
