@@ -8,6 +8,7 @@ and tables. All that the commands print goes through output.py.
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import signal
@@ -69,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name is not None and name not in _COMMANDS:
         hint = did_you_mean(name, _COMMANDS) or f"expected one of {', '.join(_COMMANDS)}"
         parser.error(f"{short_repr(name)} is no command; {hint}")
-    arguments = parser.parse_args(words)
+    arguments = argparse.Namespace(status=0)
     try:
+        arguments = parser.parse_args(words)  # --broken list prints while the arguments are parsed
         with warnings.catch_warnings(), _ended_by_signals():
             warnings.simplefilter("always", mistral_ref.MistralRefWarning)
             warnings.showwarning = _show_notice  # type: ignore[assignment]

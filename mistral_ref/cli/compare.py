@@ -19,7 +19,7 @@ from mistral_ref.cli.output import say
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.compare import compare_walks
-from mistral_ref.errors import InputError, checked_int
+from mistral_ref.errors import InputError, checked_int, first_difference
 from mistral_ref.files.paths import is_gguf, local_path
 from mistral_ref.loading import load
 from mistral_ref.model import Model
@@ -133,7 +133,12 @@ def run(arguments: argparse.Namespace) -> None:
     _check_options(arguments, sides)
     prompt = _prompt(arguments, sides)
     if len(models) == 2:
-        a, b = (model.steps(*split_prompt(model, prompt, arguments.last)) for model in models)
+        passes = [split_prompt(model, prompt, arguments.last) for model in models]
+        if difference := first_difference(passes[0][0], passes[1][0], "tokens"):
+            arguments.status = 1
+            say(fitted(f"A and B read different tokens, so their steps cannot be compared: {difference}"))
+            return
+        a, b = (model.steps(*its_pass) for model, its_pass in zip(models, passes, strict=True))
         n_steps, is_long = len(list(step_names(models[0].config))), models[0].config.n_parameters > 10**9
         with progress_bar("comparing", is_long=is_long) as progress:
             report = (lambda done: progress(done, n_steps)) if progress else None

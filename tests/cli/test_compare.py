@@ -101,3 +101,10 @@ def test_compare_over_a_cache_finds_bugs_that_need_one(bug: str) -> None:
     done = run("compare", "demo", "demo", "--backend", "numpy", "--broken", bug, "--last", "4", LONG_TEXT)
     first = "q_rotated" if bug == "positions-restart" else "scores"
     assert (done.returncode, done.stderr, f"the first is layers.0.{first}" in done.stdout) == (1, "", True)
+
+
+def test_a_bug_that_changes_the_tokens_departs_before_every_step() -> None:
+    done = run("compare", "demo", "demo", "--broken", "bos-twice", "--backend", "numpy", "Once upon a time")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "6" in done.stdout  # tokens of A
+    assert "5" in done.stdout  # and of B

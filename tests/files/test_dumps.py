@@ -52,8 +52,9 @@ def test_every_step_equals_that_of_transformers(name: str, backend: str, tmp_pat
     ("name", "bug"),
     [
         *(("dense_windowed", bug) for bug in ("not-causal", "no-window", "extra-key", "one-key-less", "tiled-heads")),
-        *(("dense_windowed", bug) for bug in ("wrong-scale", "row-order", "theta")),
-        *(("ministral3", bug) for bug in ("yarn-scale", "theta", "tiled-heads", "wrong-scale")),
+        *(("dense_windowed", bug) for bug in ("prompt-extra-key", "small-ring", "wrong-scale", "row-order")),
+        *(("dense_windowed", bug) for bug in ("permuted-twice", "theta", "norm-cast")),
+        *(("ministral3", bug) for bug in ("yarn-scale", "yarn-dropped", "theta", "tiled-heads", "wrong-scale")),
     ],
 )
 def test_a_bug_in_a_port_departs_where_it_sits(name: str, bug: str, tmp_path: Path) -> None:
