@@ -131,15 +131,17 @@ class KVCache:
         self.ops.write(store, kept, *self.ops.read(ring.store, kept))
         ring.capacity, ring.store = capacity, store
 
-    def commit(self, finished: Pass, tokens_T: Sequence[int] | np.ndarray) -> None:
-        """End a pass, whose token ids (T,) are now the cache's last ones.
+    def commit(self, finished: Pass, tokens_T: Sequence[int] | np.ndarray) -> Pass:
+        """End a pass: its token ids (T,), or only the first of them, are now the cache's last ones.
 
-        Raises CacheError if another pass has used the cache since it began.
+        Return the pass of the tokens that are left. They may become the cache's later on, in the same way, until
+        another pass begins. Raises CacheError if another pass has used the cache since this one began.
         """
         finished.check()
-        assert len(tokens_T) == finished.n_tokens
+        assert len(tokens_T) <= finished.n_tokens
         self._tokens += map(int, tokens_T)
         self._n_passes += 1
+        return Pass(self, self.length, finished.n_tokens - len(tokens_T), self._n_passes)
 
     def truncate(self, length: int) -> None:
         """Take back the last tokens: `length` tokens remain.

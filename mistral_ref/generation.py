@@ -11,8 +11,9 @@ from typing import Literal, TypedDict
 import numpy as np
 
 from mistral_ref.cache import KVCache, shared_length
+from mistral_ref.drafts import Ahead, Guess, LoadedModel
 from mistral_ref.errors import CacheError, InputError, Progress, checked_float, checked_int, short_repr, warn
-from mistral_ref.sampling import SamplingSettings, likeliest, log_softmax, sample
+from mistral_ref.sampling import SamplingSettings, choose_drafted, distribution, likeliest, log_softmax, sample
 from mistral_ref.stops import Stop, StopStrings
 from mistral_ref.text.reply import Kind, ReplyReader
 from mistral_ref.text.stream import TokenStream
@@ -40,6 +41,9 @@ class GenerationSettings(TypedDict, total=False):
     progress: Progress | None
     cache: KVCache | None
     prompt_cache: KVCache | None
+    lookup: bool
+    draft: LoadedModel | None
+    draft_sampling: bool
     logits_processor: LogitsProcessor | None
     top_logprobs: int
     max_seconds: float | None
@@ -61,6 +65,7 @@ class Token:
     kind            what the token belongs to in an answer: "text", "thinking" or "tool_call"; elsewhere "text"
     stop            the stop string or the stop id that ended the text; None unless the reason is "stop"
     top_logprobs    the likeliest tokens here, as many as asked for: pairs of an id and its logprob, the likeliest first
+    from_draft      whether a draft had this token, so that it needed no pass of its own
     """
 
     id: int
@@ -70,6 +75,7 @@ class Token:
     kind: Kind = "text"
     stop: str | int | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    from_draft: bool = False
 
 
 class Generation(Iterator[Token]):
@@ -77,16 +83,27 @@ class Generation(Iterator[Token]):
 
     `async for token in ...` computes each token in another thread, so the event loop goes on meanwhile. A task that is
     cancelled ends the text after the pass that is running.
+
+    accepted    how many of the tokens so far a draft had
+    ahead       what verifies drafts; None without drafts
     """
 
-    def __init__(self, tokens: Generator[Token, None, None]) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Generator[Token, None, None], ahead: Ahead | None = None) -> None:
+        self._tokens, self.ahead = tokens, ahead
+        self.accepted = 0
+
+    @property
+    def drafted(self) -> int:
+        """How many drafted tokens have gone through the model so far."""
+        return 0 if self.ahead is None else self.ahead.drafted
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        token = next(self._tokens)
+        self.accepted += token.from_draft
+        return token
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        while (token := await asyncio.to_thread(next, self._tokens, None)) is not None:
+        while (token := await asyncio.to_thread(next, self, None)) is not None:
             yield token
 
     def close(self) -> None:
@@ -211,21 +228,38 @@ class NewText:
         self._watch = StopStrings(request.stop_strings)
         self._seen = list(request.prompt_ids)
 
-    def push(self, logits_V: np.ndarray) -> Token:
-        """Return the next token. `logits_V` (V,) are those after the tokens before it.
+    @property
+    def n_left(self) -> int:
+        """How many tokens there may still be."""
+        sizes = [self._cache_size, None if self._request.max_seq_len is None else self._request.max_seq_len - 1]
+        room = (size - self.length + 1 for size in sizes if size is not None)
+        return min([self._request.max_tokens - self._count, *room])
+
+    def push(self, logits_V: np.ndarray, guess: Guess | None = None) -> Token:
+        """Return the next token. `logits_V` (V,) are those after the tokens before it, `guess` what was drafted for it.
 
         Its text is empty without a stream, and for an id without a piece (the model's vocabulary may be larger than the
         tokenizer's).
         """
         request = self._request
-        token = sample(request.processed(self._seen, logits_V), request.sampling, self._rng, self._seen)
+        token = self._choose(request.processed(self._seen, logits_V), guess)
         logprobs_V = log_softmax(logits_V)
         self._seen.append(token)
         self._count += 1
         reason = request.limit(self._count, self.length, self._cache_size, time.monotonic() - self._started)
         self.length += 1
         text, reason, stop = self._text_of(token, reason)
-        return Token(token, text, float(logprobs_V[token]), reason, "text", stop, request.top_of(logprobs_V))
+        return Token(
+            token, text, float(logprobs_V[token]), reason, "text", stop, request.top_of(logprobs_V),
+            from_draft=guess is not None and guess.token == token,
+        )  # fmt: skip
+
+    def _choose(self, logits_V: np.ndarray, guess: Guess | None) -> int:
+        sampling = self._request.sampling
+        if guess is None or guess.drawn_from is None:
+            return sample(logits_V, sampling, self._rng, self._seen)
+        own = distribution(logits_V, sampling, self._seen)
+        return choose_drafted(guess.token, guess.drawn_from, own, self._rng)
 
     def _text_of(self, token: int, reason: FinishReason | None) -> tuple[str, FinishReason | None, str | int | None]:
         """Return a token's text, the reason to end and the stop; `reason` is the limit that the text has reached."""
@@ -251,27 +285,33 @@ def generate(
     next_logits: NextLogits,
     cache: KVCache,
     stream: TokenStream | None,
+    ahead: Ahead | None,
 ) -> Generator[Token, None, None]:
     """Yield tokens until there is a reason to end (`Token.finish_reason`).
 
-    Each token is yielded as soon as it is known. The pass for the next token runs when the caller asks for that token.
-    No pass runs after the last token.
+    Each token is yielded as soon as it is known. The pass for the next token runs when the caller asks for that token,
+    unless it has been verified as a part of a draft (`ahead`). No pass runs after the last token.
 
     Raises CacheError if the cache is full, or if another pass uses it between two tokens.
     """
     n_kept = cache.keep_shared(request.prompt_ids[:-1]) if request.shares_prompt else 0
     unread = request.prompt_ids[n_kept:]
     prepare(len(unread), cache)
+    if ahead is not None:
+        ahead.prepare(cache.length + len(unread))
     new_text = NewText(request, cache.length + len(unread), cache.max_tokens, stream)
     logits_V = next_logits(unread, cache, request.progress)
     while True:
-        token = new_text.push(logits_V)
+        token = new_text.push(logits_V, None if ahead is None else ahead.guess)
         yield token
         if token.finish_reason is not None:
             return
         if cache.length != new_text.length - 1:
             raise CacheError("another pass has used the cache since the last token; this text cannot go on")
-        logits_V = next_logits([token.id], cache, None)
+        if ahead is None:
+            logits_V = next_logits([token.id], cache, None)
+        else:
+            logits_V = ahead.logits_after(token.id, new_text.n_left)
 
 
 def answer(tokens: Generation, reader: ReplyReader) -> Generator[Token, None, None]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Never, SupportsIndex, Unpack, overload
+from weakref import WeakSet
 
 import numpy as np
 
 from mistral_ref import passes
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache, check_cache
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, Progress, checked_int
+from mistral_ref.drafts import Ahead, Drafter, DraftModel, LoadedModel, Lookup, check_vocabulary
+from mistral_ref.errors import InputError, Progress, checked_int, short_repr
 from mistral_ref.generation import (
     Generation,
     GenerationRequest,
@@ -60,6 +62,7 @@ class Model:
         own = None if tokenizer is None else tokenizer.eos_id
         self.eos_ids = frozenset(eos_ids) or frozenset([] if own is None else [own])
         self.transformer = Transformer(config, weights, ops)
+        self._checked_drafts: WeakSet[LoadedModel] = WeakSet([self])
 
     def __repr__(self) -> str:
         tokenizer = "no tokenizer" if self.tokenizer is None else repr(self.tokenizer)
@@ -241,6 +244,9 @@ class Model:
         progress: Progress | None = None,
         cache: KVCache | None = None,
         prompt_cache: KVCache | None = None,
+        lookup: bool = False,
+        draft: LoadedModel | None = None,
+        draft_sampling: bool = False,
         logits_processor: LogitsProcessor | None = None,
         top_logprobs: int = 0,
         max_seconds: float | None = None,
@@ -261,6 +267,12 @@ class Model:
         prompt_cache        the prompt is the whole text, and what the cache holds of its beginning is not computed
                             again. The logits are those over an empty cache, up to rounding. Afterwards it holds the
                             prompt and all generated tokens except the last one. Not together with `cache`
+        lookup              draft what followed the newest tokens where they stand earlier in the text, and verify the
+                            draft in one pass (drafts.py). The text is the same, and comes sooner if it repeats itself
+        draft               a model with the same vocabulary, mostly a smaller one, that drafts its likeliest tokens.
+                            This model itself will do, too. Not together with `lookup`
+        draft_sampling      the draft draws its tokens, as this model does. Then more of them are accepted at high
+                            temperatures. Any text is as likely as without a draft, but the same seed gives another one
         logits_processor    called as logits_processor(ids, logits) before every token: `ids` are those of the prompt
                             and of the generated tokens, `logits` (V,) a copy of the model's. The token is chosen from
                             the logits (V,) that it returns, in which -inf makes a token impossible
@@ -277,12 +289,13 @@ class Model:
         if cache is not None and prompt_cache is not None:
             raise InputError("cache and prompt_cache are both given; expected one of them")
         stop_strings, stop_ids = split_stops(stop, self.config.vocab_size, self.tokenizer)
+        sampling = SamplingSettings(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
         request = GenerationRequest(
             prompt_ids=self.token_ids(prompt, cache),
             shares_prompt=prompt_cache is not None,
-            sampling=SamplingSettings(
-                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-            ),
+            sampling=sampling,
             max_tokens=max_tokens,
             seed=seed,
             stop_strings=stop_strings,
@@ -303,7 +316,26 @@ class Model:
             raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len); expected a shorter one")
         request.warn_of_mistakes(held, None if self.tokenizer is None else self.tokenizer.bos_id)
         stream = self.text_stream(request.prompt_ids if follows is None else follows)
-        return Generation(generate(request, self._prepare, self._next_logits, used, stream))
+        drafter = self._drafter(lookup, draft, sampling if draft_sampling else None, request.seed)
+        ahead = None if drafter is None else Ahead(self.transformer, used, drafter)
+        return Generation(generate(request, self._prepare, self._next_logits, used, stream, ahead), ahead)
+
+    def _drafter(
+        self, lookup: bool, draft: LoadedModel | None, sampling: SamplingSettings | None, seed: int | None
+    ) -> Drafter | None:
+        """Return what writes drafts; None if nothing does. `sampling` says how a draft draws its tokens."""
+        if draft is None:
+            if sampling is not None:
+                raise InputError("draft_sampling is given without a draft; expected draft=, a model")
+            return Lookup() if lookup else None
+        if not isinstance(draft, Model):
+            raise InputError(f"draft is {short_repr(draft)}; expected a model, as load() returns it")
+        if lookup:
+            raise InputError("lookup and draft are both given; expected one of them")
+        if draft not in self._checked_drafts:
+            check_vocabulary(draft, self)  # once: it takes up to a second
+            self._checked_drafts.add(draft)
+        return DraftModel(draft, self.config.vocab_size, sampling, seed)
 
     def chat(
         self,
@@ -333,7 +365,7 @@ class Model:
         goes_on = bool(messages[-1].get("prefix"))  # the answer's first words are the last message
         settings["follows"] = None if goes_on else ()
         tokens = self.generate(ids, **settings)
-        return Generation(answer(tokens, ReplyReader(self.tokenizer)))
+        return Generation(answer(tokens, ReplyReader(self.tokenizer)), tokens.ahead)
 
     def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:
         """Return a TokenStream for the text of the ids that follow `prompt_ids`; None for a model without tokenizer."""

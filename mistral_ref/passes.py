@@ -71,6 +71,12 @@ def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> np.n
     return logits_TV
 
 
+def logits_ahead(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> tuple[np.ndarray, Pass]:
+    """Return the logits (T, V) of ids that follow the tokens in a cache, and their pass, which `commit` can end."""
+    this_pass = begin_pass(transformer, cache, len(ids))
+    return drain(transformer.forward_steps(np.array(ids), this_pass), transformer.ops, until="logits"), this_pass
+
+
 def end_of_keys(config: ModelConfig) -> str:
     """Return the name of the first step that comes after all keys and values have been written."""
     return f"layers.{config.n_layers - 1}.heads"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -63,11 +64,56 @@ class SamplingSettings:
         return [name for name in names if getattr(self, name) != getattr(type(self), name)]
 
 
+class Distribution(NamedTuple):
+    """What a token is drawn from: the ids (N,) that are left, most probable first, and how probable they are.
+
+    The probabilities need not add up to 1.
+    """
+
+    ids_N: np.ndarray
+    p_N: Floats
+
+    def draw(self, rng: Generator) -> int:
+        """Return one of the ids; `rng` gives one number."""
+        return int(self.ids_N[draw(self.p_N, rng.random())])
+
+    def shares(self, ids: np.ndarray) -> Floats:
+        """Return the probabilities of these ids, as parts of 1.
+
+        >>> Distribution(np.array([5, 3]), np.array([0.75, 0.5])).shares(np.array([3, 4, 5]))
+        array([0.4, 0. , 0.6])
+        """
+        shares_V = np.zeros(max(self.ids_N.max(), ids.max()) + 1)
+        shares_V[self.ids_N] = self.p_N / np.sum(self.p_N)
+        return shares_V[ids]
+
+
 def sample(logits_V: ArrayLike, settings: SamplingSettings, rng: Generator, seen_ids: Iterable[int]) -> int:
-    """Return the id of the next token. Each operation is a function below.
+    """Return the id of the next token, as `distribution` says.
+
+    rng         gives one number if the temperature is above 0, and no number if it is 0
+    """
+    drawn_from = distribution(logits_V, settings, seen_ids)
+    return int(drawn_from.ids_N[0]) if settings.temperature == 0 else drawn_from.draw(rng)
+
+
+def choose_drafted(drafted: int, q: Distribution, p: Distribution, rng: Generator) -> int:
+    """Return the drafted token, which was drawn from q, or another one, so that the result is distributed as p.
+
+    The drafted token x is accepted with the probability min(1, p(x) / q(x)). Otherwise a token is drawn from what p has
+    more than q: max(p - q, 0) (Leviathan, Kalman and Matias 2023, arXiv:2211.17192).
+    """
+    (p_x,), (q_x,) = (one.shares(np.array([drafted])) for one in (p, q))
+    if rng.random() < p_x / q_x:
+        return drafted
+    more_N = np.maximum(p.shares(p.ids_N) - q.shares(p.ids_N), 0)
+    return Distribution(p.ids_N, more_N if more_N.any() else p.p_N).draw(rng)  # rounding may leave nothing
+
+
+def distribution(logits_V: ArrayLike, settings: SamplingSettings, seen_ids: Iterable[int]) -> Distribution:
+    """Return what the next token is drawn from; at temperature 0 one id is left. Each operation is a function below.
 
     logits_V    the model's logits, (V,); -inf makes a token impossible
-    rng         gives one number if the temperature is above 0, and no number if it is 0
     seen_ids    the ids that the repetition penalty applies to, in any order
 
     Raises InputError if the logits hold NaN or +inf, if all are -inf, or if a seen id is not in [0, V).
@@ -79,11 +125,11 @@ def sample(logits_V: ArrayLike, settings: SamplingSettings, rng: Generator, seen
         if not np.isfinite(scores_V[best]):
             raise InputError(f"the largest logit is {scores_V[best]} (token {best}); expected a finite number")
         if settings.temperature == 0:
-            return best
+            return Distribution(np.array([best]), np.ones(1))
         ids_N = np.argsort(-scores_V, kind="stable")[: settings.top_k]
         p_N = softmax(scores_V[ids_N], settings.temperature)
         p_N = keep_min_p(keep_top_p(p_N, settings.top_p), settings.min_p)
-        return int(ids_N[draw(p_N, rng.random())])
+        return Distribution(ids_N[: len(p_N)], p_N)
 
 
 def penalize(logits_V: Floats, seen_ids: Iterable[int], penalty: float) -> Floats:
