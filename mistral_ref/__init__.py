@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         busy,
         cost,
         cost_table,
+        doctor,
         machine,
         perplexity,
         records,
@@ -78,8 +79,8 @@ _HOMES = {
 }
 _ROOMS = {
     "measure": (
-        *("benchmark", "busy", "cost", "cost_table", "machine", "perplexity", "records", "shapes", "speed"),
-        "synthetic",
+        *("benchmark", "busy", "cost", "cost_table", "doctor", "machine", "perplexity", "records", "shapes"),
+        *("speed", "synthetic"),
     ),
     "study": ("broken", "diagrams", "drawing", "lens", "plots", "report", "stepper"),
 }

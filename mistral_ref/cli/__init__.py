@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import mistral_ref
-from mistral_ref.cli import bench, chat, compare, generate, info, perplexity, quantize, step, trace, warm
+from mistral_ref.cli import bench, chat, compare, doctor, generate, info, perplexity, quantize, step, trace, warm
 from mistral_ref.cli.output import say
 from mistral_ref.cli.parsers import CommandParser, OneLineParser
 from mistral_ref.errors import did_you_mean, escaped, short_repr
@@ -36,6 +36,7 @@ _COMMANDS = {
     "quantize": quantize,
     "warm": warm,
     "info": info,
+    "doctor": doctor,
 }
 
 

@@ -34,7 +34,7 @@ _MAX_TENSORS = 8_000
 
 # The first of these layouts that a directory holds is read. Each comes in one file, or in shards with an index.
 _STEMS: dict[Layout, str] = {"consolidated": "consolidated", "huggingface": "model"}
-_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 # Ends of names in GGUF files of models whose pass is another one.
 _NOT_COMPUTED = {".bias": "is a bias, and ", "rope_freqs.weight": "divides RoPE's frequencies, and "}
@@ -164,7 +164,7 @@ def _experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _choose_files(directory: Path, names: list[str]) -> tuple[list[Path], dict[str, str] | None]:
     """Return the paths of the files to open, and the index's map from tensor to file name (None without an index)."""
     if not names:
-        found = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".safetensors", *_PICKLES)]
+        found = [path.name for path in sorted(directory.glob("*")) if path.suffix in (".safetensors", *PICKLES)]
         raise CheckpointError(
             f"{directory}: found {short_repr(found) if found else 'no weights'}; expected consolidated.safetensors, "
             "model.safetensors, or shards with model.safetensors.index.json (pickles can run code and are never opened)"

@@ -173,10 +173,15 @@ def differences(config: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, 
         yield from ((f"{field}.{part}", one, another) for part, one, another in pairs if one != another)
 
 
-def difference_text(field: str, ours: object, theirs: object) -> str:
-    """Return a difference as a text; the windows of many layers are cut short."""
-    spelled = short_repr if field == "sliding_window" else repr
-    return f"{field} is {spelled(theirs)}, in params.json {spelled(ours)}"
+def difference_text(field: str, ours: object, theirs: object, whose: str = "params.json") -> str:
+    """Return a difference from the file `whose` as a text. Of the windows of all layers it is one, if all are equal.
+
+    >>> difference_text("sliding_window", (64, 64), (None, 64))
+    'sliding_window is (None, 64), in params.json 64'
+    """
+    shown = [value[0] if isinstance(value, tuple) and len({*value}) == 1 else value for value in (theirs, ours)]
+    theirs, ours = (short_repr(value) if isinstance(value, tuple) else repr(value) for value in shown)
+    return f"{field} is {theirs}, in {whose} {ours}"
 
 
 def check_only(file: dict[str, Any], accepted: Mapping[str, object], level: str = "") -> None:

@@ -87,10 +87,19 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
 
     Raises ConfigError if a file cannot be read or holds something else than token ids.
     """
+    return _read_ids(directory, "eos_token_id")
+
+
+def read_bos_ids(directory: Path) -> tuple[int, ...]:
+    """Return the id that begins a text, as `read_eos_ids` does."""
+    return _read_ids(directory, "bos_token_id")
+
+
+def _read_ids(directory: Path, field: str) -> tuple[int, ...]:
     for path in (directory / "generation_config.json", directory / "config.json"):
         file = read_json(path) if os.path.lexists(path) else {}
         with naming(path):
-            for name in ("eos_token_id", "text_config.eos_token_id"):
+            for name in (field, f"text_config.{field}"):
                 if (found := value_at(file, name)) is not None:
                     ids = found if isinstance(found, list) else [found]
                     if not all(type(token) is int and token >= 0 for token in ids):

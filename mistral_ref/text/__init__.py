@@ -52,21 +52,26 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
     directory = model_path(directory, TokenizerError)
     if is_gguf(directory):
         return directory if has_tokenizer(opened(directory)) else None
+    found = tokenizer_files(directory)
+    versioned = [path.name for path in found if _VERSIONED_FILE.fullmatch(path.name)]
+    if found and found[0].name in versioned[:-1]:
+        raise TokenizerError(f"{directory}: holds several tokenizers, {', '.join(versioned)}; give the path of one")
+    gguf = None if found else gguf_in(directory, os.listdir(directory))
+    return found[0] if found else gguf and find_tokenizer(gguf)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return the paths of a directory's tokenizers, in the order in which `find_tokenizer` looks for them.
+
+    Raises TokenizerError if the directory cannot be listed.
+    """
     try:
         names = sorted(os.listdir(directory))
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{directory}: cannot be listed: {getattr(error, 'strerror', error)}") from error
-    for name in ("tekken.json", TOKENIZER_FILE):
-        if name in names:
-            return directory / name
+    first = [name for name in ("tekken.json", TOKENIZER_FILE) if name in names]
     versioned = [name for name in names if _VERSIONED_FILE.fullmatch(name)]
-    if len(versioned) > 1:
-        raise TokenizerError(f"{directory}: holds several tokenizers, {', '.join(versioned)}; give the path of one")
-    last = [*versioned, *({"tokenizer.json"} & {*names})]
-    if last:
-        return directory / last[0]
-    found = gguf_in(directory, names)
-    return None if found is None else find_tokenizer(found)
+    return [directory / name for name in (*first, *versioned, *({"tokenizer.json"} & {*names}))]
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

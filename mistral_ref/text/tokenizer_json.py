@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mistral_ref.errors import TokenizerError, UnknownTokenizerError, short_repr, warn
+from mistral_ref.errors import MistralRefWarning, TokenizerError, UnknownTokenizerError, short_repr, warn
 from mistral_ref.text.added_tokens import AddedToken, AddedTokens, added_token
 from mistral_ref.text.byte_bpe import LETTERS, MergeListBPE
 from mistral_ref.text.byte_tokenizer import ByteTokenizer, NormalForm
@@ -29,6 +29,10 @@ _MAX_ID = 2**31 - 1
 # A hostile file must not use much memory. The largest files of these models have 131,000 pieces and 280,000 merges.
 _MAX_PIECES, _MAX_MERGES = 300_000, 400_000
 _NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+
+
+class WrongPatternWarning(MistralRefWarning):
+    """A tokenizer.json of Mistral's vocabulary has Llama 3's pattern. Tekken's is used."""
 
 
 def tokenizer_json(document: dict[str, Any], origin: str, config: TokenizerConfig) -> ByteTokenizer:
@@ -48,7 +52,10 @@ def tokenizer_json(document: dict[str, Any], origin: str, config: TokenizerConfi
     model = file.part(document.get("model"), "model")
     ids, ranks = file.vocabulary(model)
     if patterns == [LLAMA3] and [ids.get(LETTERS[byte]) for byte in (0, 255)] == [1000, 1255]:
-        warn(f"{origin}: has a wrong pattern, with which Mistral's models were once published; Tekken's is used")
+        warn(
+            f"{origin}: has a wrong pattern, with which Mistral's models were once published; Tekken's is used",
+            WrongPatternWarning,
+        )
         patterns = [TEKKEN]
     added = file.added(document.get("added_tokens") or [], ids, config)
     begin, end = file.ends(document.get("post_processor"))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.errors import assert_says, refused, warned
-from support.paths import PUBLISHED_MODELS
+from support.published import ALIKE, MODELS, ORIGINAL, PUBLISHED, config_json_of, params_json_of
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
 from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning, short_repr
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 Values = dict[str, Any]
 GONE = object()
-ORIGINAL = "original_max_position_embeddings"
 FULL, SLIDING = "full_attention", "sliding_attention"
 M_16 = 1.2772588722239782  # 0.1 ln 16 + 1
 
@@ -110,57 +109,6 @@ def refusal(directory: Path, name: str, values: Values, **changes: Any) -> str:
 
 
 # The published models
-
-PUBLISHED = json.loads(PUBLISHED_MODELS.read_text())
-MODELS: dict[str, Values] = {
-    name: dict(zip(PUBLISHED["columns"], row, strict=True)) | PUBLISHED["more"].get(name, {})
-    for name, row in PUBLISHED["models"].items()
-}
-ALIKE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
-CONFIG_JSON_NAMES = {
-    "model_type": "model_type",
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "hidden_dim": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "max_seq_len": "max_position_embeddings",
-}
-
-
-def params_json_of(model: Values) -> Values:
-    values = {field: model[field] for field in (*ALIKE, "max_seq_len", "sliding_window") if model[field] is not None}
-    values |= {"moe": model["moe"]} if "moe" in model else {}
-    if rope := model.get("rope_scaling"):
-        values["yarn"] = {"factor": rope["factor"], ORIGINAL: rope[ORIGINAL], "beta": 32, "alpha": 1}
-        values["yarn"]["apply_scale"] = model["attention_factor"] != 1
-        if "llama_4_scaling_beta" in rope:
-            values["llama_4_scaling"] = {"beta": rope["llama_4_scaling_beta"], ORIGINAL: rope[ORIGINAL]}
-    return values | ({"tied_embeddings": True} if model.get("tied") else {})
-
-
-def config_json_of(model: Values, transformers: int) -> Values:
-    """Return the file as transformers 4 or 5 writes it; 4 left head_dim out where it follows from the width."""
-    window, rope = model["sliding_window"], model.get("rope_scaling")
-    text = {theirs: model[ours] for ours, theirs in CONFIG_JSON_NAMES.items()}
-    text |= {"hidden_act": "silu", "tie_word_embeddings": model.get("tied", False), "sliding_window": window}
-    if isinstance(window, list):
-        kinds = [FULL if size is None else SLIDING for size in window]
-        text |= {"layer_types": kinds * (model["n_layers"] // len(kinds)), "sliding_window": window[-1]}
-    if "moe" in model:
-        text |= {"num_local_experts": 8, "num_experts_per_tok": 2}
-    if transformers == 4:
-        text |= {"rope_theta": model["rope_theta"], "rope_scaling": rope and rope | {"type": "yarn"}}
-        if model["dim"] == model["n_heads"] * model["head_dim"] and model["model_type"] != "ministral3":
-            del text["head_dim"]
-    else:
-        rope_type = "yarn" if rope else "default"
-        text["rope_parameters"] = (rope or {}) | {"rope_theta": model["rope_theta"], "rope_type": rope_type}
-    wrapper = {"model_type": "mistral3", "text_config": text, "tie_word_embeddings": model.get("tied", False)}
-    return wrapper if model.get("wrapped") else text
 
 
 def known(model: Values, row_order: Any) -> ModelConfig:
@@ -586,7 +534,7 @@ def test_params_json_wins_and_it_is_said_where_config_json_differs(tmp_path: Pat
     config_json = tmp_path / "config.json"
     config_json.write_text(json.dumps(CONFIG | {"sliding_window": 8, "rope_theta": 1e4, "rope_scaling": YARN}))
     yarn = Yarn(factor=16, beta_fast=32, beta_slow=1, attention_factor=M_16, original_max_position_embeddings=256)
-    values = ("rope_theta", 1e4, 1e6, "sliding_window", (8,) * 4, (None, 8, None, 8), "yarn", yarn, None)
+    values = ("rope_theta", 1e4, 1e6, "sliding_window", 8, (None, 8, None, 8), "yarn", yarn, None)
     with warned(config_json, "params.json", *values) as caught:
         config = read(tmp_path, "params.json", PARAMS, sliding_window=[None, 8])
     assert (config.sliding_window, config.rope_theta, config.yarn) == ((None, 8, None, 8), 1e6, None)
@@ -728,7 +676,7 @@ FILES = [*FULL_FILES, ("generation_config.json", {"eos_token_id": [2, 3]})]
 NUMBERS = [0, -1, 1, 2, 0.5, 1e30, 1e308, 10**400, float("nan"), float("-inf")]
 ODD: list[Any] = [*NUMBERS, None, True, "", "8", "[8", "\n", [], {}, [[]]]
 VALUES = st.just(GONE) | st.recursive(
-    st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=5),
+    st.sampled_from(ODD).map(copy.deepcopy) | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=8,
 )
