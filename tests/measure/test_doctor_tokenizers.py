@@ -160,6 +160,8 @@ CALLS = "{% if m.tool_calls %}[TOOL_CALLS]f[ARGS]{}{% endif %}"
         ("v13", TEMPLATE + CALLS.replace("[ARGS]", "[CALL_ID]123456789[ARGS]"), ["[CALL_ID]", "v13"]),
         ("v11", TEMPLATE + "[THINK]", ["[THINK]", "v11"]),
         ("v7", TEMPLATE + CALLS, ["[ARGS]", "v7"]),
+        ("v11", TEMPLATE + CALLS, ["no [CALL_ID]", "v11"]),
+        ("v11", TEMPLATE + "[TOOL_CALLS][TOOL_RESULTS]", ["no [ARGS]", "no [CALL_ID]", "no [TOOL_CONTENT]", "v11"]),
         ("v13", TEMPLATE + "[TOOL_CONTENT][MODEL_SETTINGS]", ["[MODEL_SETTINGS]", "[TOOL_CONTENT]", "v13"]),
         ("v13", TEMPLATE.replace("SYSTEM_PROMPT", "INST"), ["[SYSTEM_PROMPT]", "v13"]),
         ("v13", TEMPLATE.replace("[INST]", "[INST] "), ["space", "[INST]", "v13"]),

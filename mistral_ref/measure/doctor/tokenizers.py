@@ -181,6 +181,15 @@ def _marks(form: ChatFormat) -> set[str]:
     return {mark for mark, is_said in said.items() if is_said}
 
 
+# What a template must write if it writes this. A template may leave out tools, or the system message.
+_BESIDE = {
+    "[SYSTEM_PROMPT]": "system",
+    "[ARGS]": "[TOOL_CALLS]",
+    "[CALL_ID]": "[TOOL_CALLS]",
+    "[TOOL_CONTENT]": "[TOOL_RESULTS]",
+}
+
+
 def _template(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[Finding]:
     source = template.source + template.with_tools
     unknown = sorted({name for name in re.findall(r"<\|\w+\|>", source) if not _has(tokenizer, name)})
@@ -204,8 +213,7 @@ def _against_format(tokenizer: Tokenizer, version: str, template: ChatTemplate, 
     else:
         strange = sorted(written - own)
     problems = [f"writes {', '.join(strange)}"] if strange else []
-    if "[SYSTEM_PROMPT]" in own - written and "system" in source:
-        problems.append("writes no [SYSTEM_PROMPT] around a system message")
+    problems += [f"writes no {mark}" for mark, what in _BESIDE.items() if mark in own - written and what in source]
     if isinstance(tokenizer, ByteTokenizer) and "[INST] " in source:
         problems.append("puts a space behind [INST], which Tekken does not expect")
     if problems:

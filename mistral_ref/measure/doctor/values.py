@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +26,20 @@ def check_values(patient: Patient, progress: Progress | None = None) -> Iterator
     """Check every weight; `progress` is called with (weights done, weights in all)."""
     total = sum(matrix.size for opened in patient.opened for matrix in matrices(opened.weights))
     done = 0
-    for opened in patient.opened:
-        for name, values in norms(opened.weights).items():
-            yield from _norm(opened.checkpoint.tensors[name].path, name, values)
-        for matrix in matrices(opened.weights):
-            opened.weights.check_files()
-            path = opened.weights.path_of(matrix) or patient.path
-            yield from _scales(path, matrix)
-            peaks = np.empty(matrix.shape[0], np.float32)
-            for rows in _slices(matrix):
-                peaks[rows] = _peaks(matrix.rows(rows, np.float32))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for opened in patient.opened:
+            for name, values in norms(opened.weights).items():
+                yield from _norm(opened.checkpoint.tensors[name].path, name, values)
+            for matrix in matrices(opened.weights):
+                opened.weights.check_files()
+                path = opened.weights.path_of(matrix) or patient.path
+                yield from _scales(path, matrix)
+                peaks = np.concatenate(list(_peaks(matrix, pool)))
+                yield from _matrix(path, matrix, peaks, patient.tokenizer)
+                done += matrix.size
                 if progress is not None:
-                    progress(done + rows.stop * matrix.shape[1], total)
-            done += matrix.size
-            yield from _matrix(path, matrix, peaks, patient.tokenizer)
-        patient.examined.append(f"{_name(opened)}: every weight")
+                    progress(done, total)
+            patient.examined.append(f"{_name(opened)}: every weight")
 
 
 def _name(opened: Opened) -> str:
@@ -46,15 +47,16 @@ def _name(opened: Opened) -> str:
     return f"{first} and {len(others)} more" if others else first
 
 
-def _slices(matrix: Matrix) -> Iterator[slice]:
+def _peaks(matrix: Matrix, pool: Executor) -> Iterator[np.ndarray]:
+    """Return the largest size of a weight in each row, in pieces; NaN or infinite if one is."""
+
+    def of_rows(first: int) -> np.ndarray:
+        rows = matrix.rows(slice(first, first + step), np.float32)
+        return np.maximum(rows.max(axis=1), -rows.min(axis=1))
+
     n_out, n_in = matrix.shape
     step = max(1, _SLICE // n_in)
-    return (slice(first, min(first + step, n_out)) for first in range(0, n_out, step))
-
-
-def _peaks(rows: np.ndarray) -> np.ndarray:
-    """Return the largest size of a weight in each row (R,); NaN or infinite if one is."""
-    return np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    return pool.map(of_rows, range(0, n_out, step))
 
 
 def _norm(path: Path, name: str, values: np.ndarray) -> Iterator[Finding]:
