@@ -19,7 +19,7 @@ from mistral_ref.errors import (
     warn,
 )
 from mistral_ref.files.build_weights import gguf_model, open_model
-from mistral_ref.files.config_files import read_eos_ids
+from mistral_ref.files.generation_config import read_eos_ids
 from mistral_ref.files.gguf import GGUF, open_gguf
 from mistral_ref.files.gguf_config import gguf_eos_ids, lost_window
 from mistral_ref.files.paths import checked_model, is_gguf

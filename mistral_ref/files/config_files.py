@@ -82,34 +82,6 @@ def read_config(directory: Path) -> ModelConfig:
     return config
 
 
-def read_eos_ids(directory: Path) -> tuple[int, ...]:
-    """Return the ids that end a text, from generation_config.json, else from config.json; () if neither holds them.
-
-    Raises ConfigError if a file cannot be read or holds something else than token ids.
-    """
-    return _read_ids(directory, "eos_token_id")
-
-
-def read_bos_ids(directory: Path) -> tuple[int, ...]:
-    """Return the id that begins a text, as `read_eos_ids` does."""
-    return _read_ids(directory, "bos_token_id")
-
-
-def _read_ids(directory: Path, field: str) -> tuple[int, ...]:
-    for path in (directory / "generation_config.json", directory / "config.json"):
-        file = read_json(path) if os.path.lexists(path) else {}
-        with naming(path):
-            for name in (field, f"text_config.{field}"):
-                if (found := value_at(file, name)) is not None:
-                    ids = found if isinstance(found, list) else [found]
-                    if not all(type(token) is int and token >= 0 for token in ids):
-                        raise ConfigError(
-                            Field(name), f" is {short_repr(found)}; expected token ids, whole numbers from 0"
-                        )
-                    return tuple(ids)
-    return ()
-
-
 def magnitude(factor: float, mscale: float = 1.0) -> float:
     """Return YaRN's scale of cosines and sines, 0.1 * mscale * ln(factor) + 1 (arXiv:2309.00071, section 3.4).
 

@@ -19,7 +19,8 @@ from support.published import ALIKE, MODELS, ORIGINAL, PUBLISHED, config_json_of
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
 from mistral_ref.errors import CheckpointError, ConfigError, MistralRefError, MistralRefWarning, short_repr
-from mistral_ref.files.config_files import read_config, read_eos_ids
+from mistral_ref.files.config_files import read_config
+from mistral_ref.files.generation_config import read_eos_ids
 from mistral_ref.files.json_file import MAX_JSON_BYTES, read_json
 
 # A reading that should be silent is one: every warning that is not expected fails its test.

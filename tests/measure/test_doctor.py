@@ -175,7 +175,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@pytest.mark.slow
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(name=st.sampled_from(FILES), data=st.data())
 def test_changed_files_never_end_in_a_traceback(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject

@@ -67,6 +67,21 @@ def test_tokenizer_json_has_other_tokens_than_tekken_json(model: Path) -> None:
     assert_finds(model, "wrong", model / "tokenizer.json", "1,454", "1,456", quick=True)
 
 
+@pytest.mark.parametrize(("version", "is_used"), [("v3", False), ("v15", True)])
+def test_files_may_name_control_tokens_differently_that_are_not_used(model: Path, version: str, is_used: bool) -> None:
+    """As in Mistral Nemo."""
+    document = tekken(version)
+    write_json(model / "tekken.json", document)
+    change_json(model / "tokenizer_config.json", lambda content: content.pop("chat_template"))
+    assert document["special_tokens"][20]["token_str"] == "[MODEL_SETTINGS]"
+    document["special_tokens"][20]["token_str"] = "<SPECIAL_20>"
+    write_json(model / "tokenizer.json", as_tokenizer_json(document))
+    if is_used:
+        assert_finds(model, "wrong", model / "tokenizer.json", "id 20", "<SPECIAL_20>", "[MODEL_SETTINGS]", quick=True)
+    else:
+        assert_healthy(model, quick=True)
+
+
 def with_sentencepiece(directory: Path, **extra: bytes) -> dict[str, Any]:
     """Write a healthy model with a SentencePiece tokenizer; return its tokenizer.json, of a kind that is not read."""
     found = FAMILIES["dense_windowed"]

@@ -31,7 +31,7 @@ _WHY = {
     "query_temperature": "Queries far into a text are too small or too large there.",
     "moe": "Tokens go to other experts, or to another number of them.",
 }
-_SAID_TWICE = "Say it in the file as the model's publisher does."
+_SAY_IT = "Say it in the file as the model's publisher does."
 
 
 def check_configurations(patient: Patient) -> Iterator[Finding]:
@@ -44,7 +44,10 @@ def check_configurations(patient: Patient) -> Iterator[Finding]:
         yield from _yarn(path, config)
         if path.suffix == ".json":
             file = read_json(path)
-            yield from (_params_json if "dim" in file else _absent_in_config_json)(path, file, config)
+            if "dim" in file:
+                yield from _params_json(path, file, config, alone=len(files) == 1)
+            else:
+                yield from _absent_in_config_json(path, file, config)
     yield from _tied(patient)
 
 
@@ -113,27 +116,26 @@ def _yarn(path: Path, config: ModelConfig) -> Iterator[Finding]:
             path,
             f"the query temperature grows every {found} positions; expected YaRN's original length, {original}",
             "Queries are too small or too large far into a text.",
-            _SAID_TWICE,
+            _SAY_IT,
         )
 
 
-def _params_json(path: Path, file: dict[str, Any], config: ModelConfig) -> Iterator[Finding]:
+def _params_json(path: Path, file: dict[str, Any], config: ModelConfig, *, alone: bool) -> Iterator[Finding]:
     if unknown := unknown_in_params_json(file):
         yield Finding(
             "suspicious",
             path,
             f"unknown fields are ignored: {', '.join(map(short_repr, islice(unknown, 20)))}",
             "A field that changes the mathematics would be missed.",
-            "Ask the model's publisher what it means. If it does not concern the text model, nothing is to do.",
+            "Ask the model's publisher what it means. There is nothing to do if it does not concern the text model.",
         )
-    is_said = value_at(file, "rope_theta") is not None or (path.parent / "config.json").exists()
-    if not is_said and not any(config.sliding_window):
+    if alone and value_at(file, "rope_theta") is None and not any(config.sliding_window):
         yield Finding(
             "suspicious",
             path,
             f"rope_theta is missing; {config.rope_theta:g} is assumed, because there is no sliding window",
             "Other programs assume other values. With a wrong one, longer texts become incoherent.",
-            _SAID_TWICE,
+            _SAY_IT,
         )
 
 
@@ -155,7 +157,7 @@ def _absent_in_config_json(path: Path, file: dict[str, Any], config: ModelConfig
                 path,
                 f"{level}{name} is missing; {value} is assumed, as transformers does",
                 "Other programs assume other values, and published files say it.",
-                _SAID_TWICE,
+                _SAY_IT,
             )
     if present.get("head_dim") is None and config.head_dim > 128:
         yield Finding(

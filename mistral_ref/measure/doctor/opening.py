@@ -18,13 +18,8 @@ from mistral_ref.files.checkpoint import (
     open_checkpoint,
     weight_files,
 )
-from mistral_ref.files.config_files import (
-    read_bos_ids,
-    read_config,
-    read_config_json,
-    read_eos_ids,
-    read_params_json,
-)
+from mistral_ref.files.config_files import read_config, read_config_json, read_params_json
+from mistral_ref.files.generation_config import read_bos_ids, read_eos_ids
 from mistral_ref.files.gguf import GGUF, gguf_header, open_gguf
 from mistral_ref.files.gguf_config import gguf_config, gguf_eos_ids
 from mistral_ref.files.json_file import read_json

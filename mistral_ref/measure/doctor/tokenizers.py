@@ -21,6 +21,7 @@ from mistral_ref.text.tokenizer import Tokenizer
 # Models are published with more rows than tokens, so that their number is a multiple of what a GPU likes. Fewer are
 # left over than between two versions of Mistral's vocabulary.
 _FEW_ROWS = 256
+_OWN_CONTROL = re.compile(r"<SPECIAL_\d+>|\[control_\d+\]|\[/?[A-Z_]+\]|<pad>")
 _TEMPLATE_CURE = "Take the chat template of the same model and revision. This program writes Mistral's formats itself."
 
 
@@ -48,8 +49,12 @@ def _against_first(patient: Patient) -> Iterator[Finding]:
         theirs = (
             _listed(path, tokenizer) if other is None else dict(enumerate(map(other.piece, range(other.vocab_size))))
         )
-        differing = [token for token in sorted({*ours, *theirs}) if ours.get(token) != theirs.get(token)]
-        if not theirs or not differing:
+        if not theirs:
+            continue
+        used = _used(tokenizer.chat_format)
+        pairs = ((token, ours.get(token, ""), theirs.get(token, "")) for token in sorted({*ours, *theirs}))
+        differing = [token for token, one, another in pairs if one != another and not _unused(one, another, used)]
+        if not differing:
             continue
         n_ours, n_theirs = 1 + max(ours), 1 + max(theirs)
         sizes = f"it has {n_theirs:,} ids and {first.name} has {n_ours:,}; " if n_ours != n_theirs else ""
@@ -62,6 +67,14 @@ def _against_first(patient: Patient) -> Iterator[Finding]:
             f"Programs that read this file give the model other ids than those that read {first.name}, as this one.",
             "Take both files from one model and revision. Tokens that a fine-tune has added must be in both.",
         )
+
+
+def _unused(one: str, another: str, used: set[str]) -> bool:
+    """Return whether two names are of control tokens of Mistral's that the model does not use.
+
+    Published files name these in different ways: id 17 of Mistral Nemo is [SYSTEM_PROMPT] or <SPECIAL_17>.
+    """
+    return all(_OWN_CONTROL.fullmatch(name) and name not in used for name in (one, another))
 
 
 def _names(tokenizer: Tokenizer) -> dict[int, str]:
@@ -179,6 +192,15 @@ def _marks(form: ChatFormat) -> set[str]:
         "[MODEL_SETTINGS]": form.settings,
     }
     return {mark for mark, is_said in said.items() if is_said}
+
+
+def _used(chat_format: str | None) -> set[str]:
+    """Return the control tokens of a format, with those that close a part."""
+    if chat_format is None:
+        return set()
+    form = CHAT_FORMATS[chat_format]
+    marks = _marks(form) | {"[INST]"} | ({"[TOOL_CALLS]", "[TOOL_RESULTS]"} if form.tools else set())
+    return marks | {mark.replace("[", "[/") for mark in marks}
 
 
 # What a template must write if it writes this. A template may leave out tools, or the system message.
