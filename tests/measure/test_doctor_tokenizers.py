@@ -110,6 +110,14 @@ def test_tokenizer_json_has_other_tokens_than_tokenizer_model(tmp_path: Path) ->
     assert_finds(tmp_path, "suspicious", tmp_path, "<|im_end|>", 384)  # the embedding has no row for it
 
 
+def test_an_id_that_is_far_too_large_takes_no_time(tmp_path: Path) -> None:
+    document = with_sentencepiece(tmp_path)
+    write_json(tmp_path / "tokenizer.json", document)
+    added = {"content": "<far>", "special": True}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(2**31 - 1): added}})
+    assert_finds(tmp_path, "wrong", tmp_path / "tokenizer.json", "<far>", 2**31 - 1, n=2)
+
+
 def test_two_files_of_sentencepiece_differ(tmp_path: Path) -> None:
     with_sentencepiece(tmp_path)
     (tmp_path / "tokenizer.model.v3").write_bytes(SPM + more_pieces(2))

@@ -52,7 +52,7 @@ def examine(path: str | os.PathLike[str], *, quick: bool = False, progress: Prog
     for check in CHECKS:
         patient.findings += check(patient)
     if quick:
-        patient.left_out.append("weights: not read, as it should be quick")
+        patient.left_out.append("the values of the weights: a quick examination does not read them")
     else:
         patient.findings += check_values(patient, progress)
     return Report(

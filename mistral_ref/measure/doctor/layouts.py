@@ -38,12 +38,10 @@ def _compared(first: Opened, other: Opened, config: ModelConfig) -> Iterator[Fin
     for ours in matrices(first.weights):
         if (their := theirs.get(ours.name)) is None or ours.shape != their.shape:
             continue
-        is_turned = ours.name.endswith((".wq", ".wk"))
-        a = _rows(ours, config, first) if is_turned else ours.rows(slice(_ROWS), np.float32)
-        b = _rows(their, config, other) if is_turned else their.rows(slice(_ROWS), np.float32)
-        if _same(ours, their, a, b):
+        a = _first_rows(ours, config, first)
+        if _same(ours, their, a, _first_rows(their, config, other)):
             continue
-        if is_turned and (order := _order(ours, their, config, first)):
+        if _is_turned(ours) and (order := _order(ours, their, a, config, _file(first))):
             orders.setdefault(order, []).append(ours.name)
         else:
             differing.append(ours.name)
@@ -52,33 +50,46 @@ def _compared(first: Opened, other: Opened, config: ModelConfig) -> Iterator[Fin
         yield Finding(
             "wrong",
             path,
-            f"the rows of {names[0]} {order}" + (f", and so in {len(names) - 1} more matrices" if names[1:] else ""),
-            "Each layout has an order of its own. With the wrong one RoPE turns the wrong pairs of numbers, and the "
-            "model writes gibberish.",
+            f"the rows of {_listed(names)} {order}",
+            "With the wrong order RoPE turns the wrong pairs of numbers, and the model writes gibberish.",
             f"Convert again, or use {_file(first)} alone.",
         )
     if differing:
         yield Finding(
             "wrong",
             path,
-            f"{differing[0]} is not the same as in {_file(first)}"
-            + (f", nor are {len(differing) - 1} more matrices" if differing[1:] else ""),
+            f"not the same as in {_file(first)}: {_listed(differing)}",
             "The two layouts hold two models. This program loads the first; another may load this one.",
             "Delete the layout that is not meant, with its configuration.",
         )
 
 
-def _rows(matrix: Matrix, config: ModelConfig, opened: Opened) -> np.ndarray:
-    """Return the rows of the first head of wq or wk, in Mistral's own order."""
+def _listed(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
+
+
+def _is_turned(matrix: Matrix) -> bool:
+    """Return whether RoPE turns the rows of a matrix, so that their order differs between the layouts."""
+    return matrix.name.endswith((".wq", ".wk"))
+
+
+def _first_rows(matrix: Matrix, config: ModelConfig, opened: Opened) -> np.ndarray:
+    """Return the first rows of a matrix, in Mistral's own order."""
+    if not _is_turned(matrix):
+        return matrix.rows(slice(_ROWS), np.float32)
     rows = np.arange(config.head_dim)
     if opened.checkpoint.row_order == "halves":
         rows = rows.reshape(2, -1).T.reshape(-1)
     return matrix.rows(rows, np.float32)
 
 
-def _order(ours: Matrix, theirs: Matrix, config: ModelConfig, first: Opened) -> str:
-    """Return what is wrong with the order of their rows, in words; "" if no order makes them the same."""
-    a, head, name = _rows(ours, config, first), np.arange(config.head_dim), _file(first)
+def _order(ours: Matrix, theirs: Matrix, a: np.ndarray, config: ModelConfig, name: str) -> str:
+    """Return what is wrong with the order of their rows, in words; "" if no order makes them the same.
+
+    a       our rows of the first head, in Mistral's own order
+    name    the name of our file
+    """
+    head = np.arange(config.head_dim)
     one_in_halves = f"are in another order than in {name}: one file has halves; both should be interleaved"
     orders = [
         (head, f"were not moved: they are as in {name}; expected one file interleaved, and the other in halves"),

@@ -22,8 +22,8 @@ _NOTICE = "Something is assumed or ignored here, and results may depend on it."
 _NOTICES: dict[type[Warning], tuple[Severity, str, str]] = {
     WrongPatternWarning: (
         "wrong",
-        "A program that follows the file splits some words and all numbers in other places than the model has learnt, "
-        'such as "The" into "T" and "he". This program uses the right pattern.',
+        "A program that follows the file cuts some words in other places than the model has learnt, such as 'The' with "
+        "its quotes. This program uses the right pattern.",
         "Take tekken.json of the same model instead, or, in transformers, load with fix_mistral_regex=True.",
     )
 }

@@ -21,6 +21,7 @@ from mistral_ref.text.tokenizer import Tokenizer
 # Models are published with more rows than tokens, so that their number is a multiple of what a GPU likes. Fewer are
 # left over than between two versions of Mistral's vocabulary.
 _FEW_ROWS = 256
+_MOST_IDS = 2**20
 _OWN_CONTROL = re.compile(r"<SPECIAL_\d+>|\[control_\d+\]|\[/?[A-Z_]+\]|<pad>")
 _TEMPLATE_CURE = "Take the chat template of the same model and revision. This program writes Mistral's formats itself."
 
@@ -78,8 +79,9 @@ def _unused(one: str, another: str, used: set[str]) -> bool:
 
 
 def _names(tokenizer: Tokenizer) -> dict[int, str]:
-    """Return the name of each id that has one."""
-    names = ((token, tokenizer.piece(token)) for token in range(tokenizer.vocab_size))
+    """Return the name of each id that has one. A hostile file may give a token the id 2,147,483,647."""
+    ids = {*range(min(tokenizer.vocab_size, _MOST_IDS)), *tokenizer.added.by_id}
+    names = ((token, tokenizer.piece(token)) for token in ids)
     return {token: name for token, name in names if name != f"[{token}]"}
 
 

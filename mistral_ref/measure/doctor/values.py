@@ -68,7 +68,8 @@ def _norm(path: Path, name: str, values: np.ndarray) -> Iterator[Finding]:
 
 
 def _not_finite(path: Path, what: str) -> Finding:
-    return Finding("wrong", path, what, "They spread to every value behind them, and the logits are NaN.", _AGAIN)
+    why = "NaN and infinities spread to every value that follows, and the logits become NaN."
+    return Finding("wrong", path, what, why, _AGAIN)
 
 
 def _scales(path: Path, matrix: Matrix) -> Iterator[Finding]:
