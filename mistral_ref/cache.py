@@ -22,6 +22,7 @@ from mistral_ref.ops import KeyView, Ops
 from mistral_ref.ring import Ring
 
 DEFAULT_CHUNK = 512
+CACHE_DTYPES = ("float32", "float16", "int8")
 SCALE_BYTES = 4  # bytes of a scale; with int8 every key and every value of a head has one
 _FIRST_CAPACITY = 64
 
@@ -36,6 +37,7 @@ class KVCache:
     max_tokens  maximum of `length`; None: no maximum
     dtype       number format of the stored keys and values. "int8" stores whole numbers from -127 to 127, and one scale
                 for each head's key and one for its value
+    check_memory    whether the cache refuses to grow if less memory is left than that takes
 
     A pass may stop before its end, because of an exception or because a walk is abandoned. Then `tokens` does not
     change, and no key or value that later queries see changes. With dtype "float16" numbers above 65504 become
@@ -50,7 +52,9 @@ class KVCache:
         chunk: int = DEFAULT_CHUNK,
         max_tokens: int | None = None,
         dtype: str | None = None,
+        check_memory: bool = True,
     ) -> None:
+        self.check_memory = check_memory
         self.chunk = checked_int("chunk", chunk, least=1)
         self.max_tokens = None if max_tokens is None else checked_int("max_tokens", max_tokens, least=1)
         self.dtype = ops.dtype.name if dtype is None else dtype
@@ -102,11 +106,9 @@ class KVCache:
             raise CacheError(
                 f"a pass has {n_tokens} tokens; expected at most {self.chunk}: new_cache(chunk=...) sets this number"
             )
-        self.require_room(n_tokens)
-        end = self.length + n_tokens
+        self.make_room(n_tokens)
         for ring in self.rings:
-            self._grow(ring, ring.capacity_for(end))
-            ring.oldest = max(ring.oldest, end - ring.capacity)
+            ring.oldest = max(ring.oldest, self.length + n_tokens - ring.capacity)
         self._n_passes += 1
         return Pass(self, self.length, n_tokens, self._n_passes)
 
@@ -118,10 +120,19 @@ class KVCache:
                 f"the cache would hold {end} tokens; expected at most {self.max_tokens}: new_cache(max_tokens=...) "
                 "sets this number"
             )
-        if any(ring.capacity_for(end) > ring.capacity for ring in self.rings):
+        if self.check_memory and any(ring.capacity_for(end) > ring.capacity for ring in self.rings):
             hint = "" if self.dtype == "int8" else "new_cache(dtype='int8') takes less"
             more = self.bytes_for(end) - self.bytes_for(self.length)
             require_memory(more, f"a cache that grows from {self.length} to {end} tokens", hint, CacheError)
+
+    def make_room(self, n_tokens: int) -> None:
+        """Grow the rings once for `n_tokens` more tokens, whatever the number of passes that bring them.
+
+        Raises CacheError as `require_room` does.
+        """
+        self.require_room(n_tokens)
+        for ring in self.rings:
+            self._grow(ring, ring.capacity_for(self.length + n_tokens))
 
     def _grow(self, ring: Ring, capacity: int) -> None:
         if capacity == ring.capacity:

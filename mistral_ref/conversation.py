@@ -41,7 +41,7 @@ class Conversation:
     effort, chat_format     `reasoning_effort` and `chat_format` of `Model.chat`
     settings    the settings of `Model.generate` with which answers are made
     messages    the messages so far, as `Model.chat` takes them; the answers keep the ids that were generated
-    cache       the keys and values of what the model has read and said
+    cache       the keys and values of what the model has read and said, stored in `cache_dtype`
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None = None,
         effort: str | None = None,
         chat_format: str | None = None,
+        cache_dtype: str | None = None,
         **settings: Unpack[GenerationSettings],
     ) -> None:
         if model.tokenizer is None:
@@ -62,7 +63,7 @@ class Conversation:
         if tools and self.is_chat and model.tokenizer.chat_format is not None:
             read_tools(tools)  # a mistake in them is told before anything is said
         self.messages: list[dict[str, Any]] = []
-        self.cache = model.new_cache()
+        self.cache = model.new_cache(dtype=cache_dtype)
         self.set_system(system)
 
     @property

@@ -43,17 +43,31 @@ def available_memory() -> int | None:
     return min((size for size in sizes if size is not None), default=None)
 
 
-def require_memory(n_bytes: int, what: str, hint: str = "", kind: type[MistralRefError] = InputError) -> None:
-    """Raise an error of this kind if `what` takes more memory than this process can still get.
+def lacking_memory(n_bytes: int) -> int | None:
+    """Return how many bytes this process can still get, if they are less than `n_bytes`; else None, as if unknown.
 
     Small amounts are not looked up: that takes longer than a token of a small model.
     """
     left = available_memory() if n_bytes >= _MUCH else None
-    if left is not None and n_bytes > left:
+    return left if left is not None and n_bytes > left else None
+
+
+def require_memory(n_bytes: int, what: str, hint: str = "", kind: type[MistralRefError] = InputError) -> None:
+    """Raise an error of this kind if `what` takes more memory than this process can still get."""
+    left = lacking_memory(n_bytes)
+    if left is not None:
         raise kind(
-            f"{what} would take {n_bytes / 2**30:.2f} GiB of memory, and {left / 2**30:.2f} GiB are left"
-            + (f"; {hint}" if hint else "")
+            f"{what} would take {gib(n_bytes)} of memory, and {gib(left)} are left" + (f"; {hint}" if hint else "")
         )
+
+
+def gib(n_bytes: int) -> str:
+    """Return a number of bytes in GiB.
+
+    >>> gib(3 * 2**29)
+    '1.50 GiB'
+    """
+    return f"{n_bytes / 2**30:.2f} GiB"
 
 
 def process_memory(pid: int) -> dict[str, int | None]:

@@ -16,7 +16,7 @@ from mistral_kernels import attention, elementwise, limits, panels, sharing
 from mistral_kernels.products import Blocks, Codes, Floats
 from mistral_kernels.quantized import matmul_quantized, matvec_quantized
 from mistral_ref.block_matrix import BlockMatrix
-from mistral_ref.cache import DEFAULT_CHUNK
+from mistral_ref.cache import CACHE_DTYPES, DEFAULT_CHUNK
 from mistral_ref.config import ModelConfig
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, QuantizedMatrix
 from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
@@ -25,7 +25,6 @@ from mistral_ref.weights import Matrix, Weights, matrices
 Kernel = partial[Any]
 
 _NO_SCALE = np.ones((1, 1), np.float32)
-_CACHE_DTYPES = ("float32", "float16", "int8")
 _ROUNDED: tuple[QuantizedInputs, ...] = ("int16", "int8")
 
 
@@ -107,7 +106,7 @@ def of_a_model(config: ModelConfig, weights: Weights, *, every_option: bool = Fa
         hows = pairs_of(BITS, _ROUNDED, [GROUP_SIZE])
         needed += [partial(factory, *how) for how in hows for factory in (matvec_quantized, matmul_quantized)]
         needed += [partial(limits.plain_read), partial(limits.multiply_add_peak)]
-    for (quantized_inputs, bf16_inputs), cache_dtype in pairs_of(roundings, _CACHE_DTYPES):
+    for (quantized_inputs, bf16_inputs), cache_dtype in pairs_of(roundings, CACHE_DTYPES):
         needed += of_passes(
             config, weights, cache_dtype, {1, 2, DEFAULT_CHUNK},
             last_only=False, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs,

@@ -23,7 +23,8 @@ from mistral_ref.files.generation_config import read_eos_ids
 from mistral_ref.files.gguf import GGUF, open_gguf
 from mistral_ref.files.gguf_config import gguf_eos_ids, lost_window
 from mistral_ref.files.paths import checked_model, is_gguf
-from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weights
+from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weights, rounded_bytes
+from mistral_ref.host import require_memory
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rope import AnglePrecision
@@ -32,6 +33,9 @@ from mistral_ref.text import Tokenizer, find_tokenizer, load_tokenizer
 from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+_ROUNDED_HINT = (
+    "mistral-ref quantize writes them to files, which are mapped; load(check_memory=False), --no-memory-check tries it"
+)
 
 
 def load(
@@ -45,6 +49,7 @@ def load(
     window: int | None = None,
     quantized_inputs: QuantizedInputs | None = None,
     bf16_inputs: Bf16Inputs = "float32",
+    check_memory: bool = True,
     progress: Progress | None = None,
     on_compile: OnCompile | None = None,
 ) -> Model:
@@ -67,6 +72,8 @@ def load(
     bf16_inputs   what the inputs of bf16 matrices are rounded to. "float32": not rounded. "bfloat16": to bf16 (8
                   significant bits), as other runtimes do; prompts are twice as fast on AMD's processors with
                   AVX512_BF16, and decoding a little faster
+    check_memory  refuse what takes more memory than is left, a container's limit included, before it is begun: rounded
+                  weights, and texts whose keys and values, or the work on them, are too large. False: try it
     progress      called with (done, in all), numbers of weights, while `quantize` rounds
     on_compile    called as on_compile(done, total, name) before each kernel that is compiled, and at the end without a
                   name. None: a warning says how many are compiled
@@ -88,9 +95,11 @@ def load(
     config, weights = open_model(path) if gguf is None else gguf_model(gguf)
     config = _with_window(config, window, gguf)
     if scheme is not None:
+        if check_memory:
+            require_memory(rounded_bytes(weights, scheme), f"{path}: weights of {quantize} bits", _ROUNDED_HINT)
         weights = quantized_weights(weights, scheme, progress)
     tokenizer, eos_ids = _text_side(path, gguf, config)
-    return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids)
+    return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids, check_memory=check_memory)
 
 
 def _with_window(config: ModelConfig, window: int | None, gguf: GGUF | None) -> ModelConfig:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Never, SupportsIndex, Unpack, overload
 from weakref import WeakSet
 
 import numpy as np
 
-from mistral_ref import passes
+from mistral_ref import memory, passes
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache, check_cache
 from mistral_ref.config import ModelConfig
 from mistral_ref.drafts import Ahead, Drafter, DraftModel, LoadedModel, Lookup, check_vocabulary
@@ -22,7 +22,6 @@ from mistral_ref.generation import (
     answer,
     generate,
 )
-from mistral_ref.host import require_memory
 from mistral_ref.ops import Ops
 from mistral_ref.passes import Scores, pass_lengths
 from mistral_ref.prompt import Prompt, prompt_ids
@@ -47,6 +46,7 @@ class Model:
     ops         the operations that compute with them
     tokenizer   None if the directory has no tokenizer; prompts must then be token ids
     eos_ids     the ids that end a text
+    check_memory    whether work is refused that takes more memory than is left
     """
 
     def __init__(
@@ -57,12 +57,15 @@ class Model:
         *,
         tokenizer: Tokenizer | None = None,
         eos_ids: Sequence[int] = (),
+        check_memory: bool = True,
     ) -> None:
         self.config, self.weights, self.ops, self.tokenizer = config, weights, ops, tokenizer
         own = None if tokenizer is None else tokenizer.eos_id
         self.eos_ids = frozenset(eos_ids) or frozenset([] if own is None else [own])
         self.transformer = Transformer(config, weights, ops)
         self._checked_drafts: WeakSet[LoadedModel] = WeakSet([self])
+        self.check_memory = check_memory
+        self._cache_type = KVCache
 
     def __repr__(self) -> str:
         tokenizer = "no tokenizer" if self.tokenizer is None else repr(self.tokenizer)
@@ -87,11 +90,15 @@ class Model:
 
         Raises InputError for a value that cannot be used.
         """
-        return KVCache(self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype)
+        return self._cache_type(
+            self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype, check_memory=self.check_memory
+        )
 
     def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
         """Return the cache that `cache.save(path)` wrote. Raises CacheError as `KVCache.load` does."""
-        return KVCache.load(path, self.config, self.ops)
+        cache = self._cache_type.load(path, self.config, self.ops)
+        cache.check_memory = self.check_memory
+        return cache
 
     def token_ids(self, prompt: Prompt, cache: KVCache | None = None) -> list[int]:
         """Return the token ids of a prompt. Each id is checked to be in [0, V).
@@ -123,16 +130,17 @@ class Model:
         CacheError, also if less memory is left than the logits take.
         """
         ids = self.token_ids(tokens, cache)
-        require_memory(
-            (1 if last_only and not edits else len(ids)) * self.config.vocab_size * self.ops.dtype.itemsize,
-            f"the logits of {len(ids)} tokens",
-            "last_only=True without edits computes those of the last token, and score(tokens) the log-probabilities",
-        )
         if edits:
             touched = check_edits(edits, self.config)
             logits_TV = self._walk(ids, cache, inside_attention(touched), edits).finish()
             return (logits_TV[-1:] if last_only else logits_TV).copy()
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
+        n_logits = 1 if last_only else len(ids)
+        if len(ids) > 1:  # one token takes little
+            memory.require(
+                cache, len(ids), n_logits=min(n_logits, cache.chunk), kept=n_logits * self.config.vocab_size,
+                hint="" if last_only else "last_only=True keeps the logits of the last token, and score(tokens) none",
+            )  # fmt: skip
         return (passes.last_logits if last_only else passes.logits)(self.transformer, ids, cache)
 
     def _prepare(self, n_tokens: int, cache: KVCache) -> None:
@@ -176,12 +184,7 @@ class Model:
         touched = check_edits(edits, self.config)
         kept = matching_steps(keep, self.config)
         start = 0 if cache is None else cache.length
-        require_memory(
-            count_values(self.config, len(ids), start, kept) * self.ops.dtype.itemsize,
-            f"the steps to be kept of {len(ids)} tokens",
-            "keep=... chooses fewer steps",
-        )
-        walk = self._walk(ids, cache, inside_attention([*kept, *touched]), edits)
+        walk = self._walk(ids, cache, inside_attention([*kept, *touched]), edits, kept)
         steps = [step for step in walk if step.name in kept]
         pieces = [self.piece(token) for token in ids]
         made_by, windows = f"{self.ops.dtype} by {self.ops.name}", self.config.sliding_window
@@ -199,8 +202,14 @@ class Model:
         cache: KVCache | None,
         observe_attention: bool,
         edits: Mapping[str, Edit],
+        kept: Collection[str] = (),
     ) -> Walk:
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
+        hint = "keep=... keeps fewer steps" if kept else "over a cache, a pass of fewer tokens has fewer scores"
+        memory.require(
+            cache, len(ids), n_logits=len(ids), observed=observe_attention,
+            kept=count_values(self.config, len(ids), cache.length, kept), hint=hint,
+        )  # fmt: skip
         return passes.walk(self.transformer, ids, cache, observe_attention=observe_attention, edits=edits)
 
     @overload
@@ -218,7 +227,9 @@ class Model:
         """
         ids = self.token_ids(tokens)
         n_top = 0 if top is None else checked_int("top", top, least=1, most=self.config.vocab_size)
-        found = passes.scores(self.transformer, ids, self.new_cache(max_tokens=len(ids)), n_top)
+        cache = self.new_cache(max_tokens=len(ids))
+        memory.require(cache, len(ids), n_logits=min(len(ids), cache.chunk))
+        found = passes.scores(self.transformer, ids, cache, n_top)
         return found.logprobs if top is None else found
 
     def embed(self, tokens: Prompt) -> np.ndarray:
@@ -227,7 +238,9 @@ class Model:
         Raises InputError as `token_ids`.
         """
         ids = self.token_ids(tokens)
-        return passes.embedding(self.transformer, ids, self.new_cache(max_tokens=len(ids)))
+        cache = self.new_cache(max_tokens=len(ids))
+        memory.require(cache, len(ids))
+        return passes.embedding(self.transformer, ids, cache)
 
     def generate(
         self,
@@ -309,9 +322,13 @@ class Model:
         )
         held, longest = [] if cache is None else cache.tokens, self.config.max_seq_len
         end = len(held) + len(request.prompt_ids)
+        last = end + request.max_tokens - 1  # the last token is not in the cache
+        last = last if longest is None else min(last, max(end, longest))
         used = prompt_cache if cache is None else cache
-        used = self.new_cache() if used is None else used
+        used = self.new_cache(max_tokens=last) if used is None else used
         used.require_room(end - used.length)
+        n_more, in_prompt = min(last, used.max_tokens or last) - used.length, len(request.prompt_ids)
+        memory.require(used, max(n_more, in_prompt), at_once=in_prompt, hint="max_tokens=... asks for a shorter text")
         if longest is not None and end >= longest:
             raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len); expected a shorter one")
         request.warn_of_mistakes(held, None if self.tokenizer is None else self.tokenizer.bos_id)

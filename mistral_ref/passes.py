@@ -10,9 +10,7 @@ import numpy as np
 from mistral_ref.cache import KVCache, Pass
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import Progress
-from mistral_ref.host import require_memory
 from mistral_ref.sampling import likeliest, log_softmax
-from mistral_ref.steps import count_values
 from mistral_ref.transformer import Transformer, drain
 from mistral_ref.walk import Edit, Walk
 
@@ -55,6 +53,7 @@ def _passes(
     transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last_only: bool = False
 ) -> Iterator[tuple[int, np.ndarray, Pass]]:
     """Yield the passes that take these ids through the model: the first index, the ids (T,) and the Pass of each."""
+    cache.make_room(len(ids))
     prepare(transformer, cache, pass_lengths(len(ids), cache.chunk), last_only=last_only)
     for start in range(0, len(ids), cache.chunk):
         transformer.weights.check_files()
@@ -64,7 +63,6 @@ def _passes(
 
 def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> np.ndarray:
     """Append ids to the tokens in a cache; return their logits (T, V)."""
-    cache.require_room(len(ids))
     logits_TV = np.empty((len(ids), transformer.config.vocab_size), transformer.ops.dtype)
     for start, chunk, this_pass in _passes(transformer, ids, cache):
         logits_TV[start : start + len(chunk)] = drain(transformer.forward_steps(chunk, this_pass), transformer.ops)
@@ -90,7 +88,6 @@ def last_logits(
     `progress(done, total)` is called before each pass and at the end. Of a pass that is not the last one only keys and
     values are needed, so it ends at the first step after them.
     """
-    cache.require_room(len(ids))
     report = progress or (lambda done, total: None)
     for start, chunk, this_pass in _passes(transformer, ids, cache, last_only=True):
         report(start, len(ids))
@@ -116,12 +113,6 @@ def walk(
     observe_attention   whether the steps inside attention are among those that can be seen and edited
     """
     ops = transformer.ops
-    if observe_attention:
-        require_memory(
-            2 * count_values(transformer.config, len(ids), cache.length, ["scores"]) * ops.dtype.itemsize,
-            f"the scores of {len(ids)} tokens",
-            "a pass over a cache can take fewer tokens at once",
-        )
     this_pass = begin_pass(transformer, cache, len(ids))
     steps = transformer.forward_steps(np.array(ids), this_pass, observe_attention=observe_attention)
     return Walk(steps, ops, edits)
@@ -130,13 +121,9 @@ def walk(
 def scores(transformer: Transformer, ids: Sequence[int], cache: KVCache, n_top: int) -> Scores:
     """Return the Scores of a text, with the `n_top` likeliest tokens at each place. The cache holds no token yet.
 
-    The logits of one chunk are in memory at a time. Raises InputError if less memory is left than they take.
+    The logits of one chunk are in memory at a time.
     """
     n_scored, ops = len(ids) - 1, transformer.ops
-    n_together = min(cache.chunk, n_scored)
-    require_memory(
-        n_together * transformer.config.vocab_size * ops.dtype.itemsize, f"the logits of {n_together} tokens"
-    )
     found = Scores(np.empty(n_scored), np.empty((n_scored, n_top), np.int64), np.empty((n_scored, n_top)))
     for start, chunk, this_pass in _passes(transformer, ids[:-1], cache):
         logits_TV = drain(transformer.forward_steps(chunk, this_pass), ops)
@@ -146,6 +133,7 @@ def scores(transformer: Transformer, ids: Sequence[int], cache: KVCache, n_top: 
             if n_top:
                 found.top_ids[at] = likeliest(logprobs_V, n_top)
                 found.top_logprobs[at] = logprobs_V[found.top_ids[at]]
+        del logits_TV, logits_V  # before the next pass makes others
     return found
 
 

@@ -29,7 +29,7 @@ from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values
 # when they are multiplied. Measured with bf16 and one token: 3.7 to 5.5 GB/s with 2**18, 2.5 to 3.9 GB/s with 2**22.
 # With 512 tokens the difference was a fifth.
 _WIDENED_ELEMENTS = 2**18
-_SCORE_ELEMENTS = 2**22
+SCORE_ELEMENTS = 2**22
 
 
 # BLAS has one number of threads for the whole process. Passes that set it wait for each other.
@@ -247,7 +247,7 @@ class ReferenceOps:
         # heads[t,h] = sum over s of softmax(score)[h,t,s] v[s,g]
         k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))
         queries_T, keys_S = np.array(view.query_positions), np.array(view.key_positions)
-        slices = list(blocks(len(q_THK), q_THK.shape[1] * len(keys_S), _SCORE_ELEMENTS))
+        slices = list(blocks(len(q_THK), q_THK.shape[1] * len(keys_S), SCORE_ELEMENTS))
 
         def block_scores(rows: slice) -> np.ndarray:
             return self.scores(q_THK[rows], k_SGK, attends(queries_T[rows, np.newaxis], keys_S, view.window))

@@ -89,12 +89,15 @@ MUCH = SMALL.replace(vocab_size=40_000, max_seq_len=None)
 @pytest.mark.parametrize(
     ("use", "facts"),
     [
-        (lambda model: model.forward([5] * 1000), ["1000 tokens", "0.15 GiB", "last_only", "score"]),
-        (lambda model: model.score([5] * 1000), ["512 tokens", "0.08 GiB"]),
-        (lambda model: model.trace([5] * 1000, keep="logits"), ["1000 tokens", "0.15 GiB", "keep"]),
+        (lambda model: model.forward([5] * 1000), ["1000 tokens", "0.26 GiB", "last_only", "score"]),
+        (lambda model: model.score([5] * 1000), ["1000 tokens", "0.11 GiB"]),
+        (lambda model: model.trace([5] * 1000, keep="logits"), ["1000 tokens", "0.35 GiB", "keep"]),
         (lambda model: model.trace([5] * 4000, keep="*.scores"), ["4000 tokens", "keep"]),
         (lambda model: model.steps([5] * 4000), ["scores", "4000 tokens"]),
-        (lambda model: model.forward([5] * 3000, edits={"*.scores": np.zeros_like}, last_only=True), ["3000", "edits"]),
+        (
+            lambda model: model.forward([5] * 3000, edits={"*.scores": np.zeros_like}, last_only=True),
+            ["3000", "scores"],
+        ),
     ],
     ids=["forward", "score", "trace", "trace of scores", "steps", "forward with edits"],
 )
@@ -115,7 +118,7 @@ def test_a_cache_that_memory_cannot_hold_is_refused_before_anything_is_computed(
     cache = model.new_cache()
     model.forward([5] * 60, cache, last_only=True)
     monkeypatch.setattr("mistral_ref.host.available_memory", lambda: 10 * 2**20)
-    with refused(CacheError, 60, "10060 tokens", "memory", "0.01 GiB", "int8"):
+    with refused(CacheError, 60, "10000 tokens", "0.44 GiB", "memory", "0.01 GiB", "int8"):
         model.forward([5] * 10_000, cache, last_only=True)
     with refused(CacheError, 60, "10060 tokens", "memory"):
         model.generate([5] * 10_000, cache=cache)

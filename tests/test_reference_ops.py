@@ -80,7 +80,7 @@ def test_attention(seed: int, n_kv_heads: int, group: int, n_tokens: int, start:
 def test_attention_never_holds_more_scores_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     config = FAMILIES["dense_no_window"].config
     model, largest = model_of(config), []
-    monkeypatch.setattr(reference_ops, "_SCORE_ELEMENTS", 1000)
+    monkeypatch.setattr(reference_ops, "SCORE_ELEMENTS", 1000)
     softmax = reference_ops.softmax
     monkeypatch.setattr(reference_ops, "softmax", lambda x: largest.append(x.size) or softmax(x))
     model.forward(tokens_for(config, 200))

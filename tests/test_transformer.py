@@ -80,7 +80,7 @@ def test_stepping_is_running_also_when_scores_are_computed_in_blocks(monkeypatch
     model = model_of(FAMILIES["dense_windowed"].config)
     tokens = tokens_for(model.config, 50)
     in_one = model.forward(tokens)
-    monkeypatch.setattr("mistral_ref.reference_ops._SCORE_ELEMENTS", 700)  # 2 queries of 6 heads and 50 keys
+    monkeypatch.setattr("mistral_ref.reference_ops.SCORE_ELEMENTS", 700)  # 2 queries of 6 heads and 50 keys
     walk = model.steps(tokens)
     assert len(list(walk)) > 0
     np.testing.assert_array_equal(walk.logits, model.forward(tokens))

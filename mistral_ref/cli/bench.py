@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from mistral_ref.cli.common import add_compute_options, load_model, model_directory, progress_bar, size
+from mistral_ref.cli.common import (
+    add_cache_option,
+    add_compute_options,
+    load_model,
+    model_directory,
+    progress_bar,
+    size,
+)
 from mistral_ref.cli.output import say
 from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.files.paths import local_path
@@ -162,11 +169,7 @@ def _add_test_options(parser: argparse.ArgumentParser) -> None:
         help="number of measured runs of each test (default: %(default)s)",
     )
     tests.add_argument("--no-warmup", action="store_true", help="leave out the first run, which is not measured")
-    tests.add_argument(
-        "--cache-dtype",
-        choices=["float32", "float16", "int8"],
-        help="the type of keys and values in the cache (default: float32)",
-    )
+    add_cache_option(tests)
     tests.add_argument(
         "--quick", action="store_true", help="measure pp64 and tg16 with 3 runs of each, about 10 seconds for each test"
     )

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from mistral_ref.cli.chat_shell import HELP, ChatShell, LineReader
-from mistral_ref.cli.common import add_compute_options, add_model_option, as_text, load_model
+from mistral_ref.cli.common import add_cache_option, add_compute_options, add_model_option, as_text, load_model
 from mistral_ref.cli.output import say
 from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.conversation import SYSTEM_PROMPT_FILE, Conversation, read_system_prompt
@@ -39,6 +39,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser("chat", help="talk with a model", description=_DESCRIPTION, epilog=_EXAMPLES)
     add_model_option(parser)
     add_compute_options(parser)
+    add_cache_option(parser)
     parser.add_argument(
         "--system",
         metavar="TEXT",
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         tools=tools,
         effort=arguments.reasoning_effort,
         chat_format=arguments.chat_format,
+        cache_dtype=arguments.cache_dtype,
         max_tokens=arguments.max_tokens,
         **sampling_settings(arguments),
     )

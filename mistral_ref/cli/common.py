@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, get_args
 
+from mistral_ref.cache import CACHE_DTYPES
 from mistral_ref.cli.output import say, show_in_place
 from mistral_ref.errors import InputError, short_repr
 from mistral_ref.generation import Token
@@ -78,6 +79,22 @@ def add_compute_options(
         default="float32",
         help="what inputs are rounded to before they are multiplied by bf16 weights: float32, no rounding, or "
         "bfloat16, less exact, and prompts twice as fast on AMD processors with AVX512_BF16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-memory-check",
+        dest="check_memory",
+        action="store_false",
+        help="try what takes more memory than is left; without this option it is refused",
+    )
+
+
+def add_cache_option(parser: argparse._ActionsContainer) -> None:
+    """Add the option that chooses the number format of keys and values."""
+    parser.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="the type of keys and values in the cache: float16 takes half the memory of float32, int8 about a quarter "
+        "(default: float32)",
     )
 
 
@@ -191,6 +208,7 @@ def load_model(arguments: argparse.Namespace) -> Model:
             window=arguments.window,
             quantized_inputs=arguments.quantized_inputs,
             bf16_inputs=arguments.bf16_inputs,
+            check_memory=arguments.check_memory,
             progress=progress,
             on_compile=show_compiling,
         )

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from mistral_ref.cache import DEFAULT_CHUNK
 from mistral_ref.cli.common import (
+    add_cache_option,
     add_compute_options,
     add_ids_option,
     add_model_option,
@@ -58,6 +59,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_ids_option(parser)
     add_model_option(parser)
     add_compute_options(parser)
+    add_cache_option(parser)
     parser.add_argument(
         "--max-tokens",
         type=int,
@@ -114,6 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
             top_logprobs=arguments.top_logprobs,
             max_seconds=arguments.max_seconds,
             progress=progress,
+            cache=model.new_cache(max_tokens=len(ids) + arguments.max_tokens - 1, dtype=arguments.cache_dtype),
         )
         given = [next(tokens)]  # before the prompt is printed: a bar or a notice would be in the middle of the text
     echo = prompt if isinstance(prompt, str) else text_of_ids(model, ids)

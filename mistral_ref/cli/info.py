@@ -13,6 +13,7 @@ from itertools import groupby
 import numpy as np
 
 import mistral_ref
+from mistral_ref.cache import CACHE_DTYPES
 from mistral_ref.cli.common import add_model_option, add_window_option, size
 from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted, terminal_width
@@ -26,6 +27,7 @@ from mistral_ref.files.hub import cache_folder, models
 from mistral_ref.files.paths import begins_gguf_model, checked_model, is_gguf
 from mistral_ref.files.tensor_file import DTYPES, Tensor
 from mistral_ref.files.tensor_names import huggingface_name
+from mistral_ref.memory import longest_context
 from mistral_ref.weights import matrices
 
 _LENGTHS = (1024, 4096, 32768, 131072)
@@ -180,13 +182,18 @@ def files(checkpoint: Checkpoint, model: mistral_ref.Model) -> dict[str, object]
 
 
 def memory(model: mistral_ref.Model, checkpoint: Checkpoint) -> dict[str, object]:
-    """Return the rows about memory: what the weights take, and what the cache takes at several lengths."""
+    """Return the rows about memory: what the weights take, the cache at several lengths, and the longest that fits."""
     longest = model.config.max_seq_len or _LENGTHS[-1]
     lengths = sorted({n for n in _LENGTHS if n < longest} | {min(longest, _LENGTHS[-1])})
     cache = model.new_cache()
     weights = sum(tensor.raw.nbytes for tensor in checkpoint.tensors.values())
     rows: dict[str, object] = {"weights": f"{size(weights)}, mapped from the files and shared with the page cache"}
-    return rows | {f"cache at {n}": f"{size(cache.bytes_for(n))} as {cache.dtype}" for n in lengths}
+    rows |= {f"cache at {n}": f"{size(cache.bytes_for(n))} as {cache.dtype}" for n in lengths}
+    fitting = {dtype: longest_context(model.config, model.weights, cache_dtype=dtype) for dtype in CACHE_DTYPES}
+    words = [f"{n:,} tokens as {dtype}" for dtype, n in fitting.items() if n is not None]
+    if len({*fitting.values()}) == 1:  # the model's own longest text
+        words = [word.partition(" as ")[0] for word in words[:1]]
+    return rows | ({"longest that fits": f"{', '.join(words)}, beside the weights"} if words else {})
 
 
 def tokenizer(model: mistral_ref.Model) -> dict[str, object]:

@@ -94,6 +94,13 @@ class Scheme:
             )
 
 
+def rounded_bytes(weights: Weights, scheme: Scheme) -> int:
+    """Return how many bytes of memory the matrices take that a scheme rounds."""
+    rounded = ((matrix, scheme.bits_of(matrix.name)) for matrix in matrices(weights))
+    specs = (quantized_tensors(*matrix.shape, bits, scheme.group_size) for matrix, bits in rounded if bits is not None)
+    return sum(spec.nbytes for tensors in specs for spec in tensors.values())
+
+
 def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | None = None) -> Weights:
     """Return the weights, rounded in memory by a scheme. `progress` is called with (weights done, weights in all).
 

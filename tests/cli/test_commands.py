@@ -172,6 +172,7 @@ def test_info_shows_the_model(model_dir: Path) -> None:
         "huggingface",
         "SentencePiece",
         "cache at 32768",
+        "100,000 tokens, beside the weights",
     ):
         assert line in done.stdout
     row = next(line.split() for line in done.stdout.splitlines() if "layers.1.attention.wq.weight" in line)
@@ -456,3 +457,31 @@ sys.exit(main(["info"]))
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert_complains(errors, "working directory", "removed")
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_keys_and_values_of_another_type(model_dir: Path) -> None:
+    """They are what the library stores, and a type that does not exist is refused."""
+    model = mistral_ref.load(model_dir)
+    cache = model.new_cache(dtype="int8")
+    text = model.complete("The mill", max_tokens=8, cache=cache)
+    options = ("--model", model_dir, "--temperature", 0, "--max-tokens", 8)
+    assert run("generate", *options, "--cache-dtype", "int8", "The mill").stdout == f"The mill{text}\n"
+    said = run("chat", *options, "--cache-dtype", "int8", "--no-history", stdin="The mill\n")
+    assert (said.returncode, text.strip() in said.stdout) == (0, True)
+    one_line_error(run("generate", "--cache-dtype", "int4", "The mill"), "--cache-dtype", "int4")
+
+
+def test_a_text_that_does_not_fit_is_refused_unless_one_insists(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistral_ref.host._MUCH", 1)
+    monkeypatch.setattr("mistral_ref.host.available_memory", lambda: 1000)
+    monkeypatch.setattr("mistral_ref.memory.available_memory", lambda: 10**6)
+    options = ("--model", model_dir, "--max-tokens", 2, "The mill")
+    one_line_error(run("generate", *options), "memory", "0.00 GiB", "--no-memory-check")
+    assert run("generate", "--no-memory-check", *options).returncode == 0
+    rows = [line for line in run("info", "--model", model_dir).stdout.splitlines() if "longest that fits" in line]
+    assert [row.count(" as ") for row in rows] == [3]  # a figure for each type of cache

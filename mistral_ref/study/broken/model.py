@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from functools import reduce
 from typing import Any
 
-from mistral_ref.cache import DEFAULT_CHUNK, KVCache
+from mistral_ref.cache import KVCache
 from mistral_ref.errors import InputError, checked_choice
 from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
@@ -24,8 +23,15 @@ class BrokenModel(Model):
         config = reduce(lambda config, bug: bug._config(config), bugs, right.config)
         weights = reduce(lambda weights, bug: bug._weights(weights), bugs, right.weights)
         ops = _joined(BrokenOps, [bug._ops for bug in bugs])(", ".join(names), right)
-        super().__init__(config, weights, ops, tokenizer=right.tokenizer, eos_ids=tuple(right.eos_ids))
-        self._cache = _joined(KVCache, [bug._cache for bug in bugs])
+        super().__init__(
+            config,
+            weights,
+            ops,
+            tokenizer=right.tokenizer,
+            eos_ids=tuple(right.eos_ids),
+            check_memory=right.check_memory,
+        )
+        self._cache_type = _joined(KVCache, [bug._cache for bug in bugs])
         self._twice_bos = any(bug._twice_bos for bug in bugs)
 
     def token_ids(self, prompt: Prompt, cache: KVCache | None = None) -> list[int]:
@@ -34,18 +40,6 @@ class BrokenModel(Model):
         bos = _BOS if self.tokenizer is None else self.tokenizer.bos_id
         is_one = ids[0] == bos and ids[:2] != [bos, bos] and not (cache is not None and cache.length)
         return [ids[0], *ids] if self._twice_bos and is_one else ids
-
-    def new_cache(
-        self, *, max_tokens: int | None = None, chunk: int = DEFAULT_CHUNK, dtype: str | None = None
-    ) -> KVCache:
-        """Return an empty cache of the broken model."""
-        cache: KVCache = self._cache(self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype)
-        return cache
-
-    def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
-        """Return the cache in a file as a cache of the broken model."""
-        cache: KVCache = self._cache.load(path, self.config, self.ops)
-        return cache
 
 
 def _joined(base: type, kinds: list[Any]) -> Any:
