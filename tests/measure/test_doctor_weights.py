@@ -18,7 +18,7 @@ import mistral_ref
 from mistral_ref.files.tensor_file import open_tensor_file
 from mistral_ref.measure.doctor import examine
 
-WQ, W1, NORM = "layers.1.attention.wq.weight", "layers.1.feed_forward.w1.weight", "layers.1.ffn_norm.weight"
+W1, NORM = "layers.1.feed_forward.w1.weight", "layers.1.ffn_norm.weight"
 
 
 def nan(weights: Tensors) -> None:
@@ -57,7 +57,7 @@ def silent_norm(weights: Tensors) -> None:
         (infinite, "wrong", ["layers.1.feed_forward.w1", "infinite", "2 of", 7]),
         (dead, "suspicious", ["layers.1.feed_forward.w1", "zeros", "row 7"]),
         (outlier, "suspicious", ["layers.1.feed_forward.w1", "outliers", "row 7", "2e+04"]),
-        (norm, "wrong", [NORM, "1 values"]),
+        (norm, "wrong", [NORM, "NaN", "1 of"]),
         (silent_norm, "wrong", [NORM, "zeros"]),
     ],
 )
@@ -90,35 +90,44 @@ def test_rows_that_no_text_becomes_may_be_zero(tmp_path: Path, row: int, has_tex
         assert_healthy(tmp_path)
 
 
+GATE = "model.layers.1.mlp.gate_proj.weight"  # layers.1.feed_forward.w1
+
+
 def stored(path: Path) -> dict[str, tuple[str, np.ndarray]]:
-    """Return the tensors of a file, to be changed and written again."""
-    return {
-        one.name: (one.dtype, np.array(one.raw.view("u1" if one.dtype == "F8_E4M3" else "<f4")).reshape(one.shape))
-        for one in open_tensor_file(path)
-        if one.dtype in ("F8_E4M3", "F32")
-    }
+    """Return the tensors of a file with F8_E4M3 and F32, to be changed and written again."""
+    tensors = open_tensor_file(path)
+    kinds = {"F8_E4M3": "u1", "F32": "<f4"}
+    return {one.name: (one.dtype, one.raw.view(kinds[one.dtype]).reshape(one.shape).copy()) for one in tensors}
 
 
 @pytest.mark.parametrize("block", ["tensor", "block"])
-def test_scales_of_fp8(tmp_path: Path, block: Any) -> None:
+@pytest.mark.parametrize(
+    ("scale", "n", "severity", "facts"),
+    [
+        (np.nan, 2, "wrong", ["scales", "nan"]),  # and the weights are NaN, too
+        (0.0, 2, "wrong", ["scales", 0]),  # and zero
+        (-1e-3, 1, "wrong", ["scales", -0.001]),
+        (1e4, 1, "suspicious", ["median"]),  # the inverse of a scale
+    ],
+)
+def test_scales_of_fp8(tmp_path: Path, block: Any, scale: float, n: int, severity: str, facts: list[object]) -> None:
     path = tmp_path / "model.safetensors"
     write_hf(tmp_path, family(), fp8=block)
     assert_healthy(tmp_path)
-    good = stored(path)
-    name = "model.layers.1.mlp.gate_proj.weight"
-    for scale, severity, facts in (
-        (np.nan, "wrong", ["scales", "layers.1.feed_forward.w1", "nan"]),
-        (0.0, "wrong", ["scales", "layers.1.feed_forward.w1", 0]),
-        (1e4, "suspicious", ["layers.1.feed_forward.w1", "median"]),
-    ):
-        dtype, values = good[f"{name}_scale_inv"]
-        write_tensor_file(path, good | {f"{name}_scale_inv": (dtype, np.full_like(values, scale))})
-        assert_finds(tmp_path, severity, path, *facts, n=2 if scale in (0.0,) or np.isnan(scale) else 1)
-    write_tensor_file(path, {key: value for key, value in good.items() if key != f"{name}_scale_inv"})
-    assert_finds(tmp_path, "wrong", path, name, "fp8", "scale")
-    codes = good[name][1].copy()
-    codes[5, 2] = 0x7F
-    write_tensor_file(path, good | {name: ("F8_E4M3", codes)})
+    tensors = stored(path)
+    tensors[f"{GATE}_scale_inv"][1][...] = scale
+    write_tensor_file(path, tensors)
+    assert_finds(tmp_path, severity, path, "layers.1.feed_forward.w1", *facts, n=n)
+
+
+def test_fp8_without_a_scale_and_with_nan(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_hf(tmp_path, family(), fp8="tensor")
+    tensors = stored(path)
+    write_tensor_file(path, {name: one for name, one in tensors.items() if name != f"{GATE}_scale_inv"})
+    assert_finds(tmp_path, "wrong", path, GATE, "fp8", "scale")
+    tensors[GATE][1][5, 2] = 0x7F
+    write_tensor_file(path, tensors)
     assert_finds(tmp_path, "wrong", path, "layers.1.feed_forward.w1", "NaN", "row 5")
 
 

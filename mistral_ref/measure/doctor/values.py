@@ -62,7 +62,7 @@ def _peaks(matrix: Matrix, pool: Executor) -> Iterator[np.ndarray]:
 def _norm(path: Path, name: str, values: np.ndarray) -> Iterator[Finding]:
     n_broken = int((~np.isfinite(values)).sum())
     if n_broken:
-        yield _not_finite(path, f"{name} has {n_broken} values that are NaN or infinite")
+        yield _not_finite(path, f"{name} has NaN or infinite weights: {n_broken} of {values.size}")
     elif not values.any():
         yield Finding("wrong", path, f"{name} is all zeros", "Nothing passes through this norm.", _AGAIN)
 
