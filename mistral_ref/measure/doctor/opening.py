@@ -51,7 +51,7 @@ def read_parts(patient: Patient) -> None:
     if reader := _reader_of(path):
         _read_configuration(patient, path, reader)
         patient.config = patient.configs.get(path)
-        patient.left_out += ["weights: a configuration holds none", "tokenizer: a configuration holds none"]
+        patient.left_out.append("weights and tokenizer: a configuration alone holds neither")
     elif is_gguf(path):
         _read_gguf(patient, path)
         patient.config = patient.configs.get(path)
@@ -127,13 +127,11 @@ def _read_gguf(patient: Patient, path: Path) -> None:
     gguf = patient.attempt("weights", path, lambda: open_gguf(path))
     is_whole = gguf is not None
     gguf = gguf or patient.attempt("weights", path, lambda: gguf_header(path))
-    if gguf is None:
-        return
-    patient.ggufs.append(gguf)
-    _read_gguf_parts(patient, gguf, is_whole=is_whole)
+    if gguf is not None:
+        _read_parts_of_gguf(patient, gguf, is_whole=is_whole)
 
 
-def _read_gguf_parts(patient: Patient, gguf: GGUF, *, is_whole: bool) -> None:
+def _read_parts_of_gguf(patient: Patient, gguf: GGUF, *, is_whole: bool) -> None:
     path = gguf.path
     config = patient.attempt("configuration", path, lambda: gguf_config(gguf), notices=MistralRefWarning)
     if config is not None:

@@ -11,7 +11,6 @@ from typing import NamedTuple, TypeVar
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import MistralRefError, escaped
 from mistral_ref.files.checkpoint import Checkpoint
-from mistral_ref.files.gguf import GGUF
 from mistral_ref.measure.doctor.finding import Finding, Severity
 from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.text.tokenizer_json import WrongPatternWarning
@@ -57,7 +56,6 @@ class Patient:
     path        the directory, the GGUF file, or the file of a lone configuration
     configs     the configuration that each file holds
     config      the configuration that counts; None: none could be read
-    ggufs       the GGUF files
     opened      the weights of each layout and of each GGUF file; those that count come first
     tokenizers  the tokenizer of each file; the one that counts comes first
     bos_ids, eos_ids    the ids that begin and end a text according to files beside the tokenizer
@@ -69,7 +67,6 @@ class Patient:
     path: Path
     configs: dict[Path, ModelConfig] = field(default_factory=dict)
     config: ModelConfig | None = None
-    ggufs: list[GGUF] = field(default_factory=list)
     opened: list[Opened] = field(default_factory=list)
     tokenizers: dict[Path, Tokenizer] = field(default_factory=dict)
     bos_ids: tuple[int, ...] = ()
@@ -102,8 +99,8 @@ class Patient:
                 return None
         for warning in caught:
             if notices is not None and issubclass(warning.category, notices):
-                severity, why, cure = _NOTICES.get(warning.category, ("suspicious", _NOTICE, cure))
-                self._add(Finding(severity, *self._told(file, str(warning.message)), why, cure))
+                severity, *why_and_cure = _NOTICES.get(warning.category, ("suspicious", _NOTICE, cure))
+                self._add(Finding(severity, *self._told(file, str(warning.message)), *why_and_cure))
         return found
 
     def _told(self, file: Path, message: str) -> tuple[Path, str]:

@@ -47,9 +47,7 @@ def _against_first(patient: Patient) -> Iterator[Finding]:
         other = patient.tokenizers.get(path)
         if path == first or (other is None and path.name != "tokenizer.json"):
             continue
-        theirs = (
-            _listed(path, tokenizer) if other is None else dict(enumerate(map(other.piece, range(other.vocab_size))))
-        )
+        theirs = _listed(path, tokenizer) if other is None else _names(other)
         if not theirs:
             continue
         used = _used(tokenizer.chat_format)
@@ -86,15 +84,16 @@ def _names(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def _listed(path: Path, first: Tokenizer) -> dict[int, str]:
-    """Return the names of the ids in a tokenizer.json of any kind, spelled as `first.piece` does."""
+    """Return the names of the ids in a tokenizer.json of any BPE, spelled as `first.piece` does; {} of another file."""
     try:
         file = read_json(path, TokenizerError, TOKENIZER)
-    except MistralRefError:
-        return {}  # that it cannot be read is said already
+    except MistralRefError:  # this is a finding already
+        return {}
     model, added = file.get("model"), file.get("added_tokens")
     vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
-    pieces = vocabulary.items() if isinstance(vocabulary, dict) else ()
-    names = {token: _spelled(piece, first) for piece, token in pieces if type(token) is int}
+    if not isinstance(vocabulary, dict):
+        return {}
+    names = {token: _spelled(piece, first) for piece, token in vocabulary.items() if type(token) is int}
     for entry in added if isinstance(added, list) else ():
         match entry:
             case {"id": int(token), "content": str(content)}:
