@@ -22,7 +22,7 @@ from support.patients import (
 )
 from support.tiny_tokenizers import more_pieces, tiny_tokenizer
 
-from mistral_ref.text.split_patterns import LLAMA3
+from mistral_ref.text.split_patterns import GPT2, LLAMA3
 from mistral_ref.text.tekken import tekken_tokenizer
 
 SPM = tiny_tokenizer()
@@ -45,6 +45,15 @@ def test_tokenizer_json_has_the_pattern_with_which_models_were_published(model: 
     assert_finds(model, "wrong", model / "tokenizer.json", "wrong pattern", quick=True)
     (model / "tekken.json").unlink()  # then the file counts itself
     assert_finds(model, "wrong", model / "tokenizer.json", "wrong pattern", quick=True)
+
+
+@pytest.mark.parametrize("pattern", [GPT2, r"\w+"])
+def test_tokenizer_json_has_another_pattern(model: Path, pattern: str) -> None:
+    def plant(document: dict[str, Any]) -> None:
+        document["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+
+    change_json(model / "tokenizer.json", plant)
+    assert_finds(model, "wrong", model / "tokenizer.json", "pattern", quick=True)
 
 
 def renamed(document: dict[str, Any], token: int = 20) -> None:
@@ -103,6 +112,8 @@ def test_tokenizer_json_has_other_tokens_than_tokenizer_model(tmp_path: Path) ->
     write_json(tmp_path / "tokenizer.json", document)
     (tmp_path / "tokenizer.model.v3").write_bytes(SPM)  # the same under both names, as in published directories
     assert_healthy(tmp_path)
+    write_json(tmp_path / "tokenizer.json", document | {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
+    assert_healthy(tmp_path)  # what it lists cannot be compared
     added = [*document["added_tokens"], {"id": 384, "content": "<|im_end|>", "special": True}]
     write_json(tmp_path / "tokenizer.json", document | {"added_tokens": added})
     assert_finds(tmp_path, "wrong", tmp_path / "tokenizer.json", "385", "384", "<|im_end|>", "tokenizer.model")

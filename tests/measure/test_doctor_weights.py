@@ -232,3 +232,13 @@ def test_two_layouts_of_two_models(tmp_path: Path) -> None:
     assert_finds(tmp_path, "wrong", path, "layers.1.feed_forward.w1", "consolidated.safetensors", quick=True)
     write_hf(tmp_path, family(), fp8="block")  # rounding is no other model
     assert_healthy(tmp_path)
+
+
+def test_a_gguf_file_with_more_rows_is_compared_where_it_can_be(tmp_path: Path) -> None:
+    write_consolidated(tmp_path, family())
+    longer = family().config.replace(vocab_size=family().config.vocab_size + 8)
+    write_gguf(tmp_path / "tiny.gguf", replace(family(), config=longer))
+    # The weights are drawn one after the other, so only the names of what is compared count here.
+    facts = [one.what for one in examine(tmp_path, quick=True).findings]
+    assert any("vocab_size" in what for what in facts)
+    assert not any("tok_embeddings" in what for what in facts)

@@ -19,12 +19,9 @@ _FLOATS = ("f32", "f16", "bf16")
 
 def check_layouts(patient: Patient) -> Iterator[Finding]:
     """Compare the weights of each layout with those that are loaded."""
-    for other in patient.opened[1:]:
-        if patient.config is None:
-            return
-        first = patient.opened[0]
+    for first, other in ((patient.opened[0], other) for other in patient.opened[1:]):
         patient.examined.append(f"{_file(first)} and {_file(other)}: the first rows of every matrix, compared")
-        yield from _compared(first, other, patient.config)
+        yield from _compared(first, other, first.config)
 
 
 def _file(opened: Opened) -> str:

@@ -27,6 +27,7 @@ from mistral_ref.files.paths import begins_gguf_model, checked_model, is_gguf, l
 from mistral_ref.measure.doctor.patient import Opened, Patient
 from mistral_ref.text import find_tokenizer, load_tokenizer, tokenizer_files
 from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer
+from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.text.tokenizer_json import WrongPatternWarning
 
@@ -119,7 +120,7 @@ def _build(patient: Patient, checkpoint: Checkpoint, config: ModelConfig | None,
         return
     weights = patient.attempt("weights", file, lambda: build_weights(checkpoint, config))
     if weights is not None:
-        patient.opened.append(Opened(checkpoint, weights))
+        patient.opened.append(Opened(checkpoint, weights, config))
         patient.examined.append(f"{file.name}: names and shapes of {len(checkpoint.tensors)} tensors")
 
 
@@ -166,9 +167,9 @@ def _read_tokenizer(patient: Patient, path: Path, load: Callable[[], Tokenizer])
         try:
             return load()
         except UnknownTokenizerError:
-            if not patient.tokenizers:
+            if not isinstance(patient.tokenizer, SentencePieceTokenizer):
                 raise
-            return None  # another file is used, and this one is compared with it as it stands
+            return None  # SentencePiece in a tokenizer.json: it is compared as it stands
 
     # What others warn of, the first has warned of, too: the files beside it.
     notices = WrongPatternWarning if patient.tokenizers else MistralRefWarning

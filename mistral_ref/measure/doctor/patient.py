@@ -43,10 +43,11 @@ _NO_PART = {
 
 
 class Opened(NamedTuple):
-    """The weights in one layout, and the checkpoint that they were made of."""
+    """The weights in one layout, the checkpoint that they were made of, and the configuration of them."""
 
     checkpoint: Checkpoint
     weights: Weights
+    config: ModelConfig
 
 
 @dataclass

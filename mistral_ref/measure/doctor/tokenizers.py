@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mistral_ref.errors import InputError, MistralRefError, TokenizerError, escaped, short_repr
 from mistral_ref.files.json_file import TOKENIZER, read_json
 from mistral_ref.measure.doctor.finding import Finding
 from mistral_ref.measure.doctor.patient import Patient
 from mistral_ref.text import tokenizer_files
-from mistral_ref.text.byte_bpe import bytes_of_letters
-from mistral_ref.text.byte_tokenizer import ByteTokenizer, shown
+from mistral_ref.text.byte_tokenizer import ByteTokenizer
 from mistral_ref.text.chat_format import CHAT_FORMATS, ChatFormat
+from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 from mistral_ref.text.template_file import ChatTemplate
 from mistral_ref.text.tokenizer import Tokenizer
 
@@ -45,11 +44,11 @@ def _against_first(patient: Patient) -> Iterator[Finding]:
     ours = _names(tokenizer)
     for path in tokenizer_files(patient.path):
         other = patient.tokenizers.get(path)
-        if path == first or (other is None and path.name != "tokenizer.json"):
+        is_comparable = path.name == "tokenizer.json" and isinstance(tokenizer, SentencePieceTokenizer)
+        theirs = _names(other) if other is not None else _listed(path) if is_comparable else {}
+        if path == first or not theirs:
             continue
-        theirs = _listed(path, tokenizer) if other is None else _names(other)
-        if not theirs:
-            continue
+        yield from _pattern(path, tokenizer, other, first.name)
         used = _used(tokenizer.chat_format)
         pairs = ((token, ours.get(token, ""), theirs.get(token, "")) for token in sorted({*ours, *theirs}))
         differing = [token for token, one, another in pairs if one != another and not _unused(one, another, used)]
@@ -83,17 +82,17 @@ def _names(tokenizer: Tokenizer) -> dict[int, str]:
     return {token: name for token, name in names if name != f"[{token}]"}
 
 
-def _listed(path: Path, first: Tokenizer) -> dict[int, str]:
-    """Return the names of the ids in a tokenizer.json of any BPE, spelled as `first.piece` does; {} of another file."""
+def _listed(path: Path) -> dict[int, str]:
+    """Return the names of the ids in a tokenizer.json of SentencePiece, as `piece` has them; {} of another file."""
     try:
         file = read_json(path, TokenizerError, TOKENIZER)
     except MistralRefError:  # this is a finding already
         return {}
     model, added = file.get("model"), file.get("added_tokens")
-    vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict):
         return {}
-    names = {token: _spelled(piece, first) for piece, token in vocabulary.items() if type(token) is int}
+    names = {token: escaped(piece) for piece, token in vocabulary.items() if type(token) is int}
     for entry in added if isinstance(added, list) else ():
         match entry:
             case {"id": int(token), "content": str(content)}:
@@ -101,13 +100,18 @@ def _listed(path: Path, first: Tokenizer) -> dict[int, str]:
     return names
 
 
-def _spelled(piece: str, first: Tokenizer) -> str:
-    if isinstance(first, ByteTokenizer):
-        try:
-            return shown(bytes_of_letters(piece))
-        except KeyError:  # the name of a control token
-            pass
-    return escaped(piece)
+def _pattern(path: Path, first: Tokenizer, other: Tokenizer | None, name: str) -> Iterator[Finding]:
+    """Compare how two files split a text into words."""
+    if not (isinstance(first, ByteTokenizer) and isinstance(other, ByteTokenizer)):
+        return
+    if first.bpe.patterns != other.bpe.patterns:
+        yield Finding(
+            "wrong",
+            path,
+            f"splits texts by the pattern {short_repr(other.bpe.patterns)}; expected that of {name}",
+            "Words are cut in other places than the model has learnt.",
+            f"Use {name}, or take both files from one model and revision.",
+        )
 
 
 def _vocabulary(path: Path, tokenizer: Tokenizer, vocab_size: int) -> Iterator[Finding]:
