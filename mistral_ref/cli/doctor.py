@@ -21,14 +21,15 @@ The exit status is 1 if anything is found. No pass is run.
   tokenizer       its files against each other, the model and the chat template
   layouts         the same weights in two layouts, and the order of their rows
   weights         NaN, infinities, rows of zeros, outliers, scales of fp8
+  memory          with --tokens: what a text of this length takes
 
 Every weight is read, so this takes as long as the files take to be read.
---quick leaves the last line out."""
+--quick leaves that out."""
 _EXAMPLES = """\
 examples:
   mistral-ref doctor demo
   mistral-ref doctor DIR
-  mistral-ref doctor --quick NAME.gguf
+  mistral-ref doctor --quick --tokens 32768 NAME.gguf
   # a configuration without weights
   mistral-ref doctor config.json
 """
@@ -48,6 +49,12 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         type=model_directory,
         help="what --model of the other commands takes, or the path of a params.json or config.json alone",
     )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="also check whether a text of N tokens, prompt and answer together, fits into the memory that is left",
+    )
     parser.add_argument("--quick", action="store_true", help="do not read the weights")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(run=run)
@@ -56,7 +63,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def run(arguments: argparse.Namespace) -> None:
     """Print what is found; set the exit status to 1 if anything is."""
     with progress_bar("reading the weights", is_long=not arguments.quick) as progress:
-        report = examine(arguments.model, quick=arguments.quick, progress=progress)
+        report = examine(arguments.model, tokens=arguments.tokens, quick=arguments.quick, progress=progress)
     arguments.status = 1 if report.findings else 0  # set before printing: `head` may close the output
     say(as_json(report) if arguments.json else fitted(as_text(report)))
 

@@ -73,3 +73,12 @@ def test_a_users_mistake_is_one_line(tmp_path: Path, name: str, monkeypatch: pyt
     assert (done.returncode, done.stdout) == (2, "")
     assert_complains(done.stderr, name)
     assert run("doctor").returncode == 2
+    assert_complains(run("doctor", "demo", "--tokens", 0).stderr, "tokens", 0)
+
+
+def test_memory_is_examined_for_the_tokens_that_are_asked_for() -> None:
+    assert "memory" not in run("doctor", "demo", "--quick").stdout
+    done = run("doctor", "demo", "--quick", "--tokens", 100)
+    assert done.returncode == 0
+    assert "memory: " in done.stdout
+    assert "100 tokens" in done.stdout
