@@ -25,7 +25,7 @@ from mistral_kernels.pairs import add_dots, no_dots, total_of
 from mistral_kernels.processor import LANES
 from mistral_kernels.rows import AHEAD
 from mistral_kernels.stored import PLACE, ROWS, Place, Rows, addresses_at, row_addresses, widened
-from mistral_kernels.tile import TILE_ROWS, VECTORS, WIDTH, add_to_rows
+from mistral_kernels.tile import TILE_ROWS, VECTORS, WIDTH, store_sums, sums_before
 from mistral_kernels.value import (
     ARRAY,
     F32,
@@ -276,7 +276,8 @@ def group_tile(bits: int, inputs: str, group: int, *, has_offsets: bool = False)
             )  # fmt: skip
             return scaled(dots, [row + number * 2 for row in x_rows], scales + number * (2 * WIDTH), sums)
 
-        sums = loop(0, n_groups, 1, [constant(F32, 0.0, LANES)] * n_sums, add_group)
-        add_to_rows(addresses_at(C, c, GROUP_ROWS), sums, continues)
+        # Group after group, as matvec_quantized sums them: a token gets the same bits with others as alone.
+        C_rows = addresses_at(C, c, GROUP_ROWS)
+        store_sums(C_rows, loop(0, n_groups, 1, sums_before(C_rows, VECTORS, continues), add_group))
 
     return multiply_groups

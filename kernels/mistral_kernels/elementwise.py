@@ -27,7 +27,7 @@ from mistral_kernels.arrays import (
 from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.processor import LANES
 from mistral_kernels.sharing import shared_out
-from mistral_kernels.simd import exp, load, load_part, store, sum_of, zeros
+from mistral_kernels.simd import exp, load, load_part, store, store_part, sum_of, zeros
 
 
 def plain_rms_norm(x: Floats, weight: Floats, eps: float, y: Floats) -> None:
@@ -102,17 +102,19 @@ def swiglu() -> Kernel:
 
     @part(borrows=True)
     def open_gates(first: int, last: int, gate: Floats, up: Floats, h: Floats) -> None:
-        """Compute the vectors first, ..., last - 1, and with the last vector what is left."""
+        """Compute the vectors first, ..., last - 1. The last of all may be a part of one."""
         n = len(gate)
-        for i in range(first * LANES, last * LANES, LANES):
+        whole = min(last, n // LANES)
+        for i in range(first * LANES, whole * LANES, LANES):
             g = load(gate, i)
             store(h, i, g / (1 + exp(-g)) * load(up, i))
-        for i in range(last * LANES, n if last == n // LANES else 0):
-            h[i] = gate[i] / (numba.float32(1) + numba.float32(math.exp(-gate[i]))) * up[i]
+        for i in range(whole * LANES, min(last * LANES, n), LANES):
+            g = load_part(gate, i, n - i)
+            store_part(h, i, g / (1 + exp(-g)) * load_part(up, i, n - i), n - i)
 
     @kernel(types.void(VECTOR_IN, VECTOR_IN, VECTOR_OUT, types.intp))
     def swiglu(gate: Floats, up: Floats, h: Floats, threads: int) -> None:
-        shared_out(open_gates, len(gate) // LANES, threads, (gate, up, h))
+        shared_out(open_gates, (len(gate) + LANES - 1) // LANES, threads, (gate, up, h))
 
     return swiglu
 

@@ -128,13 +128,17 @@ def over_blocks(multiply_slab: Part, new_panel: Part, depth: int, *variant: obje
         chunk = max(KEPT // n_rows // depth, 1) * depth
         for of_chunk in range(0, n_in, chunk):
             for o in range(first * WIDTH, min(last * WIDTH, n_out), WIDTH):
+                width = min(WIDTH, n_out - o)
+                if of_chunk > 0:
+                    for t in range(n_tokens):
+                        for lane in range(width):
+                            sums[t * WIDTH + lane] = y[t, o + lane]
                 for start in range(of_chunk, min(of_chunk + chunk, n_in), depth):
                     block = Block(start, min(start + depth, n_in), o, n_in, n_out)
-                    multiply_slab(W, x, block, panel, sums, n_rows, start > of_chunk)
+                    multiply_slab(W, x, block, panel, sums, n_rows, start > 0)
                 for t in range(n_tokens):
-                    for lane in range(min(WIDTH, n_out - o)):
-                        before = y[t, o + lane] if of_chunk else numba.float32(0)
-                        y[t, o + lane] = before + sums[t * WIDTH + lane]
+                    for lane in range(width):
+                        y[t, o + lane] = sums[t * WIDTH + lane]
 
     return multiply_blocks
 

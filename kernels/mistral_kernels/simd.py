@@ -77,6 +77,12 @@ def store(array: Address, offset: Value, value: Value) -> None:
     (array + offset).store(value)
 
 
+@operation(types.void, ARRAY, types.intp, vector, types.intp)
+def store_part(array: Address, offset: Value, value: Value, count: Value) -> None:
+    """Put the first `count` numbers of a vector into a float32 array; nothing beyond them is written."""
+    (array + offset).store_first(value, count)
+
+
 @operation(types.void, ARRAY, types.intp, vector)
 def store_rounded(array: Address, offset: Value, value: Value) -> None:
     """Put a vector, rounded to bf16, into an array of pairs, `offset` bf16 from its start."""

@@ -25,14 +25,18 @@ TILE_ROWS, VECTORS = {16: (8, 3), 8: (4, 3), 4: (6, 4) if IS_ARM else (2, 4)}[LA
 WIDTH = VECTORS * LANES
 
 
-def add_to_rows(rows: list[Address], sums: list[Value], continues: Value) -> None:
-    """Add sums, some vectors for each row, to what rows of floats hold, or put them there."""
+def sums_before(rows: list[Address], n_vectors: int, continues: Value) -> list[Value]:
+    """Return what rows of floats hold, n vectors for each row; zeros unless `continues`."""
+    starts = [row + number * LANES for row in rows for number in range(n_vectors)]
+    return [where(continues, start.load(F32, LANES), 0.0) for start in starts]
+
+
+def store_sums(rows: list[Address], sums: list[Value]) -> None:
+    """Put sums, some vectors for each row, into rows of floats."""
     n_vectors = len(sums) // len(rows)
     for index, value in enumerate(sums):
         row, number = divmod(index, n_vectors)
-        address = rows[row] + number * LANES
-        old = where(continues, address.load(F32, LANES), 0.0)
-        address.store(old + value)
+        (rows[row] + number * LANES).store(value)
 
 
 def tile(
@@ -106,7 +110,9 @@ def tile(
             done = n_k - n_k % steps
             sums = loop(0, done, steps, sums, whole_round)
         sums = loop(done, n_k, 1, sums, step)
-        add_to_rows(addresses_at(C, c, n_rows), sums, continues)
+        C_rows = addresses_at(C, c, n_rows)
+        before = sums_before(C_rows, n_vectors, continues)
+        store_sums(C_rows, [old + value for old, value in zip(before, sums, strict=True)])
 
     return multiply_tile
 

@@ -245,6 +245,13 @@ class Address:
         arguments = [self._of_vector(dtype, lanes), ir.Constant(I32.llvm, 1), mask.llvm, nothing]
         return Value(_called(name, nothing.type, arguments), dtype, lanes)
 
+    def store_first(self, value: Value, count: Value) -> None:
+        """Put the first `count` numbers of a vector here; nothing beyond them is written."""
+        mask = constant(I64, range(value.lanes), value.lanes) < count
+        name = f"llvm.masked.store.v{value.lanes}{'f' if value.dtype.is_float else 'i'}{value.dtype.bits}.p0"
+        place = self._of_vector(value.dtype, value.lanes)
+        _called(name, ir.VoidType(), [value.llvm, place, ir.Constant(I32.llvm, 1), mask.llvm])
+
     def store(self, value: Value) -> None:
         """Put a number or a vector here."""
         _BUILDER.get().store(value.llvm, self._of_vector(value.dtype, value.lanes), align=1)
