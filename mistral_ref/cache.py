@@ -312,12 +312,16 @@ class Pass:
         ring = self.cache.rings[layer]
         self.cache.ops.write(ring.store, ring.slots(self.start, self.stop), k_TGK, v_TGK)
 
-    def keys(self, layer: int, rows: slice = slice(None)) -> KeyView:
-        """Return the keys and values of one layer that the queries of this pass see, or those of its tokens `rows`.
+    def views(self, layer: int, rows: slice = slice(None)) -> list[KeyView]:
+        """Return one view: the keys and values of one layer that the queries of this pass see, or its tokens `rows`.
 
         They reach from the oldest key that the first query sees to the key of the last query.
         """
         ring = self.cache.rings[layer]
         queries = range(self.start, self.stop)[rows]
         keys = range(ring.first_visible(queries.start), queries.stop)
-        return KeyView(ring.store, ring.slots(keys.start, keys.stop), keys, queries, ring.window)
+        return [KeyView(ring.store, ring.slots(keys.start, keys.stop), keys, queries, ring.window)]
+
+    def commit(self, tokens_T: Sequence[int] | np.ndarray) -> None:
+        """End this pass: see `KVCache.commit`."""
+        self.cache.commit(self, tokens_T)

@@ -156,8 +156,8 @@ class CompiledOps(ReferenceOps):
         with np.errstate(invalid="ignore"):  # a scale may be infinite
             return panels.read(store, slots)
 
-    def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
-        """Attend: a generator that returns heads_THK. One compiled kernel computes scores, softmax and sum together.
+    def attend(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
+        """Attend within one sequence. One compiled kernel computes scores, softmax and sum together.
 
         With `observed`, NumPy computes the steps "scores" and "attention_weights" as well. They can only be looked at.
         """
@@ -168,7 +168,7 @@ class CompiledOps(ReferenceOps):
                 step.fixed_by = "the compiled attention does not read it; load the model with backend='numpy'"
                 return step
 
-            yield from super().attention(q_THK, view, only_shown)
+            yield from super().attend(q_THK, view, only_shown)
         heads_THK = self._heads(q_THK, view)
         if len(q_THK) > 1 and not np.isfinite(heads_THK.sum()):
             return self._shielded(heads_THK, q_THK, view)

@@ -50,6 +50,21 @@ class GenerationSettings(TypedDict, total=False):
     follows: Sequence[int] | None
 
 
+class BatchSettings(TypedDict, total=False):
+    """The settings of `Model.generate` that `Model.generate_batch` takes as well."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: Stop
+    logits_processor: LogitsProcessor | None
+    top_logprobs: int
+    max_seconds: float | None
+
+
 @dataclass(frozen=True)
 class Token:
     """One generated token.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Never, SupportsIndex, Unpack, overload
 from weakref import WeakSet
 
 import numpy as np
 
 from mistral_ref import memory, passes
+from mistral_ref.batch import Row, Waiting, generate_batch, of_prompt
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache, check_cache
 from mistral_ref.config import ModelConfig
 from mistral_ref.drafts import Ahead, Drafter, DraftModel, LoadedModel, Lookup, check_vocabulary
 from mistral_ref.errors import InputError, Progress, checked_int, short_repr
 from mistral_ref.generation import (
+    BatchSettings,
     Generation,
     GenerationRequest,
     GenerationSettings,
@@ -227,10 +229,45 @@ class Model:
         """
         ids = self.token_ids(tokens)
         n_top = 0 if top is None else checked_int("top", top, least=1, most=self.config.vocab_size)
-        cache = self.new_cache(max_tokens=len(ids))
-        memory.require(cache, len(ids), n_logits=min(len(ids), cache.chunk))
-        found = passes.scores(self.transformer, ids, cache, n_top)
+        (found,) = self.scores_of_ids([ids], n_top)
         return found.logprobs if top is None else found
+
+    @overload
+    def score_batch(self, texts: Sequence[Prompt], *, top: None = None) -> Iterator[np.ndarray]: ...
+
+    @overload
+    def score_batch(self, texts: Sequence[Prompt], *, top: int) -> Iterator[Scores]: ...
+
+    def score_batch(
+        self, texts: Sequence[Prompt], *, top: int | None = None
+    ) -> Iterator[np.ndarray] | Iterator[Scores]:
+        """Return an iterator over what `score` returns for each text. Texts that fit into one chunk share a pass.
+
+        All texts are checked before this function returns. Raises InputError.
+        """
+        all_ids = self._ids_of_each(texts)
+        n_top = 0 if top is None else checked_int("top", top, least=1, most=self.config.vocab_size)
+        found = self.scores_of_ids(all_ids, n_top)
+        return (one.logprobs for one in found) if top is None else found
+
+    def scores_of_ids(self, all_ids: Iterable[Sequence[int]], n_top: int = 0) -> Iterator[Scores]:
+        """Yield the Scores of texts whose ids have been checked. They are taken as they are needed."""
+
+        def new_cache(n_tokens: int) -> KVCache:
+            cache = self.new_cache(max_tokens=n_tokens)
+            memory.require(cache, n_tokens, n_logits=cache.chunk)
+            return cache
+
+        return passes.scores(self.transformer, all_ids, new_cache, n_top)
+
+    def _ids_of_each(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise InputError(f"prompts are {short_repr(prompts)}; expected a list of texts or of lists of token ids")
+        all_ids = []
+        for number, prompt in enumerate(prompts):
+            with of_prompt(number):
+                all_ids.append(self.token_ids(prompt))
+        return all_ids
 
     def embed(self, tokens: Prompt) -> np.ndarray:
         """Return a vector for a text, (D,) float32: the mean of the step "norm" over its tokens.
@@ -301,14 +338,48 @@ class Model:
         check_cache(prompt_cache, self.config, self.ops)
         if cache is not None and prompt_cache is not None:
             raise InputError("cache and prompt_cache are both given; expected one of them")
+        request = self._request(
+            self.token_ids(prompt, cache), seed, shares_prompt=prompt_cache is not None, progress=progress,
+            max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, stop=stop, logits_processor=logits_processor,
+            top_logprobs=top_logprobs, max_seconds=max_seconds,
+        )  # fmt: skip
+        held, longest = [] if cache is None else cache.tokens, self.config.max_seq_len
+        end = len(held) + len(request.prompt_ids)
+        last = end + request.max_tokens - 1  # the last token is not in the cache
+        last = last if longest is None else min(last, max(end, longest))
+        used = prompt_cache if cache is None else cache
+        used = self.new_cache(max_tokens=last) if used is None else used
+        used.require_room(end - used.length)
+        n_more, in_prompt = min(last, used.max_tokens or last) - used.length, len(request.prompt_ids)
+        memory.require(used, max(n_more, in_prompt), at_once=in_prompt, hint="max_tokens=... asks for a shorter text")
+        self._require_positions(end)
+        request.warn_of_mistakes(held, None if self.tokenizer is None else self.tokenizer.bos_id)
+        stream = self.text_stream(request.prompt_ids if follows is None else follows)
+        drafter = self._drafter(lookup, draft, request.sampling if draft_sampling else None, request.seed)
+        ahead = None if drafter is None else Ahead(self.transformer, used, drafter)
+        return Generation(generate(request, self._prepare, self._next_logits, used, stream, ahead), ahead)
+
+    def _request(
+        self,
+        ids: list[int],
+        seed: int | None,
+        *,
+        shares_prompt: bool = False,
+        progress: Progress | None = None,
+        max_tokens: int = 256,
+        stop: Stop = (),
+        logits_processor: LogitsProcessor | None = None,
+        top_logprobs: int = 0,
+        max_seconds: float | None = None,
+        **sampling: Any,
+    ) -> GenerationRequest:
+        """Return the checked arguments of `generate`. `sampling` are those of SamplingSettings."""
         stop_strings, stop_ids = split_stops(stop, self.config.vocab_size, self.tokenizer)
-        sampling = SamplingSettings(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-        )
-        request = GenerationRequest(
-            prompt_ids=self.token_ids(prompt, cache),
-            shares_prompt=prompt_cache is not None,
-            sampling=sampling,
+        return GenerationRequest(
+            prompt_ids=ids,
+            shares_prompt=shares_prompt,
+            sampling=SamplingSettings(**sampling),
             max_tokens=max_tokens,
             seed=seed,
             stop_strings=stop_strings,
@@ -320,22 +391,11 @@ class Model:
             top_logprobs=checked_int("top_logprobs", top_logprobs, least=0, most=self.config.vocab_size),
             max_seconds=max_seconds,
         )
-        held, longest = [] if cache is None else cache.tokens, self.config.max_seq_len
-        end = len(held) + len(request.prompt_ids)
-        last = end + request.max_tokens - 1  # the last token is not in the cache
-        last = last if longest is None else min(last, max(end, longest))
-        used = prompt_cache if cache is None else cache
-        used = self.new_cache(max_tokens=last) if used is None else used
-        used.require_room(end - used.length)
-        n_more, in_prompt = min(last, used.max_tokens or last) - used.length, len(request.prompt_ids)
-        memory.require(used, max(n_more, in_prompt), at_once=in_prompt, hint="max_tokens=... asks for a shorter text")
-        if longest is not None and end >= longest:
+
+    def _require_positions(self, n_tokens: int) -> None:
+        longest = self.config.max_seq_len
+        if longest is not None and n_tokens >= longest:
             raise InputError(f"the prompt fills the model's {longest} positions (max_seq_len); expected a shorter one")
-        request.warn_of_mistakes(held, None if self.tokenizer is None else self.tokenizer.bos_id)
-        stream = self.text_stream(request.prompt_ids if follows is None else follows)
-        drafter = self._drafter(lookup, draft, sampling if draft_sampling else None, request.seed)
-        ahead = None if drafter is None else Ahead(self.transformer, used, drafter)
-        return Generation(generate(request, self._prepare, self._next_logits, used, stream, ahead), ahead)
 
     def _drafter(
         self, lookup: bool, draft: LoadedModel | None, sampling: SamplingSettings | None, seed: int | None
@@ -353,6 +413,55 @@ class Model:
             check_vocabulary(draft, self)  # once: it takes up to a second
             self._checked_drafts.add(draft)
         return DraftModel(draft, self.config.vocab_size, sampling, seed)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        at_once: int = 8,
+        seed: int | Sequence[int] | None = None,
+        cache_dtype: str | None = None,
+        progress: Progress | None = None,
+        **settings: Unpack[BatchSettings],
+    ) -> Iterator[Row]:
+        """Return the tokens that follow several prompts: an iterator over rows, each with an entry for each prompt.
+
+        An entry is the prompt's next Token, or None if this row has none for it. One pass makes the next token of each
+        text that has begun and not ended, so many texts take little longer than one. Each gets the tokens that
+        `generate` gives it, with a cache and a stream of random numbers of its own.
+
+        at_once     how many texts are in a pass at most. There are fewer while the memory that is left holds no more
+                    caches
+        seed        a seed for each prompt; one seed s: s, s + 1, ... for the prompts in order; None: different draws
+                    each time
+        cache_dtype number format of the caches, as in `new_cache`
+        progress    called with (texts that have ended, texts in all)
+        settings    as in `generate`, the same for all prompts
+
+        All arguments are checked before this function returns. Raises InputError.
+        """
+        all_ids = self._ids_of_each(prompts)
+        seeds = _seed_of_each(seed, len(all_ids))
+        requests = [self._request(ids, one, **settings) for ids, one in zip(all_ids, seeds, strict=True)]
+        for number, ids in enumerate(all_ids):
+            with of_prompt(number):
+                self._require_positions(len(ids))
+        if requests:
+            requests[0].warn_of_mistakes([], None)
+        texts = [Waiting(n, request, self.text_stream(request.prompt_ids)) for n, request in enumerate(requests)]
+        at_once = checked_int("at_once", at_once, least=1)
+        self.new_cache(dtype=cache_dtype)  # refuses a wrong dtype
+        return generate_batch(
+            texts,
+            self._next_logits,
+            self._joined_logits,
+            lambda n_tokens: self.new_cache(max_tokens=n_tokens, dtype=cache_dtype),
+            at_once=at_once,
+            progress=progress,
+        )
+
+    def _joined_logits(self, ids: Sequence[int], caches: Sequence[KVCache]) -> np.ndarray:
+        return passes.joined_logits(self.transformer, [([one], cache) for one, cache in zip(ids, caches, strict=True)])
 
     def chat(
         self,
@@ -394,3 +503,15 @@ class Model:
     def complete(self, prompt: Prompt, **settings: Unpack[GenerationSettings]) -> str:
         """Return the whole text that `generate` yields for a prompt. It takes the same settings."""
         return "".join(token.text for token in self.generate(prompt, **settings))
+
+
+def _seed_of_each(seed: int | Sequence[int] | None, n: int) -> Sequence[int | None]:
+    """Return a seed for each of n prompts; see `Model.generate_batch`."""
+    if seed is None:
+        return [None] * n
+    if isinstance(seed, Sequence):
+        if len(seed) != n:
+            raise InputError(f"there are {len(seed)} seeds for {n} prompts; expected one seed for each prompt")
+        return seed
+    first = checked_int("seed", seed, least=0)
+    return range(first, first + n)

@@ -22,11 +22,11 @@ Slots = slice | np.ndarray
 
 
 class KeyView(NamedTuple):
-    """The keys and values that the queries of one pass may see.
+    """The keys and values that the queries of one sequence may see in a pass.
 
     store       the keys and values of the layer, as `new_store` returned them
     slots       the slots of the visible keys in the store, oldest first
-    key_positions, query_positions      the positions of these keys, and of the queries of this pass
+    key_positions, query_positions      the positions of these keys, and of the queries
     window      how many keys a query sees, itself included (reference_ops.attends); None: all
     """
 
@@ -78,7 +78,7 @@ class Ops(Protocol):
 
     def read(self, store: Any, slots: Slots) -> tuple[np.ndarray, np.ndarray]: ...
 
-    def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps: ...
+    def attention(self, q_THK: np.ndarray, views: Sequence[KeyView], observed: StepFactory | None) -> Steps: ...
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray: ...
 

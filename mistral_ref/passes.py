@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from mistral_ref.cache import KVCache, Pass
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import Progress
+from mistral_ref.joined_pass import JoinedPass
 from mistral_ref.sampling import likeliest, log_softmax
 from mistral_ref.transformer import Transformer, drain
 from mistral_ref.walk import Edit, Walk
@@ -100,6 +102,16 @@ def last_logits(
     return logits_1V
 
 
+def joined_logits(transformer: Transformer, parts: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray:
+    """Append ids to the tokens in each of some caches, in one pass; return the logits (T, V) of all, end to end."""
+    lengths = [len(ids) for ids, _ in parts]
+    prepare(transformer, parts[0][1], {sum(lengths), *lengths})
+    transformer.weights.check_files()
+    joined = JoinedPass([cache.begin(len(ids)) for ids, cache in parts])
+    tokens_T = np.concatenate([ids for ids, _ in parts])
+    return drain(transformer.forward_steps(tokens_T, joined), transformer.ops)
+
+
 def walk(
     transformer: Transformer,
     ids: Sequence[int],
@@ -118,23 +130,59 @@ def walk(
     return Walk(steps, ops, edits)
 
 
-def scores(transformer: Transformer, ids: Sequence[int], cache: KVCache, n_top: int) -> Scores:
-    """Return the Scores of a text, with the `n_top` likeliest tokens at each place. The cache holds no token yet.
+class _Scoring:
+    """A text that is being scored: what is found so far, and the cache of the tokens that have been through a pass."""
 
-    The logits of one chunk are in memory at a time.
-    """
-    n_scored, ops = len(ids) - 1, transformer.ops
-    found = Scores(np.empty(n_scored), np.empty((n_scored, n_top), np.int64), np.empty((n_scored, n_top)))
-    for start, chunk, this_pass in _passes(transformer, ids[:-1], cache):
-        logits_TV = drain(transformer.forward_steps(chunk, this_pass), ops)
+    def __init__(self, ids: Sequence[int], cache: KVCache, n_top: int) -> None:
+        n = len(ids) - 1
+        self.ids, self.cache, self.n_left = ids, cache, n
+        self.found = Scores(np.empty(n), np.empty((n, n_top), np.int64), np.empty((n, n_top)))
+
+    def take(self, start: int, logits_TV: np.ndarray) -> None:
+        """Put in what the logits of the tokens from `start` on say of the tokens after them."""
+        n_top = self.found.top_ids.shape[1]
         for at, logits_V in enumerate(logits_TV, start):  # one by one, because log-probabilities are float64
             logprobs_V = log_softmax(logits_V)
-            found.logprobs[at] = logprobs_V[ids[at + 1]]
+            self.found.logprobs[at] = logprobs_V[self.ids[at + 1]]
             if n_top:
-                found.top_ids[at] = likeliest(logprobs_V, n_top)
-                found.top_logprobs[at] = logprobs_V[found.top_ids[at]]
-        del logits_TV, logits_V  # before the next pass makes others
-    return found
+                self.found.top_ids[at] = likeliest(logprobs_V, n_top)
+                self.found.top_logprobs[at] = logprobs_V[self.found.top_ids[at]]
+        self.n_left -= len(logits_TV)
+
+
+def scores(
+    transformer: Transformer, texts: Iterable[Sequence[int]], new_cache: Callable[[int], KVCache], n_top: int
+) -> Iterator[Scores]:
+    """Yield the Scores of each text, with the `n_top` likeliest tokens at each place.
+
+    new_cache   makes the cache of a text, for so many tokens
+
+    A pass takes the tokens of as many texts as fit into one chunk, and the logits of one pass are in memory at a time.
+    A text that is longer than a chunk is cut as if it were alone.
+    """
+    begun: deque[_Scoring] = deque()
+    pieces: list[tuple[_Scoring, int, Sequence[int]]] = []
+
+    def take_pieces() -> None:
+        logits_TV = joined_logits(transformer, [(piece, text.cache) for text, _, piece in pieces])
+        for text, start, piece in pieces:
+            text.take(start, logits_TV[: len(piece)])
+            logits_TV = logits_TV[len(piece) :]
+        pieces.clear()
+
+    for ids in texts:
+        cache = new_cache(len(ids))
+        begun.append(_Scoring(ids, cache, n_top))
+        for start in range(0, len(ids) - 1, cache.chunk):
+            piece = ids[start : min(start + cache.chunk, len(ids) - 1)]
+            if sum(len(other) for _, _, other in pieces) + len(piece) > cache.chunk:
+                take_pieces()
+            pieces.append((begun[-1], start, piece))
+        while begun and not begun[0].n_left:
+            yield begun.popleft().found
+    if pieces:
+        take_pieces()
+    yield from (text.found for text in begun)
 
 
 def embedding(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> np.ndarray:

@@ -238,11 +238,21 @@ class ReferenceOps:
             k_SGK = store.k[slots] * store.k_scales[slots][..., np.newaxis]
             return k_SGK, store.v[slots] * store.v_scales[slots][..., np.newaxis]
 
-    def attention(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
-        """Attend. This is a generator; it returns heads_THK (arXiv:1706.03762; grouped queries: arXiv:2305.13245).
+    def attention(self, q_THK: np.ndarray, views: Sequence[KeyView], observed: StepFactory | None) -> Steps:
+        """Attend. This is a generator; it returns heads_THK.
 
-        With `observed` it yields the steps "scores" and "attention_weights", (H, T, S) each.
+        views       a view for each sequence; their queries lie end to end in q_THK
+        observed    yield the steps "scores" and "attention_weights", (H, T, S) each, of the one sequence
         """
+        start, heads = 0, []
+        for view in views:
+            rows = slice(start, start + len(view.query_positions))
+            heads.append((yield from self.attend(q_THK[rows], view, observed)))
+            start = rows.stop
+        return heads[0] if len(heads) == 1 else np.concatenate(heads)
+
+    def attend(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
+        """Attend within one sequence; see `attention` (arXiv:1706.03762; grouped queries: arXiv:2305.13245)."""
         # score[h,t,s] = q[t,h] · k[s,g] / sqrt(K), g = h // (H/G), and -inf where token t does not see key s
         # heads[t,h] = sum over s of softmax(score)[h,t,s] v[s,g]
         k_SGK, v_SGK = (part.astype(self.dtype, copy=False) for part in self.read(view.store, view.slots))

@@ -26,6 +26,7 @@ import numpy as np
 
 from mistral_ref.cache import Pass
 from mistral_ref.config import ModelConfig
+from mistral_ref.joined_pass import JoinedPass
 from mistral_ref.ops import Ops
 from mistral_ref.rope import Rotation
 from mistral_ref.steps import StepFactory, Steps, step_factory
@@ -41,15 +42,21 @@ class Transformer:
     ops: Ops
 
     def forward_steps(
-        self, tokens_T: np.ndarray, this_pass: Pass, *, last_only: bool = False, observe_attention: bool = False
+        self,
+        tokens_T: np.ndarray,
+        this_pass: Pass | JoinedPass,
+        *,
+        last_only: bool = False,
+        observe_attention: bool = False,
     ) -> Steps:
         """Yield every step of one pass and return logits (T, V); with `last_only` the last token's logits (1, V).
 
         tokens_T            the token ids, (T,)
         last_only           in the last layer the steps that are neither keys nor values, and those after it, have only
                             the last token: nothing else reaches its logits
-        this_pass           reads and writes the cache. The tokens of this pass are among the cache's tokens only after
-                            the caller has sent back the value of the last step
+        this_pass           reads and writes the cache, or the caches of several sequences that lie end to end. The
+                            tokens of this pass are among a cache's tokens only after the caller has sent back the value
+                            of the last step
         observe_attention   yield "scores" and "attention_weights" too
         """
         config, weights, ops = self.config, self.weights, self.ops
@@ -61,11 +68,17 @@ class Transformer:
             x_TD = yield from self.block_steps(x_TD, index, rotation, this_pass, rows, observe_attention)
         x_TD = yield step("norm", ops.rms_norm(x_TD, weights.norm, config.norm_eps))
         logits_TV = yield step("logits", ops.linear(x_TD, weights.output))
-        this_pass.cache.commit(this_pass, tokens_T)
+        this_pass.commit(tokens_T)
         return logits_TV
 
     def block_steps(
-        self, x_TD: np.ndarray, index: int, rotation: Rotation, this_pass: Pass, rows: slice, observe_attention: bool
+        self,
+        x_TD: np.ndarray,
+        index: int,
+        rotation: Rotation,
+        this_pass: Pass | JoinedPass,
+        rows: slice,
+        observe_attention: bool,
     ) -> Steps:
         """Yield the steps of one block, return its x_TD: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
@@ -82,7 +95,7 @@ class Transformer:
         q_THK = yield step("q_rotated", ops.rotate(q_THK, rotation.query_cos[rows], rotation.query_sin[rows]))
         k_TGK = yield step("k_rotated", ops.rotate(k_TGK, rotation.key_cos, rotation.key_sin))
         this_pass.write(index, k_TGK, v_TGK)  # written before they are read, for a prompt and for a single token
-        heads_THK = yield from ops.attention(q_THK, this_pass.keys(index, rows), step if observe_attention else None)
+        heads_THK = yield from ops.attention(q_THK, this_pass.views(index, rows), step if observe_attention else None)
         heads_THK = yield step("heads", heads_THK)
         out_TD = yield step("attention_out", ops.linear(heads_THK.reshape(len(q_THK), -1), layer.wo))
         x_TD = yield step("residual_after_attention", x_TD[rows] + out_TD)

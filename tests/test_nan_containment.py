@@ -66,7 +66,7 @@ class Attended(NamedTuple):
             this_pass = cache.begin(stop - start)
             with ops.running():
                 this_pass.write(0, k, v)
-                heads.append(result_of(ops.attention(q, this_pass.keys(0), None)))
+                heads.append(result_of(ops.attention(q, this_pass.views(0), None)))
             cache.commit(this_pass, np.zeros(stop - start, int))
         return np.concatenate(heads)
 

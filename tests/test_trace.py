@@ -10,7 +10,7 @@ import time
 import tracemalloc
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +182,9 @@ def test_attention_is_looked_into_only_where_it_is_asked_for(backend: str, monke
     model, looked = model_of(DENSE, backend=backend), []
     attention = model.ops.attention
 
-    def watched(q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
+    def watched(q_THK: np.ndarray, views: Sequence[KeyView], observed: StepFactory | None) -> Steps:
         looked.append(observed is not None)
-        return attention(q_THK, view, observed)
+        return attention(q_THK, views, observed)
 
     monkeypatch.setattr(model.ops, "attention", watched)
     cases: list[tuple[dict[str, Any], bool]] = [

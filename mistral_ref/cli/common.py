@@ -15,6 +15,7 @@ from typing import Protocol, get_args
 from mistral_ref.cache import CACHE_DTYPES
 from mistral_ref.cli.output import say, show_in_place
 from mistral_ref.errors import InputError, short_repr
+from mistral_ref.files.paths import local_path
 from mistral_ref.generation import Token
 from mistral_ref.loading import DEMO_MODEL, load
 from mistral_ref.model import Model
@@ -169,6 +170,21 @@ def read_standard_input(without: str) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError(without)
     return decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def read_text(file: str) -> str:
+    """Return the whole text of a file, or of standard input if the file is "-"."""
+    name = "standard input" if file == "-" else file
+    if file == "-":
+        text = read_standard_input("no text: give a file, or the text on standard input")
+    else:
+        try:
+            text = decoded(local_path(file).read_bytes(), name)
+        except OSError as error:
+            raise InputError(f"{name}: cannot be read: {error.strerror}") from None
+    if not text:
+        raise InputError(f"{name}: is empty; expected text")
+    return text
 
 
 def decoded(data: bytes, name: str) -> str:

@@ -21,6 +21,7 @@ from mistral_ref.cli.common import (
     read_prompt,
     text_of,
 )
+from mistral_ref.cli.generate_batch import add_batch_options, run_batch
 from mistral_ref.cli.output import say
 from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.cli.width import fitted, terminal_width
@@ -43,6 +44,7 @@ examples:
   mistral-ref generate --temperature 0 --stop "." "Lily saw a"
   mistral-ref generate --stop '\\n' "Tom said:"
   mistral-ref generate --ids 1,346 --top-logprobs 3 --max-tokens 8
+  mistral-ref generate --batch prompts.txt --temperature 0 > continued.jsonl
   cat story.txt | mistral-ref generate --model DIR --stop "The end" --stats
 """
 
@@ -96,6 +98,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="at the end print every token with its probability, and the N likeliest tokens there, to standard error; "
         "the probabilities are the model's, before sampling (default: 0, no list)",
     )
+    add_batch_options(parser)
     add_sampling_options(parser)
     parser.set_defaults(run=run)
 
@@ -105,6 +108,10 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     model = load_model(arguments)
     loaded = time.perf_counter()
+    stop = [unescaped(as_text(stop)) for stop in arguments.stop]
+    if arguments.batch is not None:
+        run_batch(arguments, model, stop)
+        return
     prompt = read_prompt(arguments)
     ids = model.token_ids(prompt) if arguments.system is None else ids_of_turn(model, arguments.system, prompt)
     with progress_bar("reading the prompt", is_long=len(ids) > DEFAULT_CHUNK) as progress:
@@ -112,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
             ids,
             max_tokens=arguments.max_tokens,
             **sampling_settings(arguments),
-            stop=[unescaped(as_text(stop)) for stop in arguments.stop],
+            stop=stop,
             top_logprobs=arguments.top_logprobs,
             max_seconds=arguments.max_seconds,
             progress=progress,

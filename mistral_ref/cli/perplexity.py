@@ -12,16 +12,14 @@ from mistral_ref.cli.common import (
     add_compute_options,
     add_ids_option,
     add_model_option,
-    decoded,
     load_model,
     progress_bar,
-    read_standard_input,
+    read_text,
 )
 from mistral_ref.cli.output import say
 from mistral_ref.cli.pass_options import add_dtype_option
 from mistral_ref.cli.width import fitted
 from mistral_ref.errors import InputError, checked_int
-from mistral_ref.files.paths import local_path
 from mistral_ref.measure.perplexity import perplexity
 
 _DEFAULT_CONTEXT = 512
@@ -147,21 +145,6 @@ def run(arguments: argparse.Namespace) -> None:
         "threads": model.ops.threads,
     }
     say(as_json(figures) if arguments.json else fitted(as_rows(figures)))
-
-
-def read_text(file: str) -> str:
-    """Return the whole text of a file, or of standard input if the file is "-"."""
-    name = "standard input" if file == "-" else file
-    if file == "-":
-        text = read_standard_input("no text: give a file, or the text on standard input")
-    else:
-        try:
-            text = decoded(local_path(file).read_bytes(), name)
-        except OSError as error:
-            raise InputError(f"{name}: cannot be read: {error.strerror}") from None
-    if not text:
-        raise InputError(f"{name}: is empty; expected text")
-    return text
 
 
 def as_json(figures: dict[str, Any]) -> str:

@@ -157,11 +157,17 @@ def perplexity(
     bos_id = None if model.tokenizer is None else model.tokenizer.bos_id
     first = [] if stride is not None or bos_id is None else [bos_id]
     report = progress or (lambda done, total: None)
+    scored_from: list[int] = []  # of each window that has been read, what is scored of its log-probabilities
+
+    def texts() -> Iterator[list[int]]:
+        for start, stop, scored in windows:
+            report(start, len(ids))
+            scored_from.append(scored - start - 1)
+            yield first + ids[start + len(first) : stop]
+
     nlls, n_evaluated = [], 0
-    for start, stop, scored in windows:
-        report(start, len(ids))
-        logprobs = model.score(first + ids[start + len(first) : stop])
-        nlls.append(-logprobs[scored - start - 1 :])
+    for number, (logprobs, _, _) in enumerate(model.scores_of_ids(texts())):
+        nlls.append(-logprobs[scored_from[number] :])
         n_evaluated += len(logprobs)
     report(len(ids), len(ids))
     return Perplexity(np.concatenate(nlls), n_evaluated)

@@ -485,3 +485,25 @@ def test_a_text_that_does_not_fit_is_refused_unless_one_insists(
     assert run("generate", "--no-memory-check", *options).returncode == 0
     rows = [line for line in run("info", "--model", model_dir).stdout.splitlines() if "longest that fits" in line]
     assert [row.count(" as ") for row in rows] == [3]  # a figure for each type of cache
+
+
+def test_generate_batch_continues_every_line_of_a_file(tmp_path: Path) -> None:
+    prompts = ["Once upon a time", "The dog", "A bird", "Tom"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    options = ("--max-tokens", 9, "--temperature", 0.7, "--top-p", 1, "--seed", 3, "--stop", ".")
+    lines = run("generate", "--batch", file, "--at-once", 2, *options).stdout.splitlines()
+    found = [json.loads(line) for line in lines]
+    model = mistral_ref.load()
+    for number, (line, prompt) in enumerate(zip(found, prompts, strict=True)):
+        tokens = list(model.generate(prompt, max_tokens=9, temperature=0.7, seed=3 + number, stop="."))
+        text = "".join(token.text for token in tokens)
+        reason = tokens[-1].finish_reason
+        assert line == {"prompt": prompt, "text": text, "tokens": len(tokens), "finish_reason": reason}
+    piped = run("generate", "--batch", "-", *options, stdin="Once upon a time\n").stdout
+    assert json.loads(piped) == found[0]
+    file.write_text("A\n\nB\n", encoding="utf-8")
+    one_line_error(run("generate", "--batch", file), "line", 2, file)
+    one_line_error(run("generate", "--batch", tmp_path / "none"), tmp_path / "none")
+    one_line_error(run("generate", "--batch", "-", "--stats", stdin="A"), "--batch", "stats")
+    one_line_error(run("generate", "--batch", "-", "A", stdin="A"), "--batch", "prompt")

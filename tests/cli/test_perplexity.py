@@ -17,9 +17,9 @@ from support.errors import assert_complains
 from support.tiny_tokenizers import PARAGRAPH, tiny_tokenizer
 
 import mistral_ref
+from mistral_ref import passes
 from mistral_ref.cli import main
 from mistral_ref.measure.perplexity import perplexity
-from mistral_ref.model import Model
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 
 TOKENIZER = SentencePieceTokenizer(tiny_tokenizer())
@@ -220,7 +220,7 @@ def test_ctrl_c_leaves_nothing_behind(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Model, "score", interrupted)
+    monkeypatch.setattr(passes, "scores", interrupted)
     assert command(model_dir, text_file) == 130
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "\n")

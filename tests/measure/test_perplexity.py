@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from support.tiny import BACKENDS, model_of, tokens_for
 from support.tiny_tokenizers import PARAGRAPH, tiny_tokenizer
 
 import mistral_ref
+from mistral_ref import passes
 from mistral_ref.errors import InputError
 from mistral_ref.measure.perplexity import Perplexity, half_windows, perplexity, strided_windows
 from mistral_ref.model import Model
@@ -184,17 +187,21 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
         self.parts: list[list[int]] = []
         self.n_tokens = 0
-        score, steps = model.score, Transformer.forward_steps
+        scores, steps = passes.scores, Transformer.forward_steps
 
-        def spied_score(tokens: list[int]) -> np.ndarray:
-            self.parts.append(list(tokens))
-            return score(tokens)
+        def noted(texts: Iterable[list[int]]) -> Iterator[list[int]]:
+            for text in texts:
+                self.parts.append(list(text))
+                yield text
+
+        def spied_scores(transformer: Transformer, texts: Iterable[list[int]], *rest: Any, **options: Any) -> Any:
+            return scores(transformer, noted(texts), *rest, **options)
 
         def spied_steps(transformer: Transformer, ids: np.ndarray, *rest: object, **options: object) -> object:
             self.n_tokens += len(ids)
             return steps(transformer, ids, *rest, **options)
 
-        monkeypatch.setattr(model, "score", spied_score)
+        monkeypatch.setattr(passes, "scores", spied_scores)
         monkeypatch.setattr(Transformer, "forward_steps", spied_steps)
 
 

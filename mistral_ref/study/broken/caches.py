@@ -67,7 +67,7 @@ class SlotOrderCache(KVCache):
 
 
 class _SlotOrderPass(Pass):
-    def keys(self, layer: int, rows: slice = slice(None)) -> KeyView:
+    def views(self, layer: int, rows: slice = slice(None)) -> list[KeyView]:
         """Return the visible keys; if they go around the end of the ring, they are in the order of their slots."""
-        view = super().keys(layer, rows)
-        return view if isinstance(view.slots, slice) else view._replace(slots=np.sort(view.slots))
+        (view,) = super().views(layer, rows)
+        return [view if isinstance(view.slots, slice) else view._replace(slots=np.sort(view.slots))]

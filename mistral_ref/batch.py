@@ -1,0 +1,130 @@
+"""Generate several texts at once: one pass makes the next token of each, so every matrix is read once for all of them.
+
+    pass        prompt 0    prompt 1    prompt 2        (at most two at once)
+    1           read
+    2                       read
+    3           token       token
+    4           token       the last
+    5                                   read
+    6           token                   token
+
+Each prompt is read in passes of its own, as without others. A text that has ended leaves, and the next prompt enters.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from mistral_ref import memory
+from mistral_ref.cache import KVCache
+from mistral_ref.errors import CacheError, InputError, Progress
+from mistral_ref.generation import GenerationRequest, NewText, NextLogits, Token
+from mistral_ref.host import available_memory
+from mistral_ref.text.stream import TokenStream
+
+# The tokens that follow those in some caches, one for each -> their logits (T, V)
+JoinedLogits = Callable[[Sequence[int], Sequence[KVCache]], np.ndarray]
+Row = list[Token | None]
+
+
+@contextmanager
+def of_prompt(number: int) -> Iterator[None]:
+    """Let an error say which prompt it is about."""
+    try:
+        yield
+    except (InputError, CacheError) as error:
+        raise type(error)(f"prompts[{number}]: {error}") from None
+
+
+class Waiting(NamedTuple):
+    """A text that has not begun: the prompt's number, what is asked for, and what makes text of ids."""
+
+    number: int
+    request: GenerationRequest
+    stream: TokenStream | None
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens its cache may have to hold."""
+        return len(self.request.prompt_ids) + self.request.max_tokens
+
+
+class _Running:
+    """A text that has begun, with its cache. `next_id` is its last token, which no pass has taken yet."""
+
+    def __init__(self, waiting: Waiting, cache: KVCache) -> None:
+        self.number, self.cache, self.most_tokens = waiting.number, cache, waiting.most_tokens
+        length = len(waiting.request.prompt_ids)
+        self._new_text = NewText(waiting.request, length, cache.max_tokens, waiting.stream)
+        self.next_id = 0
+
+    def push(self, logits_V: np.ndarray) -> Token:
+        """Return the token that is chosen from these logits."""
+        with of_prompt(self.number):
+            token = self._new_text.push(logits_V)
+        self.next_id = token.id
+        return token
+
+    @property
+    def bytes_to_come(self) -> int:
+        """How many bytes its cache may still grow by."""
+        return self.cache.bytes_for(self.most_tokens) - self.cache.bytes_for(self.cache.length)
+
+
+def generate_batch(
+    texts: Sequence[Waiting],
+    next_logits: NextLogits,
+    joined_logits: JoinedLogits,
+    new_cache: Callable[[int], KVCache],
+    *,
+    at_once: int,
+    progress: Progress | None,
+) -> Generator[Row, None, None]:
+    """Yield rows of tokens: an entry for each prompt, its next token, or None if it has none in this row.
+
+    new_cache   makes the cache of a text, for at most so many tokens
+    at_once     at most so many texts have begun and not ended. There are fewer while their caches might grow to more
+                than memory holds; one begins in any case
+    progress    called with (texts that have ended, all texts) whenever one has ended, and at the beginning
+    """
+    waiting, running = deque(texts), list[_Running]()
+    n_ended = 0
+
+    def row_of(given: dict[int, Token]) -> Row:
+        """Return the row of some texts' tokens, after those that have ended have left."""
+        nonlocal running, n_ended
+        running = [one for one in running if one.number not in given or given[one.number].finish_reason is None]
+        ended = sum(token.finish_reason is not None for token in given.values())
+        n_ended += ended
+        if ended and progress is not None:
+            progress(n_ended, len(texts))
+        return [given.get(number) for number in range(len(texts))]
+
+    if progress is not None:
+        progress(0, len(texts))
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            cache = new_cache(waiting[0].most_tokens)
+            if running and not _has_room(running, cache, waiting[0]):
+                break
+            one = _Running(waiting.popleft(), cache)
+            running.append(one)
+            with of_prompt(one.number):
+                memory.require(cache, one.most_tokens, at_once=len(texts[one.number].request.prompt_ids))
+                logits_V = next_logits(texts[one.number].request.prompt_ids, cache, None)
+            yield row_of({one.number: one.push(logits_V)})
+        if running:
+            logits_TV = joined_logits([one.next_id for one in running], [one.cache for one in running])
+            yield row_of({one.number: one.push(logits_V) for one, logits_V in zip(running, logits_TV, strict=True)})
+
+
+def _has_room(running: Sequence[_Running], cache: KVCache, waiting: Waiting) -> bool:
+    """Return whether memory has room for all caches if another text begins and each grows as much as it may."""
+    left = available_memory() if cache.check_memory else None
+    needed = cache.bytes_for(waiting.most_tokens) + sum(one.bytes_to_come for one in running)
+    return left is None or needed <= left
