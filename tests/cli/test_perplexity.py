@@ -217,7 +217,7 @@ def test_a_users_mistake_is_one_line_and_status_2(
 def test_ctrl_c_leaves_nothing_behind(
     model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(passes, "scores", interrupted)
