@@ -15,16 +15,15 @@ in both passes, so no distance comes from earlier steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import overload
 
 import numpy as np
 
 from mistral_ref.display import html_table, markdown_table
 from mistral_ref.errors import InputError, short_repr
-from mistral_ref.steps import Step
+from mistral_ref.steps import LORA_A, LORA_B, Step
 from mistral_ref.walk import Walk
 
 DEFAULT_BOUND = 2000.0  # ulps, for the distance that all steps since the embedding have made together
@@ -271,15 +270,14 @@ def compare_walks(
             not exchanged: steps whose value cannot be replaced, and steps that see different keys
     progress    called with the number of steps compared so far
 
-    Raises InputError if the two walks do not yield the same steps, or if they cover different positions.
+    Steps of an adapter that only one of the walks has are `unmatched`. Raises InputError if the two walks do not yield
+    the same steps otherwise, or if they cover different positions.
     """
     bound = (OWN_BOUND if own else DEFAULT_BOUND) if bound is None else bound
     differences, fixed = [], []
+    unmatched: list[str] = []
     with walk, reference:
-        for ours, theirs in zip_longest(walk, reference):
-            if ours is None or theirs is None or ours.name != theirs.name:
-                names = [step.name if step else "its end" for step in (ours, theirs)]
-                raise InputError(f"one pass is at {names[0]}, the other at {names[1]}; expected the same steps")
+        for ours, theirs in _side_by_side(walk, reference, unmatched):
             differences.append(step_difference(ours, theirs, bound))
             if own and _can_be_exchanged(ours, theirs):
                 theirs.value = ours.value.astype(theirs.value.dtype)
@@ -287,7 +285,25 @@ def compare_walks(
                 fixed.append(ours.name)
             if progress:
                 progress(len(differences))
-    return Comparison(differences, bound, own=own, fixed=tuple(fixed))
+    return Comparison(differences, bound, tuple(unmatched), own=own, fixed=tuple(fixed))
+
+
+def _side_by_side(walk: Walk, reference: Walk, unmatched: list[str]) -> Iterator[tuple[Step, Step]]:
+    """Yield the steps of two walks in pairs; add the names of an adapter's steps that only one has to `unmatched`."""
+    ours, theirs = next(walk, None), next(reference, None)
+    while ours is not None or theirs is not None:
+        if ours is not None and theirs is not None and ours.name == theirs.name:
+            yield ours, theirs
+            ours, theirs = next(walk, None), next(reference, None)
+        elif ours is not None and ours.name.endswith((LORA_A, LORA_B)):
+            unmatched.append(ours.name)
+            ours = next(walk, None)
+        elif theirs is not None and theirs.name.endswith((LORA_A, LORA_B)):
+            unmatched.append(theirs.name)
+            theirs = next(reference, None)
+        else:
+            names = [step.name if step else "its end" for step in (ours, theirs)]
+            raise InputError(f"one pass is at {names[0]}, the other at {names[1]}; expected the same steps")
 
 
 def _can_be_exchanged(step: Step, reference: Step) -> bool:

@@ -146,6 +146,7 @@ class ModelConfig:
     tied_embeddings     whether the embedding matrix is also the output matrix; if the files hold an output matrix
                         all the same, that one is used
     max_seq_len         length of the longest sequence that the model is meant for; None if the files do not say it
+    adapted             the steps that adapters add to, each with the rank of what is added: (("layers.0.q", 16), ...)
 
     Raises ConfigError. The message names the field, its value and the expected value.
     """
@@ -166,6 +167,7 @@ class ModelConfig:
     moe: MixtureOfExperts | None = None
     tied_embeddings: bool = False
     max_seq_len: int | None = None
+    adapted: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mistral_ref.errors import (
     short_repr,
     warn,
 )
+from mistral_ref.files.adapters import Source, with_adapters
 from mistral_ref.files.build_weights import gguf_model, open_model
 from mistral_ref.files.generation_config import read_eos_ids
 from mistral_ref.files.gguf import GGUF, open_gguf
@@ -47,6 +49,7 @@ def load(
     rope_angles: AnglePrecision = "float64",
     quantize: int | None = None,
     window: int | None = None,
+    adapters: Iterable[Source | tuple[Source, float]] = (),
     quantized_inputs: QuantizedInputs | None = None,
     bf16_inputs: Bf16Inputs = "float32",
     check_memory: bool = True,
@@ -67,6 +70,9 @@ def load(
     quantize      8 or 4: round the weights to 8 or 4 bits in memory; `mistral_ref.quantize` writes them to files
     window        the sliding window of every layer, in keys; None: as the files say it. GGUF files do not hold that of
                   Mistral 7B v0.1, 4096
+    adapters      LoRA adapters of PEFT, mistral-finetune or mlx-lm: for each its path, or (path, scale), where its own
+                  scale is multiplied by `scale`. What they add is computed beside the model's matrices, which stay as
+                  they are, also if they are quantized
     quantized_inputs    what the inputs of quantized matrices are rounded to: "int16"; "int8", faster and less exact;
                   "float": not rounded (only the NumPy backend). None: "int16", or "float" with dtype="float64"
     bf16_inputs   what the inputs of bf16 matrices are rounded to. "float32": not rounded. "bfloat16": to bf16 (8
@@ -98,6 +104,7 @@ def load(
         if check_memory:
             require_memory(rounded_bytes(weights, scheme), f"{path}: weights of {quantize} bits", _ROUNDED_HINT)
         weights = quantized_weights(weights, scheme, progress)
+    config, weights = with_adapters(config, weights, adapters)
     tokenizer, eos_ids = _text_side(path, gguf, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids, check_memory=check_memory)
 

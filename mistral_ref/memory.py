@@ -134,6 +134,7 @@ def workspace(
         T G K   k, k_rotated, v
         N F     gate, up, ffn_hidden; and the inputs of the last product, laid out or rounded for it
         N D     with experts: their inputs and outputs; and N F that the kernels keep, since no two experts get as many
+        N F     with adapters: what one adds; and N D
 
     The NumPy backend computes scores for some queries at a time, and has three arrays of them at once; and it widens
     keys and values that are stored in another dtype, or that the end of a ring divides.
@@ -146,6 +147,8 @@ def workspace(
     values = n_tokens * (7 * config.dim + 2 * q_width + 3 * kv_width) + 4 * pairs * config.hidden_dim
     if config.moe is not None:
         values += pairs * (2 * config.dim + (config.hidden_dim if backend == "numba" else 0))
+    if config.adapted:
+        values += pairs * (config.hidden_dim + config.dim)
     n_scores = n_tokens * config.n_heads * n_keys
     if backend != "numba":
         at_once = min(n_scores, max(SCORE_ELEMENTS, config.n_heads * n_keys))

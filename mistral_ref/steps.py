@@ -35,7 +35,7 @@ _QUERY_HEADS = ("token", "head", "head_dim")
 _KV_HEADS = ("token", "kv_head", "head_dim")
 _SCORES = ("head", "query", "key")
 
-CATALOGUE: dict[str, StepKind] = {
+_STEPS: dict[str, StepKind] = {
     "embedding": StepKind(("token", "dim"), "x = tok_embeddings[token]", "Each token's row of the embedding matrix."),
     "attention_norm": StepKind(("token", "dim"), _RMS_NORM, f"The residual stream, {_SCALED}"),
     "q": StepKind(_QUERY_HEADS, "q = y · wqᵀ", "What each token asks for; pairs that RoPE turns are neighbours."),
@@ -71,7 +71,7 @@ CATALOGUE: dict[str, StepKind] = {
 # With experts the steps gate, up and ffn_hidden have a row for each pair of a token and an expert chosen for it. The
 # pairs are sorted by token, then by expert.
 _PAIRS = ("pair", "ffn")
-EXPERT_CATALOGUE: dict[str, StepKind] = CATALOGUE | {
+_EXPERT_STEPS: dict[str, StepKind] = _STEPS | {
     "gate": StepKind(_PAIRS, "g[n] = y[token n] · w1[expert n]ᵀ", "Decides how far each hidden unit opens."),
     "up": StepKind(_PAIRS, "u[n] = y[token n] · w3[expert n]ᵀ", "What passes where the gate is open."),
     "ffn_hidden": StepKind(_PAIRS, "h = g · sigmoid(g) · u", "SwiGLU: the gated hidden units of each pair."),
@@ -79,6 +79,43 @@ EXPERT_CATALOGUE: dict[str, StepKind] = CATALOGUE | {
         ("token", "dim"), "z[t] = sum over experts of e[t] · (h · w2ᵀ)", "The experts' outputs, mixed by their shares."
     ),
 }
+
+# The matrix, and with experts the matrices, whose product with the inputs makes a step. Adapters add to these steps.
+MATRIX_OF = {
+    "q": "attention.wq",
+    "k": "attention.wk",
+    "v": "attention.wv",
+    "attention_out": "attention.wo",
+    "router_logits": "feed_forward.gate",
+    "gate": "feed_forward.w1",
+    "up": "feed_forward.w3",
+    "ffn_out": "feed_forward.w2",
+}
+LORA_A, LORA_B = "_lora_a", "_lora_b"  # ends of the names of an adapter's steps
+
+
+def _with_adapters(catalogue: dict[str, StepKind]) -> dict[str, StepKind]:
+    """Return a catalogue in which the two steps of an adapter stand before each step that it may add to."""
+    every: dict[str, StepKind] = {}
+    for name, kind in catalogue.items():
+        if name in MATRIX_OF:
+            # ffn_out mixes the experts of each token; what is added there has a row for each pair, as the step before
+            rows = catalogue["ffn_hidden" if name == "ffn_out" else name].axes[0]
+            expert = "[expert n]" if rows == "pair" else ""
+            every[name + LORA_A] = StepKind(
+                (rows, "rank"),
+                f"a = x · A{expert}ᵀ",
+                f"The inputs of {name}, brought to an adapter's rank.",
+            )
+            every[name + LORA_B] = StepKind(
+                (rows, *kind.axes[1:]), f"b = scale · a · B{expert}ᵀ", f"What the adapter adds to {name}."
+            )
+        every[name] = kind
+    return every
+
+
+CATALOGUE = _with_adapters(_STEPS)
+EXPERT_CATALOGUE = _with_adapters(_EXPERT_STEPS)
 
 _ATTENTION = ("attention_norm", "q", "k", "v", "q_rotated", "k_rotated", "scores", "attention_weights", "heads")
 _BLOCK = (*_ATTENTION, "attention_out", "residual_after_attention", "ffn_norm")
@@ -97,10 +134,10 @@ def step_names(config: ModelConfig) -> Iterator[str]:
     The names of "scores" and "attention_weights" are among them. A pass yields these two only if it is asked to,
     by `observe_attention` in transformer.py.
     """
-    block = (*_BLOCK, *(_ROUTING if config.moe else ()), *_FEED_FORWARD)
+    block, adapted = (*_BLOCK, *(_ROUTING if config.moe else ()), *_FEED_FORWARD), dict(config.adapted)
     yield "embedding"
-    for layer in range(config.n_layers):
-        yield from (f"layers.{layer}.{name}" for name in block)
+    for name in (f"layers.{layer}.{short}" for layer in range(config.n_layers) for short in block):
+        yield from (name + LORA_A, name + LORA_B, name) if name in adapted else (name,)
     yield from ("norm", "logits")
 
 
@@ -116,8 +153,13 @@ def count_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable
         "pair": n_tokens * per_token, "dim": config.dim, "head": config.n_heads, "kv_head": config.n_kv_heads,
         "head_dim": config.head_dim, "ffn": config.hidden_dim, "expert": n_experts, "vocabulary": config.vocab_size,
     }  # fmt: skip
-    catalogue = catalogue_of(config)
-    return sum(math.prod(sizes[axis] for axis in catalogue[name.rpartition(".")[2]].axes) for name in names)
+    catalogue, ranks = catalogue_of(config), dict(config.adapted)
+
+    def count(name: str) -> int:
+        rank = ranks.get(name.removesuffix(LORA_A), 0)
+        return math.prod(rank if axis == "rank" else sizes[axis] for axis in catalogue[name.rpartition(".")[2]].axes)
+
+    return sum(map(count, names))
 
 
 class Step:

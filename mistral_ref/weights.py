@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +128,26 @@ class Matrix:
 
 
 @dataclass(frozen=True, eq=False)
+class Lora:
+    """What adapters add to a product y = x · Wᵀ: scale (x · aᵀ) · bᵀ (LoRA, arXiv:2106.09685).
+
+    a, b        (R, I) and (O, R), where R is the rank: a matrix each, or one for each expert. The rows of b are in
+                Mistral's own order, whatever the order of the model's rows is
+    scale_R     float64 (R,); the ranks of several adapters lie one after the other
+    """
+
+    a: tuple[Matrix, ...]
+    b: tuple[Matrix, ...]
+    scale_R: np.ndarray
+
+    def rows(self, index: Rows, dtype: DTypeLike, expert: int = 0) -> np.ndarray:
+        """Return what is added to the rows of W at `index`: scale b · a, as a float array of `dtype`."""
+        b_OR = self.b[expert].rows(index, dtype) * self.scale_R.astype(dtype)
+        product: np.ndarray = b_OR @ self.a[expert].rows(slice(None), dtype)
+        return product
+
+
+@dataclass(frozen=True, eq=False)
 class FeedForward:
     """A feed-forward network: w1 (F, D) makes the gate, w3 (F, D) makes up, w2 (D, F) brings the result back to D."""
 
@@ -153,6 +173,7 @@ class Layer:
     wk, wv          (G*K, D)
     wo              (D, H*K)
     feed_forward    one feed-forward network, or a mixture of experts
+    lora            what adapters add to products, by the name of the product's step: "q", "gate", ...
     """
 
     attention_norm: np.ndarray
@@ -162,6 +183,7 @@ class Layer:
     wo: Matrix
     ffn_norm: np.ndarray
     feed_forward: FeedForward | ExpertFeedForward
+    lora: Mapping[str, Lora] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +214,15 @@ class Weights:
     def path_of(self, matrix: Matrix) -> Path | None:
         """Return the path of the file that a matrix is a view of; None if it is in memory."""
         return next((file.path for file in self.files if file.holds(matrix.data)), None)
+
+
+def interleaved_rows(n_rows: int, head_dim: int) -> np.ndarray:
+    """Return for each row of wq or wk in Mistral's own order its number in Hugging Face's order.
+
+    >>> interleaved_rows(8, head_dim=4).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return np.arange(n_rows).reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
 def weights_of(tensors: Mapping[str, Any], config: ModelConfig) -> Weights:
@@ -227,7 +258,10 @@ def weights_of(tensors: Mapping[str, Any], config: ModelConfig) -> Weights:
 
 
 def matrices(part: Any) -> list[Matrix]:
-    """Return every Matrix in Weights, in a layer, in a network or in a tuple of them; a shared matrix is there once."""
+    """Return every Matrix in Weights, in a layer, in a network or in a tuple of them; a shared matrix is there once.
+
+    Those of adapters are among them.
+    """
     return list(dict.fromkeys(_every_matrix(part)))
 
 
@@ -237,9 +271,11 @@ def _every_matrix(part: Any) -> Iterator[Matrix]:
     elif isinstance(part, tuple):
         for one in part:
             yield from _every_matrix(one)
+    elif isinstance(part, Mapping):
+        yield from _every_matrix(tuple(part.values()))
     elif dataclasses.is_dataclass(part):
-        for field in dataclasses.fields(part):
-            yield from _every_matrix(getattr(part, field.name))
+        for each in dataclasses.fields(part):
+            yield from _every_matrix(getattr(part, each.name))
 
 
 def norms(weights: Weights) -> dict[str, np.ndarray]:
@@ -257,7 +293,9 @@ def with_matrices(part: Any, change: Callable[[Matrix], Matrix]) -> Any:
         return change(part)
     if isinstance(part, tuple):
         return tuple(with_matrices(one, change) for one in part)
+    if isinstance(part, Mapping):
+        return {name: with_matrices(one, change) for name, one in part.items()}
     if not dataclasses.is_dataclass(part):
         return part
-    fields = {field.name: with_matrices(getattr(part, field.name), change) for field in dataclasses.fields(part)}
+    fields = {each.name: with_matrices(getattr(part, each.name), change) for each in dataclasses.fields(part)}
     return dataclasses.replace(part, **fields)  # type: ignore[type-var]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.adapters import draw_deltas, write_peft
 from support.blocks import random_blocks
 from support.checkpoints import FAMILIES, write_consolidated
 from support.errors import refused
@@ -24,6 +25,7 @@ import mistral_ref
 from mistral_ref import InputError, Model
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CacheError
+from mistral_ref.files.adapters import with_adapters
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.quantization import Scheme, rounded_bytes
 from mistral_ref.host import bytes_told
@@ -108,6 +110,7 @@ CASES = {
     "4 bits": ("int4", DENSE, {}, "float32"),
     "window": ("f32", WINDOWED, {}, "float32"),
     "experts": ("bf16", EXPERTS, {}, "float32"),
+    "adapters": ("bf16", DENSE, {"adapters": []}, "float32"),
     "GGUF": ("q4_k", DENSE, {}, "float16"),
     "rounded in memory": ("bf16", DENSE, {"quantize": 8}, "float32"),
     "numpy": ("f32", DENSE, {"backend": "numpy"}, "float32"),
@@ -128,6 +131,9 @@ def test_what_is_predicted_is_what_a_process_takes(case: str, tmp_path: Path) ->
     else:
         path = make_checkpoint(tmp_path / "model", config, kind=kind)
     config, weights = open_model(path)
+    if "adapters" in settings:
+        settings = {"adapters": [str(write_peft(tmp_path / "adapter", config, draw_deltas(config, rank=64)))]}
+        config, weights = with_adapters(config, weights, settings["adapters"])
     how = {name: settings[name] for name in ("backend", "dtype") if name in settings}
     predicted = memory_needs(config, weights, N_TOKENS, cache_dtype=cache_dtype, **how).total
     if "quantize" in settings:

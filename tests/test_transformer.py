@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.adapters import adapted
 from support.checkpoints import FAMILIES
 from support.errors import refused
 from support.tiny import chunkings, configs, model_of, tokens_for
@@ -33,14 +35,17 @@ def sizes_of(config: ModelConfig, n_tokens: int, n_keys: int, n_pairs: int) -> d
         "ffn": config.hidden_dim,
         "vocabulary": config.vocab_size,
         "expert": config.moe.num_experts if config.moe else 0,
+        "rank": 3,
     }
 
 
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["", "adapted"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_walk_yields_the_catalogue(family: object, dtype: str) -> None:
-    config = family.config
-    model = model_of(config, dtype=dtype)
+def test_a_walk_yields_the_catalogue(family: object, dtype: str, is_adapted: bool) -> None:
+    model = model_of(family.config, dtype=dtype)
+    model = adapted(model, rank=3) if is_adapted else model
+    config = model.config
     catalogue = EXPERT_CATALOGUE if config.moe else CATALOGUE
     steps = list(model.steps(tokens_for(config, 6)))
     assert [step.name for step in steps] == list(step_names(config))
@@ -51,16 +56,19 @@ def test_a_walk_yields_the_catalogue(family: object, dtype: str) -> None:
         assert (step.axes, step.formula) == (kind.axes, kind.formula)
         assert step.value.shape == tuple(sizes[axis] for axis in step.axes), step
         assert step.value.dtype == dtype, step
-    rest = set(EXPERT_CATALOGUE) - {step.name.rpartition(".")[2] for step in steps}
-    assert rest == (set() if config.moe else {"router_logits", "expert_weights"})
+    assert {step.name.rpartition(".")[2] for step in steps} == {
+        name
+        for name in EXPERT_CATALOGUE
+        if (is_adapted or "_lora_" not in name) and (config.moe or not name.startswith(("router_", "expert_")))
+    }
 
 
 def test_a_step_says_where_it_comes_from() -> None:
-    model = model_of(FAMILIES["dense_windowed"].config)
+    model = adapted(model_of(FAMILIES["dense_windowed"].config))
     root = Path(mistral_ref.__file__).parents[1]
     for step in model.steps([1, 2]):
         file, line = step.source.split(":")
-        short = step.name.rpartition(".")[2]
+        short = re.sub("^.+(?=_lora)", "{name}", step.name.rpartition(".")[2])
         assert f'"{short}"' in (root / file).read_text().splitlines()[int(line) - 1], step.source
 
 

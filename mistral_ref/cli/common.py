@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, get_args
 
@@ -68,6 +68,7 @@ def add_compute_options(
         "directory (default: no rounding)",
     )
     add_window_option(parser)
+    add_adapter_option(parser)
     parser.add_argument(
         "--quantized-inputs",
         choices=get_args(QuantizedInputs),
@@ -108,6 +109,27 @@ def add_window_option(parser: argparse.ArgumentParser) -> None:
         help="let each token see at most the last N tokens, in every layer (default: as the files say it; GGUF files "
         "of Mistral 7B v0.1 have lost its window, 4096)",
     )
+
+
+def add_adapter_option(parser: argparse.ArgumentParser, name: str = "--adapter", whose: str = "the model") -> None:
+    """Add the option that gives the model, or `whose` model, adapters."""
+    parser.add_argument(
+        name,
+        metavar="PATH[=SCALE]",
+        action="append",
+        type=_adapter,
+        default=[],
+        help=f"give {whose} a LoRA adapter of PEFT, mistral-finetune or mlx-lm: its directory, or the file with its "
+        "matrices. PATH=0.5 halves what it adds. The option may be given several times",
+    )
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    path, _, scale = text.rpartition("=")
+    if path and not os.path.lexists(text):
+        with suppress(ValueError):
+            return path, float(scale)
+    return text, 1.0
 
 
 def add_threads_option(parser: argparse.ArgumentParser, whose: str = "", *, several: bool = False) -> None:
@@ -222,6 +244,7 @@ def load_model(arguments: argparse.Namespace) -> Model:
             threads=arguments.threads,
             quantize=arguments.quantize,
             window=arguments.window,
+            adapters=arguments.adapter,
             quantized_inputs=arguments.quantized_inputs,
             bf16_inputs=arguments.bf16_inputs,
             check_memory=arguments.check_memory,

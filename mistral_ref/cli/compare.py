@@ -6,6 +6,7 @@ import argparse
 import os
 
 from mistral_ref.cli.common import (
+    add_adapter_option,
     add_ids_option,
     add_threads_option,
     add_window_option,
@@ -51,6 +52,8 @@ examples:
   mistral-ref compare demo demo --dtype float32,float64 --own "Once upon a time"
   # what a bug changes, in the values and in the text
   mistral-ref compare demo demo --broken tiled-heads --continue 20 "Once upon a time"
+  # what an adapter changes
+  mistral-ref compare DIR DIR --adapter ADAPTER "Once upon a time"
   # a dump of another engine against a model, over the tokens in the dump
   mistral-ref compare MY_DUMP.safetensors DIR
 """
@@ -123,6 +126,8 @@ def _add_compute_options(parser: argparse.ArgumentParser) -> None:
     )
     add_threads_option(parser, " of each model")
     add_window_option(parser)
+    add_adapter_option(parser, whose="A")
+    add_adapter_option(parser, "--adapter-b", "B")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -139,7 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
             say(fitted(f"A and B read different tokens, so their steps cannot be compared: {difference}"))
             return
         a, b = (model.steps(*its_pass) for model, its_pass in zip(models, passes, strict=True))
-        n_steps, is_long = len(list(step_names(models[0].config))), models[0].config.n_parameters > 10**9
+        shared = set.intersection(*(set(step_names(model.config)) for model in models))
+        n_steps, is_long = len(shared), models[0].config.n_parameters > 10**9
         with progress_bar("comparing", is_long=is_long) as progress:
             report = (lambda done: progress(done, n_steps)) if progress else None
             comparison = compare_walks(a, b, bound=arguments.bound, own=arguments.own, progress=report)
@@ -169,6 +175,7 @@ def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
         dtype=_one_of_two("--dtype", arguments.dtype, index) or "float32",
         threads=arguments.threads,
         window=arguments.window,
+        adapters=(arguments.adapter, arguments.adapter_b)[index],
         on_compile=show_compiling,
     )
     return maybe_broken(model, arguments.broken if index == 0 else None)

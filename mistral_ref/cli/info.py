@@ -7,19 +7,21 @@ import math
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
 
 import mistral_ref
 from mistral_ref.cache import CACHE_DTYPES
-from mistral_ref.cli.common import add_model_option, add_window_option, size
+from mistral_ref.cli.common import add_adapter_option, add_model_option, add_window_option, size
 from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import list_of_rows
 from mistral_ref.errors import InputError, escaped
+from mistral_ref.files.adapter_file import read_adapter
+from mistral_ref.files.adapters import with_adapters
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.checkpoint import Checkpoint, gguf_checkpoint, open_checkpoint
 from mistral_ref.files.gguf import Texts, open_gguf
@@ -40,10 +42,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="show what a model's files hold",
         description="Show a model's architecture, its files and the types of its weights, the memory that it needs, "
         "and its tokenizer; of a GGUF file all that it says. Without --model: list the models in the cache of the "
-        "Hugging Face Hub that can be loaded. Nothing is computed.",
+        "Hugging Face Hub that can be loaded. With --adapter: show what an adapter holds. Nothing is computed.",
     )
     add_model_option(parser, None, "list the models in the cache; --model demo is the demonstration model")
     add_window_option(parser)
+    add_adapter_option(parser)
     parser.add_argument(
         "--tensors", action="store_true", help="also list every tensor with its names, dtype, shape and file"
     )
@@ -56,12 +59,15 @@ def run(arguments: argparse.Namespace) -> None:
         given = {"--tensors": arguments.tensors, "--window": arguments.window is not None}
         if found := [name for name, is_given in given.items() if is_given]:
             raise InputError(f"{found[0]} is for one model; expected --model, too")
-        print_cached()
+        print_adapters(arguments.adapter)
+        if not arguments.adapter:
+            print_cached()
         return
     model = mistral_ref.load(arguments.model, backend="numpy", window=arguments.window)
     path, metadata = checked_model(arguments.model), {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # load has already shown them
+        warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # they are shown elsewhere
+        with_adapters(model.config, model.weights, arguments.adapter)  # raises an error if one does not fit
         if is_gguf(path):
             gguf = open_gguf(path)
             checkpoint, metadata = gguf_checkpoint(gguf), gguf.metadata
@@ -71,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     print_rows("checkpoint", files(checkpoint, model))
     print_rows("memory", memory(model, checkpoint))
     print_rows("tokenizer", tokenizer(model))
+    print_adapters(arguments.adapter)
     if metadata:
         print_rows("metadata", {escaped(name): shortened(value) for name, value in metadata.items()})
     if arguments.tensors:
@@ -104,6 +111,35 @@ def cached_names() -> Iterator[str]:
         files = [] if any(snapshot.glob("*.safetensors*")) else sorted(snapshot.rglob("*.gguf"))
         ggufs = [file.relative_to(snapshot).as_posix() for file in files if begins_gguf_model(file.name)]
         yield from [f"{name}/{file}" for file in ggufs] or [name]
+
+
+def print_adapters(adapters: Sequence[tuple[str, float]]) -> None:
+    """Print what each of these adapters holds; the numbers are what their scales are multiplied by."""
+    for path, factor in adapters:
+        adapter = read_adapter(path)
+        pairs = adapter.pairs.values()
+        matrices_of = Counter(name.rpartition(".")[2] for name in adapter.pairs)
+        rows: dict[str, object] = {
+            "made by": adapter.made_by,
+            "file": escaped(str(adapter.path)),
+            "matrices": ", ".join(f"{n} {name}" for name, n in matrices_of.items()),
+            "layers": len({name.split(".")[1] for name in adapter.pairs}),
+            "rank": span(pair.a.shape[0] for pair in pairs),
+            "scale": span(pair.scale * factor for pair in pairs),
+            "stored as": ", ".join(sorted({DTYPES[pair.a.kind] for pair in pairs})),
+            "size in memory": size(sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)),
+        }
+        print_rows("adapter", rows)
+
+
+def span(numbers: Iterable[float]) -> str:
+    """Return the least and the largest of some numbers in words, or the one that all of them are.
+
+    >>> span([2.0, 0.5]), span([16, 16])
+    ('0.5 to 2', '16')
+    """
+    least, *_, largest = sorted([*numbers] * 2)
+    return f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
 
 
 def print_rows(title: str, rows: dict[str, object]) -> None:

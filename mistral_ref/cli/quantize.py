@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import mistral_ref
-from mistral_ref.cli.common import model_directory, progress_bar, size
+from mistral_ref.cli.common import add_adapter_option, model_directory, progress_bar, size
 from mistral_ref.cli.output import say
 from mistral_ref.errors import escaped
 from mistral_ref.files.build_weights import open_model
@@ -18,6 +19,7 @@ examples:
   mistral-ref quantize path/to/Mistral-7B path/to/Mistral-7B-int4
   mistral-ref quantize path/to/Mistral-7B path/to/Mistral-7B-int8 --bits 8
   mistral-ref quantize demo small --bits 4 && mistral-ref generate --model small "Once upon a time"
+  mistral-ref quantize path/to/Mistral-7B path/to/tuned-int4 --adapter path/to/adapter
   # how far every step of the rounded model departs
   mistral-ref compare demo small "Once upon a time"
 """
@@ -66,20 +68,27 @@ docs/quantization.md shows the difference measured with 4 bits.""",
             default="8",
             help=f"bits per weight in {words}; keep: do not round it (default: %(default)s)",
         )
+    add_adapter_option(parser, whose="the new model, for good,")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantize a model, and print how much smaller it has become."""
     source = model_directory(arguments.source)
-    around = {
+    around: dict[str, Any] = {
         name: None if getattr(arguments, name) == "keep" else int(getattr(arguments, name))
         for name in ("embedding", "head")
     }
     started = time.perf_counter()
     with progress_bar("quantizing", is_long=True) as progress:
         target = mistral_ref.quantize(
-            source, arguments.target, arguments.bits, group_size=arguments.group_size, **around, progress=progress
+            source,
+            arguments.target,
+            arguments.bits,
+            group_size=arguments.group_size,
+            **around,
+            adapters=arguments.adapter,
+            progress=progress,
         )
     seconds = time.perf_counter() - started
     before, after = (matrices(open_model(directory)[1]) for directory in (source, target))

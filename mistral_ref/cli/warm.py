@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from mistral_ref.cli.common import add_model_option, n_kernels, show_compiling
+from mistral_ref.cli.common import add_adapter_option, add_model_option, n_kernels, show_compiling
 from mistral_ref.cli.output import say
 from mistral_ref.loading import load
 
@@ -32,6 +32,7 @@ both --quantized-inputs. Compiled kernels are kept, so a second run is quick."""
         epilog=_EXAMPLES,
     )
     add_model_option(parser)
+    add_adapter_option(parser)
     parser.add_argument(
         "--all",
         action="store_true",
@@ -43,7 +44,7 @@ both --quantized-inputs. Compiled kernels are kept, so a second run is quick."""
 def run(arguments: argparse.Namespace) -> None:
     """Compile what is missing, and print how many kernels that were."""
     started = time.perf_counter()
-    model = load(arguments.model, backend="numba")
+    model = load(arguments.model, backend="numba", adapters=arguments.adapter)
     # Imported here: the import starts Numba, and --help does not need Numba.
     from mistral_kernels import compiling  # noqa: PLC0415
     from mistral_ref import kernel_choice  # noqa: PLC0415

@@ -19,7 +19,8 @@ from mistral_ref.steps import CATALOGUE, EXPERT_CATALOGUE, Step
 FORMAT = "mistral_ref.trace.v1"
 _NAME = re.compile(r"(?:layers\.(0|[1-9][0-9]{0,3})\.)?([a-z_]+)")
 _ENDS = ("embedding", "norm", "logits")  # the steps that belong to no layer
-_TURNED = ("q", "k", "q_rotated", "k_rotated")  # steps with RoPE's pairs: neighbours, or half a head apart
+# Steps with RoPE's pairs: neighbours, or half a head apart.
+_TURNED = ("q", "k", "q_lora_b", "k_lora_b", "q_rotated", "k_rotated")
 _MAX_POSITIONS = 2**40
 _ID_DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4"}
 _ROUNDINGS = {"F16": 2.0**-11, "BF16": 2.0**-8}  # half an ulp, as a share of the value

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CheckpointError, InputError, Progress, short_repr, warn
+from mistral_ref.files.adapters import Source, merged, with_adapters
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.paths import checked_model, is_gguf, local_path
 from mistral_ref.files.quantized_format import quantized_metadata, quantized_tensors
@@ -29,7 +30,7 @@ from mistral_ref.files.rounding import quantized
 from mistral_ref.files.tensor_file import DTYPES, TensorSpec, begin_tensor_file, require_space
 from mistral_ref.files.whole_file import whole_directory
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES, QuantizedMatrix
-from mistral_ref.weights import Matrix, Weights, matrices, norms, with_matrices
+from mistral_ref.weights import Matrix, Weights, interleaved_rows, matrices, norms, with_matrices
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack")
 _TEXT_FILES = re.compile(
@@ -142,6 +143,7 @@ def quantize(
     group_size: int = GROUP_SIZE,
     embedding: int | None = 8,
     head: int | None = 8,
+    adapters: Iterable[Source | tuple[Source, float]] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Write a new directory with a model in 8 or 4 bits a weight; return its path. `load` reads it like any model.
@@ -151,11 +153,12 @@ def quantize(
     bits        8 or 4, for the matrices of the layers; routers are not rounded
     group_size  how many neighbours in a row share a scale and a zero: 32, 64 or 128. A scale and a zero take 16 bits
     embedding, head     8 or 4, or None: not rounded. If one matrix is both, the two must be the same
+    adapters    paths of adapters, or (path, scale), as in `load`: what they add becomes part of the weights
     progress    called with (weights done, weights in all)
 
     Only one matrix at a time is in memory. The directory gets its name only when it is complete. Raises InputError if
     it is there already, if the disk has no room, or if the model is quantized already; CheckpointError if a weight is
-    not finite.
+    not finite, or an adapter does not fit.
     """
     source, target = checked_model(source), local_path(target)
     scheme = Scheme(bits, group_size, embedding, head)
@@ -165,6 +168,7 @@ def quantize(
         raise InputError(f"{source}: a GGUF file; expected a directory with safetensors files")
     config, weights = open_model(source)
     scheme.check(weights)
+    weights = merged(*with_adapters(config, weights, adapters))
     specs, kept = _planned(config, weights, scheme)
     with whole_directory(target) as directory, open(directory / "consolidated.safetensors", "xb") as file:
         require_space(target, sum(spec.nbytes for spec in specs.values()))
@@ -217,8 +221,7 @@ def _interleaved(matrix: Matrix, config: ModelConfig) -> np.ndarray | None:
     """Return the rows of wq or wk in Mistral's own order, as row numbers in the checkpoint; None if no row moves."""
     if config.rope_row_order == "interleaved" or not matrix.name.endswith((".wq", ".wk")):
         return None
-    rows = np.arange(matrix.shape[0]).reshape(-1, 2, config.head_dim // 2)
-    return rows.swapaxes(1, 2).reshape(-1)
+    return interleaved_rows(matrix.shape[0], config.head_dim)
 
 
 def _planned(

@@ -27,6 +27,11 @@ _FUSED = {
     "mlp.experts.gate_up_proj": "feed_forward.experts.w1_w3",
     "mlp.experts.down_proj": "feed_forward.experts.w2",
 }
+# mlx-lm keeps all experts of a layer in three modules.
+_MLX_EXPERTS = {
+    f"block_sparse_moe.switch_mlp.{theirs}_proj": f"feed_forward.experts.{own}"
+    for theirs, own in {"gate": "w1", "down": "w2", "up": "w3"}.items()
+}
 # From GGUF's names to Mistral's own.
 _GGUF_AROUND_LAYERS = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}
 _GGUF_EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
@@ -87,6 +92,17 @@ def mistral_name(name: str) -> str | None:
     else:
         own = (_IN_LAYER if layer else _AROUND_LAYERS).get(stem, "")
     return f"{layer}{own}.{_ENDINGS[ending]}" if own and ending in _ENDINGS else None
+
+
+def experts_of_mlx(module: str) -> str | None:
+    """Return the name of all experts of a layer that a module of mlx-lm holds, without a number; None for another one.
+
+    >>> experts_of_mlx("model.layers.3.block_sparse_moe.switch_mlp.up_proj")
+    'layers.3.feed_forward.experts.w3'
+    """
+    prefix = _TEXT_PREFIX.match(module)
+    layer, rest = _LAYER.fullmatch(module[prefix.end() if prefix else 0 :]).groups("")  # type: ignore[union-attr]
+    return f"{layer}{_MLX_EXPERTS[rest]}" if layer and rest in _MLX_EXPERTS else None
 
 
 def huggingface_name(name: str) -> str:

@@ -11,7 +11,7 @@ all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from mistral_ref.cache import SCALE_BYTES
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import checked_choice, checked_int
 from mistral_ref.ring import Ring
-from mistral_ref.weights import ExpertFeedForward, FeedForward, Layer, Matrix, Weights
+from mistral_ref.weights import ExpertFeedForward, FeedForward, Layer, Lora, Matrix, Weights
 
 _CACHE_DTYPES = ("float32", "float16", "float64", "int8")
 
@@ -110,6 +110,9 @@ def step_costs(
     computed once per pass and are not counted. Logits are computed for all T tokens. With `last_only` only the last
     token has logits. Then T is 1 in the last layer and after it, except in the steps that lead to keys and values.
 
+    Adapters: where one of rank R touches a product (O, I), it has two steps, the products (R, I) and (O, R); the scale
+    takes T R FLOPs in the second one. What it adds takes T O FLOPs and T O activations in the product's own step.
+
     Experts: a pair is a token and one of its experts, and there are N = T * (experts per token) pairs. gate, up,
     ffn_hidden and ffn_out have a row for each pair. ffn_out also mixes the experts of a token: 2 N D FLOPs, N D + T D
     activations. expert_weights takes 4 N FLOPs and 2 T E activations. The weights of min(E, N) experts are counted as
@@ -167,24 +170,24 @@ class _PassCost:
 
         n_asking    of so many tokens, the last ones, the layer computes more than keys and values
         """
-        config, asking = self.config, replace(self, n_tokens=n_asking)
+        config, lora, asking = self.config, layer.lora, replace(self, n_tokens=n_asking)
         yield self.norm("attention_norm", layer.attention_norm)
-        yield asking.product("q", layer.wq)
-        yield self.product("k", layer.wk)
-        yield self.product("v", layer.wv)
+        yield from asking.adapted(asking.product("q", layer.wq), lora)
+        yield from self.adapted(self.product("k", layer.wk), lora)
+        yield from self.adapted(self.product("v", layer.wv), lora)
         yield asking.elementwise("q_rotated", config.n_heads * config.head_dim, 3, 2)
         yield self.elementwise("k_rotated", config.n_kv_heads * config.head_dim, 3, 2)
         yield self.heads(window, n_asking)
-        yield asking.product("attention_out", layer.wo)
+        yield from asking.adapted(asking.product("attention_out", layer.wo), lora)
         yield asking.elementwise("residual_after_attention", config.dim, 1, 3)
         yield asking.norm("ffn_norm", layer.ffn_norm)
         if isinstance(layer.feed_forward, FeedForward):
-            yield asking.product("gate", layer.feed_forward.w1)
-            yield asking.product("up", layer.feed_forward.w3)
+            yield from asking.adapted(asking.product("gate", layer.feed_forward.w1), lora)
+            yield from asking.adapted(asking.product("up", layer.feed_forward.w3), lora)
             yield asking.elementwise("ffn_hidden", config.hidden_dim, 5, 3)
-            yield asking.product("ffn_out", layer.feed_forward.w2)
+            yield from asking.adapted(asking.product("ffn_out", layer.feed_forward.w2), lora)
         else:
-            yield from asking.experts(layer.feed_forward)
+            yield from asking.experts(layer.feed_forward, lora)
         yield asking.elementwise("residual_after_ffn", config.dim, 1, 3)
 
     def heads(self, window: int | None, n_queries: int) -> StepCost:
@@ -196,24 +199,35 @@ class _PassCost:
         other_bytes = activations * self.activation_bytes + cached * self.config.n_kv_heads * self.head_bytes
         return StepCost("heads", 4 * visible_pairs(n_queries, stop - n_queries, window) * q_width, 0, other_bytes)
 
-    def experts(self, weights: ExpertFeedForward) -> Iterator[StepCost]:
+    def expert_product(self, name: str, matrices: Sequence[Matrix]) -> StepCost:
+        """Return the cost of a product of each row with the matrix of its expert."""
+        sizes = sorted(matrix.nbytes for matrix in matrices)
+        return replace(self.product(name, matrices[0]), weight_bytes=sum(sizes[-self.n_tokens :]))
+
+    def adapted(self, cost: StepCost, loras: Mapping[str, Lora]) -> Iterator[StepCost]:
+        """Yield the cost of a product, behind those of an adapter's two steps if one touches it."""
+        if cost.name not in loras:
+            yield cost
+            return
+        lora = loras[cost.name]
+        yield self.expert_product(f"{cost.name}_lora_a", lora.a)
+        up, size = self.expert_product(f"{cost.name}_lora_b", lora.b), self.n_tokens * lora.b[0].shape[0]
+        yield replace(up, flops=up.flops + self.n_tokens * len(lora.scale_R))
+        yield replace(cost, flops=cost.flops + size, other_bytes=cost.other_bytes + size * self.activation_bytes)
+
+    def experts(self, weights: ExpertFeedForward, lora: Mapping[str, Lora]) -> Iterator[StepCost]:
         """Yield the costs of a feed-forward with experts, the router included."""
         config, moe = self.config, self.config.moe
         assert moe is not None
         pairs = replace(self, n_tokens=self.n_tokens * moe.num_experts_per_tok)
-
-        def product(name: str, matrices: Sequence[Matrix]) -> StepCost:
-            sizes = sorted(matrix.nbytes for matrix in matrices)
-            return replace(pairs.product(name, matrices[0]), weight_bytes=sum(sizes[-pairs.n_tokens :]))
-
-        yield self.product("router_logits", weights.gate)
+        yield from self.adapted(self.product("router_logits", weights.gate), lora)
         yield replace(self.elementwise("expert_weights", moe.num_experts, 0, 2), flops=4 * pairs.n_tokens)
-        yield product("gate", [expert.w1 for expert in weights.experts])
-        yield product("up", [expert.w3 for expert in weights.experts])
+        yield from pairs.adapted(pairs.expert_product("gate", [expert.w1 for expert in weights.experts]), lora)
+        yield from pairs.adapted(pairs.expert_product("up", [expert.w3 for expert in weights.experts]), lora)
         yield pairs.elementwise("ffn_hidden", config.hidden_dim, 5, 3)
-        down = product("ffn_out", [expert.w2 for expert in weights.experts])
+        down = pairs.expert_product("ffn_out", [expert.w2 for expert in weights.experts])
         mixed = [pairs.elementwise("pairs", config.dim, 2, 1), self.elementwise("tokens", config.dim, 0, 1)]
-        yield total_cost("ffn_out", [down, *mixed])
+        yield from pairs.adapted(total_cost("ffn_out", [down, *mixed]), lora)
 
 
 def total_cost(name: str, costs: Sequence[StepCost]) -> StepCost:

@@ -25,7 +25,7 @@ from mistral_ref.reference_ops import attends, blocks
 from mistral_ref.sampling import log_softmax
 from mistral_ref.steps import Step
 from mistral_ref.trace import Trace
-from mistral_ref.weights import Matrix
+from mistral_ref.weights import Layer
 
 _N_SHOWN = 20  # how many parts of a logit a table shows
 _SUM_TOLERANCE = 1e-3  # as a share of the sum of all |parts|; in float32 passes the error is below 1e-5
@@ -193,7 +193,8 @@ def contributions(
     """Yield (name, x_TD) for everything that is added to the residual stream. Their sum is the last residual.
 
     "embedding"             the embedding
-    "layers.0.heads.3"      for each layer and head h: heads[:, h] · wo[:, columns of h]ᵀ, in float64
+    "layers.0.heads.3"      for each layer and head h: heads[:, h] · wo[:, columns of h]ᵀ, in float64; what an adapter
+                            adds to wo is a part of it
     "layers.0.ffn_out"      for each layer: the output of its feed-forward
 
     The trace must hold `embedding`, every `heads` and every `ffn_out`. No step between them may have been edited.
@@ -203,20 +204,23 @@ def contributions(
     yield "embedding", _value(trace, "embedding", config.dim)[tokens]
     for index, layer in enumerate(model.weights.layers):
         heads_THK = _value(trace, f"layers.{index}.heads", config.n_heads, config.head_dim)[tokens]
-        for head, x_TD in enumerate(_heads_out(heads_THK, layer.wo)):
+        for head, x_TD in enumerate(_heads_out(heads_THK, layer)):
             yield f"layers.{index}.heads.{head}", x_TD
         name = f"layers.{index}.ffn_out"
         yield name, _value(trace, name, config.dim)[tokens]
 
 
-def _heads_out(heads_THK: np.ndarray, wo: Matrix) -> np.ndarray:
+def _heads_out(heads_THK: np.ndarray, layer: Layer) -> np.ndarray:
     """Return what each head adds to the residual stream, (H, T, D); computed for a block of wo's rows at a time."""
     n_tokens, n_heads, head_dim = heads_THK.shape
-    n_out, n_in = wo.shape
+    n_out, n_in = layer.wo.shape
+    lora = layer.lora.get("attention_out")
     out_HTD = np.empty((n_heads, n_tokens, n_out))
     heads_HTK = heads_THK.astype(np.float64).transpose(1, 0, 2)
     for rows in blocks(n_out, n_in, _BLOCK_ELEMENTS):
-        wo_HKB = wo.rows(rows, np.float64).T.reshape(n_heads, head_dim, -1)
+        wo_BI = layer.wo.rows(rows, np.float64)
+        wo_BI = wo_BI if lora is None else wo_BI + lora.rows(rows, np.float64)
+        wo_HKB = wo_BI.T.reshape(n_heads, head_dim, -1)
         out_HTD[:, :, rows] = heads_HTK @ wo_HKB
     return out_HTD
 

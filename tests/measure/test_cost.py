@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.adapters import adapted
 from support.checkpoints import FAMILIES
 from support.errors import refused
 from support.paths import ROOT
@@ -27,19 +28,21 @@ from mistral_ref.measure.shapes import SHAPES
 from mistral_ref.measure.synthetic import hollow_weights
 from mistral_ref.model import Model
 from mistral_ref.reference_ops import attends
-from mistral_ref.steps import Step, step_names
-from mistral_ref.weights import FeedForward, Matrix
+from mistral_ref.steps import MATRIX_OF, Step, step_names
+from mistral_ref.weights import FeedForward, Layer, Matrix
 
 MAX_VALUES = Limits(bandwidth=1e9, peak=4e9)
 WINDOWS = st.none() | st.integers(1, 50)
 
 
 def arrays_in(part: Any) -> Iterator[Matrix | np.ndarray]:
-    """Yield every matrix and norm of a part of the weights."""
+    """Yield every matrix and norm of a part of the weights, adapters included, but not their scales."""
     if isinstance(part, Matrix | np.ndarray):
         yield part
     else:
         parts = part if isinstance(part, tuple) else [getattr(part, field.name) for field in dataclasses.fields(part)]
+        if isinstance(part, Layer):
+            parts = [*parts[:-1], *((lora.a, lora.b) for lora in part.lora.values())]
         for one in parts:
             yield from arrays_in(one)
 
@@ -62,10 +65,13 @@ def pass_of(model: Model, tokens: list[int]) -> list[Step]:
 # ----------------------------------------------------------------------------------------------------------- counting
 
 
-@given(config=configs(), n_tokens=st.integers(1, 12))
+@given(config=configs(), n_tokens=st.integers(1, 12), is_adapted=st.booleans())
 @settings(max_examples=40)
-def test_steps_are_those_of_the_pass_and_write_at_least_their_values(config: ModelConfig, n_tokens: int) -> None:
-    model = model_of(config)
+def test_steps_are_those_of_the_pass_and_write_at_least_their_values(
+    config: ModelConfig, n_tokens: int, is_adapted: bool
+) -> None:
+    model = adapted(model_of(config)) if is_adapted else model_of(config)
+    config = model.config
     costs = step_costs(config, model.weights, n_tokens)
     observed_only = (".scores", ".attention_weights")
     assert [cost.name for cost in costs] == [n for n in step_names(config) if not n.endswith(observed_only)]
@@ -112,11 +118,38 @@ def test_of_the_last_token_alone(config: ModelConfig, n_tokens: int, start: int)
             assert cost == whole[name]
 
 
-@given(config=configs(), n_tokens=st.integers(1, 30))
+@given(config=configs(), n_tokens=st.integers(1, 6), rank=st.integers(1, 5))
+@settings(max_examples=20)
+def test_an_adapter_adds_two_products_a_scale_and_a_sum(config: ModelConfig, n_tokens: int, rank: int) -> None:
+    plain, model = model_of(config), adapted(model_of(config), rank=rank)
+    before, after = (by_name(step_costs(m.config, m.weights, n_tokens)) for m in (plain, model))
+    n_rows = n_tokens * (config.moe.num_experts_per_tok if config.moe else 1)
+    for name, cost in before.items():
+        short = name.rpartition(".")[2]
+        if short not in MATRIX_OF:
+            assert after[name] == cost
+            continue
+        lora = model.weights.layers[int(name.split(".")[1])].lora[short]
+        (n_out, _), n_in = lora.b[0].shape, lora.a[0].shape[1]
+        rows = n_rows if config.moe and short in ("gate", "up", "ffn_out") else n_tokens
+        a, b = after[f"{name}_lora_a"], after[f"{name}_lora_b"]
+        assert (a.flops, b.flops) == (2 * rows * rank * n_in, 2 * rows * rank * n_out + rows * rank)
+        assert (a.other_bytes, b.other_bytes) == (4 * rows * (n_in + rank), 4 * rows * (rank + n_out))
+        assert after[name].flops == cost.flops + rows * n_out
+        assert (after[name].weight_bytes, after[name].other_bytes) == (
+            cost.weight_bytes,
+            cost.other_bytes + 4 * rows * n_out,
+        )
+
+
+@given(config=configs(), n_tokens=st.integers(1, 30), is_adapted=st.booleans())
 @settings(max_examples=40)
-def test_a_dense_pass_reads_every_weight_once_and_rows_of_the_embedding(config: ModelConfig, n_tokens: int) -> None:
-    config = config.replace(moe=None)
-    weights = model_of(config).weights
+def test_a_dense_pass_reads_every_weight_once_and_rows_of_the_embedding(
+    config: ModelConfig, n_tokens: int, is_adapted: bool
+) -> None:
+    model = model_of(config.replace(moe=None))
+    model = adapted(model) if is_adapted else model
+    config, weights = model.config, model.weights
     costs = step_costs(config, weights, n_tokens)
     rows = 4 * config.dim * min(n_tokens, config.vocab_size)
     assert costs[0].weight_bytes == rows

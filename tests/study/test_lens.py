@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
+from support.adapters import adapted
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
 from support.errors import refused
 from support.pages import Page
@@ -121,8 +122,9 @@ def sum_of(found: lens.Attribution) -> float:
 @settings(max_examples=25)
 @given(config=configs(), n_tokens=st.integers(1, 9), data=st.data())
 def test_contributions_add_up_to_the_last_residual(config: ModelConfig, n_tokens: int, data: st.DataObject) -> None:
-    """And attributions to the logit: grouped heads, H * K unlike D, either row order, experts, tied ends."""
+    """And attributions to the logit: grouped heads, H * K unlike D, either row order, experts, tied ends, adapters."""
     model, tokens = model_of(config, dtype="float64"), tokens_for(config, n_tokens)
+    model = adapted(model) if data.draw(st.booleans()) else model
     trace = model.trace(tokens, keep=["embedding", "layers.*.heads", "layers.*.ffn_out", "*.residual_*", "logits"])
     last_TD = trace[f"layers.{config.n_layers - 1}.residual_after_ffn"]
     np.testing.assert_allclose(total(model, trace), last_TD, rtol=0, atol=1e-12 * np.abs(last_TD).max())

@@ -117,8 +117,8 @@ function rowBars(values, scale, label) {
 
 // The root mean square of one kind of step in every layer, each a way there.
 function overLayers(kind, layer, ongo) {
-  const steps = range(config.layers).map((index) => stepByName.get(nameOf(kind, index)));
-  const sizes = steps.map((step) => step.statistics.rms ?? NaN),
+  const steps = range(config.layers).map((index) => inLayer(kind, index)); // some layers may lack an adapter
+  const sizes = steps.map((step) => step?.statistics.rms ?? NaN),
     most = Math.max(...sizes.filter(Number.isFinite)) || 1;
   const width = 480,
     height = 84,

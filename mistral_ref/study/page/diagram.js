@@ -7,8 +7,8 @@ const STREAM_NAMES = {
   residual_after_ffn: ["+", "after feed-forward"],
 };
 
-// Where each step of a block stands: [x, row, width].
-function blockPlaces() {
+// Where each step of a layer's block stands: [x, row, width].
+function blockPlaces(layer) {
   const places = {
     attention_norm: [150, 1, 256],
     q: [150, 2, 80],
@@ -23,7 +23,7 @@ function blockPlaces() {
     residual_after_attention: [4, 7, 124],
     ffn_norm: [150, 8, 256],
   };
-  return Object.assign(
+  Object.assign(
     places,
     config.experts
       ? {
@@ -43,6 +43,24 @@ function blockPlaces() {
           residual_after_ffn: [4, 11, 124],
         },
   );
+  return withAdapters(places, layer);
+}
+
+// The places with the two steps of each adapter in a row of their own, above the step that they add to.
+function withAdapters(places, layer) {
+  const adapted = Object.keys(places).filter((kind) => inLayer(`${kind}_lora_a`, layer));
+  const rows = [...new Set(adapted.map((kind) => places[kind][1]))].sort((a, b) => a - b);
+  const moved = (row) => row + rows.filter((other) => other <= row).length;
+  const all = Object.fromEntries(Object.entries(places).map(([kind, [x, row, width]]) => [kind, [x, moved(row), width]]));
+  for (const kind of adapted) {
+    const [x, row, width] = all[kind],
+      hidden = all.ffn_hidden;
+    const middle = x + Math.min(width, kind === "ffn_out" ? hidden[2] : width) / 2, // here the inputs come down
+      size = Math.min(60, middle - x - 6);
+    all[`${kind}_lora_a`] = [middle - 6 - size, row - 1, size];
+    all[`${kind}_lora_b`] = [middle + 6, row - 1, size];
+  }
+  return all;
 }
 
 // Which step flows into which, within a block.
@@ -69,6 +87,19 @@ const WIRES = [
   ["ffn_hidden", "ffn_out"],
   ["ffn_out", "residual_after_ffn"],
 ];
+// The same with the wires of the adapters that stand in these places.
+function wiresOf(places) {
+  const adapted = Object.keys(places).filter((kind) => places[`${kind}_lora_a`]);
+  const into = WIRES.filter(([from, to]) => adapted.includes(to) && from !== "expert_weights");
+  return [
+    ...WIRES,
+    ...into.map(([from, to]) => [from, `${to}_lora_a`]),
+    ...adapted.flatMap((kind) => [
+      [`${kind}_lora_a`, `${kind}_lora_b`],
+      [`${kind}_lora_b`, kind],
+    ]),
+  ];
+}
 
 function wire(places, from, to) {
   if (!places[from] || !places[to]) return null;
@@ -96,7 +127,11 @@ function stepBox(name, [x, row, width], state, go) {
   const step = stepByName.get(name),
     isStream = x < 100,
     isChosen = name === state.name;
-  const lines = isStream ? (STREAM_NAMES[step.kind] ?? ["x", step.kind]) : [step.kind, step.shape.join(" × ")];
+  const lines = isStream
+    ? (STREAM_NAMES[step.kind] ?? ["x", step.kind])
+    : isAdapters(step.kind)
+      ? [step.kind.at(-1).toUpperCase(), "lora"]
+      : [step.kind, step.shape.join(" × ")];
   const size = Math.min(isStream ? 13 : 12, (width - 6) / (0.61 * lines[0].length)); // a letter is about 0.61 of it wide
   const middle = x + width / 2,
     y = row * ROW;
@@ -112,7 +147,7 @@ function stepBox(name, [x, row, width], state, go) {
 }
 
 function blockDiagram(state, go) {
-  const places = blockPlaces(),
+  const places = blockPlaces(state.layer),
     before = state.layer === 0 ? "embedding" : nameOf("residual_after_ffn", state.layer - 1);
   const last = places.residual_after_ffn[1],
     isLast = state.layer === config.layers - 1;
@@ -134,13 +169,14 @@ function blockDiagram(state, go) {
       ),
     ),
     svg("path", { class: "stream-line", d: `M66 ${joins[0]} V${joins[2]}` }),
-    branch(joins[0], 1),
-    branch(joins[1], 8),
+    branch(joins[0], places.attention_norm[1]),
+    branch(joins[1], places.ffn_norm[1]),
     isLast && branch(joins[2], last + 1),
-    [...WIRES, ["norm", "logits"]].map(([from, to]) => wire(places, from, to)),
-    config.experts && svg("path", { class: "wire", d: `M302 ${10 * ROW + BOX / 2} H185` }), // which experts a token goes through
+    [...wiresOf(places), ["norm", "logits"]].map(([from, to]) => wire(places, from, to)),
+    // which experts a token goes through
+    config.experts && svg("path", { class: "wire", d: `M302 ${places.expert_weights[1] * ROW + BOX / 2} H185` }),
     stepBox(before, [4, 0, 124], state, go),
-    [...blockKinds, ...(isLast ? ["norm", "logits"] : [])].map((kind) =>
+    [...kindsIn(state.layer), ...(isLast ? ["norm", "logits"] : [])].map((kind) =>
       stepBox(nameOf(kind, state.layer), places[kind], state, go),
     ),
   );

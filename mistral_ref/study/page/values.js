@@ -4,8 +4,12 @@ const page = JSON.parse(document.getElementById("data").textContent);
 const { config, tokens, start } = page;
 const stepByName = new Map(page.steps.map((step) => [step.name, step]));
 const isEnd = (kind) => kind === "embedding" || kind === "norm" || kind === "logits";
-const nameOf = (kind, layer) => (isEnd(kind) ? kind : `layers.${layer}.${kind}`);
-const blockKinds = Object.keys(page.kinds).filter((kind) => !isEnd(kind));
+const inLayer = (kind, layer) => stepByName.get(`layers.${layer}.${kind}`);
+// The name of a kind of step in a layer. An adapter's step leads to the step that it adds to where the layer lacks it.
+const isAdapters = (kind) => /_lora_[ab]$/.test(kind);
+const nameOf = (kind, layer) =>
+  isEnd(kind) ? kind : (inLayer(kind, layer)?.name ?? `layers.${layer}.${kind.replace(/_lora_[ab]$/, "")}`);
+const kindsIn = (layer) => Object.keys(page.kinds).filter((kind) => inLayer(kind, layer));
 
 // What stands at a position: the token's piece and where it is, or the position alone where the pass began later.
 const pieceAt = (position) => tokens[position - start]?.piece ?? "";
