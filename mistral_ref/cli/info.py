@@ -96,7 +96,7 @@ def print_cached() -> None:
                 weights = open_model(path)[1]
                 layout = "gguf" if is_gguf(path) else open_checkpoint(path).layout
             except mistral_ref.MistralRefError:
-                others[escaped(name)] = f"mistral-ref info --model {escaped(name)} says why"
+                others[escaped(name)] = f"mistral-ref doctor {escaped(name)} says why"
                 continue
         rows[escaped(name)] = f"{layout}, {size(sum(matrix.nbytes for matrix in matrices(weights)))}"
     print_rows(f"models in the hub's cache, {escaped(str(cache_folder()))}", rows or {"none": "that can be loaded"})

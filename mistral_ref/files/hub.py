@@ -113,7 +113,8 @@ def lacking(directory: Path, file: str | None = None) -> Iterator[tuple[Path, st
     read = [directory / file] if file else [path for path in sorted(directory.iterdir()) if _READ.fullmatch(path.name)]
     for path in read:
         if not os.path.exists(path):
-            yield path, "its content is not in the hub's cache" if path.is_symlink() else "not in the hub's cache"
+            is_link = path.is_symlink()
+            yield path, f"a link to {os.readlink(path)}, which is not there" if is_link else "not in the hub's cache"
     begun = Path(os.path.abspath(directory / "../../blobs")).glob("*.incomplete")
     if not file and any(begun) and _lacks_weights([path.name for path in read]):
         yield directory, "the download of its weights has not ended"

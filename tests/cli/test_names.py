@@ -120,6 +120,7 @@ EVERY = [
     (("warm", "--model", "org/hf"), ""),
     (("info",), ""),
     (("info", "--model", f"org/ggufs@{COMMIT}/tiny.gguf", "--tensors"), ""),
+    (("doctor", "org/hf"), ""),
     (("quantize", "org/hf", "small"), ""),
 ]
 

@@ -60,7 +60,7 @@ def test_a_pointer_of_git_lfs(model: Path, name: str) -> None:
 def test_a_link_that_leads_nowhere(model: Path, name: str) -> None:
     (model / name).unlink()
     (model / name).symlink_to("../../blobs/none")
-    assert_finds(model, "wrong", model / name, "not in the hub's cache")
+    assert_finds(model, "wrong", model / name, "../../blobs/none")
 
 
 def test_a_snapshot_of_the_hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_a_snapshot_of_the_hub(model: Path, tmp_path: Path, monkeypatch: pytest.
     shard = snapshot / "model-00002-of-00003.safetensors"
     content = shard.resolve()
     content.rename(blobs / f"{content.name}.incomplete")
-    assert_finds(Path("org/name"), "wrong", shard, "not in the hub's cache")
+    assert_finds(Path("org/name"), "wrong", shard, os.readlink(shard))
     shard.unlink()
     assert_finds(Path("org/name"), "wrong", snapshot, "download", n=2)
     monkeypatch.chdir(snapshot)
