@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES, draw_weights
 from support.errors import refused
-from support.gguf_files import Stored, Typed, config_fields, family_tensors, gguf_bytes, stored, write_gguf
+from support.gguf_files import family_tensors, stored, write_gguf
 from support.paths import GOLDEN
 
 import mistral_ref
 from mistral_ref.errors import CheckpointError, InputError, MistralRefError
 from mistral_ref.files.checkpoint import gguf_checkpoint
 from mistral_ref.files.gguf import Texts, open_gguf
+from mistral_ref.files.gguf_writer import Stored, Typed, config_fields, gguf_bytes
 from mistral_ref.files.paths import checked_model
 
 TINY, MIXTURE = FAMILIES["llama"], FAMILIES["mixtral"]

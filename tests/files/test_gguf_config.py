@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from support.checkpoints import FAMILIES
 from support.errors import refused, warned
-from support.gguf_files import Stored, Typed, config_fields, gguf_bytes, write_gguf
+from support.gguf_files import write_gguf
 
 import mistral_ref
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import ConfigError, InputError
 from mistral_ref.files.gguf import open_gguf
 from mistral_ref.files.gguf_config import gguf_config, lost_window
+from mistral_ref.files.gguf_writer import Stored, Typed, config_fields, gguf_bytes
 
 TINY = FAMILIES["dense_no_window"].config
 LONG = FAMILIES["ministral3"].config

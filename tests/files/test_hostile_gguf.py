@@ -15,17 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES, draw_weights
-from support.gguf_files import (
-    TYPE_IDS,
-    Stored,
-    Typed,
-    byte_bpe_fields,
-    config_fields,
-    family_tensors,
-    gguf_bytes,
-    sentencepiece_fields,
-    tekken_fields,
-)
+from support.gguf_files import byte_bpe_fields, family_tensors, sentencepiece_fields, tekken_fields
 from support.hostile import MAX_BYTES, MAX_SECONDS, TEXTS, attempt, fill, other_bytes
 from support.marks import slow_but
 from support.tiny_tekken import tiny_tekken
@@ -33,6 +23,7 @@ from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
 from mistral_ref.errors import MistralRefError
+from mistral_ref.files.gguf_writer import TYPE_IDS, Stored, Typed, config_fields, gguf_bytes
 from mistral_ref.text.byte_bpe import LETTERS
 from mistral_ref.text.tekken import tekken_tokenizer
 

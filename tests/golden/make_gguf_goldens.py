@@ -28,9 +28,10 @@ import torch
 import transformers
 from make_goldens import load
 from support.checkpoints import Family, Tensors, draw_weights, write_tensor_file
-from support.gguf_files import IN_LAYER, NAMES, config_fields
+from support.gguf_files import IN_LAYER, NAMES
 
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
+from mistral_ref.files.gguf_writer import config_fields
 
 Type = gguf.GGMLQuantizationType
 PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")

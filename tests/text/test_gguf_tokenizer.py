@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import FAMILIES
 from support.errors import refused, warned
-from support.gguf_files import Typed, byte_bpe_fields, gguf_bytes, sentencepiece_fields, tekken_fields, write_gguf
+from support.gguf_files import byte_bpe_fields, sentencepiece_fields, tekken_fields, write_gguf
 from support.paths import GOLDEN
 from support.smollm2 import smollm2_gguf
 from support.streams import check_byte_stream
@@ -23,6 +23,7 @@ from support.tiny_tokenizers import PARAGRAPH, tiny_tokenizer
 
 import mistral_ref
 from mistral_ref.errors import ConfigError, TokenizerError, UnknownTokenizerError
+from mistral_ref.files.gguf_writer import Typed, gguf_bytes
 from mistral_ref.text import SentencePieceTokenizer, Tokenizer, encode_chat, find_tokenizer, load_tokenizer
 from mistral_ref.text.byte_tokenizer import ByteTokenizer
 from mistral_ref.text.tekken import tekken_tokenizer
