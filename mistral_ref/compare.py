@@ -106,27 +106,34 @@ def difference(
     )
 
 
-def step_difference(step: Step, reference: Step, bound: float) -> Difference:
-    """Return the Difference of a step from its reference. Scores and attention weights are matched by key position.
+def side_by_side(step: Step, reference: Step) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of two steps, laid out alike: keys matched by position, and the last token if one has no other.
 
     Two passes may see different keys, for example if one has a wrong window. A key that only one pass sees gets a
-    score of -inf and a weight of 0 in the other pass. Raises InputError if the last keys are at different positions.
+    score of -inf and a weight of 0 in the other pass. Shapes may still differ. Raises InputError if the last keys are
+    at different positions.
     """
     value, expected = step.value, reference.value
     if step.name in ("norm", "logits") and 1 in (len(value), len(expected)):  # many engines keep only the last token
         value, expected = value[-1:], expected[-1:]
     keys, expected_keys = step.key_positions, reference.key_positions
-    if keys is not None and expected_keys is not None and keys != expected_keys:
-        if keys.stop != expected_keys.stop:  # the last key belongs to the last query's own token
-            ends = f"{keys.stop - 1} in one pass and {expected_keys.stop - 1} in the other"
-            raise InputError(f"{step.name} ends at position {ends}; expected passes over the same positions")
-        first = min(keys.start, expected_keys.start)
-        unseen = 0.0 if step.name.endswith(".attention_weights") else -np.inf
+    if keys is None or expected_keys is None or keys == expected_keys:
+        return value, expected
+    if keys.stop != expected_keys.stop:  # the last key belongs to the last query's own token
+        ends = f"{keys.stop - 1} in one pass and {expected_keys.stop - 1} in the other"
+        raise InputError(f"{step.name} ends at position {ends}; expected passes over the same positions")
+    first = min(keys.start, expected_keys.start)
+    unseen = 0.0 if step.name.endswith(".attention_weights") else -np.inf
 
-        def laid_out(part: np.ndarray, seen: range) -> np.ndarray:
-            return np.pad(part, [(0, 0), (0, 0), (seen.start - first, 0)], constant_values=unseen)
+    def laid_out(part: np.ndarray, seen: range) -> np.ndarray:
+        return np.pad(part, [(0, 0), (0, 0), (seen.start - first, 0)], constant_values=unseen)
 
-        value, expected = laid_out(value, keys), laid_out(expected, expected_keys)
+    return laid_out(value, keys), laid_out(expected, expected_keys)
+
+
+def step_difference(step: Step, reference: Step, bound: float) -> Difference:
+    """Return the Difference of a step from its reference. `side_by_side` matches their keys, and raises InputError."""
+    value, expected = side_by_side(step, reference)
     if value.shape != expected.shape:
         order = ", the same axes in another order?" if sorted(value.shape) == sorted(expected.shape) else ""
         problem = f"shape {value.shape}, expected {expected.shape}{order}"

@@ -20,7 +20,20 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import mistral_ref
-from mistral_ref.cli import bench, chat, compare, doctor, generate, info, perplexity, quantize, step, trace, warm
+from mistral_ref.cli import (
+    bench,
+    chat,
+    compare,
+    conform,
+    doctor,
+    generate,
+    info,
+    perplexity,
+    quantize,
+    step,
+    trace,
+    warm,
+)
 from mistral_ref.cli.output import say
 from mistral_ref.cli.parsers import CommandParser, OneLineParser
 from mistral_ref.errors import did_you_mean, escaped, short_repr
@@ -31,6 +44,7 @@ _COMMANDS = {
     "step": step,
     "trace": trace,
     "compare": compare,
+    "conform": conform,
     "bench": bench,
     "perplexity": perplexity,
     "quantize": quantize,

@@ -65,9 +65,10 @@ def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     _mode_of(target, InputError)
     with _partial(target, Path.mkdir, InputError) as (directory, _):
         yield directory
-        for written in directory.iterdir():
-            with open(written, "r+b") as file:
-                os.fsync(file.fileno())
+        for written in directory.rglob("*"):
+            if written.is_file():
+                with open(written, "r+b") as file:
+                    os.fsync(file.fileno())
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, "it exists by now; another program has written it")
 

@@ -122,6 +122,7 @@ EVERY = [
     (("info", "--model", f"org/ggufs@{COMMIT}/tiny.gguf", "--tensors"), ""),
     (("doctor", "org/hf"), ""),
     (("quantize", "org/hf", "small"), ""),
+    (("conform", "make", "kit"), ""),
 ]
 
 

@@ -23,9 +23,10 @@ PAGES = (
     "docs/quantization.md",
     *COURSE,
 )
-GUIDES = ("architecture", "benchmarks", "changelog", "contributing", "kernels")
+GUIDES = ("architecture", "benchmarks", "changelog", "conformance", "contributing", "kernels")
 MEASUREMENTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "measurements").glob("*.md"))]
-LINKED = (*PAGES, *(f"docs/{guide}.md" for guide in GUIDES), *MEASUREMENTS)
+ADAPTERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "conformance").glob("*.md"))]
+LINKED = (*PAGES, *ADAPTERS, *(f"docs/{guide}.md" for guide in GUIDES), *MEASUREMENTS)
 
 # A block of Python, and the block of text that follows it at once, if one does: what it prints.
 _EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)

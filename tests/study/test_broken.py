@@ -18,6 +18,7 @@ from support.tiny import configs, model_of, tokens_for
 import mistral_ref
 from mistral_ref import CacheError, InputError, KVCache, Model, ModelConfig
 from mistral_ref.config import MixtureOfExperts
+from mistral_ref.rope import inverse_frequencies
 from mistral_ref.steps import step_names
 from mistral_ref.study.broken import BUGS, broken, possible_bugs
 from mistral_ref.transformer import drain
@@ -85,7 +86,7 @@ def expected_step(config: ModelConfig, bug: str) -> str:
 
 
 def test_every_bug_is_described() -> None:
-    assert len(BUGS) == 30
+    assert len(BUGS) == 31
     names = {name.rpartition(".")[2] for config in CONFIGS.values() for name in step_names(config)}
     for name, bug in BUGS.items():
         assert re.fullmatch(r"[a-z]+8?(-[a-z]+)*", name)
@@ -237,6 +238,19 @@ def test_yarn_has_the_other_scale(family: str, factor: float) -> None:
     steps = steps_of(broken(model_of(config, dtype="float64"), "yarn-scale"), tokens_for(config, 6))
     lengths = (np.linalg.norm(steps[f"layers.0.{name}"], axis=-1) for name in ("k_rotated", "k"))
     np.testing.assert_allclose(np.divide(*lengths), factor)
+
+
+def test_yarn_has_the_usual_ramp() -> None:
+    config = CONFIGS["ministral3"]
+    usual = dataclasses.replace(config.yarn, beta_fast=32, beta_slow=1)
+    right, wrong = inverse_frequencies(1e6, 24, config.yarn), inverse_frequencies(1e6, 24, usual)
+    k_TGK, turned_TGK = (
+        steps_of(broken(model_of(config, dtype="float64"), "yarn-ramp"), tokens_for(config, 2))[f"layers.0.{name}"]
+        for name in ("k", "k_rotated")
+    )
+    pairs = [x_TGK[1, 0, ::2] + 1j * x_TGK[1, 0, 1::2] for x_TGK in (k_TGK, turned_TGK)]
+    np.testing.assert_allclose(np.angle(pairs[1] / pairs[0]), wrong, atol=1e-12)
+    assert np.abs(right - wrong).max() > 1e-4
 
 
 def test_pairs_are_those_of_the_other_layout() -> None:
@@ -525,6 +539,7 @@ FACTOR_1 = dataclasses.replace(CONFIGS["ministral3"].yarn, factor=1)
         ("keys-permuted-as-queries", NEMO.replace(n_kv_heads=4), "n_kv_heads < n_heads"),
         ("keys-permuted-as-queries", NEMO.replace(n_kv_heads=1, head_dim=6), "whole pairs"),
         ("window-everywhere", WINDOWED, "with and without"),
+        ("yarn-ramp", CONFIGS["yarn_mistral"], "32 and 1"),
         ("no-temperature", NEMO, "query temperature"),
         ("tied-head", CONFIGS["ministral3"], "output matrix"),
         ("fp8-unscaled", NEMO, "fp8"),

@@ -12,6 +12,7 @@ import numpy as np
 from mistral_ref.cache import KVCache
 from mistral_ref.config import ModelConfig
 from mistral_ref.model import Model
+from mistral_ref.rope import yarn_ramp
 from mistral_ref.study.broken import caches, operations
 from mistral_ref.weights import Matrix, Weights, matrices, with_matrices
 
@@ -70,6 +71,15 @@ def _other_yarn_scale(config: ModelConfig) -> ModelConfig:
         return config
     other = 0.1 * math.log(config.yarn.factor) + 1 if config.yarn.attention_factor == 1 else 1.0
     return config.replace(yarn=dataclasses.replace(config.yarn, attention_factor=other))
+
+
+def _usual_ramp(config: ModelConfig) -> ModelConfig:
+    """Return a configuration whose YaRN has the usual betas, or itself if its ramp is that of these."""
+    if config.yarn is None or config.yarn.factor == 1:
+        return config
+    usual = dataclasses.replace(config.yarn, beta_fast=32, beta_slow=1)
+    ramps = (yarn_ramp(config.rope_theta, config.head_dim, yarn) for yarn in (config.yarn, usual))
+    return config if len(set(ramps)) == 1 else config.replace(yarn=usual)
 
 
 def _without_scales(weights: Weights) -> Weights:
@@ -194,6 +204,12 @@ BUGS: dict[str, Bug] = {
         seen_in="mlx-vlm#1710, omlx#3347", first_step="q_rotated", shows="after the first token",
         needs="YaRN with a factor above 1", _fits=_has_yarn,
         _config=lambda config: config.replace(yarn=None)),
+    "yarn-ramp": Bug(
+        sentence="YaRN's ramp is that of beta_fast 32 and beta_slow 1, though the model has others.",
+        cure="Read beta and alpha of yarn in params.json, beta_fast and beta_slow in config.json.",
+        first_step="q_rotated", shows="after the first token",
+        needs="a ramp of YaRN unlike that of 32 and 1", _fits=lambda model: _usual_ramp(model.config) != model.config,
+        _config=_usual_ramp),
     "yarn-scale": Bug(
         sentence="YaRN multiplies cosines and sines by 0.1 ln(factor) + 1 if the model has 1 here, else by 1.",
         cure="The scale is m(mscale) / m(mscale_all_dim), m(k) = 0.1 k ln(factor) + 1; with factor alone it is m(1). "
