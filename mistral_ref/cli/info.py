@@ -120,7 +120,7 @@ def print_adapters(adapters: Sequence[tuple[str, float]]) -> None:
         pairs = adapter.pairs.values()
         matrices_of = Counter(name.rpartition(".")[2] for name in adapter.pairs)
         rows: dict[str, object] = {
-            "made by": adapter.made_by,
+            "made by": adapter.form.made_by,
             "file": escaped(str(adapter.path)),
             "matrices": ", ".join(f"{n} {name}" for name, n in matrices_of.items()),
             "layers": len({name.split(".")[1] for name in adapter.pairs}),

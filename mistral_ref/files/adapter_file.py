@@ -19,41 +19,23 @@ name: DoRA, biases, whole weights, and all other things that are no such sum.
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from mistral_ref.config import RowOrder
+from mistral_ref.config import MAX_VALUES
 from mistral_ref.errors import CheckpointError, printable, short_repr, warn
-from mistral_ref.files.json_file import read_json
+from mistral_ref.files.adapter_settings import FINETUNE, MLX, PEFT, Format, Said, described, said_by_finetune
 from mistral_ref.files.paths import model_path
 from mistral_ref.files.tensor_file import Tensor, open_tensor_file
 from mistral_ref.files.tensor_names import experts_of_mlx, mistral_name, other_component
 from mistral_ref.weights import Matrix
 
 _PICKLES = ("adapter_model.bin", "adapters.npz", "lora.pt", "lora.pth")
-_DEFAULT_SCALE = 2.0  # that of mistral-finetune
-# Fields of PEFT's configuration that are read; those that say how the adapter was trained, and change nothing in what
-# it computes; and those that change nothing with these values. Any other field must be false or empty.
-_READ = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "use_rslora"}
-_OF_TRAINING = {
-    "alora_invocation_string", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
-    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
-    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "target_modules", "task_type",
-}  # fmt: skip
-_PLAIN_VALUES: dict[str, tuple[object, ...]] = {
-    "bias": (None, "none"),
-    # Other ways to begin move a part of the model's own weights to the adapter.
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
-}
-_PLAIN_NAME = re.compile(r"\^?\w[\w.-]*")  # of a module, as a key of alpha_pattern; other keys are regular expressions
 # What the ends of names say of tensors that are no A and no B.
 _OTHER_TENSORS = {
     "lora_magnitude_vector": "of DoRA",
@@ -81,40 +63,14 @@ class Pair(NamedTuple):
 class Adapter:
     """The contents of an adapter's files.
 
-    path        the file with the matrices
-    made_by     "PEFT", "mlx-lm" or "mistral-finetune"
-    row_order   the order of the rows of b for wq and wk
-    pairs       what is added to each matrix, by Mistral's own name without ".weight"
+    path    the file with the matrices
+    form    the program that made it, and how it writes
+    pairs   what is added to each matrix, by Mistral's own name without ".weight"
     """
 
     path: Path
-    made_by: str
-    row_order: RowOrder
+    form: Format
     pairs: dict[str, Pair]
-
-
-class _Format(NamedTuple):
-    made_by: str
-    file: str
-    ends: tuple[str, str]  # of the names of A and B
-    row_order: RowOrder
-
-
-_PEFT = _Format("PEFT", "adapter_model.safetensors", ("lora_A.weight", "lora_B.weight"), "halves")
-_MLX = _Format("mlx-lm", "adapters.safetensors", ("lora_a", "lora_b"), "halves")
-_FINETUNE = _Format("mistral-finetune", "lora.safetensors", ("lora_A.weight", "lora_B.weight"), "interleaved")
-
-
-class _Said(NamedTuple):
-    """What the file beside the matrices says of them.
-
-    ranks       the ranks that they may have; None among them: any
-    scale_of    a function from the name of a module and its rank to the scale
-    """
-
-    path: Path
-    ranks: tuple[object, ...]
-    scale_of: Callable[[str, int], float]
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -128,87 +84,21 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         raise CheckpointError(f"{path}: no such directory or file")
     directory = path if path.is_dir() else path.parent
     about = directory / "adapter_config.json"
-    is_described = path.name != _FINETUNE.file and about.exists()
-    form, said = _described(about) if is_described else (_FINETUNE, _said_by_finetune(directory / "params.json"))
+    is_described = path.name != FINETUNE.file and about.exists()
+    form, said = described(about) if is_described else (FINETUNE, None)
     file = directory / form.file if path == directory else path
     if not file.name.endswith(".safetensors") or not os.path.lexists(file):
         found = [name for name in (path.name, *_PICKLES) if os.path.isfile(directory / name)]
-        names = form.file if is_described else f"{_FINETUNE.file} or adapter_config.json"
+        names = form.file if is_described else f"{FINETUNE.file} or adapter_config.json"
         raise CheckpointError(
             f"{path}: {f'found {short_repr(found)}' if found else 'holds no adapter'}; expected a directory with "
             f"{names} (pickles can run code and are never opened)"
         )
-    pairs = _pairs(file, form, said)
-    if form is _FINETUNE and said.ranks == ():
-        warn(f"{file}: no params.json beside it says lora.scaling; {_DEFAULT_SCALE}, the program's default, is used")
-    return Adapter(file, form.made_by, form.row_order, pairs)
+    said = said or said_by_finetune(directory / "params.json")
+    return Adapter(file, form, _pairs(file, form, said))
 
 
-def _described(about: Path) -> tuple[_Format, _Said]:
-    """Return what adapter_config.json says, and whose it is: two programs write a file of this name."""
-    fields = read_json(about, CheckpointError)
-    is_peft, is_mlx = "peft_type" in fields, "fine_tune_type" in fields or "lora_parameters" in fields
-    if is_peft == is_mlx:
-        raise CheckpointError(
-            f"{about}: has {'both' if is_peft else 'neither'} peft_type and fine_tune_type; expected one of them"
-        )
-    return (_PEFT, _said_by_peft(about, fields)) if is_peft else (_MLX, _said_by_mlx(about, fields))
-
-
-def _said_by_peft(about: Path, fields: Mapping[str, Any]) -> _Said:
-    if fields["peft_type"] != "LORA":
-        raise CheckpointError(f"{about}: peft_type is {short_repr(fields['peft_type'])}; expected 'LORA'")
-    for name, value in fields.items():
-        is_harmless = name in _READ or name in _OF_TRAINING or not value
-        if value not in _PLAIN_VALUES[name] if name in _PLAIN_VALUES else not is_harmless:
-            raise CheckpointError(
-                f"{about}: {printable(name)} is {short_repr(value)}; expected an adapter without it, as it may change "
-                "what is computed"
-            )
-    by_root, alpha = bool(fields.get("use_rslora")), _number(about, "lora_alpha", fields.get("lora_alpha"))
-    ranks, alphas = (fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    for name, pattern in {"rank_pattern": ranks, "alpha_pattern": alphas}.items():
-        if not isinstance(pattern, dict):
-            raise CheckpointError(f"{about}: {name} is {short_repr(pattern)}; expected an object")
-    if unknown := [key for key in alphas if not _PLAIN_NAME.fullmatch(key)]:
-        raise CheckpointError(
-            f"{about}: alpha_pattern holds {short_repr(unknown[0])}; expected names of modules, no regular expressions"
-        )
-    alpha_of = {key: _number(about, f"alpha_pattern.{key}", value) for key, value in alphas.items()}
-
-    def scale_of(module: str, rank: int) -> float:
-        # A name is that of a module, or of the end of one; with ^ before it, of the whole.
-        own = (a for key, a in alpha_of.items() if f"^{module}" == key or f".{module}".endswith(f".{key}"))
-        return next(own, alpha) / (math.sqrt(rank) if by_root else rank)
-
-    return _Said(about, (fields.get("r"), *ranks.values()), scale_of)
-
-
-def _said_by_mlx(about: Path, fields: Mapping[str, Any]) -> _Said:
-    kind, settings = fields.get("fine_tune_type", "lora"), fields.get("lora_parameters")
-    if kind != "lora":
-        raise CheckpointError(f"{about}: fine_tune_type is {short_repr(kind)}; expected 'lora'")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{about}: lora_parameters is {short_repr(settings)}; expected an object with a scale")
-    scale = _number(about, "lora_parameters.scale", settings.get("scale"))
-    return _Said(about, (settings.get("rank"),), lambda module, rank: scale)
-
-
-def _said_by_finetune(params: Path) -> _Said:
-    lora = read_json(params, CheckpointError).get("lora") if params.exists() else None
-    if not isinstance(lora, dict):
-        return _Said(params, (), lambda module, rank: _DEFAULT_SCALE)
-    scale = _number(params, "lora.scaling", lora.get("scaling"))
-    return _Said(params, (lora.get("rank"),), lambda module, rank: scale)
-
-
-def _number(path: Path, field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
-        raise CheckpointError(f"{path}: {field} is {short_repr(value)}; expected a number")
-    return float(value)
-
-
-def _pairs(file: Path, form: _Format, said: _Said) -> dict[str, Pair]:
+def _pairs(file: Path, form: Format, said: Said) -> dict[str, Pair]:
     """Return what the tensors of a file add to each matrix."""
     halves: dict[str, dict[str, Tensor]] = {}
     ignored = set()
@@ -234,9 +124,9 @@ def _pairs(file: Path, form: _Format, said: _Said) -> dict[str, Pair]:
     return pairs
 
 
-def _split_name(tensor: Tensor, form: _Format) -> tuple[str, str]:
+def _split_name(tensor: Tensor, form: Format) -> tuple[str, str]:
     """Return the module that a tensor adapts, and which end its name has. Raises CheckpointError if it is no A or B."""
-    name, prefix = tensor.name, "base_model.model." if form is _PEFT else ""
+    name, prefix = tensor.name, "base_model.model." if form is PEFT else ""
     for end in form.ends:
         if name.startswith(prefix) and name.endswith(f".{end}"):
             return name.removesuffix(f".{end}").removeprefix(prefix), end
@@ -247,20 +137,21 @@ def _split_name(tensor: Tensor, form: _Format) -> tuple[str, str]:
     )
 
 
-def _pairs_of_module(module: str, tensors: Sequence[Tensor], form: _Format, said: _Said) -> dict[str, Pair]:
+def _pairs_of_module(module: str, tensors: Sequence[Tensor], form: Format, said: Said) -> dict[str, Pair]:
     """Return the pair of a module by the name of its matrix; of a module that holds all experts the pair of each."""
     a, b = tensors
-    if form is _MLX and (name := experts_of_mlx(module)):
-        if not len(a.shape) == len(b.shape) == 3 or a.shape[0] != b.shape[0]:
+    if form is MLX and (name := experts_of_mlx(module)):
+        n_experts = (a.shape or (0,))[0]
+        if not len(a.shape) == len(b.shape) == 3 or not 0 < n_experts == b.shape[0] <= MAX_VALUES["num_experts"]:
             raise CheckpointError(
                 f"{a.path}: {printable(a.name)} and {printable(b.name)} have shapes {short_repr(a.shape)} and "
                 f"{short_repr(b.shape)}; expected (experts, R, I) and (experts, O, R)"
             )
-        names = [name.replace(".experts.", f".experts.{expert}.") for expert in range(a.shape[0])]
-        parts = [[_matrix(tensor, expert) for tensor in tensors] for expert in range(len(names))]
+        names = [name.replace(".experts.", f".experts.{expert}.") for expert in range(n_experts)]
+        parts = [[_matrix(tensor, expert) for tensor in tensors] for expert in range(n_experts)]
     else:
         names, parts = [_matrix_name(module, a, form)], [[_matrix(tensor) for tensor in tensors]]
-        if form is _MLX:
+        if form is MLX:
             parts = [[Matrix(half.name, half.kind, half.data.T) for half in parts[0]]]
     pairs = {}
     for name, (a_RI, b_OR) in zip(names, parts, strict=True):
@@ -270,21 +161,20 @@ def _pairs_of_module(module: str, tensors: Sequence[Tensor], form: _Format, said
                 f"{a.path}: {a_RI.name} has rank {rank}, and {b_OR.name} has {b_OR.shape[1]}; expected the same, "
                 "above 0"
             )
-        if said.ranks and None not in said.ranks and rank not in said.ranks:
-            raise CheckpointError(
-                f"{a.path}: {a_RI.name} has rank {rank}; expected {short_repr(said.ranks[0])}, as in {said.path}"
-            )
+        if said.ranks and rank not in said.ranks:
+            expected = f"one of {short_repr(sorted(said.ranks))}, as in {said.path}"
+            raise CheckpointError(f"{a.path}: {a_RI.name} has rank {rank}; expected {expected}")
         pairs[name] = Pair(a_RI, b_OR, said.scale_of(module, rank))
     return pairs
 
 
-def _matrix_name(module: str, tensor: Tensor, form: _Format) -> str:
+def _matrix_name(module: str, tensor: Tensor, form: Format) -> str:
     """Return Mistral's own name of the matrix that a module holds. Raises CheckpointError if it holds none of a layer.
 
     Names of the other layout are refused, because they leave the order of rows open.
     """
     name = mistral_name(f"{module}.weight")
-    if name is None or (name == f"{module}.weight") != (form is _FINETUNE):
+    if name is None or (name == f"{module}.weight") != (form is FINETUNE):
         raise CheckpointError(f"{tensor.path}: {printable(tensor.name)} belongs to no model that is known here")
     if not name.startswith("layers."):
         raise CheckpointError(

@@ -102,7 +102,7 @@ def _lora(names: Sequence[str], adapters: Sequence[tuple[Adapter, float]], confi
 def _b(adapter: Adapter, name: str, config: ModelConfig) -> Matrix:
     """Return the matrix b for a matrix of the model, its rows in Mistral's own order."""
     b = adapter.pairs[name].b
-    if adapter.row_order == "interleaved" or not name.endswith((".wq", ".wk")):
+    if adapter.form.row_order == "interleaved" or not name.endswith((".wq", ".wk")):
         return b
     return replace(b, data=b.data[interleaved_rows(b.shape[0], config.head_dim)])
 

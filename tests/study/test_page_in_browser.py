@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny import model_of, tokens_for
+from support.adapters import adaptable, draw_deltas, write_peft
+from support.tiny import MIXTURE, SMALL, model_of, tokens_for
 
 import mistral_ref
 from mistral_ref.config import MixtureOfExperts, ModelConfig, QueryTemperature, Yarn
+from mistral_ref.files.adapters import with_adapters
 from mistral_ref.reference_ops import ReferenceOps, attends
 from mistral_ref.ring import Ring
 from mistral_ref.rope import rotation
@@ -225,6 +227,23 @@ def test_the_arrow_keys_walk_through_every_step_of_every_layer(tab: Any, path: P
     assert tab.text_content("section h2") == "logits"
     tab.keyboard.press("ArrowLeft")
     assert tab.text_content("section h2") == "norm"
+
+
+@pytest.mark.parametrize("config", [SMALL, MIXTURE], ids=["dense", "experts"])
+def test_the_page_walks_through_the_steps_of_an_adapter(tab: Any, config: ModelConfig, tmp_path: Path) -> None:
+    names = [name for name in adaptable(config) if "layers.1." in name]  # layer 0 has none
+    plain = model_of(config)
+    adapter = write_peft(tmp_path / "adapter", config, draw_deltas(config, names))
+    model = mistral_ref.Model(*with_adapters(config, plain.weights, [adapter]), plain.ops)
+    report.write(model, tokens_for(config, 5), tmp_path / "trace.html", with_cost=False)
+    opened(tab, tmp_path / "trace.html")
+    for name in step_names(model.config):
+        assert tab.text_content("section h2") == name
+        tab.keyboard.press("ArrowRight")
+    opened(tab, tmp_path / "trace.html", "block/layers.1.gate_lora_b/1/0/2")
+    assert tab.locator("svg text", has_text="lora").count() == 2 * len(model.weights.layers[1].lora)
+    tab.keyboard.press("ArrowUp")  # to a layer without the adapter
+    assert tab.text_content("section h2") == "layers.0.gate"
 
 
 @pytest.mark.parametrize("view", VIEWS)
