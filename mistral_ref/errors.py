@@ -136,6 +136,20 @@ def printable(text: str) -> str:
     return escaped(text if len(text) <= 200 else f"{text[:197]}...")
 
 
+def size(n_bytes: int) -> str:
+    """Return a number of bytes in words, in the largest unit in which it is at least 1.
+
+    >>> size(7_241_732_096 * 2)
+    '13.49 GiB'
+    >>> size(12)
+    '12 bytes'
+    """
+    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if n_bytes >= 2**exponent:
+            return f"{n_bytes / 2**exponent:.2f} {unit}"
+    return f"{n_bytes} bytes"
+
+
 def did_you_mean(text: str, names: Iterable[str]) -> str:
     """Return a question about the name that is most like a mistyped one; "" if none is like it.
 

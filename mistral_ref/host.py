@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mistral_kernels import quota
-from mistral_ref.errors import InputError, MistralRefError, checked_int
+from mistral_ref.errors import InputError, MistralRefError, checked_int, size
 
 THREADS_VARIABLE = "MISTRAL_REF_THREADS"
 _MUCH = 2**26  # bytes
@@ -57,17 +57,8 @@ def require_memory(n_bytes: int, what: str, hint: str = "", kind: type[MistralRe
     left = lacking_memory(n_bytes)
     if left is not None:
         raise kind(
-            f"{what} would take {gib(n_bytes)} of memory, and {gib(left)} are left" + (f"; {hint}" if hint else "")
+            f"{what} would take {size(n_bytes)} of memory, and {size(left)} are left" + (f"; {hint}" if hint else "")
         )
-
-
-def gib(n_bytes: int) -> str:
-    """Return a number of bytes in GiB.
-
-    >>> gib(3 * 2**29)
-    '1.50 GiB'
-    """
-    return f"{n_bytes / 2**30:.2f} GiB"
 
 
 def process_memory(pid: int) -> dict[str, int | None]:

@@ -20,8 +20,8 @@ import numpy as np
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError
-from mistral_ref.host import available_memory, gib, lacking_memory
+from mistral_ref.errors import CacheError, InputError, size
+from mistral_ref.host import available_memory, lacking_memory
 from mistral_ref.reference_ops import SCORE_ELEMENTS, ReferenceOps
 from mistral_ref.weights import Weights, matrices
 
@@ -139,7 +139,7 @@ def workspace(
     The NumPy backend computes scores for some queries at a time, and has three arrays of them at once; and it widens
     keys and values that are stored in another dtype, or that the end of a ring divides.
     """
-    config, size, n_keys = cache.config, cache.ops.dtype.itemsize, length
+    config, n_keys = cache.config, length
     if None not in config.sliding_window:
         n_keys = min(length, max(window or 0 for window in config.sliding_window) + n_tokens - 1)
     q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -156,7 +156,7 @@ def workspace(
         is_copied = cache.dtype != cache.ops.dtype.name or n_keys < length
         values = max(values, attention + (2 * n_keys * kv_width if is_copied else 0))
     values += 3 * n_scores if observed else 0
-    return size * (values + n_logits * config.vocab_size)
+    return cache.ops.dtype.itemsize * (values + n_logits * config.vocab_size)
 
 
 def require(
@@ -192,8 +192,8 @@ def require(
         hints.append("keys and values of int8 take less: new_cache(dtype='int8'), --cache-dtype int8")
     hints.append("load(check_memory=False), --no-memory-check tries it")
     after = f" after the {cache.length} in the cache" if cache.length else ""
-    of_cache = f", {gib(growth)} of it for keys and values," if is_cache else ""
+    of_cache = f", {size(growth)} of it for keys and values," if is_cache else ""
     raise (CacheError if is_cache else InputError)(
-        f"{n_tokens} tokens{after} would take {gib(growth + work)} of memory{of_cache} and {gib(left)} are left; "
+        f"{n_tokens} tokens{after} would take {size(growth + work)} of memory{of_cache} and {size(left)} are left; "
         + "; ".join(filter(None, hints))
     )

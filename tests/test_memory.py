@@ -198,7 +198,7 @@ IDS = [5] * 20
 @pytest.mark.usefixtures("little_memory")
 def test_a_text_is_refused_with_figures_and_a_way_out(use: Callable[[Model], object]) -> None:
     model = model_of(LONG)
-    with refused(CacheError, "GiB of it", "0.09 GiB", "tokens fit", "int8", "check_memory", "--no-memory-check"):
+    with refused(CacheError, "GiB of it", "96.00 MiB", "tokens fit", "int8", "check_memory", "--no-memory-check"):
         use(model)
 
 
@@ -253,6 +253,6 @@ def test_weights_that_do_not_fit_are_not_rounded(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("mistral_ref.host.available_memory", lambda: needed)
     mistral_ref.load(tmp_path, quantize=8, backend="numpy")
     monkeypatch.setattr("mistral_ref.host.available_memory", lambda: needed - 1)
-    with refused(InputError, tmp_path, "8 bits", "GiB", "mistral-ref quantize", "check_memory"):
+    with refused(InputError, tmp_path, "8 bits", "KiB", "mistral-ref quantize", "check_memory"):
         mistral_ref.load(tmp_path, quantize=8, backend="numpy")
     mistral_ref.load(tmp_path, quantize=8, backend="numpy", check_memory=False)

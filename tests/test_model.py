@@ -89,9 +89,9 @@ MUCH = SMALL.replace(vocab_size=40_000, max_seq_len=None)
 @pytest.mark.parametrize(
     ("use", "facts"),
     [
-        (lambda model: model.forward([5] * 1000), ["1000 tokens", "0.26 GiB", "last_only", "score"]),
-        (lambda model: model.score([5] * 1000), ["1000 tokens", "0.11 GiB"]),
-        (lambda model: model.trace([5] * 1000, keep="logits"), ["1000 tokens", "0.35 GiB", "keep"]),
+        (lambda model: model.forward([5] * 1000), ["1000 tokens", "266.71 MiB", "last_only", "score"]),
+        (lambda model: model.score([5] * 1000), ["1000 tokens", "114.12 MiB"]),
+        (lambda model: model.trace([5] * 1000, keep="logits"), ["1000 tokens", "354.50 MiB", "keep"]),
         (lambda model: model.trace([5] * 4000, keep="*.scores"), ["4000 tokens", "keep"]),
         (lambda model: model.steps([5] * 4000), ["scores", "4000 tokens"]),
         (
@@ -106,7 +106,7 @@ def test_what_memory_cannot_hold_is_refused_by_name(
 ) -> None:
     model = model_of(MUCH.replace(sliding_window=(None,) * MUCH.n_layers))
     monkeypatch.setattr("mistral_ref.host.available_memory", lambda: 10 * 2**20)
-    with refused(InputError, "memory", "0.01 GiB", *facts):
+    with refused(InputError, "memory", "10.00 MiB", *facts):
         use(model)
     assert model.forward([5, 6], last_only=True).shape == (1, MUCH.vocab_size)
 
@@ -118,7 +118,7 @@ def test_a_cache_that_memory_cannot_hold_is_refused_before_anything_is_computed(
     cache = model.new_cache()
     model.forward([5] * 60, cache, last_only=True)
     monkeypatch.setattr("mistral_ref.host.available_memory", lambda: 10 * 2**20)
-    with refused(CacheError, 60, "10000 tokens", "0.44 GiB", "memory", "0.01 GiB", "int8"):
+    with refused(CacheError, 60, "10000 tokens", "452.96 MiB", "memory", "10.00 MiB", "int8"):
         model.forward([5] * 10_000, cache, last_only=True)
     with refused(CacheError, 60, "10060 tokens", "memory"):
         model.generate([5] * 10_000, cache=cache)

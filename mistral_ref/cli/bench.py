@@ -17,10 +17,9 @@ from mistral_ref.cli.common import (
     load_model,
     model_directory,
     progress_bar,
-    size,
 )
 from mistral_ref.cli.output import say
-from mistral_ref.errors import InputError, checked_int, short_repr
+from mistral_ref.errors import InputError, checked_int, short_repr, size
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.whole_file import remove_leftovers
 from mistral_ref.host import available_memory, chosen_threads, process_memory

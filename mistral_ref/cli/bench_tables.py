@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from mistral_ref.cli.common import size
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import InputError, escaped
+from mistral_ref.errors import InputError, escaped, size
 from mistral_ref.measure.machine import machine_lines
 from mistral_ref.measure.records import Measured, Record, different_conditions, pairs
 

@@ -306,17 +306,3 @@ def progress_bar(description: str, *, is_long: bool) -> Iterator[Bar | None]:
             yield move
         finally:
             _bars.remove(move)
-
-
-def size(n_bytes: int) -> str:
-    """Return a number of bytes in words, in the largest unit in which it is at least 1.
-
-    >>> size(7_241_732_096 * 2)
-    '13.49 GiB'
-    >>> size(12)
-    '12 bytes'
-    """
-    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if n_bytes >= 2**exponent:
-            return f"{n_bytes / 2**exponent:.2f} {unit}"
-    return f"{n_bytes} bytes"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from mistral_ref.cli.common import progress_bar, size
+from mistral_ref.cli.common import progress_bar
 from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted
-from mistral_ref.errors import InputError, escaped
+from mistral_ref.errors import InputError, escaped, size
 from mistral_ref.files.whole_file import whole_file
 
 _DESCRIPTION = """\

@@ -14,12 +14,12 @@ import numpy as np
 
 import mistral_ref
 from mistral_ref.cache import CACHE_DTYPES
-from mistral_ref.cli.common import add_adapter_option, add_model_option, add_window_option, size
+from mistral_ref.cli.common import add_adapter_option, add_model_option, add_window_option
 from mistral_ref.cli.output import say
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import list_of_rows
-from mistral_ref.errors import InputError, escaped
+from mistral_ref.errors import InputError, escaped, size
 from mistral_ref.files.adapter_file import read_adapter
 from mistral_ref.files.adapters import with_adapters
 from mistral_ref.files.build_weights import open_model

@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 import mistral_ref
-from mistral_ref.cli.common import add_adapter_option, model_directory, progress_bar, size
+from mistral_ref.cli.common import add_adapter_option, model_directory, progress_bar
 from mistral_ref.cli.output import say
-from mistral_ref.errors import escaped
+from mistral_ref.errors import escaped, size
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, GROUP_SIZES
 from mistral_ref.weights import matrices

@@ -13,7 +13,6 @@ from mistral_ref.cli.common import (
     load_model,
     progress_bar,
     read_prompt,
-    size,
 )
 from mistral_ref.cli.output import say
 from mistral_ref.cli.pass_options import (
@@ -25,7 +24,7 @@ from mistral_ref.cli.pass_options import (
 )
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table, size_text
-from mistral_ref.errors import InputError, escaped
+from mistral_ref.errors import InputError, escaped, size
 from mistral_ref.files.paths import local_path
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model

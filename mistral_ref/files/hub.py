@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from mistral_ref.errors import MistralRefError, short_repr
 
@@ -37,6 +38,35 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(os.path.expandvars(folder)))
 
 
+class Name(NamedTuple):
+    """The parts of a model's name. Without a revision it means the branch main."""
+
+    repository: str
+    revision: str | None
+    file: str | None
+
+
+def parsed(name: str) -> Name | None:
+    """Return the parts of a name, "org/name", "org/name@REVISION" or "org/name/FILE.gguf"; None for any other text.
+
+    >>> parsed("org/name@v1/a.gguf"), parsed("a/b/c")
+    (Name(repository='org/name', revision='v1', file='a.gguf'), None)
+    """
+    found = _NAME.fullmatch(name)
+    if found is None or ".." in name or "--" in found["repository"]:
+        return None
+    return Name(**found.groupdict())
+
+
+def snapshot_folder(repository: str, commit: str) -> Path:
+    """Return the folder in the cache for the files of a commit."""
+    return _folder(repository) / "snapshots" / commit
+
+
+def _folder(repository: str) -> Path:
+    return cache_folder() / f"models--{repository.replace('/', '--')}"
+
+
 def find(name: str, error: type[MistralRefError], *, whole: bool = True) -> Path | None:
     """Return the snapshot of a model, or the GGUF file in it; None if `name` is none of the hub's names.
 
@@ -44,27 +74,27 @@ def find(name: str, error: type[MistralRefError], *, whole: bool = True) -> Path
     beginning of one; without it the branch main is taken. Raises `error` if the cache does not hold the model, or, with
     `whole`, if a file of it is missing.
     """
-    found = _NAME.fullmatch(name)
-    if found is None or ".." in name or "--" in found["repository"]:
+    asked = parsed(name)
+    if asked is None:
         return None
-    fetch = _fetch(found)
-    repository = cache_folder() / f"models--{found['repository'].replace('/', '--')}"
+    fetch = f"`mistral-ref download {name}`"
+    repository = _folder(asked.repository)
     if not os.path.isdir(repository):
         raise error(
             f"{name}: no such directory or file, and no model of this name in the hub's cache, {repository.parent}; "
             f"{fetch} fetches it"
         )
-    snapshot = _snapshot(repository, found["revision"] or "main")
+    snapshot = _snapshot(repository, asked.revision or "main")
     if snapshot is None:
         names = [path.name for path in _snapshots(repository)]
         raise error(
-            f"{name}: the hub's cache, {repository.parent}, does not have {short_repr(found['revision'] or 'main')} of "
+            f"{name}: the hub's cache, {repository.parent}, does not have {short_repr(asked.revision or 'main')} of "
             f"this model; {fetch} fetches it"
-            + (f"; to take what is there, write {found['repository']}@{names[-1]}" if names else "")
+            + (f"; to take what is there, write {asked.repository}@{names[-1]}" if names else "")
         )
-    for path, problem in lacking(snapshot, found["file"]) if whole else ():
+    for path, problem in lacking(snapshot, asked.file) if whole else ():
         raise error(f"{path}: {problem}; {fetch} fetches it")
-    return snapshot / found["file"] if found["file"] else snapshot
+    return snapshot / asked.file if asked.file else snapshot
 
 
 def models() -> Iterator[tuple[str, Path]]:
@@ -126,9 +156,3 @@ def _lacks_weights(names: list[str]) -> bool:
     shards = [shard for name in weights if (shard := _SHARD.fullmatch(name))]
     others = (f"{one[1]}-{number:05}-of-{one[2]}{one[3]}" for one in shards for number in range(1, int(one[2]) + 1))
     return not weights or not weights.issuperset(others)
-
-
-def _fetch(name: re.Match[str]) -> str:
-    """Return the command that downloads a model, in the words of the hub's own program."""
-    words = ["hf download", name["repository"], name["file"], name["revision"] and f"--revision {name['revision']}"]
-    return f"`{' '.join(word for word in words if word)}`"

@@ -95,6 +95,11 @@ class Scheme:
             )
 
 
+def is_text_file(name: str) -> bool:
+    """Return whether this is the name of a small file that belongs to a model: configuration, tokenizer, template."""
+    return _TEXT_FILES.fullmatch(name) is not None
+
+
 def rounded_bytes(weights: Weights, scheme: Scheme) -> int:
     """Return how many bytes of memory the matrices take that a scheme rounds."""
     rounded = ((matrix, scheme.bits_of(matrix.name)) for matrix in matrices(weights))
@@ -209,7 +214,7 @@ def _may_be_copied(path: Path) -> bool:
     """
     directory, target = path.parent.resolve(), path.resolve()
     blobs = directory.parent.with_name("blobs") if directory.parent.name == "snapshots" else directory
-    return bool(_TEXT_FILES.fullmatch(path.name)) or target.is_relative_to(directory) or target.parent == blobs
+    return is_text_file(path.name) or target.is_relative_to(directory) or target.parent == blobs
 
 
 def _bits(weights: Weights, scheme: Scheme) -> dict[str, int]:

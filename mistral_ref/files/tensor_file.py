@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mistral_ref.block_matrix import BLOCK_TYPES
-from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, short_repr
+from mistral_ref.errors import CheckpointError, InputError, MistralRefError, printable, short_repr, size
 from mistral_ref.files.json_file import MAX_JSON_BYTES, parse_json
 from mistral_ref.files.mapped_file import MappedFile, require_regular_file
 from mistral_ref.files.paths import refuse_pointer
@@ -146,12 +146,12 @@ class TensorSpec(NamedTuple):
 
 
 def require_space(path: Path, n_bytes: int) -> None:
-    """Raise InputError unless the disk under `path` has room for `n_bytes` bytes and 1 GiB more."""
-    free = shutil.disk_usage(path.parent).free
+    """Raise InputError unless the disk that `path` will be on has room for `n_bytes` bytes and 1 GiB more."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
     if n_bytes + 2**30 > free:
         raise InputError(
-            f"{path}: needs {n_bytes / 2**30:.1f} GiB; expected that and 1 GiB more, "
-            f"but the disk has {free / 2**30:.1f} GiB left"
+            f"{path}: needs {size(n_bytes)}; expected that and 1 GiB more, but the disk has {size(free)} left"
         )
 
 

@@ -20,7 +20,7 @@ from support.errors import assert_complains
 import mistral_ref
 from mistral_ref.cli import main
 from mistral_ref.cli.bench_tables import parameters
-from mistral_ref.cli.common import size
+from mistral_ref.errors import size
 from mistral_ref.measure.shapes import shape
 from mistral_ref.measure.synthetic import make_checkpoint
 

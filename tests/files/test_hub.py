@@ -72,7 +72,7 @@ def test_a_gguf_file_has_the_name_of_its_repository_before_its_own(cache: Path, 
     for name in ("org/name/tiny.gguf", "org/name/folder/other.gguf", f"org/name@{COMMIT}/tiny.gguf", "org/name"):
         assert mistral_ref.load(name, backend="numpy").complete("the mill", max_tokens=4) == expected
         assert load_tokenizer(name).encode("the mill")
-    with refused(InputError, snapshot / "none.gguf", "`hf download org/name none.gguf`"):
+    with refused(InputError, snapshot / "none.gguf", "`mistral-ref download org/name/none.gguf`"):
         mistral_ref.load("org/name/none.gguf")
 
 
@@ -89,7 +89,7 @@ def test_a_commit_that_is_ambiguous_or_too_short_is_no_revision(cache: Path) -> 
     dots(cache, "org/name")
     dots(cache, "org/name", f"{COMMIT[:-1]}f", None)
     for revision in (COMMIT[:10], "0123", "none"):
-        with refused(InputError, revision, cache, f"--revision {revision}`"):
+        with refused(InputError, revision, cache, f"`mistral-ref download org/name@{revision}`"):
             model_path(f"org/name@{revision}")
 
 
@@ -102,14 +102,14 @@ def test_an_existing_path_wins(cache: Path, files: Path) -> None:
 
 
 def test_what_is_not_in_the_cache_is_told_with_the_command_that_fetches_it(cache: Path) -> None:
-    with refused(InputError, "org/name", "no such directory", cache, "`hf download org/name`"):
+    with refused(InputError, "org/name", "no such directory", cache, "`mistral-ref download org/name`"):
         mistral_ref.load("org/name")
-    with refused(InputError, "`hf download org/name a.gguf --revision v1`"):
+    with refused(InputError, "`mistral-ref download org/name@v1/a.gguf`"):
         mistral_ref.load("org/name@v1/a.gguf")
     with refused(InputError, "org/name", "no such directory"):
         mistral_ref.quantize("org/name", "small")
     for use in (load_tokenizer, find_tokenizer):
-        with refused(TokenizerError, "org/name", cache, "`hf download org/name`"):
+        with refused(TokenizerError, "org/name", cache, "`mistral-ref download org/name`"):
             use("org/name")
 
 
@@ -124,7 +124,7 @@ def test_a_model_without_its_branch_main_names_the_commit_that_is_there(cache: P
 def test_half_a_model_is_told_by_the_file_that_is_missing(cache: Path, files: Path, file: str) -> None:
     snapshot = into_cache(cache, "org/name", files)
     (snapshot / file).resolve().unlink()
-    with refused(InputError, snapshot / file, "`hf download org/name`"):
+    with refused(InputError, snapshot / file, "`mistral-ref download org/name`"):
         mistral_ref.load("org/name")
 
 
@@ -137,7 +137,7 @@ def test_a_download_that_has_not_ended_is_told(cache: Path, tmp_path: Path, ther
     assert model_path("org/name") == snapshot
     unfinished = cache / "models--org--name" / "blobs" / "0123.incomplete"
     unfinished.touch()
-    with refused(InputError, snapshot, "`hf download org/name`"):
+    with refused(InputError, snapshot, "`mistral-ref download org/name`"):
         mistral_ref.load("org/name")
 
 

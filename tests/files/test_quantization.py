@@ -484,7 +484,7 @@ def test_a_name_that_is_taken_meanwhile_is_left_to_who_took_it(source: Path) -> 
 def test_a_disk_without_room_is_told_before_anything_is_written(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**29, 2**29))
-    with refused(InputError, source.parent / "target", "1 GiB", "0.5 GiB", "disk") as caught:
+    with refused(InputError, source.parent / "target", "1 GiB", "512.00 MiB", "disk") as caught:
         mistral_ref.quantize(source, source.parent / "target")
     assert_short(caught)
     assert names_in(source.parent) == ["source"]

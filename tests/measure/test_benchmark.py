@@ -132,7 +132,7 @@ def test_other_weights_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
-    with refused(InputError, tmp_path / "consolidated.safetensors", "25.7 GiB", "1.0 GiB", "disk"):
+    with refused(InputError, tmp_path / "consolidated.safetensors", "25.68 GiB", "1.00 GiB", "disk"):
         make_checkpoint(tmp_path, shape("mistral-7b", layers=62))
     assert not list(tmp_path.iterdir())
 

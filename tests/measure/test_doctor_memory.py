@@ -11,8 +11,7 @@ from support.patients import assert_finds, assert_healthy, family, write_json
 from support.published import MODELS, params_json_of
 
 import mistral_ref
-from mistral_ref.errors import InputError
-from mistral_ref.host import gib
+from mistral_ref.errors import InputError, size
 from mistral_ref.measure.doctor import memory
 from mistral_ref.memory import memory_needs
 
@@ -34,9 +33,9 @@ def test_a_text_that_fits_or_does_not(model: Path, monkeypatch: pytest.MonkeyPat
     have(needs.total + needs.mapped, monkeypatch)
     assert "memory" in " ".join(assert_healthy(model, tokens=2000, quick=True).examined)
     have(needs.total + needs.mapped - 1, monkeypatch)
-    assert_finds(model, "suspicious", model, "2,000", gib(needs.mapped), gib(needs.total), tokens=2000, quick=True)
+    assert_finds(model, "suspicious", model, "2,000", size(needs.mapped), size(needs.total), tokens=2000, quick=True)
     have(needs.total - 1, monkeypatch)
-    assert_finds(model, "wrong", model, "2,000", gib(needs.total), gib(needs.cache), tokens=2000, quick=True)
+    assert_finds(model, "wrong", model, "2,000", size(needs.total), size(needs.cache), tokens=2000, quick=True)
     assert_healthy(model, quick=True)  # nobody asked
     have(None, monkeypatch)
     assert "memory" in " ".join(assert_healthy(model, tokens=2000, quick=True).left_out)

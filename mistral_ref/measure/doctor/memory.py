@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.host import available_memory, gib
+from mistral_ref.errors import size
+from mistral_ref.host import available_memory
 from mistral_ref.measure.doctor.finding import Finding
 from mistral_ref.measure.doctor.patient import Patient
 from mistral_ref.memory import memory_needs
@@ -23,13 +24,13 @@ def check_memory(patient: Patient, tokens: int) -> Iterator[Finding]:
         return
     weights = patient.opened[0].weights if patient.opened else None
     needs = memory_needs(patient.config, weights, tokens)
-    patient.examined.append(f"memory: {gib(left)} are left, for {tokens:,} tokens")
+    patient.examined.append(f"memory: {size(left)} are left, for {tokens:,} tokens")
     if needs.total > left:
         yield Finding(
             "wrong",
             patient.path,
-            f"{tokens:,} tokens take {gib(needs.total)} of memory, {gib(needs.cache)} of it for keys and values; "
-            f"{gib(left)} are left",
+            f"{tokens:,} tokens take {size(needs.total)} of memory, {size(needs.cache)} of it for keys and values; "
+            f"{size(left)} are left",
             "Generating a text of this length is refused.",
             "Take fewer tokens, keys and values of fewer bits (--cache-dtype int8), or a machine with more memory.",
         )
@@ -37,8 +38,8 @@ def check_memory(patient: Patient, tokens: int) -> Iterator[Finding]:
         yield Finding(
             "suspicious",
             patient.path,
-            f"{tokens:,} tokens take {gib(needs.total)} of memory, and the weights have {gib(needs.mapped)}; "
-            f"{gib(left)} are left",
+            f"{tokens:,} tokens take {size(needs.total)} of memory, and the weights have {size(needs.mapped)}; "
+            f"{size(left)} are left",
             "Weights that do not stay in memory are read from the disk again for each token, which is slow.",
             "Take weights of fewer bits: mistral-ref quantize, or a GGUF file.",
         )
