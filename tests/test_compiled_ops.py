@@ -226,6 +226,24 @@ def test_any_split_into_calls_gives_the_same_logits(data: st.DataObject) -> None
     assert distance(np.concatenate(parts), exact[np.cumsum(lengths) - 1] if last_only else exact) < CLOSE
 
 
+@settings(max_examples=40)
+@given(st.data())
+def test_a_few_tokens_have_the_bits_that_each_has_alone(data: st.DataObject) -> None:
+    """So drafts change no text: whatever windows, caches and experts, and long after the ring has wrapped."""
+    config = data.draw(wide_configs())
+    model = compiled(config)
+    tokens = tokens_for(config, data.draw(st.integers(2, 70)))
+    n_before = data.draw(st.integers(0, len(tokens) - 1))
+    cache = model.new_cache(chunk=data.draw(st.integers(24, 40)), dtype=data.draw(st.sampled_from(["float32", "int8"])))
+    if n_before:
+        model.forward(tokens[:n_before], cache, last_only=True)
+    alone = cache.copy()
+    for length in data.draw(chunkings(len(tokens) - n_before, 24)):
+        some = tokens[cache.length : cache.length + length]
+        together = model.forward(some, cache)
+        np.testing.assert_array_equal(together, np.concatenate([model.forward([token], alone) for token in some]))
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 50, 512])
 @pytest.mark.parametrize("name", ["dense_windowed", "interleaved_windows", "mixtral_windowed"])
 def test_long_after_the_ring_has_wrapped(name: str, chunk: int) -> None:

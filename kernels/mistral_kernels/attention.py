@@ -31,6 +31,7 @@ from mistral_kernels.tile import tile
 
 TOGETHER = 24  # rows of a prompt that meet a key at the same time: few enough for the first cache
 SPLIT = 512  # keys in one piece of work, where there are few queries
+FEW_TOKENS = 24  # at most these many tokens have few queries
 AHEAD = 8192  # bytes to prefetch ahead: with one token, memory is the limit
 
 # Numbers of rows in a tile. Few: the query heads of one token. Many: those of several tokens, as registers allow.
@@ -112,25 +113,28 @@ def _ask_for_heads(array: Floats, queries: Queries, g: int, first: int, last: in
 
 
 @part(borrows=True)
-def _merge(sums: Sums, g: int, n_splits: int, queries: Queries) -> None:
-    """Merge the results of the pieces g * n_splits, ..., (g + 1) * n_splits - 1; each piece had keys of its own."""
-    head_dim, group = queries.head_dim, queries.n_heads // queries.n_kv_heads
-    for row in range(queries.n_tokens * group):
-        at = ((row // group * queries.n_heads) + g * group + row % group) * head_dim
+def _merge(sums: Sums, g: int, cut: Cut, queries: Queries) -> None:
+    """Merge the results of head g. Those of a token are in n_splits pieces; each had keys of its own."""
+    head_dim, group, n_splits = queries.head_dim, queries.n_heads // queries.n_kv_heads, cut.n_splits
+    for number in range(queries.n_tokens * group):
+        t, row = number // group, number % (cut.n_queries * group)
+        at = (t * queries.n_heads + g * group + number % group) * head_dim
         head = queries.heads[at : at + head_dim]
+        first = (g * cut.n_tiles + cut.n_tiles - 1 - t // cut.n_queries) * n_splits
         largest = numba.float32(-np.inf)
-        for piece in range(g * n_splits, (g + 1) * n_splits):
+        for piece in range(first, first + n_splits):
             largest = max(largest, sums.largest[piece, row])
         summed = numba.float32(0)
         head[:] = 0
-        for piece in range(g * n_splits, (g + 1) * n_splits):
+        for piece in range(first, first + n_splits):
             share = numba.float32(math.exp(sums.largest[piece, row] - largest))
             summed += share * sums.total[piece, row]
             weighted = sums.weighted[piece, row * sums.width : (row + 1) * sums.width]
             for i in range(head_dim):
                 head[i] += share * weighted[i]
+        share = numba.float32(1) / summed  # as in _finish
         for i in range(head_dim):
-            head[i] /= summed
+            head[i] *= share
 
 
 @part(borrows=True)
@@ -226,7 +230,8 @@ def _attend(kind: str, n_rows: int) -> Part:
             stop = min(segments[segment, 1], min(piece.newest, first_query + piece.last) - shift)
             if start >= stop:
                 continue
-            for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, SPAN // BLOCK):
+            # Spans begin at multiples of SPAN. So a token's sums do not depend on which tokens are beside it.
+            for block in range(start // SPAN * (SPAN // BLOCK), (stop + BLOCK - 1) // BLOCK, SPAN // BLOCK):
                 base = block * BLOCK + shift  # position of the first slot; all that follows counts from there
                 low, high = max(start - block * BLOCK, 0), min(stop - block * BLOCK, SPAN)
                 newest = first_query + piece.first - base
@@ -237,10 +242,16 @@ def _attend(kind: str, n_rows: int) -> Part:
 
 
 class Cut(NamedTuple):
-    """How the keys are cut into pieces: how many, and how many keys are in one."""
+    """How the work is cut into pieces: n_splits of keys, from position `first` on, `size` in each; n_tiles of tokens.
+
+    n_queries tokens are in a tile. The last tile, whose tokens see most keys, is the first.
+    """
 
     n_splits: int
+    first: int
     size: int
+    n_tiles: int
+    n_queries: int
 
 
 def _thread_share(kind: str, n_rows: int) -> Part:
@@ -256,9 +267,7 @@ def _thread_share(kind: str, n_rows: int) -> Part:
 
         In the second case, merge the pieces of a head if its keys are split.
         """
-        n_kv_heads, n_splits = queries.n_kv_heads, cut.n_splits
-        n_queries = _queries_together(queries.n_heads // n_kv_heads)
-        n_tiles = (queries.n_tokens + n_queries - 1) // n_queries
+        n_kv_heads, (n_splits, oldest, size, n_tiles, n_queries) = queries.n_kv_heads, cut
         in_tiles = sums.weighted.shape[1] // sums.width
         work = Work(np.zeros(in_tiles * queries.head_dim, np.float32), floats(in_tiles * SPAN))
         takes_heads = n_kv_heads % n_threads == 0
@@ -267,16 +276,16 @@ def _thread_share(kind: str, n_rows: int) -> Part:
             for number in range(turn * n_together, (turn + 1) * n_together):
                 kept = number if n_splits > 1 else thread
                 own = Sums(sums.largest[kept], sums.total[kept], sums.weighted[kept], sums.width)
-                start = keys.segments[0, 2] + number % n_splits * cut.size
+                start = oldest + number % n_splits * size
                 first = (n_tiles - 1 - number // n_splits % n_tiles) * n_queries  # those that see most keys first
                 last = min(first + n_queries, queries.n_tokens)
-                newest = min(start + cut.size, keys.first_query + queries.n_tokens)
+                newest = min(start + size, keys.first_query + queries.n_tokens)
                 piece = Piece(number // (n_tiles * n_splits), first, last, start, newest)
                 attend(queries, store, keys, piece, own, work)
                 if n_splits == 1:
                     _finish(own, piece, queries)
             if n_splits > 1 and takes_heads:
-                _merge(sums, turn, n_splits, queries)
+                _merge(sums, turn, cut, queries)
 
     return do_share
 
@@ -319,11 +328,13 @@ def attention(kind: str, n_rows: int) -> Kernel:
         group, width = n_heads // n_kv_heads, store.v.shape[2] * PANEL
         n_queries = _queries_together(group)
         n_tiles = (n_tokens + n_queries - 1) // n_queries
-        n_keys = keys.first_query + n_tokens - keys.segments[0, 2]
         # Few queries: their keys are split, and each piece keeps its sums. Many queries: all keys are one piece.
-        n_splits = (n_keys + SPLIT - 1) // SPLIT if n_tiles == 1 else 1
-        cut = Cut(n_splits, SPLIT if n_splits > 1 else n_keys)
-        n_kept, most_rows = n_kv_heads * n_splits if n_splits > 1 else n_threads, min(n_tokens, n_queries) * group
+        oldest = keys.segments[0, 2] // SPLIT * SPLIT  # pieces begin at multiples, whichever key is visible first
+        n_keys = keys.first_query + n_tokens - oldest
+        n_splits = (n_keys + SPLIT - 1) // SPLIT if n_tokens <= FEW_TOKENS else 1
+        cut = Cut(n_splits, oldest, SPLIT if n_splits > 1 else n_keys, n_tiles, n_queries)
+        n_kept = n_kv_heads * n_tiles * n_splits if n_splits > 1 else n_threads
+        most_rows = min(n_tokens, n_queries) * group
         row_size = most_rows + 64  # so no two threads write to one cache line, or to two that are fetched together
         in_tiles = (most_rows + n_rows - 1) // n_rows * n_rows
         acc = floats(n_kept * in_tiles * width).reshape((n_kept, in_tiles * width))
@@ -333,6 +344,6 @@ def attention(kind: str, n_rows: int) -> Kernel:
         shared_out(do_share, n_threads, threads, (queries, store, keys, cut, sums, n_threads))
         if n_splits > 1 and n_kv_heads % n_threads:
             for g in range(n_kv_heads):
-                _merge(sums, g, n_splits, queries)
+                _merge(sums, g, cut, queries)
 
     return attention

@@ -2,8 +2,8 @@
 
 The loops are those of matvec.py and matmul.py; only the numbers differ. Inputs are rounded to int16 or int8, a group at
 a time. Products are summed as integers, a group at a time (dots.py). Memory delivers half or a quarter of the bytes of
-16 bits. Integer sums are exact and each group's sum is rounded once. So decoding and prompts agree up to the order of
-groups.
+16 bits. Integer sums are exact, and the sums of groups are added in their order, one rounding each. So decoding and
+prompts have the same bits.
 """
 
 from __future__ import annotations

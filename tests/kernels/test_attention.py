@@ -20,7 +20,7 @@ from support.kernels import (
     thread_counts,
 )
 
-from mistral_kernels import panels
+from mistral_kernels import attention, panels
 from mistral_ref.reference_ops import to_int8
 
 
@@ -76,6 +76,23 @@ def test_attention_of_few_queries_splits_their_keys(dtype: str, past: Past, spar
     found = attended(past, *filled(past, spare, dtype))
     expected, error = attended_exactly(past, dtype)
     assert_within(found, expected, error)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@given(pasts(most_tokens=23, most_before=40) | pasts(most_tokens=23, most_before=1600), st.integers(0, 70), st.data())
+@some
+def test_a_query_of_few_has_the_bits_that_it_has_alone(dtype: str, past: Past, spare: int, data: st.DataObject) -> None:
+    """Whatever is beside it, wherever the ring begins, and whether or not its keys are split."""
+    past = past._replace(q=past.q[: attention.FEW_TOKENS], window=data.draw(st.sampled_from([past.window, 511, 1300])))
+    store, slots = filled(past, spare, dtype)
+    (n_tokens, n_heads, _), n_kv_heads = past.q.shape, past.k.shape[1]
+    n_rows = attention.FEW_ROWS if n_tokens * n_heads <= n_kv_heads * attention.TOGETHER else attention.MANY_ROWS
+    together = attended(past, store, slots, n_rows)
+    for t in range(n_tokens):
+        alone = past._replace(q=past.q[t : t + 1], k=past.k[: len(past.k) - n_tokens + t + 1])
+        begin = alone.first_visible - past.first_visible
+        own = slots[begin : len(alone.k) - past.first_visible]
+        np.testing.assert_array_equal(attended(alone, store, own, attention.FEW_ROWS)[0], together[t])
 
 
 @given(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import to_bfloat16
 from support.kernels import (
+    KINDS,
     PAIRS,
     UNIT,
     as_stored,
@@ -67,6 +68,17 @@ def test_threads_do_not_change_a_bit_of_a_product(
     alone = product(matrix, x_TI, 1, way=way)
     for n_threads in (2, 3, 7):
         np.testing.assert_array_equal(product(matrix, x_TI, n_threads, way=way), alone)
+
+
+@pytest.mark.parametrize("stored", [*KINDS, *slow([PAIRS])])
+@given(st.integers(2, 24), output_counts, input_counts, seeds)
+@some
+def test_a_few_tokens_have_the_bits_that_each_has_alone(
+    stored: str, n_tokens: int, n_out: int, n_in: int, seed: int
+) -> None:
+    n_in = possible_inputs(stored, n_in)
+    matrix, x_TI = random_matrix(stored, n_out, n_in, seed), normal(seed ^ 2, n_tokens, n_in)
+    np.testing.assert_array_equal(product(matrix, x_TI, way="few"), product(matrix, x_TI, way="one"))
 
 
 @pytest.mark.parametrize("stored", ["f32", "bf16", *slow([PAIRS])])
