@@ -16,6 +16,7 @@ texts are then as likely as without a draft, but the same seed gives another one
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -31,6 +32,7 @@ from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.transformer import Transformer
 
 MOST = 15  # tokens in a draft
+_EACH = 0.2  # what a pass takes longer for a token of a draft, as a part of a token's time, until more is known
 _SHORTEST, _LONGEST = 2, 12  # of the newest tokens, as many are looked up
 _CHARACTERS = 0x110000
 
@@ -53,15 +55,18 @@ class Guess(NamedTuple):
 class Drafter(Protocol):
     """What writes drafts.
 
-    cost        about how much of a token's time each token of a draft costs
+    trust       how often its guesses are right until more is known
     is_free     whether guessing costs nothing, so that only verifying does
     """
 
-    cost: float
+    trust: float
     is_free: bool
 
     def prepare(self, n_tokens: int) -> None:
         """Make what drafts for a text of so many tokens need, such as compiled kernels."""
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Read the text so far."""
 
     def guesses(self, ids: Sequence[int], n: int) -> list[Guess]:
         """Return at most n tokens that may follow the text `ids`. The text only grows from call to call."""
@@ -77,14 +82,16 @@ class Lookup:
     [9, 5, 7]
     """
 
-    cost = 0.25
-    is_free = True
+    trust, is_free = 0.2, True
 
     def __init__(self) -> None:
         self._text = ""  # a character for each token: Python searches strings fast
 
     def prepare(self, n_tokens: int) -> None:
         """Nothing needs to be prepared."""
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """The text is read when tokens are looked up."""
 
     def guesses(self, ids: Sequence[int], n: int) -> list[Guess]:
         """Return n tokens, or none: then the last two tokens stand nowhere earlier in the text."""
@@ -110,8 +117,7 @@ class DraftModel:
     n_ids are drafted.
     """
 
-    cost = 0.35
-    is_free = False
+    trust, is_free = 0.5, False
 
     def __init__(self, draft: LoadedModel, n_ids: int, sampling: SamplingSettings | None, seed: int | None) -> None:
         self._transformer, self._n_ids, self._sampling = draft.transformer, n_ids, sampling
@@ -124,13 +130,23 @@ class DraftModel:
         lengths = {1, MOST + 1, *pass_lengths(n_tokens, self._cache.chunk)}
         passes.prepare(self._transformer, self._cache, lengths, last_only=True)
 
+    def _left(self, ids: Sequence[int]) -> int:
+        """Return how many tokens may follow a text in the longest sequence that the model is meant for."""
+        longest = self._transformer.config.max_seq_len
+        return MOST if longest is None else longest - len(ids)
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Read the text so far, except its last token."""
+        if len(ids) > 1 and self._left(ids) > 0:
+            passes.last_logits(self._transformer, ids[:-1], self._cache)
+            self._n_read = len(ids) - 1
+
     def guesses(self, ids: Sequence[int], n: int) -> list[Guess]:
         """Return n tokens, or fewer: none beyond the longest sequence, and none that only the draft model has."""
-        cache, longest = self._cache, self._transformer.config.max_seq_len
-        n = n if longest is None else min(n, longest - len(ids))
+        cache, n = self._cache, min(n, self._left(ids))
         if n <= 0:
             return []
-        # What was drafted since is in the cache too, right or wrong. The last token's logits are always needed.
+        # What was drafted last is in the cache too, right or wrong. The last token is read for its logits.
         agreed = self._n_read + shared_length(cache.tokens[self._n_read :], ids[self._n_read : -1])
         cache.truncate(agreed)
         self._n_read = len(ids) - 1
@@ -154,40 +170,55 @@ class DraftModel:
 
 
 class Pace:
-    """How many tokens to draft: the number with which a pass gives most tokens for its time.
+    """How many tokens to draft: it follows how many were right lately, and how long passes took.
 
-    right       how often drafted tokens were right lately
-    cost        as in Drafter
+    right       how often guesses were right lately
+    trust       how often they are until more is known
+    one         seconds of a pass of one token; None: not known yet
+    first, each a pass with a draft of n tokens, and writing the draft, take one * (1 + first + each * n) seconds
 
-    If a share r of all guesses is right, a draft of n tokens gives 1 + r + r^2 + ... + r^n tokens, and takes as long as
-    1 + cost * n:
+    If a share r of the guesses is right, a draft of n tokens gives 1 + r + r^2 + ... + r^n tokens. So few tokens are
+    drafted where few are right, and none where a draft takes longer than the tokens it saves:
 
-    >>> pace = Pace(cost=0.25)
-    >>> for pace.right in (0.2, 0.4, 0.8, 0.9):
-    ...     print(f"{pace.right}: {pace.length}")
-    0.2: 0
-    0.4: 1
-    0.8: 3
-    0.9: 6
+    >>> pace = Pace(trust=0.5)
+    >>> pace.one = 0.1
+    >>> [pace.length(MOST) for pace.right in (0.2, 0.5, 0.8, 0.9)]
+    [0, 1, 4, 7]
+    >>> pace.first = 1.5
+    >>> [pace.length(MOST) for pace.right in (0.5, 0.9)]
+    [0, 11]
     """
 
-    def __init__(self, cost: float) -> None:
-        self.cost, self.right = cost, 0.5
+    def __init__(self, trust: float) -> None:
+        self.right = self.trust = trust
+        self.one: float | None = None
+        self.first, self.each = 0.0, _EACH
 
     def saw(self, is_right: bool | None) -> None:
-        """Take into account whether the last guess was right. With None there was no guess: trust comes back slowly."""
-        self.right += (0.5 - self.right) / 256 if is_right is None else (is_right - self.right) / 4
+        """Take into account whether a guess was right. None: there was none, and trust comes back slowly."""
+        self.right += (self.trust - self.right) / 256 if is_right is None else (is_right - self.right) / 4
 
-    @property
-    def length(self) -> int:
-        """How many tokens to draft."""
-        n, tokens, chance = 0, 1.0, 1.0
-        while n < MOST:
+    def took(self, n: int, seconds: float) -> None:
+        """Take into account how long a draft of n tokens took, written and verified; or 0 tokens."""
+        if n == 0:
+            self.one = seconds if self.one is None else min(seconds, self.one + (seconds - self.one) / 8)
+            self.first -= self.first / 64  # so that a pass that something held up is forgotten
+            self.each += (_EACH - self.each) / 64
+        elif self.one:
+            # A step of least squares: the line moves half of the way to this point.
+            error = (min(seconds / self.one, 2 * MOST) - 1 - self.first - self.each * n) / (1 + n * n) / 2
+            self.first, self.each = max(self.first + error, 0), max(self.each + error * n, 0)
+
+    def length(self, most: int) -> int:
+        """Return how many tokens to draft."""
+        best, tokens, chance, length = 1.0, 1.0, 1.0, 0
+        for n in range(1, most + 1 if self.one else 0):
             chance *= self.right
-            if (tokens + chance) / (1 + self.cost * (n + 1)) <= tokens / (1 + self.cost * n):
-                break
-            n, tokens = n + 1, tokens + chance
-        return n
+            tokens += chance
+            rate = tokens / (1 + self.first + self.each * n)
+            if rate > best:
+                best, length = rate, n
+        return length
 
 
 class Ahead:
@@ -202,7 +233,7 @@ class Ahead:
     def __init__(self, transformer: Transformer, cache: KVCache, drafter: Drafter) -> None:
         self.drafted = 0
         self._transformer, self._cache, self._drafter = transformer, cache, drafter
-        self._pace = Pace(drafter.cost)
+        self._pace = Pace(drafter.trust)
         self._guesses: list[Guess] = []  # of the next tokens
         self._rows: list[np.ndarray] = []  # the logits behind these, if they have gone through the model
         self._pass: Pass  # of which these are the last tokens
@@ -235,13 +266,18 @@ class Ahead:
 
     def _read(self, token: int, n_left: int) -> None:
         """Take a token and a draft through the model."""
-        n = min(self._pace.length, n_left - 1, self._cache.chunk - 1)
+        text = [*self._cache.tokens, token]
+        if self._pace.one is None:
+            self._drafter.begin(text)
+        started = time.perf_counter()
+        n = self._pace.length(min(MOST, n_left - 1, self._cache.chunk - 1))
         # A guess that costs nothing is made even if it is not verified: the next token tells whether it was right.
-        self._guesses = self._drafter.guesses([*self._cache.tokens, token], max(n, int(self._drafter.is_free)))
+        self._guesses = self._drafter.guesses(text, max(n, int(self._drafter.is_free)))
         ids = [token, *(guess.token for guess in self._guesses[:n])]
         self.drafted += len(ids) - 1
         logits_TV, self._pass = passes.logits_ahead(self._transformer, ids, self._cache)
         self._rows = list(logits_TV)
+        self._pace.took(len(ids) - 1, time.perf_counter() - started)
 
 
 def check_vocabulary(draft: LoadedModel, own: LoadedModel) -> None:

@@ -29,7 +29,7 @@ CONFIG = FAMILIES["dense_windowed"].config.replace(vocab_size=11)  # few tokens,
 class Scripted:
     """A drafter that knows the text, and is wrong at some places."""
 
-    cost, is_free = 0.25, False
+    trust, is_free = 0.5, False
 
     def __init__(self, text: Sequence[int], wrong: set[int] = frozenset()) -> None:
         self.text, self.wrong = text, wrong
@@ -37,9 +37,18 @@ class Scripted:
     def prepare(self, n_tokens: int) -> None:
         pass
 
+    def begin(self, ids: Sequence[int]) -> None:
+        pass
+
     def guesses(self, ids: Sequence[int], n: int) -> list[Guess]:
         places = range(len(ids), min(len(ids) + n, len(self.text)))
         return [Guess((self.text[place] + (place in self.wrong)) % CONFIG.vocab_size) for place in places]
+
+
+@pytest.fixture(autouse=True)
+def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let passes take the time that a Pace expects, whatever else the machine does."""
+    monkeypatch.setattr(Pace, "took", lambda self, n, seconds: setattr(self, "one", 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------- same text
@@ -201,7 +210,7 @@ def test_texts_with_drawn_drafts_are_as_likely_as_without(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All texts of four tokens over a vocabulary of four, against their exact probabilities."""
-    monkeypatch.setattr(Pace, "length", 2)
+    monkeypatch.setattr(Pace, "length", lambda self, most: min(2, most))
     config = CONFIG.replace(vocab_size=4)
     model, draft, n = model_of(config, 3), model_of(config, 4), 1000
     settings = {"temperature": 1.2, "max_tokens": 4} | options
@@ -276,7 +285,7 @@ def test_the_number_of_drafted_tokens_follows_what_was_right_lately() -> None:
     assert max(lengths) == MOST + 1
     assert len(lengths) < 40
     lengths, ahead = verified(set(range(400)))
-    assert ahead.drafted * Scripted.cost < 0.03 * len(lengths)  # a draft that is never right costs at most 3 percent
+    assert 0.25 * ahead.drafted < 0.03 * len(lengths)  # a draft that is never right costs less than 3 percent
     lengths, _ = verified(set(range(100)))
     assert max(lengths[100:]) == MOST + 1  # it is tried again
     assert len(lengths) < 200
@@ -318,3 +327,37 @@ def test_the_pieces_of_two_vocabularies_are_compared() -> None:
     two.piece = lambda token: "other" if token == 20 else one.piece(token)
     with refused(InputError, "vocabulary", 20, "other", one.piece(20)):
         model.generate("A mill", draft=other)
+
+
+# --------------------------------------------------------------------------------------------------------------- pace
+
+
+def test_a_draft_that_takes_longer_than_what_it_saves_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    def drafted(first: float, each: float, right: float, n_passes: int = 100) -> list[int]:
+        """Return the lengths of drafts where time is as given, and so many guesses are right."""
+        pace, lengths = Pace(0.5), []
+        for _ in range(n_passes):
+            lengths.append(pace.length(MOST))
+            pace.took(lengths[-1], 0.01 * (1 + first * bool(lengths[-1]) + each * lengths[-1]))
+            pace.right = right
+        return lengths
+
+    assert drafted(0, 0.1, 0.95)[0] == 0  # what one token takes is not known yet
+    assert min(drafted(0, 0.1, 0.95)[20:]) >= 8
+    assert min(drafted(1.5, 0.1, 0.97)[20:]) >= 8  # as with weights of 4 bits
+    assert sum(drafted(1.5, 0.1, 0.5)) <= 5
+    assert sum(n > 0 for n in drafted(0, 1.1, 1.0)) < 30  # as of a draft that is as large as the model
+
+
+def test_a_pass_that_was_held_up_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pace = Pace(0.5)
+    pace.took(0, 0.01)
+    pace.took(4, 100.0)
+    pace.right = 0.9
+    assert pace.length(MOST) == 0
+    for _ in range(300):
+        pace.took(0, 0.01)
+    assert pace.length(MOST) > 4
