@@ -42,6 +42,7 @@ class Conversation:
     settings    the settings of `Model.generate` with which answers are made
     messages    the messages so far, as `Model.chat` takes them; the answers keep the ids that were generated
     cache       the keys and values of what the model has read and said, stored in `cache_dtype`
+    tokens      the last answer's, as `Model.chat` returned them; none before the first answer
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Conversation:
             read_tools(tools)  # a mistake in them is told before anything is said
         self.messages: list[dict[str, Any]] = []
         self.cache = model.new_cache(dtype=cache_dtype)
+        self.tokens: Generation
         self.set_system(system)
 
     @property
@@ -143,7 +145,8 @@ class Conversation:
         ids: list[int] = []
         reason = None
         try:
-            for token in self._tokens():
+            self.tokens = self._tokens()
+            for token in self.tokens:
                 ids.append(token.id)
                 reason = token.finish_reason
                 yield token

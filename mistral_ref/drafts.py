@@ -205,8 +205,10 @@ class Pace:
             self.first -= self.first / 64  # so that a pass that something held up is forgotten
             self.each += (_EACH - self.each) / 64
         elif self.one:
-            # A step of least squares: the line moves half of the way to this point.
-            error = (min(seconds / self.one, 2 * MOST) - 1 - self.first - self.each * n) / (1 + n * n) / 2
+            # A step of least squares: the line moves half of the way to this point. Something else may have held the
+            # pass up, so it counts as twice as long as expected at most.
+            expected = 1 + self.first + self.each * n
+            error = (min(seconds / self.one, 2 * expected, 2 * MOST) - expected) / (1 + n * n) / 2
             self.first, self.each = max(self.first + error, 0), max(self.each + error * n, 0)
 
     def length(self, most: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mistral_ref.cli.chat_shell import HELP, ChatShell, LineReader
 from mistral_ref.cli.common import add_cache_option, add_compute_options, add_model_option, as_text, load_model
+from mistral_ref.cli.draft_options import add_draft_options, draft_settings
 from mistral_ref.cli.output import say
 from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.conversation import SYSTEM_PROMPT_FILE, Conversation, read_system_prompt
@@ -68,6 +69,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--stats", action="store_true", help="after each answer print its times to standard error")
     add_sampling_options(parser)
+    add_draft_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -83,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         cache_dtype=arguments.cache_dtype,
         max_tokens=arguments.max_tokens,
         **sampling_settings(arguments),
+        **draft_settings(arguments),
     )
     if arguments.system is not None:
         conversation.set_system(as_text(arguments.system))
@@ -91,7 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
     with LineReader(keeps_history=not arguments.no_history) as reader:
         if reader.is_terminal or not conversation.is_chat:
             say(introduction(conversation, str(arguments.model)), error=True)
-        ChatShell(conversation, reader, as_json=arguments.json, stats=arguments.stats).run()
+        shell = ChatShell(
+            conversation, reader, as_json=arguments.json, stats=arguments.stats, marks=arguments.mark_accepted
+        )
+        shell.run()
 
 
 def introduction(conversation: Conversation, name: str) -> str:

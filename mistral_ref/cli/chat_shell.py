@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from mistral_ref.cli.output import say
+from mistral_ref.cli.draft_options import draft_statistics
+from mistral_ref.cli.output import say, say_token
 from mistral_ref.conversation import Conversation
 from mistral_ref.errors import InputError, MistralRefError, did_you_mean, short_repr
 from mistral_ref.generation import Token
@@ -118,9 +119,16 @@ class ChatShell:
     """
 
     def __init__(
-        self, conversation: Conversation, reader: LineReader, *, as_json: bool = False, stats: bool = False
+        self,
+        conversation: Conversation,
+        reader: LineReader,
+        *,
+        as_json: bool = False,
+        stats: bool = False,
+        marks: bool = False,
     ) -> None:
         self.conversation, self.reader, self.as_json, self.always_stats = conversation, reader, as_json, stats
+        self.marks = marks
         self.last_stats = "no answer yet"
         self._commands: dict[str, Callable[[str], object]] = {
             "/system": self._system,
@@ -189,7 +197,7 @@ class ChatShell:
     def _print(self, tokens: Generator[Token, None, None]) -> bool:
         """Print the tokens of one answer; return whether there is one."""
         started, first_at, count, last = time.perf_counter(), 0.0, 0, None
-        printer = Printer(is_silent=self.as_json)
+        printer = Printer(is_silent=self.as_json, marks=self.marks)
         try:
             with closing(tokens):
                 for last in tokens:
@@ -207,6 +215,8 @@ class ChatShell:
             f"first token after {first_at - started:.3f} s, then {count - 1} tokens in {ended - first_at:.3f} s{rate}, "
             f"ended by {last.finish_reason}; {self.conversation.cache.length} tokens in the conversation"
         )
+        if drafted := draft_statistics(self.conversation.tokens):
+            self.last_stats += f"; {drafted}"
         if last.finish_reason == "length" and self.reader.is_terminal:
             say(f"(cut after {count} tokens; --max-tokens is the maximum)", error=True)
         if self.as_json:
@@ -224,10 +234,13 @@ class ChatShell:
 
 
 class Printer:
-    """Prints an answer. A terminal shows the thinking dim; a pipe gets the text alone. Calls are not printed."""
+    """Prints an answer. A terminal shows the thinking dim; a pipe gets the text alone. Calls are not printed.
 
-    def __init__(self, *, is_silent: bool) -> None:
-        self.is_silent = is_silent
+    marks   a terminal underlines accepted tokens of drafts
+    """
+
+    def __init__(self, *, is_silent: bool, marks: bool = False) -> None:
+        self.is_silent, self.marks = is_silent, marks
         self.is_terminal = sys.stdout is not None and sys.stdout.isatty()
         self._is_dim = False
         self._has_printed = False
@@ -239,7 +252,7 @@ class Printer:
             return
         self._dim(is_thinking)
         self._has_printed = self._has_printed or bool(token.text)
-        say(token.text, end="")
+        say_token(token.text, is_marked=token.from_draft and self.marks)
 
     def end(self) -> None:
         """End the answer's last line."""

@@ -21,8 +21,9 @@ from mistral_ref.cli.common import (
     read_prompt,
     text_of,
 )
+from mistral_ref.cli.draft_options import add_draft_options, draft_settings, draft_statistics
 from mistral_ref.cli.generate_batch import add_batch_options, run_batch
-from mistral_ref.cli.output import say
+from mistral_ref.cli.output import say, say_token
 from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.conversation import Conversation
@@ -100,13 +101,14 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     add_batch_options(parser)
     add_sampling_options(parser)
+    add_draft_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a prompt and its continuation."""
     started = time.perf_counter()
-    model = load_model(arguments)
+    model, drafts = load_model(arguments), draft_settings(arguments)
     loaded = time.perf_counter()
     stop = [unescaped(as_text(stop)) for stop in arguments.stop]
     if arguments.batch is not None:
@@ -119,6 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
             ids,
             max_tokens=arguments.max_tokens,
             **sampling_settings(arguments),
+            **drafts,
             stop=stop,
             top_logprobs=arguments.top_logprobs,
             max_seconds=arguments.max_seconds,
@@ -133,13 +136,15 @@ def run(arguments: argparse.Namespace) -> None:
     first_at = time.perf_counter()
     for token in tokens:
         given.append(token)
-        say(text_of(model, token), end="")
+        say_token(text_of(model, token), is_marked=token.from_draft and arguments.mark_accepted)
     say()
     ended = time.perf_counter()
     if arguments.top_logprobs:
         say(table_of_tokens(model, given), error=True)
     if arguments.stats:
         print_stats(model, given[-1], len(ids), len(given), [started, loaded, first_at, ended])
+        if drafted := draft_statistics(tokens):
+            say(f"drafts        {drafted}", error=True)
 
 
 def ids_of_turn(model: Model, system: str, prompt: str | Sequence[int]) -> list[int]:

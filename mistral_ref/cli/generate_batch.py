@@ -14,7 +14,7 @@ from mistral_ref.generation import Token
 from mistral_ref.model import Model
 from mistral_ref.stops import Stop
 
-_OTHERS = ("prompt", "ids", "system", "lookup", "draft", "draft_sampling", "stats", "top_logprobs")
+_OTHERS = ("prompt", "ids", "system", "lookup", "draft", "draft_sampling", "mark_accepted", "stats", "top_logprobs")
 
 
 def add_batch_options(parser: argparse.ArgumentParser) -> None:

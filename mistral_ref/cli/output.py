@@ -11,6 +11,7 @@ import shutil
 import sys
 from typing import IO
 
+_UNDERLINED, _NOT_UNDERLINED = "\x1b[4m", "\x1b[24m"
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the line feed and the tab
 
 
@@ -22,6 +23,15 @@ def say(text: object = "", *, end: str = "\n", error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is not None:  # it is None where the program was started without it
         print(fit_for(stream, str(text)), end=end, file=stream, flush=True)
+
+
+def say_token(text: str, *, is_marked: bool = False) -> None:
+    """Print a token's text to standard output; a marked one is underlined, if that is a terminal."""
+    if is_marked and sys.stdout is not None and sys.stdout.isatty():
+        sys.stdout.write(f"{_UNDERLINED}{fit_for(sys.stdout, text)}{_NOT_UNDERLINED}")
+        sys.stdout.flush()
+    else:
+        say(text, end="")
 
 
 def show_in_place(text: str) -> None:

@@ -138,6 +138,27 @@ def test_stats_go_to_standard_error(model_dir: Path) -> None:
     assert re.search(r"ended by +time$", late.stderr, re.MULTILINE)
 
 
+@pytest.mark.parametrize("draft", [["--lookup"], ["--draft", "MODEL"]])
+def test_a_draft_changes_no_text_and_its_success_is_told(model_dir: Path, draft: list[str]) -> None:
+    prompt = "The mill stood. The mill stood. The mill"
+    options = ("generate", "--model", model_dir, "--seed", 3, "--max-tokens", 60, "--stats", prompt)
+    plain = run(*options)
+    done = run(*options, *(model_dir if word == "MODEL" else word for word in draft), "--mark-accepted")
+    assert (done.returncode, done.stdout) == (0, plain.stdout)
+    if "drafts" in done.stderr:  # a draft that takes too long is not written
+        accepted, drafted = re.search(r"drafts +(\d+) of (\d+) drafted tokens accepted", done.stderr).groups()
+        assert 0 <= int(accepted) <= int(drafted)
+    assert "drafts" not in plain.stderr
+
+
+def test_mistakes_in_options_of_drafts(model_dir: Path, tmp_path: Path) -> None:
+    one_line_error(run("generate", "--draft-sampling", "A"), "--draft-sampling", "--draft MODEL")
+    one_line_error(run("generate", "--lookup", "--draft", "demo", "A"), "--lookup", "--draft")
+    one_line_error(run("generate", "--draft", tmp_path / "none", "A"), "none", "no such")
+    one_line_error(run("generate", "--model", model_dir, "--draft", "demo", "A"), "draft", "vocabulary")
+    one_line_error(run("generate", "--batch", "-", "--lookup", stdin="A"), "--batch", "lookup")
+
+
 def test_top_logprobs_are_a_table_on_standard_error(model_dir: Path) -> None:
     model = mistral_ref.load(model_dir)
     options = {"max_tokens": 3, "top_logprobs": 2}

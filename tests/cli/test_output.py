@@ -107,3 +107,12 @@ def test_a_message_of_the_library_is_one_line_whatever_the_path(tmp_path: Path) 
         mistral_ref.load(tmp_path / f"{ERASE}\n\u202e")
     assert str(caught.value).isprintable()
     assert f"{SHOWN}\\n\\u202e" in str(caught.value)
+
+
+def test_an_accepted_token_is_underlined_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mistral_ref.drafts.Pace.length", lambda self, most: min(3, most))
+    command = ("generate", "--backend", "numpy", "--temperature", 0, "--max-tokens", 20, "--lookup", "--mark-accepted")
+    prompt = "Tom had a red ball. Tom had a red ball. Tom"
+    shown, plain = run(*command, prompt, columns=400).stdout, run(*command, prompt).stdout
+    assert shown.count("\x1b[4m") == shown.count("\x1b[24m") > 0
+    assert shown.replace("\x1b[4m", "").replace("\x1b[24m", "") == plain
