@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mistral_ref.cli.common import (
@@ -18,9 +20,12 @@ from mistral_ref.cli.common import (
 )
 from mistral_ref.cli.output import say
 from mistral_ref.cli.pass_options import add_dtype_option
-from mistral_ref.cli.width import fitted
-from mistral_ref.errors import InputError, checked_int
-from mistral_ref.measure.perplexity import perplexity
+from mistral_ref.cli.width import fitted, terminal_width
+from mistral_ref.display import markdown_table
+from mistral_ref.errors import InputError, checked_int, escaped
+from mistral_ref.files.paths import local_path
+from mistral_ref.measure.perplexity import Perplexity, joined, perplexities
+from mistral_ref.model import Model
 
 _DEFAULT_CONTEXT = 512
 _LONG = 4096  # a bar is shown if more tokens than this are evaluated
@@ -55,6 +60,9 @@ without --stride
 
 Bits per byte can be compared between tokenizers too. They are printed if all
 of the text is scored: with a stride less than N and without --max-tokens.
+
+Several files have a row each, and a last row for all of them together, in which
+each scored token counts once. No window reaches from a file into the next one.
 """
 _EXAMPLES = """\
 examples:
@@ -63,6 +71,7 @@ examples:
   # in the same way as llama-perplexity -f wiki.test.raw
   mistral-ref perplexity --model DIR wiki.test.raw
   mistral-ref perplexity --model DIR --context 2048 --stride 1024 --json wiki.test.raw
+  mistral-ref perplexity --model DIR --stride 256 chapter-1.txt chapter-2.txt letters/
 """
 
 
@@ -75,7 +84,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         epilog=_EXAMPLES,
     )
     parser.add_argument(
-        "file", nargs="?", default="-", metavar="FILE", help="a file with UTF-8 text (default: standard input)"
+        "files",
+        nargs="*",
+        default=["-"],
+        metavar="FILE",
+        help="files with UTF-8 text, and directories, of which every file is taken (default: standard input)",
     )
     add_ids_option(parser)
     add_model_option(parser)
@@ -93,7 +106,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "not overlap, as described above)",
     )
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="score only the first N tokens of the text (default: all)"
+        "--max-tokens", type=int, metavar="N", help="score only the first N tokens of each text (default: all)"
     )
     add_compute_options(parser)
     add_dtype_option(parser)
@@ -102,59 +115,109 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the perplexity of a text."""
-    if arguments.ids is not None and arguments.file != "-":
+    """Print the perplexity of a text, or of several."""
+    if arguments.ids is not None and arguments.files != ["-"]:
         raise InputError("a file and --ids are both given; expected one of them")
-    text = None if arguments.ids else read_text(arguments.file)
+    texts = {} if arguments.ids else read_texts(arguments.files)
     model = load_model(arguments)
-    if text is None:
-        ids = arguments.ids
-    elif model.tokenizer is None:
-        raise InputError(f"{arguments.model}: holds no tokenizer; expected the token ids of the text, by --ids")
-    else:
-        ids = model.tokenizer.encode(text, added=True)
-    is_whole = True
-    if arguments.max_tokens is not None:
-        n_most = checked_int("--max-tokens", arguments.max_tokens, least=2)
-        ids, is_whole = ids[:n_most], len(ids) <= n_most
+    whole = ids_of(model, texts, str(arguments.model)) if texts else {"": arguments.ids}
+    n_most = None if arguments.max_tokens is None else checked_int("--max-tokens", arguments.max_tokens, least=2)
+    taken = {name: ids[:n_most] for name, ids in whole.items()}
     context, stride = arguments.context, arguments.stride
     if context is None:
         context = min(_DEFAULT_CONTEXT, model.config.max_seq_len or _DEFAULT_CONTEXT)
-    is_long = len(ids) * context > _LONG * (stride or context)
+    is_long = sum(map(len, taken.values())) * context > _LONG * (stride or context)
     with progress_bar("scoring", is_long=is_long) as progress:
         started = time.perf_counter()
-        found = perplexity(model, ids, context=context, stride=stride, progress=progress)
+        found = perplexities(model, taken, context=context, stride=stride, progress=progress)
         seconds = time.perf_counter() - started
-    is_all_scored = is_whole and found.n_scored == len(ids) - 1
+    n_bytes = {name: len(text.encode()) for name, text in texts.items() if found[name].n_scored == len(whole[name]) - 1}
+    rows = [figures_of(found[name], len(ids), n_bytes.get(name)) for name, ids in taken.items()]
+    all_bytes = sum(n_bytes.values()) if len(n_bytes) == len(taken) else None
+    total = figures_of(joined(found.values()), sum(map(len, taken.values())), all_bytes)
     figures: dict[str, Any] = {
         "method": "halves" if stride is None else "strided",
         "context": context,
         "stride": stride,
-        "tokens": len(ids),
+        **total,
+        "seconds": seconds,
+        "tokens_per_second": total["tokens_evaluated"] / seconds,
+        "backend": model.ops.name,
+        "dtype": str(model.ops.dtype),
+        "threads": model.ops.threads,
+    }
+    if len(rows) > 1:
+        figures["files"] = [{"file": name, **row} for name, row in zip(taken, rows, strict=True)]
+    say(as_json(figures) if arguments.json else fitted(as_rows(figures)))
+
+
+def ids_of(model: Model, texts: Mapping[str, str], name: str) -> dict[str, list[int]]:
+    """Return the token ids of each text; `name` is that of the model."""
+    if model.tokenizer is None:
+        raise InputError(f"{name}: holds no tokenizer; expected the token ids of the text, by --ids")
+    return {file: model.tokenizer.encode(text, added=True) for file, text in texts.items()}
+
+
+def figures_of(found: Perplexity, n_tokens: int, n_bytes: int | None) -> dict[str, Any]:
+    """Return the figures of one text, or of all together; `n_bytes` is None unless all of the text was scored."""
+    return {
+        "tokens": n_tokens,
         "tokens_scored": found.n_scored,
         "tokens_evaluated": found.n_evaluated,
         "perplexity": found.perplexity,
         "perplexity_error": found.error,
         "nats_per_token": found.nll,
         "nats_per_token_error": found.nll_error,
-        "bits_per_byte": found.bits_per_byte(len(text.encode())) if is_all_scored and text is not None else None,
-        "seconds": seconds,
-        "tokens_per_second": found.n_evaluated / seconds,
-        "backend": model.ops.name,
-        "dtype": str(model.ops.dtype),
-        "threads": model.ops.threads,
+        "bits_per_byte": None if n_bytes is None else found.bits_per_byte(n_bytes),
     }
-    say(as_json(figures) if arguments.json else fitted(as_rows(figures)))
 
 
-def as_json(figures: dict[str, Any]) -> str:
+def read_texts(names: Sequence[str]) -> dict[str, str]:
+    """Return the text of each file, and of each file in a directory, by its name."""
+    found: dict[str, str] = {}
+    for name in names:
+        folder = local_path(name)
+        if name != "-" and os.path.isdir(folder):
+            files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+            if not files:
+                raise InputError(f"{name}: holds no file; expected a directory of texts")
+            found |= {str(path): read_text(str(path)) for path in files}
+        else:
+            found[name] = read_text(name)
+    return found
+
+
+def as_json(figures: Any) -> str:
     """Return the figures as one JSON object; NaN and infinity become null."""
-    is_number = {name: not isinstance(value, float) or math.isfinite(value) for name, value in figures.items()}
-    return json.dumps({name: value if is_number[name] else None for name, value in figures.items()}, allow_nan=False)
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [finite(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(figures), allow_nan=False)
+
+
+def as_table(figures: dict[str, Any]) -> str:
+    """Return a table with a row for each file, and a last one for all."""
+    columns = {
+        "tokens": "{tokens:,}",
+        "scored": "{tokens_scored:,}",
+        "perplexity": "{perplexity:.6g} ± {perplexity_error:.2g}",
+        "nats per token": "{nats_per_token:.6g}",
+        "bits per byte": "{bits_per_byte:.6g}",
+    }
+    if figures["bits_per_byte"] is None:
+        del columns["bits per byte"]
+    named = [*((escaped(one["file"]), one) for one in figures["files"]), ("all", figures)]
+    rows = [[name, *(cell.format(**one) for cell in columns.values())] for name, one in named]
+    return markdown_table(["file", *columns], rows, terminal_width())
 
 
 def as_rows(figures: dict[str, Any]) -> str:
-    """Return the figures as lines to be read."""
+    """Return the figures as lines to be read, of several files below a table."""
     method = "pieces of {context} tokens, the second half of each scored, as llama-perplexity does"
     if figures["method"] == "strided":
         method = "windows of {context} tokens, {stride} apart, each token scored once, as in Hugging Face's recipe"
@@ -171,4 +234,8 @@ def as_rows(figures: dict[str, Any]) -> str:
         del rows["bits per byte"]
     if figures["threads"] is not None:
         rows["computed by"] += ", {threads} thread" + "s" * (figures["threads"] > 1)
-    return "\n".join(f"{name:<16}{row.format(**figures)}" for name, row in rows.items())
+    table = ""
+    if "files" in figures:
+        table = f"{as_table(figures)}\n\n"
+        rows = {name: row for name, row in rows.items() if name in ("method", "speed", "computed by")}
+    return table + "\n".join(f"{name:<16}{row.format(**figures)}" for name, row in rows.items())

@@ -33,7 +33,7 @@ There are two ways here. Other engines use both, so their figures can be compare
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,41 +143,70 @@ def perplexity(
 
     Raises InputError, before anything is computed, if an argument is out of range or the text is too short.
     """
+    (found,) = perplexities(model, {"": tokens}, context=context, stride=stride, progress=progress).values()
+    return found
+
+
+def perplexities(
+    model: Model,
+    texts: Mapping[str, Prompt],
+    *,
+    context: int = 512,
+    stride: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Perplexity]:
+    """Return the perplexity of each of several texts, by their names; no window reaches from a text into another one.
+
+    The arguments are those of `perplexity`. `progress` counts the tokens of all texts. `joined` makes one Perplexity of
+    several. Raises InputError, before anything is computed; it names the text that is too short.
+    """
     context = checked_int("context", context, least=3, most=model.config.max_seq_len)
     if stride is not None:
         stride = checked_int("stride", stride, least=1, most=context)
-    ids = _checked_ids(model, tokens, context)
-    if stride is None and len(ids) < context:
-        raise InputError(
-            f"the text has {len(ids)} tokens; expected at least {context}, the context (or a stride, for a short text)"
-        )
-    if len(ids) < 2:
-        raise InputError("the text has 1 token; expected at least 2")
+    ids_of = {name: _checked_ids(model, name, tokens, context, stride) for name, tokens in texts.items()}
+    done, total = 0, sum(map(len, ids_of.values()))
+    report = progress or (lambda done, total: None)
+    found = {}
+    for name, ids in ids_of.items():
+        nlls, n_evaluated = [], 0
+        for start, scored_ids, n_scored in _windows(model, ids, context, stride):
+            report(done + start, total)
+            logprobs = model.score(scored_ids)
+            nlls.append(-logprobs[-n_scored:])
+            n_evaluated += len(logprobs)
+        found[name] = Perplexity(np.concatenate(nlls), n_evaluated)
+        done += len(ids)
+    report(total, total)
+    return found
+
+
+def joined(parts: Iterable[Perplexity]) -> Perplexity:
+    """Return the perplexity of several texts together: each scored token counts once, whatever text it is of."""
+    parts = list(parts)
+    return Perplexity(np.concatenate([part.nlls for part in parts]), sum(part.n_evaluated for part in parts))
+
+
+def _windows(model: Model, ids: list[int], context: int, stride: int | None) -> Iterator[tuple[int, list[int], int]]:
+    """Yield where each window begins, the ids that go through the model, and how many of its last tokens are scored."""
     windows = half_windows(len(ids), context) if stride is None else strided_windows(len(ids), context, stride)
     bos_id = None if model.tokenizer is None else model.tokenizer.bos_id
     first = [] if stride is not None or bos_id is None else [bos_id]
-    report = progress or (lambda done, total: None)
-    scored_from: list[int] = []  # of each window that has been read, what is scored of its log-probabilities
-
-    def texts() -> Iterator[list[int]]:
-        for start, stop, scored in windows:
-            report(start, len(ids))
-            scored_from.append(scored - start - 1)
-            yield first + ids[start + len(first) : stop]
-
-    nlls, n_evaluated = [], 0
-    for number, (logprobs, _, _) in enumerate(model.scores_of_ids(texts())):
-        nlls.append(-logprobs[scored_from[number] :])
-        n_evaluated += len(logprobs)
-    report(len(ids), len(ids))
-    return Perplexity(np.concatenate(nlls), n_evaluated)
+    for start, stop, scored in windows:
+        yield start, first + ids[start + len(first) : stop], stop - scored
 
 
-def _checked_ids(model: Model, tokens: Prompt, context: int) -> list[int]:
+def _checked_ids(model: Model, name: str, tokens: Prompt, context: int, stride: int | None) -> list[int]:
     """Return the ids of a text. A window's length of them is checked at a time: all together may be too long."""
     if isinstance(tokens, str) and model.tokenizer is not None:
         tokens = model.tokenizer.encode(tokens, added=True)
     ids: list[int] = []
     for start in range(0, max(len(tokens), 1), context):
         ids += model.token_ids(tokens[start : start + context])
+    text = f"{name}: the text" if name else "the text"
+    if stride is None and len(ids) < context:
+        raise InputError(
+            f"{text} has {len(ids)} tokens; expected at least {context}, the context (or a stride, for a short text)"
+        )
+    if len(ids) < 2:
+        raise InputError(f"{text} has 1 token; expected at least 2")
     return ids

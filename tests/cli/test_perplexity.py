@@ -142,6 +142,64 @@ def test_what_is_printed(model_dir: Path, text_file: Path, capsys: pytest.Captur
     assert captured.err == ""
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a directory with three texts, one of them in a directory of its own, and a hidden file."""
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    for name, text in {"b.txt": PARAGRAPH, "a.txt": PARAGRAPH[::-1], "more/c": PARAGRAPH * 2}.items():
+        (folder / name).write_text(text)
+    (folder / ".hidden").write_bytes(b"\xff")
+    return folder
+
+
+def test_several_files_have_a_row_each_and_one_together(
+    model_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [str(folder / name) for name in ("a.txt", "b.txt", "more/c")]
+    alone = [figures(capsys, model_dir, name, "--stride", 50) for name in names]
+    together = figures(capsys, model_dir, folder, "--stride", 50)
+    assert [row.pop("file") for row in together["files"]] == names
+    for row, one in zip(together["files"], alone, strict=True):
+        assert row == {name: one[name] for name in row}
+    scored = [one["tokens_scored"] for one in alone]
+    assert len({*scored}) > 1  # a mean of the files would be another one
+    mean = sum(one["nats_per_token"] * n for one, n in zip(alone, scored, strict=True)) / sum(scored)
+    assert together["nats_per_token"] == pytest.approx(mean, rel=1e-12)
+    assert together["perplexity"] == pytest.approx(math.exp(mean), rel=1e-12)
+    bits = mean * sum(scored) / math.log(2) / sum(len(Path(name).read_bytes()) for name in names)
+    assert together["bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+    for total in ("tokens", "tokens_scored", "tokens_evaluated"):
+        assert together[total] == sum(one[total] for one in alone)
+    again = figures(capsys, model_dir, *reversed(names), "--stride", 50)
+    assert [row["file"] for row in again["files"]] == names[::-1]
+    assert again["perplexity"] == pytest.approx(together["perplexity"], rel=1e-12)
+
+
+def test_the_table_of_several_files(model_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = figures(capsys, model_dir, folder, "--context", 40, "--stride", 40)
+    assert shown["bits_per_byte"] is None
+    assert command(model_dir, folder, "--context", 40, "--stride", 40) == 0
+    table, _, rest = capsys.readouterr().out.partition("\n\n")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["file", "tokens", "scored", "perplexity", "nats per token"]
+    assert [row[0] for row in rows[2:]] == [str(folder / name) for name in ("a.txt", "b.txt", "more/c")] + ["all"]
+    for row, found in zip(rows[2:], [*shown["files"], shown], strict=True):
+        assert row[2] == f"{found['tokens_scored']:,}"
+        assert row[3] == f"{found['perplexity']:.6g} ± {found['perplexity_error']:.2g}"
+    assert [line.split("  ")[0] for line in rest.splitlines()] == ["method", "speed", "computed by"]
+
+
+def test_a_text_that_is_too_short_is_named_before_any_is_scored(
+    model_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "z.txt").write_text("the mill")
+    monkeypatch.setattr(passes, "scores", None)
+    assert_one_error(capsys, command(model_dir, folder), folder / "z.txt", "tokens", 100, "stride")
+    (folder / "z.txt").write_bytes(b"\xff")
+    assert_one_error(capsys, command(model_dir, folder), folder / "z.txt", "UTF-8")
+
+
 def standard_input(data: bytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(data))
 
@@ -191,7 +249,8 @@ def test_a_users_mistake_is_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert_one_error(capsys, command(model_dir, tmp_path / "absent.txt"), "absent.txt", "No such file")
-    assert_one_error(capsys, command(model_dir, tmp_path), "Is a directory")
+    (tmp_path / "nothing").mkdir()
+    assert_one_error(capsys, command(model_dir, tmp_path / "nothing"), tmp_path / "nothing", "no file")
     for options, facts in {
         ("--context", 101): ("context", 101, "whole number", "3 to 100"),
         ("--context", 40, "--stride", 41): ("stride", 41, "whole number", "1 to 40"),

@@ -23,7 +23,7 @@ from support.tiny_tokenizers import PARAGRAPH, tiny_tokenizer
 import mistral_ref
 from mistral_ref import passes
 from mistral_ref.errors import InputError
-from mistral_ref.measure.perplexity import Perplexity, half_windows, perplexity, strided_windows
+from mistral_ref.measure.perplexity import Perplexity, half_windows, joined, perplexities, perplexity, strided_windows
 from mistral_ref.model import Model
 from mistral_ref.sampling import log_softmax
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
@@ -283,3 +283,17 @@ def test_mistakes_are_found_before_anything_is_computed(
 
 
 # ------------------------------------------------------------------------------------------------------ command line
+
+
+def test_progress_over_several_texts_counts_the_tokens_of_all() -> None:
+    model = mistral_ref.load(backend="numpy")
+    texts = {"a": list(range(5, 35)), "b": list(range(5, 25))}
+    seen: list[tuple[int, int]] = []
+    found = perplexities(model, texts, context=10, progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == [0, 10, 20, 30, 40, 50]
+    assert {total for _, total in seen} == {50}
+    for name, ids in texts.items():
+        np.testing.assert_array_equal(found[name].nlls, perplexity(model, ids, context=10).nlls)
+    both = joined(found.values())
+    np.testing.assert_array_equal(both.nlls, np.concatenate([found["a"].nlls, found["b"].nlls]))
+    assert both.n_evaluated == found["a"].n_evaluated + found["b"].n_evaluated
