@@ -296,8 +296,8 @@ def _library() -> tuple[Any, Any]:
         from huggingface_hub import constants, errors  # noqa: F401, PLC0415
     except ImportError:
         huggingface_hub = errors = None
-    if huggingface_hub is None or tuple(map(int, huggingface_hub.__version__.split(".")[:2])) < (1, 2):
+    if huggingface_hub is None or tuple(map(int, huggingface_hub.__version__.split(".")[:2])) < (1, 20):
         raise InputError(
-            "downloads need the package huggingface_hub, from 1.2 on: `pip install -U huggingface_hub` installs it"
+            "downloads need the package huggingface_hub, from 1.20 on: `pip install -U huggingface_hub` installs it"
         )
     return huggingface_hub, errors
