@@ -64,7 +64,7 @@ def test_quick_does_not_read_the_weights(tmp_path: Path) -> None:
     assert "every weight" not in run("doctor", tmp_path, "--quick").stdout
 
 
-@pytest.mark.parametrize("name", ["none", "org/none", "file.txt"])
+@pytest.mark.parametrize("name", ["none", "none.gguf", "none.json", "org/none", "file.txt"])
 def test_a_users_mistake_is_one_line(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)

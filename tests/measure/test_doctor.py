@@ -142,6 +142,9 @@ def test_without_a_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     assert_finds(tmp_path, "wrong", tmp_path, "params.json", "config.json")
     assert len(doctor.examine(tmp_path).examined) == 2  # both files of the tokenizer
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    assert_finds(tmp_path, "wrong", tmp_path, "params.json", "config.json", n=2)
+    assert "weights.safetensors" in doctor.examine(tmp_path).findings[1].what
 
 
 @pytest.mark.parametrize("name", ["", "notes.txt", "notes.json", "tokenizer.json"])

@@ -43,6 +43,8 @@ def located(path: str | os.PathLike[str]) -> Path:
     found = local_path(path)
     if not os.path.lexists(found):
         found = hub.find(os.fspath(path), InputError, whole=False) or found
+        if not os.path.lexists(found):
+            raise InputError(f"{found}: no such file or directory")
     return found if _reader_of(found) else checked_model(found)
 
 

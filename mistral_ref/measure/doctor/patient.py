@@ -117,6 +117,6 @@ class Patient:
 
     def _add(self, finding: Finding) -> None:
         """Add a finding, unless the file is known to be wrong already: what follows from it is no news."""
-        broken = {known.file for known in self.findings if known.severity == "wrong"}
+        broken = {known.file for known in self.findings if known.severity == "wrong" and not known.file.is_dir()}
         if finding.file not in broken and finding not in self.findings:
             self.findings.append(finding)
