@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from drawings import attention, numbers, text
+from drawings import attention, drafts, numbers, text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from story import N_STORY, STORY
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "mistral_ref"}):
         model = mistral_ref.load()
-        course = text.figures(model) | attention.figures(model) | numbers.figures(model)
+        course = text.figures(model) | attention.figures(model) | numbers.figures(model) | drafts.figures(model)
         for name, ax in (figures(model) | course).items():
             ax.figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 

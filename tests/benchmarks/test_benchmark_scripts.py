@@ -284,3 +284,17 @@ def test_what_a_tokenizer_adds_to_the_first_token_is_measured(common: Any, tmp_p
 @pytest.mark.parametrize("name", ["widths", "thread_scaling"])
 def test_examples_in_docstrings(name: str, common: Any) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.slow
+def test_drafts_are_measured_in_pairs(tmp_path: Path) -> None:
+    settings = (*TINY, "--draft-layers", 1, "--dtype", "bf16", "--tokens", 40, "--repeats", 2)
+    done = script("drafts", *settings, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_bytes())["results"]
+    assert [result["name"] for result in results] == ["quoting", "not quoting", "draft model"]
+    for result in results:
+        assert len(result["plain"]) == len(result["with_drafts"]) == 2
+        assert min(result["plain"] + result["with_drafts"]) > 0
+        assert 0 <= result["accepted"] <= result["drafted"]
+    assert_complains(script("drafts", *TINY, "--tokens", 3).stderr, "tokens", 3)
