@@ -11,7 +11,8 @@ apart is reported: proof that they compute the same. Then every test runs once t
 mistral_ref with a sliding window, and with inputs rounded to bf16 as llama.cpp rounds them where
 weights are bf16 and the processor can multiply so, have rows of their own. With --quantize the same weights are
 rounded to 8 or 4 bits by each runtime's own rules, ours with inputs of int16 and of int8, llama.cpp's as Q8_0, or
-Q4_0 and Q4_K_M; logits are then held against those of the float weights. Tokens are random; there is no tokenizer
+Q4_0 and Q4_K_M; logits are then held against those of the float weights. With --gguf llama.cpp rounds them to the
+types named, and both runtimes read the same file. Tokens are random; there is no tokenizer
 and no sampling. Each runtime keeps its own defaults: llama.cpp flash attention "auto" and a float16 cache, n_batch and
 n_ubatch 512; transformers sdpa attention and the checkpoint's dtype; mistral_ref a float32 cache. Peers that are not
 installed are left out: pip install llama-cpp-python gguf transformers torch. Files take three times the size of the
@@ -39,7 +40,7 @@ from peers.process import Runner, Test, Worker, start
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import markdown_table
-from mistral_ref.errors import checked_int
+from mistral_ref.errors import InputError, checked_int
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.quantization import quantize
@@ -55,6 +56,7 @@ examples:
   python benchmarks/compare_peers.py                             8 layers of Mistral 7B in bf16: 12 GiB on disk
   python benchmarks/compare_peers.py --peers llama.cpp --dtype f16
   python benchmarks/compare_peers.py --quantize 4                4 bits, beside llama.cpp's Q4_0 and Q4_K_M
+  python benchmarks/compare_peers.py --gguf Q4_K_M Q8_0          the same GGUF files in both
   python benchmarks/compare_peers.py --shape stories-110m --depth 0
   python benchmarks/compare_peers.py --shape tiny --prompt 64 --generate 4 --depth 64    seconds, to see it work
 """
@@ -143,6 +145,29 @@ def float_runners(arguments: argparse.Namespace, directory: Path, work: Path) ->
     return runners + [Runner(peer, peer, peer_file(peer, directory, work), (), *size) for peer in peers]
 
 
+def gguf_runners(arguments: argparse.Namespace, directory: Path, work: Path) -> list[Runner]:
+    """Return what reads the same GGUF files of packed types: ours with each kind of inputs, then llama.cpp."""
+    if not installed_peers(["llama.cpp"]):
+        raise InputError("--gguf needs llama.cpp, which writes the files: pip install llama-cpp-python gguf")
+    runners = []
+    for name in arguments.gguf:
+        path = llama_file(directory, work, name, arguments.threads)
+        size = matrix_bytes(path)
+        for inputs in ("int16", "int8"):
+            runners.append(Runner(f"{OURS} {name}, {inputs}", OURS, path, [f"--quantized-inputs={inputs}"], *size))
+        runners.append(Runner(f"llama.cpp {name}", "llama.cpp", path, (), *size))
+    return runners
+
+
+def llama_file(directory: Path, work: Path, name: str, threads: int) -> Path:
+    """Return the weights as a GGUF file of one of llama.cpp's types, written if necessary."""
+    from peers.gguf_writer import quantize_gguf  # noqa: PLC0415 (needs the package gguf)
+
+    source, path = peer_file("llama.cpp", directory, work), work / f"model-{name}.gguf"
+    converted(source, path, lambda: quantize_gguf(source, path, name, threads))
+    return path
+
+
 def quantized_runners(arguments: argparse.Namespace, directory: Path, work: Path) -> list[Runner]:
     """Return what runs the weights in 8 or 4 bits, ours first."""
     bits = arguments.quantize
@@ -158,14 +183,12 @@ def quantized_runners(arguments: argparse.Namespace, directory: Path, work: Path
     ]
     if "llama.cpp" not in installed_peers([peer for peer in arguments.peers if peer == "llama.cpp"]):
         return runners
-    from peers.gguf_writer import gguf_bytes, quantize_gguf  # noqa: PLC0415 (needs the package gguf)
+    from peers.gguf_writer import gguf_bytes  # noqa: PLC0415 (needs the package gguf)
 
-    source = peer_file("llama.cpp", directory, work)
-    plain = gguf_bytes(source)
+    plain = gguf_bytes(peer_file("llama.cpp", directory, work))
     n_weights = sum(n_bytes for name, n_bytes in plain.items() if "norm" not in name) * 8 / matrix_bytes(directory)[1]
     for name in LLAMA_TYPES[bits]:
-        path = work / f"model-{name}.gguf"
-        converted(source, path, lambda path=path, name=name: quantize_gguf(source, path, name, arguments.threads))
+        path = llama_file(directory, work, name, arguments.threads)
         sizes = {tensor: n_bytes for tensor, n_bytes in gguf_bytes(path).items() if "norm" not in tensor}
         unread = sizes["token_embd.weight"] if "output.weight" in sizes else 0
         total = sum(sizes.values())
@@ -292,6 +315,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=4096, metavar="W", help="of ours; 0: none (default: %(default)s)")
     parser.add_argument("--rest", type=float, default=0.3, metavar="S", help="seconds between runs (%(default)s)")
     parser.add_argument("--quantize", type=int, choices=[8, 4], metavar="BITS", help="round the weights to 8 or 4 bits")
+    parser.add_argument("--gguf", nargs="+", metavar="TYPE", help="Q4_K_M, Q8_0, ...: both read llama.cpp's file")
     parser.add_argument("--head", type=int, choices=[8, 4], default=8, help="bits of our output matrix (%(default)s)")
     parser.add_argument(
         "--cache-dtype", choices=["float32", "float16"], default="", help="of ours and llama.cpp's (default: their own)"
@@ -321,7 +345,8 @@ def measure(arguments: argparse.Namespace) -> None:
     config = read_config(directory)
     description = machine(arguments.threads)
     model = {"model_type": directory.name, "model_n_params": config.n_parameters}
-    runners = (quantized_runners if arguments.quantize else float_runners)(arguments, directory, work)
+    chosen = gguf_runners if arguments.gguf else quantized_runners if arguments.quantize else float_runners
+    runners = chosen(arguments, directory, work)
     common = options_of(arguments, config)
     workers: list[Worker] = []
     try:

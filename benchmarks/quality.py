@@ -9,9 +9,9 @@ weights as they are, token by token:
 
 Ours: "int4 g32 int16" has 4 bits in groups of 32 and rounds the inputs of products to int16; "bf16 bfloat16" leaves the
 weights as they are and rounds the inputs of those in bf16 to bf16. llama.cpp's formats are those of its own library
-(Q4_K) or of the package gguf (the others), widened again and computed with in float32: what the weights lose, without
-what its products lose. Embedding and output have 8 bits everywhere: ours beside ours, Q8_0
-beside theirs. Rows that their blocks do not divide are filled up with zeros. Peers need: pip install gguf
+(K types and IQ4_NL) or of the package gguf (the others), widened again and computed with in float32: what the weights
+lose, without what its products lose. Embedding and output have 8 bits everywhere: ours beside ours, Q8_0 beside theirs.
+Rows that their blocks do not divide are filled up with zeros. Peers need: pip install gguf
 llama-cpp-python; what is not installed is left out.
 """
 
@@ -59,7 +59,7 @@ OURS: dict[str, tuple[Scheme | None, dict[str, Any]]] = {
         (4, 32, "float"), (4, 32, "int16"), (4, 32, "int8"), (4, 64, "int16"), (4, 128, "int16"),
     )
 } | {"bf16 bfloat16": (None, {"bf16_inputs": "bfloat16"})}  # fmt: skip
-THEIRS = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
+THEIRS = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K")
 AROUND = ("tok_embeddings", "output")
 QUICK_TOKENS = 2048
 
@@ -103,12 +103,17 @@ def ours(model: Model, names: Sequence[str]) -> Iterator[Variant]:
 def theirs(model: Model, names: Sequence[str]) -> Iterator[Variant]:
     """Yield llama.cpp's of these names, as far as what they need is installed."""
     for name in (name for name in names if name in THEIRS):
-        needs = ("gguf", "llama_cpp") if name.endswith("_K") else ("gguf",)
+        needs = ("gguf", "llama_cpp") if rounded_by_llama(name) else ("gguf",)
         missing = [module for module in needs if importlib.util.find_spec(module) is None]
         if missing:
             notice(f"{name} is left out: {', '.join(missing)} is not installed")
         else:
             yield in_gguf(name, model)
+
+
+def rounded_by_llama(name: str) -> bool:
+    """Return whether the package gguf cannot round to a type, so that llama.cpp's own library has to."""
+    return name.endswith("_K") or name.startswith("IQ")
 
 
 def in_gguf(name: str, model: Model) -> Variant:
@@ -137,7 +142,7 @@ def through_gguf(name: str) -> Callable[[np.ndarray], tuple[np.ndarray, float]]:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
 
     def rounded(rows: np.ndarray) -> np.ndarray:
-        if not name.endswith("_K"):
+        if not rounded_by_llama(name):
             return gguf.quants.quantize(rows, kind)
         packed = np.empty((len(rows), rows.shape[1] // block * block_bytes), np.uint8)
         pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (rows, packed))

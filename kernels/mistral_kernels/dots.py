@@ -21,7 +21,8 @@ from typing import Any
 
 from numba import types
 
-from mistral_kernels.pairs import add_dots, no_dots, total_of
+from mistral_kernels.pairs import add_dots, no_dots, total_of, widened_sums
+from mistral_kernels.panel_codes import panel_codes, store_codes
 from mistral_kernels.processor import LANES
 from mistral_kernels.rows import AHEAD
 from mistral_kernels.stored import PLACE, ROWS, Place, Rows, addresses_at, row_addresses, widened
@@ -189,27 +190,27 @@ def tile_groups(bits: int, inputs: str, group: int, n_tiles: int) -> tuple[Any, 
     return no_group_sums, add_group, store_group_sums
 
 
-def unpack(bits: int) -> tuple[Any, Any]:
+def unpack(bits: int, inputs: str) -> tuple[Any, Any]:
     """Return the operations that put 8 inputs of a tile of codes, or the scales of a group, into a panel.
 
-    unpack_codes(W, offset, panel, place)       the bytes from offset on become two times 8 rows of four codes, at place
-                                                and WIDTH * 4 bytes further on
+    unpack_codes(W, offset, panel, place)       the bytes from offset on become two times 8 rows of four codes, from
+                                                place on
     unpack_scales(S, offset, panel, place)      scales and zeros become 8 floats each, at place and WIDTH further on
     """
+    way = panel_codes(bits, inputs)
 
     @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
     def unpack_codes(W: Address, offset: Value, panel: Address, place: Value) -> None:
         address = W + offset
         stored = [(address + 32 * n).load(U8, 32) for n in range(bits // 4)]
         codes = stored if bits == 8 else code_bytes(stored[0], bits)
-        for number, four in enumerate(codes):
-            (panel + (place + 4 * WIDTH * number)).store(four)
+        store_codes(codes, panel + place, way)
 
     @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
     def unpack_scales(S: Address, offset: Value, panel: Address, place: Value) -> None:
         scale, zero = scales_at(S + offset, bits)
         (panel + place).store(scale)
-        (panel + (place + WIDTH)).store(zero)
+        (panel + (place + WIDTH)).store(zero - float(way.zero))
 
     return unpack_codes, unpack_scales
 
@@ -225,23 +226,43 @@ def group_tile(bits: int, inputs: str, group: int, *, has_offsets: bool = False)
 
     q           int16 or int8; the Place a says where in it
     scales_x    float32: scale_x and sum_x of each of q's groups
-    codes       a panel of bytes, four inputs of each lane together
-    scales      float32: scales and zeros, or offsets, of WIDTH lanes, group by group
+    codes       a panel, as panel_codes has it: four inputs of each lane together
+    scales      float32: scales and zeros, or offsets, of WIDTH lanes, group by group; zeros less the panel's own
     C           float32; the Place c says where in it
     continues   whether to add to what C holds
     """
     n_sums, n_words = GROUP_ROWS * VECTORS, words_of_four(inputs)
+    way = panel_codes(bits, inputs)
+    in_round = min(way.in_int16, group // 4) or 1
 
-    def products_of(q_rows: list[Address], codes: Address, four: Value, dots: list[Value]) -> list[Value]:
+    def products_of(q_rows: list[Address], codes: Address, four: Value, sums: list[Value]) -> list[Value]:
         """Return the integer sums after four more inputs."""
-        row = codes + four * (4 * WIDTH)
-        vectors = [(row + 4 * LANES * number).load(U8, 4 * LANES) for number in range(VECTORS)]
+        panel = codes + four * (4 * WIDTH * way.n_parts)
+        vectors = [
+            [(panel + (WIDTH * part + LANES * number) * 4).load(U8, 4 * LANES) for part in range(way.n_parts)]
+            for number in range(VECTORS)
+        ]
         new = []
         for r, address in enumerate(q_rows):
             place = address + four * (4 * n_words)
             words = [(place + 4 * word).load(I32).spread(LANES).bits_as(INPUTS[inputs]) for word in range(n_words)]
-            new += [products(dots[r * VECTORS + number], value, words, bits) for number, value in enumerate(vectors)]
+            new += [way.add(sums[r * VECTORS + number], parts, words) for number, parts in enumerate(vectors)]
         return new
+
+    def round_of(q_rows: list[Address], codes: Address, four: Value, dots: list[Value]) -> list[Value]:
+        """Return the integer sums after as many inputs as int16 can hold the sums of."""
+        if not way.in_int16:
+            return products_of(q_rows, codes, four, dots)
+        sums = [constant(I16, 0, 2 * LANES)] * n_sums
+        if in_round <= 2:
+            for number in range(in_round):
+                sums = products_of(q_rows, codes, four + number, sums)
+        else:
+            sums = loop(
+                0, constant(I64, in_round), 1, sums,
+                lambda number, sums: products_of(q_rows, codes, four + number, sums), stays=True,
+            )  # fmt: skip
+        return [widened_sums(dot, pairs) for dot, pairs in zip(dots, sums, strict=True)]
 
     def scaled(dots: list[Value], x_rows: list[Address], scales: Address, sums: list[Value]) -> list[Value]:
         """Return the sums of floats after a group, with its integer sums."""
@@ -269,10 +290,10 @@ def group_tile(bits: int, inputs: str, group: int, *, has_offsets: bool = False)
 
         def add_group(number: Value, sums: list[Value]) -> list[Value]:
             start = number * group
-            begins, panel = [(row + start).of(U8) for row in q_rows], codes + start * WIDTH
+            begins, panel = [(row + start).of(U8) for row in q_rows], codes + start * (WIDTH * way.n_parts)
             dots = loop(
-                0, constant(I64, group // 4), 1, [no_dots(LANES, n_words)] * n_sums,
-                lambda four, dots: products_of(begins, panel, four, dots),
+                0, constant(I64, group // 4), in_round, [no_dots(LANES, n_words)] * n_sums,
+                lambda four, dots: round_of(begins, panel, four, dots), stays=True,
             )  # fmt: skip
             return scaled(dots, [row + number * 2 for row in x_rows], scales + number * (2 * WIDTH), sums)
 

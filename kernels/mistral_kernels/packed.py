@@ -35,6 +35,7 @@ from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.dots import EIGHT, INPUTS, group_tile, products, words_of_four
 from mistral_kernels.matmul import SLABS, Block, over_blocks
 from mistral_kernels.pairs import no_dots, total_of
+from mistral_kernels.panel_codes import PanelCodes, panel_codes, store_codes
 from mistral_kernels.processor import LINE
 from mistral_kernels.quantized import DEPTH, OF_GROUP, cutter, rounded_inputs, slab_multiplier
 from mistral_kernels.rows import AHEAD
@@ -176,7 +177,7 @@ def matvec_blocks(kind: str, inputs: str) -> Kernel:
     return matvec_blocks
 
 
-def _unpack(kind: str) -> Operation:
+def _unpack(kind: str, way: PanelCodes) -> Operation:
     """Return the operation unpack_block(W, rows, number, codes, place, scales, place_of_scales).
 
     The blocks of a number in 8 rows become, in panels as dots.group_tile takes them, their codes, from a byte of the
@@ -201,13 +202,14 @@ def _unpack(kind: str) -> Operation:
     ) -> None:
         addresses = row_addresses(W, rows, number * packing.bytes, U8, range(8))
         of_rows = [packing.factors(address) for address in addresses]
-        offsets = [scale * float(packing.zero) if minimum is None else minimum for scale, minimum in of_rows]
+        zero = float(packing.zero - way.zero)
+        offsets = [scale * zero if minimum is None else minimum for scale, minimum in of_rows]
         store_factors([scale for scale, _ in of_rows], scales + place_of_scales)
         store_factors(offsets, scales + (place_of_scales + WIDTH))
         for vector in range(packing.weights // VECTOR):
             fours = columns_of_eight([packing.codes(address, vector).bits_as(U32) for address in addresses])
-            for number_of_four, four in enumerate(fours):
-                (codes + (place + 4 * WIDTH * (8 * vector + number_of_four))).store(four.bits_as(U8))
+            panel = codes + (place + WIDTH * VECTOR * way.n_parts * vector)
+            store_codes([four.bits_as(U8) for four in fours], panel, way)
 
     return unpack_block
 
@@ -221,9 +223,10 @@ def matmul_blocks(kind: str, inputs: str) -> Kernel:
     """
     packing, integers = PACKINGS[kind], written(getattr(types, inputs), 3)
     weights, group, block_bytes = packing.weights, packing.group, packing.bytes
-    unpack_block = _unpack(kind)
+    way = panel_codes(packing.bits, inputs)
+    unpack_block, n_parts = _unpack(kind, way), way.n_parts
 
-    @part(kind, borrows=True)
+    @part(kind, inputs, borrows=True)
     def fill_panel(W: Bytes, block: Block, codes: Bytes, scales: Floats) -> None:
         """Put the codes of a block of W into a panel, and their scales and offsets into another."""
         first, last, o, n_in, n_out = block
@@ -231,11 +234,11 @@ def matmul_blocks(kind: str, inputs: str) -> Kernel:
         for r in range(0, WIDTH, 8):
             rows = Rows(min(o + r, n_out - 1) * row_bytes, row_bytes, (n_out - 1) * row_bytes)
             for i in range(first, last, weights):
-                place, place_of_scales = (i - first) * WIDTH + 4 * r, (i - first) // group * OF_GROUP + r
+                place, place_of_scales = (i - first) * WIDTH * n_parts + 4 * r, (i - first) // group * OF_GROUP + r
                 unpack_block(W, rows, i // weights, codes, place, scales, place_of_scales)
 
     multiply_groups = group_tile(packing.bits, inputs, group, has_offsets=True)
-    new_panel, multiply_slab = slab_multiplier(multiply_groups, fill_panel, group, kind, inputs)
+    new_panel, multiply_slab = slab_multiplier(multiply_groups, fill_panel, n_parts, group, kind, inputs)
     multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, kind, inputs)
     cut = cutter(inputs, group)
 

@@ -16,13 +16,18 @@ def _by_lanes(feature: str) -> dict[int, bool]:
     return {16: feature in FEATURES, 8: has_short, 4: has_short}
 
 
+def _has_quads() -> dict[int, bool]:
+    """Return for which vectors four bytes are multiplied and added up at once: AVX-512's VNNI, or AVX2's."""
+    return {lanes: has or (lanes <= 8 and "avxvnni" in FEATURES) for lanes, has in _by_lanes("avx512vnni").items()}
+
+
 def _named(names: dict[str, str]) -> dict[int, str]:
     """Return which instructions the processor has for vectors of 16, 8 and 4 lanes of 32 bits."""
     return {n: name for n, (feature, name) in zip((16, 8, 4), names.items(), strict=True) if feature in FEATURES}
 
 
 # Whether pairs of bf16, or four bytes, are multiplied and added up at once.
-_HAS_BF16_PAIRS, _HAS_QUADS = _by_lanes("avx512bf16"), _by_lanes("avx512vnni")
+_HAS_BF16_PAIRS, _HAS_QUADS = _by_lanes("avx512bf16"), _has_quads()
 # What multiplies bytes into pairs, and what multiplies and adds pairs of int16.
 _PAIRS_OF_BYTES = _named(
     {
@@ -93,6 +98,11 @@ def add_dots(sums: Value, codes: Value, x: list[Value], largest: int) -> Value:
     return pair_dots(pair_dots(sums, even.bits_as(I16), x[0]), odd.bits_as(I16), x[1])
 
 
+def multiplies_bytes_in_pairs(lanes: int) -> bool:
+    """Return whether the processor multiplies two bytes at once in vectors of so many int32, but not four."""
+    return lanes in _PAIRS_OF_BYTES and not _HAS_QUADS[lanes]
+
+
 def quad_dots(sums: Value, codes: Value, x: Value, largest: int) -> Value:
     """Return sums + codes[4j] x[4j] + ... + codes[4j+3] x[4j+3] for n int32, 4n codes of up to `largest`, and 4n int8.
 
@@ -103,9 +113,18 @@ def quad_dots(sums: Value, codes: Value, x: Value, largest: int) -> Value:
     if _HAS_QUADS.get(n):
         return call(f"llvm.x86.avx512.vpdpbusd.{32 * n}", sums, sums, codes, x)
     if largest <= 64 and n in _PAIRS_OF_BYTES:
-        ones = constant(I16, 1, 2 * n)
-        return pair_dots(sums, call(_PAIRS_OF_BYTES[n], ones, codes, x), ones)
+        return widened_sums(sums, pairs_of_bytes(codes, x))
     codes, x = codes.bits_as(U16), x.bits_as(I16)
     even = (codes & 0xFF).bits_as(I16), (x << 8) >> 8
     odd = (codes >> 8).bits_as(I16), x >> 8
     return pair_dots(pair_dots(sums, *even), *odd)
+
+
+def pairs_of_bytes(codes: Value, x: Value) -> Value:
+    """Return codes[2j] x[2j] + codes[2j+1] x[2j+1] as int16, for 4n codes and 4n int8."""
+    return call(_PAIRS_OF_BYTES[codes.lanes // 4], constant(I16, 0, codes.lanes // 2), codes, x)
+
+
+def widened_sums(sums: Value, pairs: Value) -> Value:
+    """Return n int32 plus the sums of two int16 each."""
+    return pair_dots(sums, pairs, constant(I16, 1, pairs.lanes))

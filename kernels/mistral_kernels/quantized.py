@@ -31,6 +31,7 @@ from mistral_kernels.compiling import kernel, made_once, part
 from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
 from mistral_kernels.layout import TILE
 from mistral_kernels.matmul import SLABS, Block, over_blocks, whole_slabs
+from mistral_kernels.panel_codes import panel_codes
 from mistral_kernels.sharing import shared_out
 from mistral_kernels.simd import floats
 from mistral_kernels.stored import Place, Rows
@@ -151,16 +152,19 @@ def cutter(inputs: str, group: int) -> Part:
     return cut
 
 
-def slab_multiplier(multiply_groups: Operation, fill_panel: Part, group: int, *variant: object) -> tuple[Part, Part]:
+def slab_multiplier(
+    multiply_groups: Operation, fill_panel: Part, n_parts: int, group: int, *variant: object
+) -> tuple[Part, Part]:
     """Return the functions new_panel and multiply_slab of matmul.over_blocks, for codes.
 
     multiply_groups     as dots.group_tile has it
     fill_panel(W, block, codes, scales) puts the codes of a block of W into a panel, and their scales into another
+    n_parts             vectors in the panel for each vector of codes
     """
 
     @part(*variant)
     def new_panel() -> tuple[Bytes, Floats]:
-        return floats(DEPTH * WIDTH // 4).view(np.uint8), floats(DEPTH // group * OF_GROUP)
+        return floats(DEPTH * WIDTH * n_parts // 4).view(np.uint8), floats(DEPTH // group * OF_GROUP)
 
     @part(*variant, borrows=True)
     def multiply_slab(
@@ -178,11 +182,11 @@ def slab_multiplier(multiply_groups: Operation, fill_panel: Part, group: int, *v
     return new_panel, multiply_slab
 
 
-def _panel_filler(bits: int, group: int) -> Part:
+def _panel_filler(bits: int, inputs: str, group: int, n_parts: int) -> Part:
     """Return the function fill_panel of slab_multiplier, for codes in tile order."""
-    unpack_codes, unpack_scales = unpack(bits)
+    unpack_codes, unpack_scales = unpack(bits, inputs)
 
-    @part(bits, group, borrows=True)
+    @part(bits, inputs, group, borrows=True)
     def fill_panel(W: tuple[Bytes, Bytes], block: Block, panel: Bytes, scales: Floats) -> None:
         """Put the codes of a block into a panel, and their scales."""
         first, last, o, n_in, n_out = block
@@ -190,7 +194,7 @@ def _panel_filler(bits: int, group: int) -> Part:
         for r in range(0, WIDTH, TILE):
             tile = min(o + r, n_out - 1) // TILE
             for i in range(first, last, 8):
-                unpack_codes(codes, (tile * n_in + i) * bits, panel, (i - first) * WIDTH + 4 * r)
+                unpack_codes(codes, (tile * n_in + i) * bits, panel, (i - first) * WIDTH * n_parts + 4 * r)
             for i in range(first, last, group):
                 offset = (tile * n_in + i) // group * 2 * TILE
                 unpack_scales(factors, offset, scales, (i - first) // group * OF_GROUP + r)
@@ -207,9 +211,9 @@ def matmul_quantized(bits: int, inputs: str, group: int) -> Kernel:
     q, scales_x of the shapes slab_shapes(group, T, I) and any content: int16 or int8, and float32
     """
     integers = written(getattr(types, inputs), 3)
-    cut, variant = cutter(inputs, group), (bits, inputs, group)
-    fill_panel = _panel_filler(bits, group)
-    new_panel, multiply_slab = slab_multiplier(group_tile(*variant), fill_panel, group, *variant)
+    cut, variant, n_parts = cutter(inputs, group), (bits, inputs, group), panel_codes(bits, inputs).n_parts
+    fill_panel = _panel_filler(*variant, n_parts)
+    new_panel, multiply_slab = slab_multiplier(group_tile(*variant), fill_panel, n_parts, group, *variant)
     multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, *variant)
 
     @kernel(

@@ -346,9 +346,19 @@ def larger(a: Value, b: Number) -> Value:
 
 
 def loop(
-    start: Number, stop: Value, stride: int, sums: list[Value], step: Callable[[Value, list[Value]], list[Value]]
+    start: Number,
+    stop: Value,
+    stride: int,
+    sums: list[Value],
+    step: Callable[[Value, list[Value]], list[Value]],
+    *,
+    stays: bool = False,
 ) -> list[Value]:
-    """Return sums that stay in registers: step(k, sums) gives the next ones, for k in range(start, stop, stride)."""
+    """Return sums that stay in registers: step(k, sums) gives the next ones, for k in range(start, stop, stride).
+
+    If the loop `stays`, LLVM does not write its rounds out one after the other. It would add up the rounds' sums
+    first, in an order for which registers do not suffice.
+    """
     builder = _BUILDER.get()
     before = builder.block
     head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
@@ -365,9 +375,19 @@ def loop(
     k.llvm.add_incoming((k + stride).llvm, builder.block)
     for phi, value in zip(phis, new, strict=True):
         phi.llvm.add_incoming(value.llvm, builder.block)
-    builder.branch(head)
+    again = builder.branch(head)
+    if stays:
+        again.set_metadata("llvm.loop", _not_unrolled(builder.module))
     builder.position_at_end(after)
     return phis
+
+
+def _not_unrolled(module: ir.Module) -> Any:
+    """Return LLVM's mark for a loop that is not unrolled: a node that begins with itself."""
+    node = ir.values.MDValue(module, [], name=str(len(module.metadata)))
+    mark = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    node.operands = (node, mark)
+    return node
 
 
 class FloatVectorType(types.Type):
