@@ -82,6 +82,11 @@ def add_compute_options(
         help="what inputs are rounded to before they are multiplied by bf16 weights: float32, no rounding, or "
         "bfloat16, less exact, and prompts twice as fast on AMD processors with AVX512_BF16 (default: %(default)s)",
     )
+    add_memory_option(parser)
+
+
+def add_memory_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lets what does not fit into memory be tried."""
     parser.add_argument(
         "--no-memory-check",
         dest="check_memory",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
+from mistral_ref.cache import KVCache
 from mistral_ref.cli.common import (
     add_adapter_option,
     add_ids_option,
+    add_memory_option,
     add_threads_option,
     add_window_option,
     given_prompt,
@@ -124,8 +127,16 @@ def _add_compute_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help="float32 or float64: one for both models, or one for each with a comma between (default: float32)",
     )
+    parser.add_argument(
+        "--cache-dtype",
+        metavar="A,B",
+        default="",
+        help="float32, float16 or int8, the type of keys and values with --last and --continue: one for both models, "
+        "or one for each with a comma between (default: float32)",
+    )
     add_threads_option(parser, " of each model")
     add_window_option(parser)
+    add_memory_option(parser)
     add_adapter_option(parser, whose="A")
     add_adapter_option(parser, "--adapter-b", "B")
 
@@ -136,9 +147,12 @@ def run(arguments: argparse.Namespace) -> None:
     sides = [_opened(arguments, index) for index in range(2)]
     models = [side for side in sides if isinstance(side, Model)]
     _check_options(arguments, sides)
+    dtypes = [_one_of_two("--cache-dtype", arguments.cache_dtype, index) or None for index in range(2)]
     prompt = _prompt(arguments, sides)
     if len(models) == 2:
-        passes = [split_prompt(model, prompt, arguments.last) for model in models]
+        passes = [
+            split_prompt(model, prompt, arguments.last, dtype) for model, dtype in zip(models, dtypes, strict=True)
+        ]
         if difference := first_difference(passes[0][0], passes[1][0], "tokens"):
             arguments.status = 1
             say(fitted(f"A and B read different tokens, so their steps cannot be compared: {difference}"))
@@ -153,14 +167,19 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.own:
             raise InputError("--own needs two models: a trace cannot take over a value")
         bound = {} if arguments.bound is None else {"bound": arguments.bound}
-        ours, theirs = (_traced(side, prompt, arguments.last, sides) for side in sides)
+        ours, theirs = (
+            side
+            if isinstance(side, Trace)
+            else _traced(side, sides, *split_prompt(side, prompt, arguments.last, dtype))
+            for side, dtype in zip(sides, dtypes, strict=True)
+        )
         comparison = ours.compare(theirs, **bound)
     arguments.status = 1 if comparison.departed else 0  # set before printing: `head` may close the output
     say(fitted(comparison.text(every=arguments.all, width=terminal_width())))
     if arguments.broken and not comparison.departed and BUGS[arguments.broken].shows:
         say(f"{arguments.broken} shows {BUGS[arguments.broken].shows}")
     if n_more is not None:
-        _print_texts(models, prompt, n_more)
+        _print_texts(sides, dtypes, prompt, n_more)
 
 
 def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
@@ -175,6 +194,7 @@ def _opened(arguments: argparse.Namespace, index: int) -> Model | Trace:
         dtype=_one_of_two("--dtype", arguments.dtype, index) or "float32",
         threads=arguments.threads,
         window=arguments.window,
+        check_memory=arguments.check_memory,
         adapters=(arguments.adapter, arguments.adapter_b)[index],
         on_compile=show_compiling,
     )
@@ -220,18 +240,19 @@ def _prompt(arguments: argparse.Namespace, sides: list[Model | Trace]) -> str | 
     )
 
 
-def _traced(side: Model | Trace, prompt: str | list[int], last: int | None, sides: list[Model | Trace]) -> Trace:
-    """Return a side as a trace; a model keeps only the steps that the trace on the other side holds."""
-    if isinstance(side, Trace):
-        return side
+def _traced(model: Model, sides: list[Model | Trace], tokens: list[int], cache: KVCache | None) -> Trace:
+    """Return the trace of a model; it keeps only the steps that the trace on the other side holds."""
     kept = next(list(other) for other in sides if isinstance(other, Trace))
-    tokens, cache = split_prompt(side, prompt, last)
-    return side.trace(tokens, cache=cache, keep=kept)
+    return model.trace(tokens, cache=cache, keep=kept)
 
 
-def _print_texts(models: list[Model], prompt: str | list[int], n_more: int) -> None:
-    for name, model in zip("AB" if len(models) == 2 else ["the model"], models, strict=True):
-        say(f"{name} goes on: ", end="")
-        for token in model.generate(prompt, max_tokens=n_more):
-            say(text_of(model, token), end="")
-        say()
+def _print_texts(
+    sides: list[Model | Trace], dtypes: Sequence[str | None], prompt: str | list[int], n_more: int
+) -> None:
+    is_two = all(isinstance(side, Model) for side in sides)
+    for name, model, dtype in zip("AB", sides, dtypes, strict=True):
+        if isinstance(model, Model):
+            say(f"{name if is_two else 'the model'} goes on: ", end="")
+            for token in model.generate(prompt, max_tokens=n_more, cache=model.new_cache(dtype=dtype)):
+                say(text_of(model, token), end="")
+            say()

@@ -67,13 +67,15 @@ def maybe_broken(model: Model, bug: str | None) -> Model:
     return model if bug is None else broken(model, bug)
 
 
-def split_prompt(model: Model, prompt: Prompt, last: int | None) -> tuple[list[int], KVCache | None]:
+def split_prompt(
+    model: Model, prompt: Prompt, last: int | None, cache_dtype: str | None = None
+) -> tuple[list[int], KVCache | None]:
     """Return the tokens of the pass to look at, and a cache with the tokens before them; without `last` no cache."""
     ids = model.token_ids(prompt)
     if last is None:
         return ids, None
     last = checked_int("--last", last, least=1, most=len(ids))
-    before, cache = ids[:-last], model.new_cache(chunk=last)
+    before, cache = ids[:-last], model.new_cache(chunk=last, dtype=cache_dtype)
     with progress_bar("reading what comes before", is_long=len(before) > DEFAULT_CHUNK) as progress:
         for start in range(0, len(before), last):
             model.forward(before[start : start + last], cache, last_only=True)

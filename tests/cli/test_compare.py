@@ -108,3 +108,17 @@ def test_a_bug_that_changes_the_tokens_departs_before_every_step() -> None:
     assert (done.returncode, done.stderr) == (1, "")
     assert "6" in done.stdout  # tokens of A
     assert "5" in done.stdout  # and of B
+
+
+def test_keys_and_values_of_two_types_are_compared(trace_file: str) -> None:
+    options = (LONG_TEXT, "--backend", "numpy", "--last", 4)
+    same = run("compare", "demo", "demo", *options, "--cache-dtype", "int8")
+    other = run("compare", "demo", "demo", *options, "--cache-dtype", "float32,int8", "--bound", 1000, "--continue", 4)
+    assert "all 88 steps are equal" in same.stdout
+    assert other.returncode == 1
+    model = mistral_ref.load(backend="numpy")
+    for name, dtype in (("A", "float32"), ("B", "int8")):
+        text = model.complete(LONG_TEXT, max_tokens=4, cache=model.new_cache(dtype=dtype))
+        assert f"{name} goes on: {text}" in other.stdout
+    assert_complains(run("compare", "demo", "demo", *options, "--cache-dtype", "int3").stderr, "int3")
+    assert_complains(run("compare", "demo", trace_file, "--cache-dtype", "int3", "--last", 1).stderr, "int3")
