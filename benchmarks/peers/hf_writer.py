@@ -15,42 +15,16 @@ from mistral_ref.files.config_files import read_config
 from mistral_ref.files.tensor_file import Tensor
 from mistral_ref.files.tensor_names import huggingface_name
 from mistral_ref.measure.synthetic import PlannedTensor, write_planned
+from mistral_ref.study.conform.layouts import config_json, rows_in_halves
 
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def halves(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Return the rows (heads * K, I) of wq or wk with each head's pairs torn apart: 0, 2, 4, ... then 1, 3, 5, ...
-
-    >>> halves(np.arange(8).reshape(8, 1), n_heads=2).ravel().tolist()
-    [0, 2, 1, 3, 4, 6, 5, 7]
-    """
-    return rows.reshape(n_heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-
-
 def _config_json(config: ModelConfig, dtype: str) -> dict[str, object]:
     """Return what config.json says; without a window, so that every runtime does the same work."""
-    return {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.hidden_dim,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": config.max_seq_len or 2**15,
-        "sliding_window": None,
-        "tie_word_embeddings": config.tied_embeddings,
-        "hidden_act": "silu",
-        "dtype": _TORCH_NAMES[dtype],
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
+    no_window = config.replace(sliding_window=(None,) * config.n_layers)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return config_json(no_window, "mistral", _TORCH_NAMES[dtype]) | ids
 
 
 def _planned(tensor: Tensor, config: ModelConfig) -> PlannedTensor:
@@ -58,7 +32,7 @@ def _planned(tensor: Tensor, config: ModelConfig) -> PlannedTensor:
 
     def pieces() -> Iterator[np.ndarray]:
         data = tensor.mapped()[1]
-        yield data if heads is None else halves(data, heads)
+        yield data if heads is None else rows_in_halves(data, heads)
 
     return PlannedTensor(huggingface_name(tensor.name), tensor.dtype, tensor.shape, pieces)
 

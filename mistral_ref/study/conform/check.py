@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from mistral_ref.config import RowOrder
-from mistral_ref.errors import InputError, Progress, first_difference
+from mistral_ref.errors import InputError, Progress, first_difference, short_repr
 from mistral_ref.files.paths import local_path
+from mistral_ref.steps import step_names
 from mistral_ref.study.conform.cases import BOS, Case, Text
 from mistral_ref.study.conform.departure import Departure, departure_of
 from mistral_ref.study.conform.hypotheses import (
@@ -129,6 +130,8 @@ def _dumps_of(case: Case, folder: Path, rope_row_order: RowOrder | None) -> list
         path = folder / f"{case.name}-{text.name}.safetensors"
         if path.is_file():
             dump = Trace.load(path, rope_row_order=rope_row_order)
+            if dump.keys().isdisjoint(step_names(case.config)):
+                raise InputError(f"{path}: holds no step of {case.name}, but {short_repr(list(dump))}")
             _check_tokens(path, dump, text)
             evidence.append(Evidence(text, dump))
     return evidence

@@ -14,7 +14,12 @@ from mistral_ref.study.broken import BUGS
 from mistral_ref.study.conform.check import Verdict
 from mistral_ref.study.conform.departure import Departure
 
-_PLURAL = {"agrees": "agree", "agrees in 16 bits": "agree in 16 bits", "departs": "depart", "no dump": "have no dump"}
+_COUNTED = {  # one model, several models
+    "agrees": ("agrees", "agree"),
+    "agrees in 16 bits": ("agrees in 16 bits", "agree in 16 bits"),
+    "departs": ("departs", "depart"),
+    "no dump": ("has no dump", "have no dump"),
+}
 
 
 _AGREEING = 1e-4  # of the logits' size; 2,000 ulps are about as much
@@ -35,8 +40,9 @@ def as_text(verdicts: Sequence[Verdict]) -> str:
 
 def summary(verdicts: Sequence[Verdict]) -> str:
     """Return how many models have which outcome, in one line."""
-    counts = {outcome: sum(verdict.outcome == outcome for verdict in verdicts) for outcome in _PLURAL}
-    return f"{len(verdicts)} models: " + ", ".join(f"{n} {_PLURAL[outcome]}" for outcome, n in counts.items() if n)
+    counts = {words: sum(verdict.outcome == outcome for verdict in verdicts) for outcome, words in _COUNTED.items()}
+    named = ", ".join(f"{n} {words[n > 1]}" for words, n in counts.items() if n)
+    return f"{len(verdicts)} model{'s' if len(verdicts) > 1 else ''}: {named}"
 
 
 def as_json(verdicts: Sequence[Verdict]) -> str:
