@@ -188,7 +188,7 @@ def test_every_bug_is_found_from_logits_and_from_a_dump(case: Case, hypotheses: 
     assert_every_bug_is_found(case, found, found.bugs)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @each_case
 def test_in_16_bits_a_bug_is_found_or_hides_and_no_other_is_accused(
     case: Case, hypotheses: dict[str, Hypotheses]
