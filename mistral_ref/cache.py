@@ -15,16 +15,19 @@ from typing import Any, Never, SupportsIndex
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, checked_choice, checked_int, first_difference, short_repr
+from mistral_ref.errors import CacheError, InputError, checked_choice, checked_int, first_difference, short_repr, warn
 from mistral_ref.files.cache_file import not_a_cache, read_cache_file, write_cache_file
+from mistral_ref.files.paths import local_path
 from mistral_ref.host import require_memory
 from mistral_ref.ops import KeyView, Ops
 from mistral_ref.ring import Ring
+from mistral_ref.weights import Weights, fingerprint
 
 DEFAULT_CHUNK = 512
 CACHE_DTYPES = ("float32", "float16", "int8")
 SCALE_BYTES = 4  # bytes of a scale; with int8 every key and every value of a head has one
 _FIRST_CAPACITY = 64
+_MOST_KEPT = 4  # copies that `keep` makes
 
 
 class KVCache:
@@ -53,6 +56,7 @@ class KVCache:
         max_tokens: int | None = None,
         dtype: str | None = None,
         check_memory: bool = True,
+        weights: Weights | None = None,
     ) -> None:
         self.check_memory = check_memory
         self.chunk = checked_int("chunk", chunk, least=1)
@@ -63,6 +67,8 @@ class KVCache:
         checked_choice("dtype", self.dtype, ops.cache_dtypes)
         self.config, self.ops = config, ops
         self._tokens: list[int] = []
+        self._kept: list[KVCache] = []
+        self._weights = weights
         # A pass stores this number when it begins. If it has changed since, the pass stops with a CacheError.
         self._n_passes = 0
         self.rings = [self._new_ring(window) for window in config.sliding_window]
@@ -174,22 +180,50 @@ class KVCache:
         del self._tokens[length:]
         self._n_passes += 1
 
+    def keep(self) -> None:
+        """Keep a copy of the cache as it is now: `keep_shared` can go back to it, however far the rings have wrapped.
+
+        The newest four copies are kept; each takes as much memory as the cache. They are not saved. Without windows a
+        cache can always go back, and nothing is kept. Raises CacheError if memory has no room for a copy.
+        """
+        if all(ring.window is None for ring in self.rings):
+            return
+        require_memory(self.bytes_for(self.length), f"a copy of the cache with {self.length} tokens", kind=CacheError)
+        twin = self.copy()
+        twin._kept = []
+        self._kept = [*self._kept, twin][-_MOST_KEPT:]
+
     def keep_shared(self, ids: Sequence[int]) -> int:
         """Take back every token from the first one on that is not as in `ids`; return how many tokens remain.
 
-        None remain if the next token would see a key that a ring has overwritten (see `truncate`).
+        If the next token would see a key that a ring has overwritten (see `truncate`), the cache becomes what `keep`
+        has kept and shares most tokens with `ids`, or empty. A warning then says how many tokens are read again.
         """
-        length = shared_length(self._tokens, ids)
-        try:
-            self.truncate(length)
-        except CacheError:
-            self.truncate(0)
+        shared = shared_length(self._tokens, ids)
+        best = max([self, *self._kept], key=lambda one: one._shared_with(ids))
+        length = best._shared_with(ids)
+        if best is not self:
+            twin = best.copy()
+            self.rings, self._tokens = twin.rings, twin._tokens
+        self.truncate(length)
+        if length < shared:
+            warn(
+                f"the cache shares {shared} tokens with the prompt, but a ring has overwritten keys that the next "
+                f"token sees; {shared - length} tokens are read again (cache.keep() keeps a copy to go back to)"
+            )
         return self.length
+
+    def _shared_with(self, ids: Sequence[int]) -> int:
+        """Return how many tokens this cache shares with `ids`; 0 if it cannot go back to them."""
+        length = shared_length(self._tokens, ids)
+        return length if all(ring.first_visible(length) >= min(ring.oldest, length) for ring in self.rings) else 0
 
     def copy(self) -> KVCache:
         """Return an independent copy. With copies several texts can continue one prompt."""
         twin = object.__new__(type(self))
-        twin.__dict__ |= vars(self) | {"rings": copy.deepcopy(self.rings), "_tokens": self.tokens}
+        twin.__dict__ |= vars(self) | {
+            "rings": copy.deepcopy(self.rings), "_tokens": self.tokens, "_kept": self._kept.copy()
+        }  # fmt: skip
         return twin
 
     def __copy__(self) -> KVCache:
@@ -207,22 +241,28 @@ class KVCache:
         The file gets its name only when it is complete. Raises CacheError if it cannot be written.
         """
         settings = {"chunk": self.chunk, "max_tokens": self.max_tokens, "dtype": self.dtype}
+        settings["weights"] = None if self._weights is None else fingerprint(self._weights)
         layers = (self.ops.read(ring.store, ring.slots(ring.oldest, self.length)) for ring in self.rings)
         write_cache_file(path, self.config, settings, self._tokens, layers)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops) -> KVCache:
-        """Return the cache that `save` wrote, for a model of the same configuration.
+    def load(
+        cls, path: str | os.PathLike[str], config: ModelConfig, ops: Ops, weights: Weights | None = None
+    ) -> KVCache:
+        """Return the cache that `save` wrote, for a model of the same configuration and weights.
 
         `ops` may be of another backend than the one that wrote the file. If `ops` cannot store the file's dtype, the
         cache gets the dtype of `ops`. Raises CacheError if the file is not a saved cache, is damaged, or belongs to
-        another configuration.
+        another configuration or to other weights.
         """
         settings, tokens, layers = read_cache_file(path, config)
+        found, expected = settings.pop("weights"), None if weights is None else fingerprint(weights)
+        if found != expected and None not in (found, expected):
+            raise CacheError(f"{local_path(path)}: this cache belongs to a model with other weights")
         if settings["dtype"] not in ops.cache_dtypes:
             settings["dtype"] = None
         try:
-            cache = cls(config, ops, **settings)
+            cache = cls(config, ops, **settings, weights=weights)
             for ring, (k_SGK, v_SGK) in zip(cache.rings, layers, strict=True):
                 cache._restore(ring, len(tokens), k_SGK, v_SGK)
             cache._tokens = tokens.tolist()

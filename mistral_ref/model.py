@@ -93,12 +93,18 @@ class Model:
         Raises InputError for a value that cannot be used.
         """
         return self._cache_type(
-            self.config, self.ops, chunk=chunk, max_tokens=max_tokens, dtype=dtype, check_memory=self.check_memory
+            self.config,
+            self.ops,
+            chunk=chunk,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            check_memory=self.check_memory,
+            weights=self.weights,
         )
 
     def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
         """Return the cache that `cache.save(path)` wrote. Raises CacheError as `KVCache.load` does."""
-        cache = self._cache_type.load(path, self.config, self.ops)
+        cache = self._cache_type.load(path, self.config, self.ops, self.weights)
         cache.check_memory = self.check_memory
         return cache
 

@@ -6,6 +6,7 @@ A matrix stays a view of the mapped file. A product widens only the rows that it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -24,6 +25,7 @@ Kind = Literal["f32", "f16", "bf16", "fp8", "int8", "int4"]
 BlockKind = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"]
 Rows = slice | np.ndarray
 
+_HASHED_BYTES = 256  # of every matrix
 FP8_BLOCK = 128  # in published fp8 checkpoints a scale is for a square of 128 x 128 weights, or for the whole matrix
 
 
@@ -276,6 +278,17 @@ def _every_matrix(part: Any) -> Iterator[Matrix]:
     elif dataclasses.is_dataclass(part):
         for each in dataclasses.fields(part):
             yield from _every_matrix(getattr(part, each.name))
+
+
+def fingerprint(weights: Weights) -> str:
+    """Return a hash of some bytes of every matrix and of every norm, in hexadecimal: other weights have another one."""
+    digest = hashlib.sha256()
+    for matrix in matrices(weights):
+        numbers = matrix.as_bytes.reshape(-1)
+        digest.update(numbers[numbers.size // 2 :][:_HASHED_BYTES].tobytes())
+    for norm_D in norms(weights).values():
+        digest.update(norm_D.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def norms(weights: Weights) -> dict[str, np.ndarray]:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.cache_machine import CLOSE, config_with, run_cache_machine, whole
-from support.errors import refused
+from support.checkpoints import FAMILIES
+from support.errors import refused, warned
 from support.tiny import chunkings, configs, model_of, tokens_for
 
 import mistral_ref
@@ -260,3 +261,44 @@ def test_a_saved_cache_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
         model.load_cache(tmp_path / "absent")
     with refused(CacheError, tmp_path / "absent" / "cache.safetensors", "written"):
         cache.save(tmp_path / "absent" / "cache.safetensors")
+
+
+def test_a_kept_copy_is_gone_back_to_where_the_ring_has_wrapped() -> None:
+    """Many questions about one document: each costs its own tokens, and the first copy is dropped at the fifth."""
+    model = model_of(FAMILIES["dense_windowed"].config, dtype="float64")  # a window of 5
+    document, cache = tokens_for(model.config, 40), model.new_cache(chunk=4)
+    model.forward(document, cache)
+    cache.keep()
+    for seed in range(1, 5):
+        question = [*document, *tokens_for(model.config, 9, seed)]
+        assert cache.keep_shared(question[:-1]) == 40
+        found = model.forward(question[40:], cache, last_only=True)
+        np.testing.assert_allclose(found, model.forward(question, last_only=True), atol=1e-9)
+        model.forward(tokens_for(model.config, 20), cache)  # an answer: the ring wraps
+    twin = cache.copy()
+    for _ in range(4):
+        twin.keep()
+    with warned("40 tokens", "40 tokens are read again", "keep()"):
+        assert twin.keep_shared([*document, 1]) == 0
+    assert cache.keep_shared([*document, 1]) == 40  # a copy of a cache has its own list
+    with warned("20 tokens", "overwritten"):
+        assert cache.keep_shared(document[:20]) == 0
+
+
+def test_without_windows_nothing_is_kept() -> None:
+    model = model_of(FAMILIES["llama"].config)
+    cache = model.new_cache()
+    model.forward([1, 2, 3], cache)
+    cache.keep()
+    assert cache._kept == []
+
+
+def test_a_saved_cache_of_other_weights_is_refused(tmp_path: Path) -> None:
+    config = FAMILIES["dense_windowed"].config
+    model, other = model_of(config, seed=1), model_of(config, seed=2)
+    cache = model.new_cache()
+    model.forward([1, 2, 3], cache)
+    cache.save(tmp_path / "cache")
+    assert model_of(config, seed=1, dtype="float64").load_cache(tmp_path / "cache").tokens == [1, 2, 3]
+    with refused(CacheError, tmp_path / "cache", "other weights"):
+        other.load_cache(tmp_path / "cache")

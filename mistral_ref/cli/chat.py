@@ -9,6 +9,7 @@ from mistral_ref.cli.chat_shell import HELP, ChatShell, LineReader
 from mistral_ref.cli.common import add_cache_option, add_compute_options, add_model_option, as_text, load_model
 from mistral_ref.cli.draft_options import add_draft_options, draft_settings
 from mistral_ref.cli.output import say
+from mistral_ref.cli.prompt_cache import add_prompt_cache_option, prompt_cache
 from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.conversation import SYSTEM_PROMPT_FILE, Conversation, read_system_prompt
 from mistral_ref.errors import InputError, escaped, short_repr
@@ -70,6 +71,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--stats", action="store_true", help="after each answer print its times to standard error")
     add_sampling_options(parser)
     add_draft_options(parser)
+    add_prompt_cache_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -91,13 +93,16 @@ def run(arguments: argparse.Namespace) -> None:
         conversation.set_system(as_text(arguments.system))
     elif conversation.is_chat:
         conversation.set_system(read_system_prompt(model_path(arguments.model)))
-    with LineReader(keeps_history=not arguments.no_history) as reader:
-        if reader.is_terminal or not conversation.is_chat:
-            say(introduction(conversation, str(arguments.model)), error=True)
-        shell = ChatShell(
-            conversation, reader, as_json=arguments.json, stats=arguments.stats, marks=arguments.mark_accepted
-        )
-        shell.run()
+    with prompt_cache(model, arguments.prompt_cache, arguments.cache_dtype) as kept:
+        if kept is not None:
+            conversation.cache = kept
+        with LineReader(keeps_history=not arguments.no_history) as reader:
+            if reader.is_terminal or not conversation.is_chat:
+                say(introduction(conversation, str(arguments.model)), error=True)
+            shell = ChatShell(
+                conversation, reader, as_json=arguments.json, stats=arguments.stats, marks=arguments.mark_accepted
+            )
+            shell.run()
 
 
 def introduction(conversation: Conversation, name: str) -> str:

@@ -24,6 +24,7 @@ from mistral_ref.cli.common import (
 from mistral_ref.cli.draft_options import add_draft_options, draft_settings, draft_statistics
 from mistral_ref.cli.generate_batch import add_batch_options, run_batch
 from mistral_ref.cli.output import say, say_token
+from mistral_ref.cli.prompt_cache import add_prompt_cache_option, prompt_cache
 from mistral_ref.cli.sampling_options import add_sampling_options, sampling_settings
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.conversation import Conversation
@@ -102,6 +103,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_batch_options(parser)
     add_sampling_options(parser)
     add_draft_options(parser)
+    add_prompt_cache_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -116,27 +118,31 @@ def run(arguments: argparse.Namespace) -> None:
         return
     prompt = read_prompt(arguments)
     ids = model.token_ids(prompt) if arguments.system is None else ids_of_turn(model, arguments.system, prompt)
-    with progress_bar("reading the prompt", is_long=len(ids) > DEFAULT_CHUNK) as progress:
-        tokens = model.generate(
-            ids,
-            max_tokens=arguments.max_tokens,
-            **sampling_settings(arguments),
-            **drafts,
-            stop=stop,
-            top_logprobs=arguments.top_logprobs,
-            max_seconds=arguments.max_seconds,
-            progress=progress,
-            cache=model.new_cache(max_tokens=len(ids) + arguments.max_tokens - 1, dtype=arguments.cache_dtype),
-        )
-        given = [next(tokens)]  # before the prompt is printed: a bar or a notice would be in the middle of the text
-    echo = prompt if isinstance(prompt, str) else text_of_ids(model, ids)
-    if arguments.no_echo or arguments.system is not None:
-        echo = ""
-    say(echo + text_of(model, given[0]), end="")
-    first_at = time.perf_counter()
-    for token in tokens:
-        given.append(token)
-        say_token(text_of(model, token), is_marked=token.from_draft and arguments.mark_accepted)
+    with prompt_cache(model, arguments.prompt_cache, arguments.cache_dtype) as kept:
+        n_most = len(ids) + arguments.max_tokens - 1
+        own = model.new_cache(max_tokens=n_most, dtype=arguments.cache_dtype) if kept is None else None
+        with progress_bar("reading the prompt", is_long=len(ids) > DEFAULT_CHUNK) as progress:
+            tokens = model.generate(
+                ids,
+                max_tokens=arguments.max_tokens,
+                **sampling_settings(arguments),
+                **drafts,
+                stop=stop,
+                top_logprobs=arguments.top_logprobs,
+                max_seconds=arguments.max_seconds,
+                progress=progress,
+                cache=own,
+                prompt_cache=kept,
+            )
+            given = [next(tokens)]  # before the prompt is printed: a bar or a notice would be in the middle of the text
+        echo = prompt if isinstance(prompt, str) else text_of_ids(model, ids)
+        if arguments.no_echo or arguments.system is not None:
+            echo = ""
+        say(echo + text_of(model, given[0]), end="")
+        first_at = time.perf_counter()
+        for token in tokens:
+            given.append(token)
+            say_token(text_of(model, token), is_marked=token.from_draft and arguments.mark_accepted)
     say()
     ended = time.perf_counter()
     if arguments.top_logprobs:

@@ -14,7 +14,8 @@ from mistral_ref.generation import Token
 from mistral_ref.model import Model
 from mistral_ref.stops import Stop
 
-_OTHERS = ("prompt", "ids", "system", "lookup", "draft", "draft_sampling", "mark_accepted", "stats", "top_logprobs")
+_OTHERS = ("prompt", "ids", "system", "prompt_cache", "stats", "top_logprobs")
+_DRAFTS = ("lookup", "draft", "draft_sampling", "mark_accepted")
 
 
 def add_batch_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
 
 def run_batch(arguments: argparse.Namespace, model: Model, stop: Stop) -> None:
     """Print the continuation of every line of a file."""
-    for name in _OTHERS:
+    for name in (*_OTHERS, *_DRAFTS):
         if getattr(arguments, name, None):
             raise InputError(f"--batch and {name.replace('_', '-')} are both given; expected one of them")
     prompts = read_text(arguments.batch).removesuffix("\n").split("\n")

@@ -24,13 +24,13 @@ from mistral_ref.files.tensor_file import Tensor, open_tensor_file, write_tensor
 
 _FORMAT = "mistral_ref.cache.v2"
 _WITHOUT_TOKENS = "mistral_ref.cache.v1"
-_SETTINGS = {"chunk", "max_tokens", "dtype"}
+_SETTINGS = {"chunk", "max_tokens", "dtype", "weights"}
 
 
 class SavedCache(NamedTuple):
     """The contents of a file.
 
-    settings    "chunk", "max_tokens" and "dtype" of the cache
+    settings    "chunk", "max_tokens" and "dtype" of the cache; "weights", a fingerprint of the model's; None: not known
     tokens      the ids of its tokens (N,)
     layers      for each layer its keys and its values, (S, G, K) each
     """

@@ -297,4 +297,4 @@ def test_drafts_are_measured_in_pairs(tmp_path: Path) -> None:
         assert len(result["plain"]) == len(result["with_drafts"]) == 2
         assert min(result["plain"] + result["with_drafts"]) > 0
         assert 0 <= result["accepted"] <= result["drafted"]
-    assert_complains(script("drafts", *TINY, "--tokens", 3).stderr, "tokens", 3)
+    assert_complains(script("drafts", *TINY, "--tokens", 3).stderr, "tokens", 3, program="drafts.py")

@@ -151,6 +151,27 @@ def test_a_draft_changes_no_text_and_its_success_is_told(model_dir: Path, draft:
     assert "drafts" not in plain.stderr
 
 
+def test_a_prompt_cache_is_read_and_written(model_dir: Path, tmp_path: Path) -> None:
+    path, prompt = tmp_path / "kept", "The mill stood by the river. "
+    for text in (prompt, f"{prompt}The wheel", f"{prompt}The miller"):
+        options = ("generate", "--model", model_dir, "--temperature", 0, "--max-tokens", 8, text)
+        done = run(*options, "--prompt-cache", path)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", run(*options).stdout)
+        model = mistral_ref.load(model_dir)
+        ids = model.token_ids(text)
+        assert model.load_cache(path).tokens[: len(ids)] == ids
+    for command in (("generate", "A"), ("chat",)):
+        one_line_error(run(*command, "--prompt-cache", path, stdin="A\n"), path, "another configuration")
+        missing = tmp_path / "none" / "kept"
+        one_line_error(run(*command, "--prompt-cache", missing, stdin="A\n"), missing, "no such folder")
+    chatted = tmp_path / "chatted"
+    talked = run(
+        "chat", "--model", model_dir, "--temperature", 0, "--max-tokens", 4, "--prompt-cache", chatted, stdin="A mill\n"
+    )
+    assert talked.returncode == 0
+    assert model.load_cache(chatted).length > 3
+
+
 def test_mistakes_in_options_of_drafts(model_dir: Path, tmp_path: Path) -> None:
     one_line_error(run("generate", "--draft-sampling", "A"), "--draft-sampling", "--draft MODEL")
     one_line_error(run("generate", "--lookup", "--draft", "demo", "A"), "--lookup", "--draft")
