@@ -146,7 +146,8 @@ class ModelConfig:
     tied_embeddings     whether the embedding matrix is also the output matrix; if the files hold an output matrix
                         all the same, that one is used
     max_seq_len         length of the longest sequence that the model is meant for; None if the files do not say it
-    adapted             the steps that adapters add to, each with the rank of what is added: (("layers.0.q", 16), ...)
+    adapted             the steps that adapters add to, each with the rank of what is added: (("layers.0.q", 16), ...);
+                        files/adapters.py sets it together with the weights
 
     Raises ConfigError. The message names the field, its value and the expected value.
     """

@@ -4,7 +4,8 @@ The forward pass is a generator. It yields a Step for every value worth looking 
 the value that the Step then holds. The catalogue below fixes the name, the axes and the formula of each step.
 
 Letters in shapes, here and in the names of variables everywhere: T tokens in this pass, S keys visible, D model width,
-H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary, E experts, N (token, expert) pairs.
+H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary, E experts, N (token, expert) pairs,
+R rank of an adapter.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ look at them or send back other values. Two kinds of lines below yield steps:
                         └──────────>──────────┘  └──────────>───────────┘
 
 Shapes: T tokens in this pass, S keys visible, D model width, H query heads, G key/value heads, K head width,
-F feed-forward width, E experts, N (token, expert) pairs, V vocabulary. The letters after the last underscore of a name
-are the shape of the array: x_TD has shape (T, D).
+F feed-forward width, E experts, N (token, expert) pairs, R rank of an adapter, V vocabulary. The letters after the last
+underscore of a name are the shape of the array: x_TD has shape (T, D).
 
 Sources: the block is Llama's (arXiv:2302.13971). Mistral 7B adds grouped queries and a sliding window
-(arXiv:2310.06825). Mixtral adds a mixture of experts (arXiv:2401.04088).
+(arXiv:2310.06825). Mixtral adds a mixture of experts (arXiv:2401.04088). Adapters are LoRA's (arXiv:2106.09685).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -117,28 +117,27 @@ def _joined(name: str, matrices: Sequence[Matrix], axis: int) -> Matrix:
 
 def merged(config: ModelConfig, weights: Weights) -> Weights:
     """Return weights in which what adapters add is part of the matrices. Only `rows` of these matrices may be used."""
-    layers = []
-    for number, layer in enumerate(weights.layers):
-        added = {
-            name: (lora, expert)
-            for step, lora in layer.lora.items()
-            for expert, name in enumerate(_matrices_of(step, f"layers.{number}", config))
-        }
+    added = {
+        name: (lora, expert)
+        for number, layer in enumerate(weights.layers)
+        for step, lora in layer.lora.items()
+        for expert, name in enumerate(_matrices_of(step, f"layers.{number}", config))
+    }
 
-        def change(matrix: Matrix, added: Mapping[str, tuple[Lora, int]] = added) -> Matrix:
-            if matrix.name not in added:
-                return matrix
-            order = np.arange(matrix.shape[0])
-            if config.rope_row_order == "halves" and matrix.name.endswith((".wq", ".wk")):
-                order = np.argsort(interleaved_rows(len(order), config.head_dim))
-            lora, expert = added[matrix.name]
-            whole = _Merged(matrix.name, "f32", matrix.data, base=matrix, lora=lora, expert=expert, order=order)
-            # A router is small, and quantizing leaves it as it is.
-            is_router = matrix.name.endswith("feed_forward.gate")
-            return Matrix(matrix.name, "f32", whole.rows(slice(None), np.float32)) if is_router else whole
+    def change(matrix: Matrix) -> Matrix:
+        if matrix.name not in added:
+            return matrix
+        order = np.arange(matrix.shape[0])
+        if config.rope_row_order == "halves" and matrix.name.endswith((".wq", ".wk")):
+            order = np.argsort(interleaved_rows(len(order), config.head_dim))
+        lora, expert = added[matrix.name]
+        whole = _Merged(matrix.name, "f32", matrix.data, base=matrix, lora=lora, expert=expert, order=order)
+        # A router is small, and quantizing leaves it as it is.
+        is_router = matrix.name.endswith("feed_forward.gate")
+        return Matrix(matrix.name, "f32", whole.rows(slice(None), np.float32)) if is_router else whole
 
-        layers.append(with_matrices(replace(layer, lora={}), change))
-    return replace(weights, layers=tuple(layers))
+    plain = tuple(replace(layer, lora={}) for layer in weights.layers)
+    return replace(weights, layers=with_matrices(plain, change))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.adapters import WRITERS, Deltas, adaptable, draw_deltas, in_halves
 from support.checkpoints import FAMILIES, write_consolidated, write_hf
+from support.errors import refused
+from support.hub_cache import into_cache
 from support.paths import GOLDEN
 from support.tiny import BACKENDS, OWN_BOUND, configs, model_of, ops_of, tokens_for
 
@@ -19,6 +21,7 @@ import mistral_ref
 from mistral_ref import kernel_choice
 from mistral_ref.compare import compare_walks
 from mistral_ref.config import ModelConfig
+from mistral_ref.errors import CheckpointError
 from mistral_ref.files.adapters import with_adapters
 from mistral_ref.files.tensor_file import open_tensor_file
 from mistral_ref.model import Model
@@ -110,6 +113,16 @@ def test_adapters_of_gguf_files(name: str, made_by: str, tmp_path: Path) -> None
     assert_equal(adapted, oracle(plain.config, merged_by_hand(plain.config, plain.weights, deltas)))
 
 
+def test_an_adapter_in_the_hub_s_cache_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = FAMILIES["dense_windowed"].config
+    into_cache(tmp_path / "hub", "org/tuned", WRITERS["PEFT"](tmp_path / "files", config, draw_deltas(config, rank=3)))
+    adapted, _ = with_adapters(config, model_of(config).weights, ["org/tuned"])
+    assert dict(adapted.adapted)["layers.2.ffn_out"] == 3
+    with refused(CheckpointError, "org/absent"):
+        with_adapters(config, model_of(config).weights, ["org/absent"])
+
+
 def test_several_adapters_add_up(tmp_path: Path) -> None:
     config = FAMILIES["mixtral_windowed"].config
     weights, names = model_of(config).weights, adaptable(config)
@@ -128,19 +141,20 @@ def test_several_adapters_add_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("rank", [1, 8, 17])
+@pytest.mark.parametrize(("rank", "n_tokens"), [(1, 40), (8, 1), (8, 9), (17, 1), (17, 9)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_step_of_an_adapter_is_as_exact_as_a_product(backend: str, rank: int, kind: str, tmp_path: Path) -> None:
+def test_each_step_of_an_adapter_is_as_exact_as_a_product(
+    backend: str, rank: int, n_tokens: int, kind: str, tmp_path: Path
+) -> None:
     for family in ("dense_windowed", "mixtral_windowed"):
         config = FAMILIES[family].config
         path = WRITERS["PEFT"](tmp_path / family, config, draw_deltas(config, rank=rank), kind)
         plain = Model(*with_adapters(config, model_of(config).weights, [path]), ops_of(backend))
         exact = oracle(plain.config, plain.weights)
-        for n_tokens in (1, 9):
-            tokens = tokens_for(config, n_tokens)
-            for difference in compare_walks(plain.steps(tokens), exact.steps(tokens), own=True):
-                if "_lora_" in difference.name:
-                    assert difference.ulps < OWN_BOUND["q"], difference
+        tokens = tokens_for(config, n_tokens)
+        for difference in compare_walks(plain.steps(tokens), exact.steps(tokens), own=True):
+            if "_lora_" in difference.name:
+                assert difference.ulps < OWN_BOUND["q"], difference
 
 
 def test_kernels_of_adapters_are_compiled_before_the_first_token(tmp_path: Path) -> None:

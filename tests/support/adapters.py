@@ -42,12 +42,11 @@ def adaptable(config: ModelConfig) -> list[str]:
 def draw_deltas(
     config: ModelConfig, names: Iterable[str] | None = None, *, rank: int = 2, scale: float = 0.5, seed: int = 0
 ) -> Deltas:
-    """Return random deltas for these matrices, by default all; about as large as the weights, and exact in bf16."""
+    """Return random deltas for these matrices, by default all; about as large as the weights, and exact in 16 bits."""
     random, shapes = np.random.RandomState(seed), dict(tensor_shapes(config))
 
     def draw(*shape: int) -> np.ndarray:
-        values = random.uniform(-1, 1, shape).astype(np.float32)
-        return (to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+        return random.randint(-128, 129, shape).astype(np.float32) / np.float32(128)
 
     deltas = {}
     for name in adaptable(config) if names is None else names:
