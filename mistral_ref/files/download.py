@@ -179,14 +179,17 @@ def chosen(
 ) -> list[str]:
     """Return the names of the files to download; the first one is the GGUF file, if it is one.
 
+    With either layout both configurations are taken: each may say what the other does not.
+
     sizes           the name and the bytes of every file of the repository
     layout, file    as in `plan`
 
     >>> names = "params.json", "consolidated.safetensors", "config.json", "model.safetensors", "model.bin"
     >>> files = dict.fromkeys(names, 1)
     >>> chosen(files, "org/name"), chosen(files, "org/name", layout="hf")
-    (['consolidated.safetensors', 'params.json'], ['model.safetensors', 'config.json'])
+    (['consolidated.safetensors', 'config.json', 'params.json'], ['model.safetensors', 'config.json', 'params.json'])
     """
+    sizes = {name: n for name, n in sizes.items() if ".." not in name.split("/")}  # nothing outside the directory
     there = [one for one in LAYOUTS if _weights_of(one, sizes)]
     if layout is None:
         layout = "gguf" if file is not None else next(iter(there), None)
@@ -197,9 +200,7 @@ def chosen(
     weights = _weights_of(layout, sizes)
     if layout == "gguf":
         return _with_shards(_one_gguf(weights, sizes, repository, file), sizes)
-    skipped = {_CONFIGS[other] for other in ("mistral", "hf") if other != layout}
-    small = [name for name in sorted(sizes) if is_text_file(name) and name not in {*weights, *skipped}]
-    return [*weights, *small]
+    return [*weights, *(name for name in sorted(sizes) if is_text_file(name) and "/" not in name)]
 
 
 def _weights_of(layout: Layout, names: Mapping[str, int]) -> list[str]:

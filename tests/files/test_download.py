@@ -34,15 +34,26 @@ GGUFS = {
     "config.json": 1, "a-Q4_K_M.gguf": 2**30, "a-Q4_K_S.gguf": 2, "mmproj-a.gguf": 3,
     "q8/a-Q8_0-00001-of-00002.gguf": 4, "q8/a-Q8_0-00002-of-00002.gguf": 2**20,
 }  # fmt: skip
-SMALL = {"tekken.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "SYSTEM_PROMPT.txt"}
+SMALL = {
+    "params.json",
+    "config.json",
+    "tekken.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "SYSTEM_PROMPT.txt",
+}
 
 
 def test_one_layout_is_chosen_and_the_small_files() -> None:
-    own = {"params.json", "consolidated.safetensors"}
-    theirs = {"config.json", *(name for name in BOTH if name.startswith("model") and "fp32" not in name)}
+    own = {"consolidated.safetensors"}
+    theirs = {*(name for name in BOTH if name.startswith("model") and "fp32" not in name)}
     assert {*chosen(BOTH, "a/b")} == {*chosen(BOTH, "a/b", layout="mistral")} == own | SMALL
     assert {*chosen(BOTH, "a/b", layout="hf")} == theirs | SMALL
     assert {*chosen({name: 1 for name in BOTH if name not in own}, "a/b")} == theirs | SMALL
+    strange = {"../a.model": 1, "sub/tekken.json": 1, "x/../../b.gguf": 1}
+    assert {*chosen(BOTH | strange, "a/b")} == own | SMALL
+    assert chosen({"a.gguf": 1} | strange, "a/b") == ["a.gguf"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_a_model_is_fetched_into_the_cache_and_found_there_by_its_name(hub: Fake
     done = run("download", "org/both")
     assert done.returncode == 0, done.stderr
     assert done.stdout == 'mistral-ref generate --model org/both "Once upon a time"\n'
-    names = {"params.json", "consolidated.safetensors", "tokenizer.model"}
+    names = {"params.json", "config.json", "consolidated.safetensors", "tokenizer.model"}
     assert names <= fetched(hub) <= {*names, "generation_config.json", "tokenizer_config.json"}
     n_bytes = sum(len(hub.repositories["org/both"].files[name]) for name in fetched(hub))
     for fact in (size(n_bytes), COMMIT[:12], *names):
