@@ -65,7 +65,7 @@ def test_attention(seed: int, n_kv_heads: int, group: int, n_tokens: int, start:
     OPS.write(store, slice(0, stop), k, v)
     view = KeyView(store, slice(0, stop), range(stop), range(start, stop), window)
     with pytest.raises(StopIteration) as end:
-        next(OPS.attention(q, view, None))
+        next(OPS.attention(q, [view], None))
     for token in range(n_tokens):
         first = 0 if window is None else max(0, start + token - window + 1)
         seen = range(first, start + token + 1)

@@ -108,7 +108,7 @@ def arrays(weights: Weights) -> Iterator[tuple[str, Matrix | np.ndarray]]:
         elif isinstance(found, tuple):
             for number, part in enumerate(found):
                 yield from walk(f"{path}.{number}", part)
-        elif not isinstance(found, MappedFile):
+        elif not isinstance(found, (MappedFile, Mapping)):
             for field in dataclasses.fields(found):
                 yield from walk(f"{path}.{field.name}".lstrip("."), getattr(found, field.name))
 
