@@ -190,8 +190,10 @@ def tile_groups(bits: int, inputs: str, group: int, n_tiles: int) -> tuple[Any, 
     return no_group_sums, add_group, store_group_sums
 
 
-def unpack(bits: int, inputs: str) -> tuple[Any, Any]:
+def unpack(bits: int, inputs: str, ahead: int) -> tuple[Any, Any]:
     """Return the operations that put 8 inputs of a tile of codes, or the scales of a group, into a panel.
+
+    The codes of the inputs that come `ahead` inputs later are asked for.
 
     unpack_codes(W, offset, panel, place)       the bytes from offset on become two times 8 rows of four codes, from
                                                 place on
@@ -202,6 +204,7 @@ def unpack(bits: int, inputs: str) -> tuple[Any, Any]:
     @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
     def unpack_codes(W: Address, offset: Value, panel: Address, place: Value) -> None:
         address = W + offset
+        address.prefetch(ahead * bits)
         stored = [(address + 32 * n).load(U8, 32) for n in range(bits // 4)]
         codes = stored if bits == 8 else code_bytes(stored[0], bits)
         store_codes(codes, panel + place, way)

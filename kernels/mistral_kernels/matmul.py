@@ -46,9 +46,9 @@ def _takes_pairs(kind: str) -> bool:
     return kind == "pairs" and PAIRS_ARE_FASTER
 
 
-def whole_slabs(n_tokens: int, n_in: int, depth: int) -> tuple[int, int, int]:
+def whole_slabs(n_tokens: int, n_in: int, depth: int, tile_rows: int = TILE_ROWS) -> tuple[int, int, int]:
     """Return the shape of x cut into slabs of `depth` inputs, with its rows rounded up to whole tiles."""
-    return -(-n_in // depth), -(-n_tokens // TILE_ROWS) * TILE_ROWS, depth
+    return -(-n_in // depth), -(-n_tokens // tile_rows) * tile_rows, depth
 
 
 def slab_shape(kind: str, n_tokens: int, n_in: int) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ cuts its rows into eight parts. It reads the eight parts at the same time, as ei
 its part after the other. That gives eight sums that do not wait for each other, and one load of x serves all eight. The
 streams are long because a new stream is slow at first. Each stream prefetches its next bytes.
 
-A few tokens can share one read of W. Four rows are multiplied with four tokens at a time. So each number of W is
+A few tokens can share one read of W. Some rows are multiplied with four tokens at a time. So each number of W is
 widened to float32 once for four products. Tokens after the first four find the rows in the processor's cache. Up to
 four tokens cost about as much as one.
 
@@ -29,7 +29,9 @@ from mistral_kernels.sharing import shared_out
 from mistral_kernels.simd import load_part, store_rounded
 from mistral_kernels.stored import Rows
 
-ONE, FEW = (8, 1), (4, 4)  # rows and tokens that are multiplied together in registers: for one token, for a few
+# Rows and tokens that are multiplied together in registers, for one token and for a few: their sums, the numbers of the
+# rows, and those of one token.
+ONE, FEW = (8, 1), (6, 4) if LANES == 16 else (4, 4)
 FP8_BLOCK = 128  # fp8 matrices have a scale for every 128 x 128 weights
 
 

@@ -201,6 +201,9 @@ def _unpack(kind: str, way: PanelCodes) -> Operation:
         W: Address, rows: Rows, number: Value, codes: Address, place: Value, scales: Address, place_of_scales: Value
     ) -> None:
         addresses = row_addresses(W, rows, number * packing.bytes, U8, range(8))
+        for address in addresses:  # what the next slab needs is asked for
+            for line in range(0, packing.bytes, LINE):
+                address.prefetch(DEPTH // packing.weights * packing.bytes + line)
         of_rows = [packing.factors(address) for address in addresses]
         zero = float(packing.zero - way.zero)
         offsets = [scale * zero if minimum is None else minimum for scale, minimum in of_rows]

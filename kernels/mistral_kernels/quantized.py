@@ -127,7 +127,7 @@ def matvec_quantized(bits: int, inputs: str, group: int) -> Kernel:
 
 def slab_shapes(group: int, n_tokens: int, n_in: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Return the shapes of a product's workspace: x rounded, in slabs of DEPTH, and its scales and sums."""
-    slabs = whole_slabs(n_tokens, n_in, DEPTH)
+    slabs = whole_slabs(n_tokens, n_in, DEPTH, GROUP_ROWS)
     return slabs, (*slabs[:2], DEPTH // group * 2)
 
 
@@ -184,7 +184,7 @@ def slab_multiplier(
 
 def _panel_filler(bits: int, inputs: str, group: int, n_parts: int) -> Part:
     """Return the function fill_panel of slab_multiplier, for codes in tile order."""
-    unpack_codes, unpack_scales = unpack(bits, inputs)
+    unpack_codes, unpack_scales = unpack(bits, inputs, DEPTH)
 
     @part(bits, inputs, group, borrows=True)
     def fill_panel(W: tuple[Bytes, Bytes], block: Block, panel: Bytes, scales: Floats) -> None:

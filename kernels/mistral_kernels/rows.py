@@ -37,11 +37,11 @@ def row_sums(kind: str, n_rows: int, n_tokens: int) -> tuple[Operation, Operatio
     Read = Callable[[Address, Dtype], Value]
 
     def accumulate(sums: tuple[Value, ...], weights: list[Address], inputs: list[Address], read: Read) -> list[Value]:
-        x = [read(address, F32) for address in inputs]
-        new = []
-        for row, address in enumerate(weights):
-            w = widened(read(address, dtype), kind)
-            new += [products(w, value, sums[row * n_tokens + token], kind) for token, value in enumerate(x)]
+        new, w = list(sums), [widened(read(address, dtype), kind) for address in weights]
+        for token, address in enumerate(inputs):  # one after the other, so that one register holds their numbers
+            x = read(address, F32)
+            for row, value in enumerate(w):
+                new[row * n_tokens + token] = products(value, x, sums[row * n_tokens + token], kind)
         return new
 
     @operation(sums_type)
