@@ -13,6 +13,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -298,3 +299,18 @@ def test_drafts_are_measured_in_pairs(tmp_path: Path) -> None:
         assert min(result["plain"] + result["with_drafts"]) > 0
         assert 0 <= result["accepted"] <= result["drafted"]
     assert_complains(script("drafts", *TINY, "--tokens", 3).stderr, "tokens", 3, program="drafts.py")
+
+
+@pytest.mark.slow
+def test_sequences_together_are_measured_beside_one_and_a_prompt(tmp_path: Path) -> None:
+    settings = (*TINY, "--quick", "--prompt", 8, "--tokens", 2, "--sequences", 3, "--peers", "--work-dir", tmp_path)
+    done = script("batches", *settings, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
+    rates = json.loads((tmp_path / "out.json").read_text())["rates"]
+    assert [row[0].strip() for row in rows[2:]] == list(rates)
+    for row, found in zip(rows[2:], rates.values(), strict=True):
+        one, together, prompt = (median(found[test]) for test in ("one", "together", "prompt"))
+        assert len(found["together"]) == 2
+        assert float(row[-1]) == pytest.approx(together / min(3 * one, prompt), abs=0.006)
+    assert_complains(script("batches", "--shape", "no").stderr, "shape", "no", "tiny", program="batches.py")
