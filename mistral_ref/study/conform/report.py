@@ -22,7 +22,7 @@ _COUNTED = {  # one model, several models
 }
 
 
-_AGREEING = 1e-4  # of the logits' size; 2,000 ulps are about as much
+_AGREEING = 1e-4  # of a step's size; 2,000 ulps are about as much
 
 
 def as_text(verdicts: Sequence[Verdict]) -> str:
@@ -94,15 +94,15 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     if verdict.outcome == "no dump":
         yield "no dump"
         return
-    texts = f"{len(verdict.texts)} text{'' if len(verdict.texts) == 1 else 's'}: {', '.join(verdict.texts)}"
-    distance = f"; the logits are off by {verdict.distance:.2g} of their size" if isfinite(verdict.distance) else ""
+    texts = ", ".join(verdict.texts)
+    distance = f"; the last step is off by {verdict.distance:.2g} of its size" if isfinite(verdict.distance) else ""
     if verdict.outcome == "agrees":
         yield f"agrees in {texts}{distance}"
     elif verdict.outcome == "agrees in 16 bits":
         yield f"agrees within the rounding of 16 bits ({verdict.precision}) in {texts}{distance}"
         yield "(too far off for an engine that computes in float32: --float32 checks one)"
     else:
-        yield f"departs in {texts}{distance}"
+        yield f"departs; checked were {texts}{distance}"
         yield from _departed_lines(verdict)
 
 
@@ -110,8 +110,8 @@ def _departed_lines(verdict: Verdict) -> Iterator[str]:
     first, later = verdict.departure, verdict.departure_in_16_bits
     if first is not None:
         yield f"first at {_place(first)}"
-    if verdict.distance < _AGREEING:
-        yield "but the logits agree: the dump may hold another value under the name of this step"
+    if first is not None and first.step != "logits" and verdict.distance < _AGREEING:
+        yield "but the last step agrees: the dump may hold another value under the name of this step"
     if later is not None and (first is None or (later.text, later.step) != (first.text, first.step)):
         yield f"beyond the rounding of bf16 first at {_place(later)}"
     if not verdict.causes:
