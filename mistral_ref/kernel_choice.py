@@ -34,7 +34,14 @@ def takes_pairs(weight_OI: Matrix, bf16_inputs: Bf16Inputs) -> bool:
 
 
 def factor(weight_OI: Matrix, quantized_inputs: QuantizedInputs, bf16_inputs: Bf16Inputs) -> Floats | Codes | Blocks:
-    """Return a matrix as kernels take it."""
+    """Return a matrix as kernels take it. It is made once: that would take as long as a small product."""
+    how = quantized_inputs, bf16_inputs
+    if how not in weight_OI.factors:
+        weight_OI.factors[how] = _factor(weight_OI, *how)
+    return weight_OI.factors[how]
+
+
+def _factor(weight_OI: Matrix, quantized_inputs: QuantizedInputs, bf16_inputs: Bf16Inputs) -> Floats | Codes | Blocks:
     if isinstance(weight_OI, QuantizedMatrix):
         how = weight_OI.bits, quantized_inputs, weight_OI.group_size
         return Codes(*how, weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit)

@@ -108,6 +108,11 @@ class Matrix:
         flat.flags.writeable = False
         return flat
 
+    @cached_property
+    def factors(self) -> dict[Any, Any]:
+        """What kernels take in place of this matrix, by how its inputs are rounded; `kernel_choice.factor` fills it."""
+        return {}
+
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
         """Return the R rows at `index` (a slice or integers) as an aligned float array (R, I) of `dtype`.
 
