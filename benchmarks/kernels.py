@@ -192,7 +192,7 @@ def _attention(bench: Bench, name: str, n_tokens: int, depth: int, window: int |
     layers = cycle(range(n_layers))
 
     def run() -> None:
-        for _ in bench.ops.attention(q_THK, this_pass.keys(next(layers)), None):
+        for _ in bench.ops.attention(q_THK, this_pass.views(next(layers)), None):
             pass
 
     if n_tokens == 1:
