@@ -109,22 +109,23 @@ def generate_batch(
         progress(0, len(texts))
     while waiting or running:
         while waiting and len(running) < at_once:
-            cache = new_cache(waiting[0].most_tokens)
-            if running and not _has_room(running, cache, waiting[0]):
+            if running and not _has_room(running, waiting[0]):
                 break
-            one = _Running(waiting.popleft(), cache)
+            text = waiting.popleft()
+            prompt_ids, one = text.request.prompt_ids, _Running(text, new_cache(text.most_tokens))
             running.append(one)
             with of_prompt(one.number):
-                memory.require(cache, one.most_tokens, at_once=len(texts[one.number].request.prompt_ids))
-                logits_V = next_logits(texts[one.number].request.prompt_ids, cache, None)
+                memory.require(one.cache, one.most_tokens, at_once=len(prompt_ids))
+                logits_V = next_logits(prompt_ids, one.cache, None)
             yield row_of({one.number: one.push(logits_V)})
         if running:
             logits_TV = joined_logits([one.next_id for one in running], [one.cache for one in running])
             yield row_of({one.number: one.push(logits_V) for one, logits_V in zip(running, logits_TV, strict=True)})
 
 
-def _has_room(running: Sequence[_Running], cache: KVCache, waiting: Waiting) -> bool:
+def _has_room(running: Sequence[_Running], waiting: Waiting) -> bool:
     """Return whether memory has room for all caches if another text begins and each grows as much as it may."""
+    cache = running[0].cache  # all are of one kind
     left = available_memory() if cache.check_memory else None
     needed = cache.bytes_for(waiting.most_tokens) + sum(one.bytes_to_come for one in running)
     return left is None or needed <= left
