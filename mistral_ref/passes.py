@@ -55,7 +55,8 @@ def _passes(
     transformer: Transformer, ids: Sequence[int], cache: KVCache, *, last_only: bool = False
 ) -> Iterator[tuple[int, np.ndarray, Pass]]:
     """Yield the passes that take these ids through the model: the first index, the ids (T,) and the Pass of each."""
-    cache.make_room(len(ids))
+    if len(ids) > cache.chunk:  # a single pass makes room itself
+        cache.make_room(len(ids))
     prepare(transformer, cache, pass_lengths(len(ids), cache.chunk), last_only=last_only)
     for start in range(0, len(ids), cache.chunk):
         transformer.weights.check_files()
