@@ -20,7 +20,7 @@ import time
 from statistics import median
 
 from common import finish, parser_for, status
-from compare_peers import checkpoint_of, float_runners, quantized_runners
+from compare_peers import add_weights_options, checkpoint_of, float_runners, quantized_runners
 from peers.process import Worker, start
 
 from mistral_ref.display import markdown_table
@@ -45,19 +45,11 @@ _TESTS = ("one", "together", "prompt")
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = parser_for(__doc__, EXAMPLES)
-    parser.add_argument("--model", metavar="DIR", help="take these weights, in Mistral's own layout")
-    parser.add_argument("--shape", default="mistral-7b", help=f"{', '.join(SHAPES)} (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=8, metavar="N", help="of that shape; --quick: 2 (%(default)s)")
-    parser.add_argument("--dtype", choices=["bf16", "f16", "f32"], default="bf16", help="(default: %(default)s)")
-    parser.add_argument("--quantize", type=int, choices=[8, 4], metavar="BITS", help="round the weights to 8 or 4 bits")
+    add_weights_options(parser)
     parser.add_argument("--sequences", type=int, default=8, metavar="N", help="together (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="of each sequence (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each performance core")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--peers", nargs="*", choices=["llama.cpp"], default=["llama.cpp"], help="(default: all)")
     parser.add_argument("--quick", action="store_true", help="2 layers and 2 repeats: less than two minutes")
-    parser.add_argument("--work-dir", metavar="DIR", help="for weights (default: in the user's cache folder)")
     parser.add_argument("--json", metavar="FILE", help="write the machine and every sample there")
     # What compare_peers.py asks for beside these.
     parser.set_defaults(window=0, head=8)

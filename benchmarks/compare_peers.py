@@ -299,23 +299,33 @@ def as_json(
     return results
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = parser_for(__doc__, EXAMPLES)
+def add_weights_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add the options of which weights are measured, and how often; return the group of how they are rounded."""
     parser.add_argument("--model", metavar="DIR", help="take these weights, in Mistral's own layout")
     parser.add_argument("--shape", default="mistral-7b", help=f"{', '.join(SHAPES)} (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="of that shape (default: %(default)s)")
     parser.add_argument("--dtype", choices=["bf16", "f16", "f32"], default="bf16", help="(default: %(default)s)")
-    parser.add_argument("--peers", nargs="*", choices=NEEDS, default=list(NEEDS), help="(default: all)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each performance core")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--work-dir", metavar="DIR", help="for weights (default: in the user's cache folder)")
+    rounded = parser.add_mutually_exclusive_group()
+    rounded.add_argument(
+        "--quantize", type=int, choices=[8, 4], metavar="BITS", help="round the weights to 8 or 4 bits"
+    )
+    return rounded
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = parser_for(__doc__, EXAMPLES)
+    rounded = add_weights_options(parser)
+    parser.add_argument("--peers", nargs="*", choices=NEEDS, default=list(NEEDS), help="(default: all)")
     parser.add_argument("--generate", type=int, default=32, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--depth", type=int, default=4096, metavar="N", help="0: none (default: %(default)s)")
     parser.add_argument("--window", type=int, default=4096, metavar="W", help="of ours; 0: none (default: %(default)s)")
     parser.add_argument("--rest", type=float, default=0.3, metavar="S", help="seconds between runs (%(default)s)")
-    parser.add_argument("--quantize", type=int, choices=[8, 4], metavar="BITS", help="round the weights to 8 or 4 bits")
-    parser.add_argument("--gguf", nargs="+", metavar="TYPE", help="Q4_K_M, Q8_0, ...: both read llama.cpp's file")
+    rounded.add_argument("--gguf", nargs="+", metavar="TYPE", help="Q4_K_M, Q8_0, ...: both read llama.cpp's file")
     parser.add_argument("--head", type=int, choices=[8, 4], default=8, help="bits of our output matrix (%(default)s)")
     parser.add_argument(
         "--cache-dtype", choices=["float32", "float16"], default="", help="of ours and llama.cpp's (default: their own)"
@@ -323,7 +333,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--flash-attention", choices=["auto", "on", "off"], default="auto", help="llama.cpp's (default: %(default)s)"
     )
-    parser.add_argument("--work-dir", metavar="DIR", help="for weights (default: in the user's cache folder)")
     parser.add_argument("--json", metavar="FILE", help="write the machine, versions and every sample there")
     parser.add_argument("--figure", metavar="FILE", help="draw the rates: .svg, .png or .pdf (needs the extra plots)")
     return parser.parse_args()
