@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     add_threads_option(parser)
     parser.add_argument("--tokens", type=int, default=192, metavar="N", help="of a text (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of runs (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="96 tokens, three pairs: less than two minutes")
+    parser.add_argument("--quick", action="store_true", help="96 tokens, three pairs: two or three minutes")
     parser.add_argument("--json", metavar="FILE", help="write the machine and every sample there")
     return parser.parse_args()
 
