@@ -40,7 +40,17 @@ if TYPE_CHECKING:
     )
     from mistral_ref.model import Model
     from mistral_ref.steps import Step
-    from mistral_ref.study import broken, conform, diagrams, drawing, lens, plots, report, stepper  # noqa: F401
+    from mistral_ref.study import (  # noqa: F401
+        broken,
+        conform,
+        diagrams,
+        drawing,
+        lens,
+        page_data,
+        plots,
+        report,
+        stepper,
+    )
     from mistral_ref.trace import Trace
     from mistral_ref.walk import Walk
 
@@ -82,7 +92,7 @@ _ROOMS = {
         *("benchmark", "busy", "cost", "cost_table", "doctor", "machine", "perplexity", "records", "shapes"),
         *("speed", "synthetic"),
     ),
-    "study": ("broken", "conform", "diagrams", "drawing", "lens", "plots", "report", "stepper"),
+    "study": ("broken", "conform", "diagrams", "drawing", "lens", "page_data", "plots", "report", "stepper"),
 }
 
 if not TYPE_CHECKING:  # a type checker would believe that every name exists

@@ -26,7 +26,7 @@ from mistral_ref.cli import main
 from mistral_ref.display import statistics
 from mistral_ref.errors import InputError
 from mistral_ref.steps import count_values, step_names
-from mistral_ref.study import lens, report
+from mistral_ref.study import lens, page_data, report
 from mistral_ref.walk import matching_steps
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'> {{data}} <!--"
@@ -102,7 +102,7 @@ def test_every_step_is_there_with_its_values(model: mistral_ref.Model) -> None:
     )
 )
 def test_numbers_of_any_size_keep_eleven_bits(values: np.ndarray) -> None:
-    found = unpacked(report.packed(values), list(values.shape))
+    found = unpacked(page_data.packed(values), list(values.shape))
     largest = np.abs(values[np.isfinite(values)].astype(np.float64)).max(initial=0.0)
     np.testing.assert_allclose(found, values, rtol=2**-11, atol=largest / 2**38)
 

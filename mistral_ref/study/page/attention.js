@@ -50,17 +50,18 @@ function markTokens(matrix, query, firstKey) {
 
 async function attentionPicture(state, go) {
   const step = stepByName.get(nameOf("attention_weights", state.layer)),
-    window = config.windows[state.layer];
-  if (!step.whole)
+    window = config.windows[state.layer],
+    values = await part("values", step.name);
+  if (!values.whole)
     return [
       el("p", null, "These weights were not kept. To have them: ", el("code", null, '--keep "*.attention_weights"')),
     ];
   const first = step.firstKey,
     isSeen = (row, column) => attends(start + row, first + column, window);
-  const matrices = await Promise.all(range(config.heads).map((head) => matrixOf(step, head)));
+  const matrices = await Promise.all(range(config.heads).map((head) => matrixOf(step, values, head)));
   const matrix = matrices[state.head],
     query = state.token,
-    { n_nan: nan } = step.statistics;
+    { n_nan: nan } = values.statistics;
   if (state.view === "attention") markTokens(matrix, query, first); // another view may have been chosen meanwhile
   const describe = (row, column, value) => [
     placeNodes(start + row),

@@ -60,10 +60,10 @@ function cellWords(step, matrix, head) {
 }
 
 // How the picture of a step is read, and what stands in the row of the chosen token.
-async function stepPicture(step, state, go) {
-  const count = headAxis(step) && step.whole ? headCount(step) : 0,
+async function stepPicture(step, values, state, go) {
+  const count = headAxis(step) && values.whole ? headCount(step) : 0,
     head = axisHead(step, state.head);
-  const matrix = await matrixOf(step, head);
+  const matrix = await matrixOf(step, values, head);
   if (matrix === null) {
     return [
       el(
@@ -75,7 +75,7 @@ async function stepPicture(step, state, go) {
     ];
   }
   const isTokens = matrix.axes[0] === "token" || matrix.axes[0] === "query",
-    isWhole = Boolean(step.whole);
+    isWhole = Boolean(values.whole);
   const window = config.windows[state.layer],
     first = step.firstKey ?? 0,
     isAttention = step.firstKey !== null;
@@ -87,7 +87,7 @@ async function stepPicture(step, state, go) {
       ),
     heat(matrix, {
       label: `Heat map of ${step.name}${count ? `, head ${head}` : ""}`,
-      scale: scaleOf(step),
+      scale: scaleOf(values),
       describe: cellWords(step, matrix, count ? head : null),
       rowLabel: (row) =>
         isTokens && isWhole
@@ -101,7 +101,7 @@ async function stepPicture(step, state, go) {
       onpick: isTokens && isWhole ? (token) => go({ token }) : undefined,
     }),
     legend(
-      step,
+      values,
       isAttention && el("span", null, swatch(colour("unseen")), "out of sight"),
       !isWhole &&
         el(
@@ -128,7 +128,7 @@ async function stepPicture(step, state, go) {
           placeNodes(start + state.token),
           count > 0 && `, head ${head}`,
         ),
-        rowBars(row, scaleOf(step), `The numbers of token ${start + state.token}, one after the other`),
+        rowBars(row, scaleOf(values), `The numbers of token ${start + state.token}, one after the other`),
       ),
     );
   }
@@ -145,13 +145,46 @@ function stepCost(step) {
   ];
 }
 
+// What is known of a step from its values.
+async function stepValues(step, state, go) {
+  const { axes } = page.kinds[step.kind];
+  const [values, sizes] = await Promise.all([
+    part("values", step.name),
+    isEnd(step.kind) ? null : part("sizes", step.kind),
+  ]);
+  const numbers = values.statistics;
+  return [
+    facts([
+      ["shape", axes.map((axis, index) => `${axis} ${step.shape[index]}`).join(" × "), `, ${step.dtype}`],
+      [
+        "values",
+        `${digits(numbers.low)} to ${digits(numbers.high)}, mean ${digits(numbers.mean)}, rms ${digits(numbers.rms)}`,
+        numbers.n_infinite > 0 && `, ${grouped(numbers.n_infinite)} infinite`,
+        numbers.n_nan > 0 && `, ${grouped(numbers.n_nan)} NaN`,
+        step.firstKey !== null && "; of the pairs in sight",
+      ],
+      stepCost(step),
+      ["source", el("code", null, step.source), step.code && el("code", { class: "line" }, step.code)],
+    ]),
+    ...(await stepPicture(step, values, state, go)),
+    el(
+      "div",
+      { class: "halves" },
+      el("div", null, el("h3", null, "How its values are spread (square-root heights)"), histogram(values)),
+      sizes &&
+        el(
+          "div",
+          null,
+          el("h3", null, "Its root mean square, layer by layer"),
+          overLayers(sizes, state.layer, (layer) => go({ name: nameOf(step.kind, layer) })),
+        ),
+    ),
+  ];
+}
+
 function stepDetails(state, go) {
   const step = stepByName.get(state.name),
-    { axes, formula, sentence } = page.kinds[step.kind],
-    numbers = step.statistics;
-  const picture = el("div", { class: "stack" }),
-    isAttention = step.firstKey !== null;
-  fill(picture, stepPicture(step, state, go));
+    { formula, sentence } = page.kinds[step.kind];
   const walkTo = (by, label, sign) =>
     el(
       "button",
@@ -173,31 +206,7 @@ function stepDetails(state, go) {
       el("p", null, sentence),
     ),
     el("div", { class: "formula", tabindex: 0, "aria-label": "formula" }, formula),
-    facts([
-      ["shape", axes.map((axis, index) => `${axis} ${step.shape[index]}`).join(" × "), `, ${step.dtype}`],
-      [
-        "values",
-        `${digits(numbers.low)} to ${digits(numbers.high)}, mean ${digits(numbers.mean)}, rms ${digits(numbers.rms)}`,
-        numbers.n_infinite > 0 && `, ${grouped(numbers.n_infinite)} infinite`,
-        numbers.n_nan > 0 && `, ${grouped(numbers.n_nan)} NaN`,
-        isAttention && "; of the pairs in sight",
-      ],
-      stepCost(step),
-      ["source", el("code", null, step.source), step.code && el("code", { class: "line" }, step.code)],
-    ]),
-    picture,
-    el(
-      "div",
-      { class: "halves" },
-      el("div", null, el("h3", null, "How its values are spread (square-root heights)"), histogram(step)),
-      !isEnd(step.kind) &&
-        el(
-          "div",
-          null,
-          el("h3", null, "Its root mean square, layer by layer"),
-          overLayers(step.kind, state.layer, (layer) => go({ name: nameOf(step.kind, layer) })),
-        ),
-    ),
+    fill(el("div", { class: "stack" }), stepValues(step, state, go)),
   );
 }
 

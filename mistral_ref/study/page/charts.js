@@ -1,10 +1,10 @@
 // What stands beside a heat map: its legend, histograms, bars.
 
 // What the colours of a heat map stand for.
-function legend(step, ...more) {
-  const { low, high } = step.statistics,
-    scale = scaleOf(step),
-    isBroken = step.statistics.n_nan + step.statistics.n_infinite > 0;
+function legend(values, ...more) {
+  const { low, high, n_nan: nNan, n_infinite: nInfinite } = values.statistics,
+    scale = scaleOf(values),
+    isBroken = nNan + nInfinite > 0;
   const least = low < 0 ? -1 : 0,
     most = high > 0 ? 1 : 0,
     columns = 120;
@@ -41,11 +41,7 @@ const lineSwatch = (stroke, dash) =>
   );
 
 // How many values lie where, between the smallest and the largest.
-function histogram(step) {
-  const {
-    histogram: counts,
-    statistics: { low, high },
-  } = step;
+function histogram({ histogram: counts, statistics: { low, high } }) {
   if (counts.length === 0) return el("p", { class: "muted small" }, "no finite values");
   const width = 480,
     height = 110,
@@ -116,13 +112,12 @@ function rowBars(values, scale, label) {
 }
 
 // The root mean square of one kind of step in every layer, each a way there.
-function overLayers(kind, layer, ongo) {
-  const steps = range(config.layers).map((index) => inLayer(kind, index)); // some layers may lack an adapter
-  const sizes = steps.map((step) => step?.statistics.rms ?? NaN),
+function overLayers(found, layer, ongo) {
+  const sizes = found.map((size) => size ?? NaN), // some layers may lack an adapter
     most = Math.max(...sizes.filter(Number.isFinite)) || 1;
   const width = 480,
     height = 84,
-    bar = width / steps.length,
+    bar = width / sizes.length,
     space = Math.min(6, bar * 0.2);
   return svg(
     "svg",

@@ -51,8 +51,14 @@ const facts = (rows) =>
 // Puts what a promise brings into a node, unless that has been drawn anew by then.
 function fill(node, promise) {
   promise
-    .catch(() => [
-      el("p", null, "This browser cannot unpack the values of the page: it is older than DecompressionStream."),
+    .catch((error) => [
+      el(
+        "p",
+        null,
+        globalThis.DecompressionStream
+          ? error.message
+          : "This browser cannot unpack the values of the page: it is older than DecompressionStream.",
+      ),
     ])
     .then((parts) => {
       if (node.isConnected) {

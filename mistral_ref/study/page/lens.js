@@ -1,7 +1,7 @@
 // The logit lens: what the model would say after each layer, had it ended there.
 
 const lensLabel = (name) => (name === "embedding" ? "embedding" : `layer ${name.split(".")[1]}`);
-const lensPiece = (row, token, place = 0) => page.lens.pieces[page.lens.ids[row][token][place]];
+const lensPiece = ({ pieces, ids }, row, token, place = 0) => pieces[ids[row][token][place]];
 
 // The colour of a probability, and black or white, whichever is read more easily on it.
 function probabilityColours(p) {
@@ -12,8 +12,8 @@ function probabilityColours(p) {
   return [`rgb(${rgb.join(" ")})`, 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000000" : "#ffffff"];
 }
 
-function lensTable(state, cell, go) {
-  const { names, ids, probabilities } = page.lens,
+function lensTable(lens, cell, go) {
+  const { names, ids, probabilities } = lens,
     columns = tokens.length;
   const move = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   return el(
@@ -53,17 +53,17 @@ function lensTable(state, cell, go) {
                   tabindex: isChosen ? 0 : -1,
                   "aria-pressed": String(isChosen),
                   "data-key": isChosen ? "lens cell" : undefined,
-                  "aria-label": `${lensLabel(names[row])}, after ${pieceAt(start + token)}: ${isBroken ? "NaN" : `${lensPiece(row, token)}, ${Math.round(100 * p)} %`}`,
+                  "aria-label": `${lensLabel(names[row])}, after ${pieceAt(start + token)}: ${isBroken ? "NaN" : `${lensPiece(lens, row, token)}, ${Math.round(100 * p)} %`}`,
                   onclick: () => go([row, token]),
                   onkeydown: (event) => {
                     const by = move[event.key];
                     if (!by) return;
                     event.preventDefault();
                     event.stopPropagation();
-                    go([clamp(row + by[0], 0, names.length - 1), clamp(token + by[1], 0, columns - 1)], true);
+                    go([clamp(row + by[0], 0, names.length - 1), clamp(token + by[1], 0, columns - 1)]);
                   },
                 },
-                isBroken ? "NaN" : pieceText(lensPiece(row, token)),
+                isBroken ? "NaN" : pieceText(lensPiece(lens, row, token)),
               );
               [button.style.background, button.style.color] = probabilityColours(p ?? 0);
               if (isAgreed) button.style.fontWeight = "700";
@@ -75,52 +75,52 @@ function lensTable(state, cell, go) {
   );
 }
 
-const lensState = { row: page.lens.names.length - 1 };
+const lensState = { row: null }; // null: the last
+
+async function lensParts(state, go) {
+  const lens = await part("lens"),
+    { names, probabilities, ids } = lens;
+  const row = lensState.row ?? names.length - 1,
+    token = state.token;
+  const pick = ([nextRow, nextToken]) => {
+    lensState.row = nextRow;
+    go({ token: nextToken });
+  };
+  const table = el("div", { class: "card scroll" }, lensTable(lens, [row, token], pick));
+  requestAnimationFrame(() => {
+    const cell = table.querySelector('[aria-pressed="true"]');
+    table.scrollLeft +=
+      cell.getBoundingClientRect().left - table.getBoundingClientRect().left - table.clientWidth / 2;
+  });
+  return [
+    table,
+    el(
+      "div",
+      { class: "card stack" },
+      el("h3", null, `${lensLabel(names[row])}: what would come after `, placeNodes(start + token)),
+      probabilities[row][token][0] === null
+        ? el("p", null, "NaN: nothing can be said.")
+        : el(
+            "div",
+            { class: "strong" },
+            ids[row][token].map((_, place) => {
+              const p = probabilities[row][token][place] ?? 0,
+                bar = el("i");
+              bar.style.width = `${100 * p}%`;
+              return [
+                pieceText(lensPiece(lens, row, token, place)),
+                bar,
+                el("b", null, `${digits(Number((100 * p).toPrecision(3)))} %`),
+              ];
+            }),
+          ),
+    ),
+  ];
+}
 
 const lensView = {
   title: "Logit lens",
   heading: "What each layer would say",
   lead: "The residual stream after every layer, taken straight to the last norm and the output matrix. The bottom row is the embedding alone, the top row the model's own prediction; bold: already what the model will say.",
-  draw: (state, go) => {
-    const row = lensState.row,
-      token = state.token,
-      { probabilities, ids } = page.lens;
-    const pick = ([nextRow, nextToken], isByKey) => {
-      lensState.row = nextRow;
-      go({ token: nextToken });
-      if (isByKey) document.querySelector('[data-key="lens cell"]')?.focus();
-    };
-    const table = el("div", { class: "card scroll" }, lensTable(state, [row, token], pick));
-    requestAnimationFrame(() => {
-      const cell = table.querySelector('[aria-pressed="true"]');
-      table.scrollLeft +=
-        cell.getBoundingClientRect().left - table.getBoundingClientRect().left - table.clientWidth / 2;
-    });
-    return el(
-      "div",
-      { class: "stack" },
-      table,
-      el(
-        "div",
-        { class: "card stack" },
-        el("h3", null, `${lensLabel(page.lens.names[row])}: what would come after `, placeNodes(start + token)),
-        probabilities[row][token][0] === null
-          ? el("p", null, "NaN: nothing can be said.")
-          : el(
-              "div",
-              { class: "strong" },
-              ids[row][token].map((_, place) => {
-                const p = probabilities[row][token][place] ?? 0,
-                  bar = el("i");
-                bar.style.width = `${100 * p}%`;
-                return [
-                  pieceText(lensPiece(row, token, place)),
-                  bar,
-                  el("b", null, `${digits(Number((100 * p).toPrecision(3)))} %`),
-                ];
-              }),
-            ),
-      ),
-    );
-  },
+  draw: (state, go) => fill(el("div", { class: "stack" }), lensParts(state, go)),
 };

@@ -266,8 +266,3 @@ document.body.append(
   help,
 );
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-readAddress();
-draw();
-
-// For the curious, in the browser's console.
-Object.assign(globalThis, { page, ringAt, ropeScore, reach, values: (name) => valuesOf(stepByName.get(name)) });

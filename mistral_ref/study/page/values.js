@@ -1,8 +1,22 @@
-// What was written into the page: about the pass, and the values of its steps, unpacked when they are looked at.
+// The pass that is shown: what is known of it, and the values of its steps, unpacked when they are looked at.
 
-const page = JSON.parse(document.getElementById("data").textContent);
-const { config, tokens, start } = page;
-const stepByName = new Map(page.steps.map((step) => [step.name, step]));
+let page, config, tokens, start, stepByName, group;
+function load(data) {
+  page = data;
+  ({ config, tokens, start } = page);
+  stepByName = new Map(page.steps.map((step) => [step.name, step]));
+  group = config.heads / config.kvHeads; // how many query heads share a key/value head
+}
+load(JSON.parse(document.getElementById("data").textContent)); // what was written into the page
+
+// What a view asks for when it is drawn. A file holds all of it; the live page asks its server.
+const PARTS = {
+  values: (name) => stepByName.get(name), // {statistics, histogram, whole, picture} of a step
+  sizes: (kind) => range(config.layers).map((layer) => inLayer(kind, layer)?.statistics.rms ?? null),
+  lens: () => page.lens,
+};
+let part = async (name, of) => PARTS[name](of);
+
 const isEnd = (kind) => kind === "embedding" || kind === "norm" || kind === "logits";
 const inLayer = (kind, layer) => stepByName.get(`layers.${layer}.${kind}`);
 // The name of a kind of step in a layer. An adapter's step leads to the step that it adds to where the layer lacks it.
@@ -20,8 +34,7 @@ const placeNodes = (position) =>
 // Whether the token at position `query` sees the one at `key`: 0 <= query - key < window, as in reference_ops.py.
 const attends = (query, key, window) => query >= key && (window === null || query - key < window);
 
-// How many query heads share a key/value head, and which one a query head reads: h // (H / G).
-const group = config.heads / config.kvHeads;
+// Which key/value head a query head reads: h // (H / G).
 const readBy = (head) => Math.floor(head / group);
 
 async function inflated(base64) {
@@ -55,14 +68,14 @@ async function unpackedPicture({ scale, data }) {
   );
 }
 
-const unpacked = new Map();
+const unpacked = new WeakMap();
 // All numbers of a step, as a Float32Array in the order of its shape; null where only attention's absence was kept.
-function valuesOf(step) {
-  if (!step.whole && !step.picture) return Promise.resolve(null);
-  if (!unpacked.has(step.name)) {
-    unpacked.set(step.name, step.whole ? unpackedWhole(step.whole) : unpackedPicture(step.picture));
+function numbersOf(values) {
+  if (!values.whole && !values.picture) return Promise.resolve(null);
+  if (!unpacked.has(values)) {
+    unpacked.set(values, values.whole ? unpackedWhole(values.whole) : unpackedPicture(values.picture));
   }
-  return unpacked.get(step.name);
+  return unpacked.get(values);
 }
 
 // Which of `size` numbers share each of at most `most` cells, as display.cell_ranges has it: the edges between them.
@@ -73,32 +86,32 @@ const headAxis = (step) => page.kinds[step.kind].axes.find((axis) => axis === "h
 const headCount = (step) => step.shape[page.kinds[step.kind].axes.indexOf(headAxis(step))];
 
 // A step, or one head of it, as a matrix: {rows, columns, data, rowEdges, columnEdges, axes}. Null: it was not kept.
-async function matrixOf(step, head) {
-  const values = await valuesOf(step);
-  if (values === null) return null;
+async function matrixOf(step, values, head) {
+  const numbers = await numbersOf(values);
+  if (numbers === null) return null;
   const { axes } = page.kinds[step.kind],
     shape = step.shape;
-  if (!step.whole) {
-    const [rows, columns] = step.picture.shape,
+  if (!values.whole) {
+    const [rows, columns] = values.picture.shape,
       width = shape.slice(1).reduce((a, b) => a * b, 1);
     return {
       rows,
       columns,
-      data: values,
+      data: numbers,
       axes: [axes[0], axes.slice(1).join(" × ")],
       rowEdges: cellEdges(shape[0], rows),
       columnEdges: cellEdges(width, columns),
     };
   }
-  if (shape.length === 2) return wholeMatrix(values, shape, axes);
+  if (shape.length === 2) return wholeMatrix(numbers, shape, axes);
   if (axes[0] === "head") {
     const size = shape[1] * shape[2];
-    return wholeMatrix(values.subarray(head * size, (head + 1) * size), shape.slice(1), axes.slice(1));
+    return wholeMatrix(numbers.subarray(head * size, (head + 1) * size), shape.slice(1), axes.slice(1));
   }
   const [rows, heads, width] = shape,
     data = new Float32Array(rows * width);
   for (const row of range(rows))
-    data.set(values.subarray((row * heads + head) * width, (row * heads + head + 1) * width), row * width);
+    data.set(numbers.subarray((row * heads + head) * width, (row * heads + head + 1) * width), row * width);
   return wholeMatrix(data, [rows, width], [axes[0], axes[2]]);
 }
 
@@ -130,4 +143,4 @@ function narrowed(matrix, most) {
 }
 
 // The largest finite number of a step without its sign.
-const scaleOf = (step) => Math.max(Math.abs(step.statistics.low ?? 0), Math.abs(step.statistics.high ?? 0)) || 1;
+const scaleOf = ({ statistics: { low, high } }) => Math.max(Math.abs(low ?? 0), Math.abs(high ?? 0)) || 1;
