@@ -14,31 +14,23 @@ Each prompt is read in passes of its own, as without others. A text that has end
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mistral_ref import memory
 from mistral_ref.cache import KVCache
-from mistral_ref.errors import CacheError, InputError, Progress
-from mistral_ref.generation import GenerationRequest, NewText, NextLogits, Token
+from mistral_ref.errors import InputError, Progress, checked_int
+from mistral_ref.generation import NewText, NextLogits, Token
 from mistral_ref.host import available_memory
+from mistral_ref.prompt import of_prompt
+from mistral_ref.request import GenerationRequest
 from mistral_ref.text.stream import TokenStream
 
 # The tokens that follow those in some caches, one for each -> their logits (T, V)
 JoinedLogits = Callable[[Sequence[int], Sequence[KVCache]], np.ndarray]
 Row = list[Token | None]
-
-
-@contextmanager
-def of_prompt(number: int) -> Iterator[None]:
-    """Let an error say which prompt it is about."""
-    try:
-        yield
-    except (InputError, CacheError) as error:
-        raise type(error)(f"prompts[{number}]: {error}") from None
 
 
 class Waiting(NamedTuple):
@@ -129,3 +121,15 @@ def _has_room(running: Sequence[_Running], waiting: Waiting) -> bool:
     left = available_memory() if cache.check_memory else None
     needed = cache.bytes_for(waiting.most_tokens) + sum(one.bytes_to_come for one in running)
     return left is None or needed <= left
+
+
+def seed_of_each(seed: int | Sequence[int] | None, n: int) -> Sequence[int | None]:
+    """Return a seed for each of n prompts; see `Model.generate_batch`. Raises InputError."""
+    if seed is None:
+        return [None] * n
+    if isinstance(seed, Sequence):
+        if len(seed) != n:
+            raise InputError(f"there are {len(seed)} seeds for {n} prompts; expected one seed for each prompt")
+        return seed
+    first = checked_int("seed", seed, least=0)
+    return range(first, first + n)

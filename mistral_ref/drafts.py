@@ -24,25 +24,16 @@ import numpy as np
 
 from mistral_ref import passes
 from mistral_ref.cache import KVCache, Pass, shared_length
-from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError
 from mistral_ref.passes import pass_lengths
+from mistral_ref.reading import ReadingModel
 from mistral_ref.sampling import Distribution, SamplingSettings, distribution
-from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.transformer import Transformer
 
 MOST = 15  # tokens in a draft
 _EACH = 0.2  # what a pass takes longer for a token of a draft, as a part of a token's time, until more is known
 _SHORTEST, _LONGEST = 2, 12  # of the newest tokens, as many are looked up
 _CHARACTERS = 0x110000
-
-
-class LoadedModel(Protocol):
-    """What a draft needs of a Model."""
-
-    config: ModelConfig
-    tokenizer: Tokenizer | None
-    transformer: Transformer
 
 
 class Guess(NamedTuple):
@@ -119,7 +110,7 @@ class DraftModel:
 
     trust, is_free = 0.5, False
 
-    def __init__(self, draft: LoadedModel, n_ids: int, sampling: SamplingSettings | None, seed: int | None) -> None:
+    def __init__(self, draft: ReadingModel, n_ids: int, sampling: SamplingSettings | None, seed: int | None) -> None:
         self._transformer, self._n_ids, self._sampling = draft.transformer, n_ids, sampling
         self._rng = np.random.default_rng(None if seed is None else (seed, 1))
         self._cache = KVCache(draft.config, draft.transformer.ops)
@@ -282,7 +273,7 @@ class Ahead:
         self._pace.took(len(ids) - 1, time.perf_counter() - started)
 
 
-def check_vocabulary(draft: LoadedModel, own: LoadedModel) -> None:
+def check_vocabulary(draft: ReadingModel, own: ReadingModel) -> None:
     """Raise InputError unless the ids of a draft mean what the model's own do: each has the same piece."""
     found, expected = (
         f"{model.config.vocab_size} ids without a tokenizer"

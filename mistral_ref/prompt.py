@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, short_repr, warn
+from mistral_ref.errors import CacheError, InputError, short_repr, warn
 from mistral_ref.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -37,3 +38,12 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig,
     if tokenizer is not None and ids[:2] == [tokenizer.bos_id] * 2:
         warn("the prompt begins with BOS twice; the model was trained on texts with one BOS")
     return ids
+
+
+@contextmanager
+def of_prompt(number: int) -> Iterator[None]:
+    """Let an error say which prompt it is about."""
+    try:
+        yield
+    except (InputError, CacheError) as error:
+        raise type(error)(f"prompts[{number}]: {error}") from None

@@ -97,5 +97,5 @@ def test_a_strict_type_checker_takes_right_uses_and_finds_wrong_ones(tmp_path: P
 
 def test_the_settings_that_are_handed_on_are_those_of_generate() -> None:
     parameters = inspect.signature(Model.generate).parameters.values()
-    expected = [(one.name, one.annotation) for one in parameters if one.kind is one.KEYWORD_ONLY]
-    assert [(name, type_.__forward_arg__) for name, type_ in GenerationSettings.__annotations__.items()] == expected
+    expected = {one.name: one.annotation for one in parameters if one.kind is one.KEYWORD_ONLY}
+    assert {name: type_.__forward_arg__ for name, type_ in GenerationSettings.__annotations__.items()} == expected
