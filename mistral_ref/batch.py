@@ -107,7 +107,7 @@ def generate_batch(
             prompt_ids, one = text.request.prompt_ids, _Running(text, new_cache(text.most_tokens))
             running.append(one)
             with of_prompt(one.number):
-                memory.require(one.cache, one.most_tokens, at_once=len(prompt_ids))
+                memory.require(one.cache, one.most_tokens, is_new=True, at_once=len(prompt_ids))
                 logits_V = next_logits(prompt_ids, one.cache, None)
             yield row_of({one.number: one.push(logits_V)})
         if running:

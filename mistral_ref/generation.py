@@ -197,7 +197,10 @@ def cache_for(model: ReadingModel, request: GenerationRequest, given: KVCache | 
     cache = model.new_cache(max_tokens=last) if given is None else given
     cache.require_room(end - cache.length)
     n_more = min(last, cache.max_tokens or last) - cache.length
-    memory.require(cache, max(n_more, in_prompt), at_once=in_prompt, hint="max_tokens=... asks for a shorter text")
+    memory.require(
+        cache, max(n_more, in_prompt), is_new=given is None, at_once=in_prompt,
+        hint="max_tokens=... asks for a shorter text",
+    )  # fmt: skip
     request.require_positions(end)
     request.warn_of_mistakes(held, None if model.tokenizer is None else model.tokenizer.bos_id)
     return cache

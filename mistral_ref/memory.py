@@ -161,13 +161,15 @@ def workspace(
 
 def require(
     cache: KVCache, n_tokens: int, *,
-    at_once: int | None = None, n_logits: int = 1, observed: bool = False, kept: int = 0, hint: str = "",
+    is_new: bool, at_once: int | None = None, n_logits: int = 1, observed: bool = False,
+    kept: Callable[[int], int] = lambda n_tokens: 0, hint: str = "",
 ) -> None:  # fmt: skip
     """Raise an error if `n_tokens` more tokens in a cache, and the work on them, take more memory than is left.
 
+    is_new              whether the cache was made for these tokens, so that fewer would get a smaller one
     at_once             how many of them come together, in passes of the cache's chunk; None: all
     n_logits, observed  as in `workspace`
-    kept                how many more values are kept
+    kept                returns how many more values are kept of so many tokens
     hint                what would take less, beside what all texts can do
 
     It is a CacheError if keys and values take most of it, or else an InputError.
@@ -179,7 +181,10 @@ def require(
     def needs(n: int) -> tuple[int, int]:
         end = cache.length + n
         work = workspace(cache, end, min(n, longest_pass), cache.ops.name, n_logits=min(n, n_logits), observed=observed)
-        return cache.bytes_for(end) - cache.bytes_for(cache.length), work + kept * cache.ops.dtype.itemsize
+        made = cache
+        if is_new and n < n_tokens:
+            made = KVCache(cache.config, cache.ops, chunk=cache.chunk, max_tokens=n, dtype=cache.dtype)
+        return made.bytes_for(end) - cache.bytes_for(cache.length), work + kept(n) * cache.ops.dtype.itemsize
 
     growth, work = needs(n_tokens)
     left = lacking_memory(growth + work)

@@ -125,11 +125,13 @@ class ReadingModel:
             touched = check_edits(edits, self.config)
             logits_TV = self._walk(ids, cache, inside_attention(touched), edits).finish()
             return (logits_TV[-1:] if last_only else logits_TV).copy()
+        is_new = cache is None
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
         n_logits = 1 if last_only else len(ids)
         if len(ids) > 1:  # one token takes little
             memory.require(
-                cache, len(ids), n_logits=min(n_logits, cache.chunk), kept=n_logits * self.config.vocab_size,
+                cache, len(ids), is_new=is_new, n_logits=min(n_logits, cache.chunk),
+                kept=lambda n: min(n, n_logits) * self.config.vocab_size,
                 hint="" if last_only else "last_only=True keeps the logits of the last token, and score(tokens) none",
             )  # fmt: skip
         return (passes.last_logits if last_only else passes.logits)(self.transformer, ids, cache)
@@ -198,11 +200,13 @@ class ReadingModel:
         edits: Mapping[str, Edit],
         kept: Collection[str] = (),
     ) -> Walk:
+        is_new = cache is None
         cache = self.new_cache(max_tokens=len(ids), chunk=len(ids)) if cache is None else cache
+        start = cache.length
         hint = "keep=... keeps fewer steps" if kept else "over a cache, a pass of fewer tokens has fewer scores"
         memory.require(
-            cache, len(ids), n_logits=len(ids), observed=observe_attention,
-            kept=count_values(self.config, len(ids), cache.length, kept), hint=hint,
+            cache, len(ids), is_new=is_new, n_logits=len(ids), observed=observe_attention,
+            kept=lambda n: count_values(self.config, n, start, kept), hint=hint,
         )  # fmt: skip
         return passes.walk(self.transformer, ids, cache, observe_attention=observe_attention, edits=edits)
 
@@ -247,7 +251,7 @@ class ReadingModel:
 
         def new_cache(n_tokens: int) -> KVCache:
             cache = self.new_cache(max_tokens=n_tokens)
-            memory.require(cache, n_tokens, n_logits=cache.chunk)
+            memory.require(cache, n_tokens, is_new=True, n_logits=cache.chunk)
             return cache
 
         return passes.scores(self.transformer, all_ids, new_cache, n_top)
@@ -268,7 +272,7 @@ class ReadingModel:
         """
         ids = self.token_ids(tokens)
         cache = self.new_cache(max_tokens=len(ids))
-        memory.require(cache, len(ids))
+        memory.require(cache, len(ids), is_new=True)
         return passes.embedding(self.transformer, ids, cache)
 
     def text_stream(self, prompt_ids: Sequence[int]) -> TokenStream | None:

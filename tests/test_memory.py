@@ -24,7 +24,7 @@ from support.tiny import MIXTURE, SMALL, model_of
 import mistral_ref
 from mistral_ref import InputError, Model
 from mistral_ref.config import ModelConfig, tensor_shapes
-from mistral_ref.errors import CacheError
+from mistral_ref.errors import CacheError, MistralRefError
 from mistral_ref.files.adapters import with_adapters
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.quantization import Scheme, rounded_bytes
@@ -230,6 +230,34 @@ def test_the_way_out_leads_out() -> None:
         model.generate(IDS, max_tokens=capacity - len(IDS) + 1, cache=cache)
         with refused(CacheError, "tokens fit"):
             model.generate(IDS, max_tokens=4 * capacity, cache=cache)
+
+
+WIDE = LONG.replace(n_layers=1, sliding_window=(None,), vocab_size=100_000)  # what is kept of a token takes most
+
+
+@pytest.mark.parametrize(
+    ("config", "use"),
+    [
+        (LONG, lambda model, n: model.generate(IDS, max_tokens=n - len(IDS) + 1)),
+        (LONG, lambda model, n: model.embed([5] * n)),
+        (WIDE, lambda model, n: model.forward([5] * n)),
+        (WIDE, lambda model, n: model.trace([5] * n, keep="logits")),
+        (DENSE, lambda model, n: model.steps([5] * n)),
+    ],
+    ids=["generate", "embed", "forward", "trace", "steps"],
+)
+@pytest.mark.usefixtures("little_memory")
+def test_as_many_tokens_fit_as_are_said_to_and_no_more(
+    config: ModelConfig, use: Callable[[Model, int], object]
+) -> None:
+    model = model_of(config)
+    with pytest.raises(MistralRefError) as error:
+        use(model, 9000)
+    (found,) = re.findall(r"(\d+) tokens fit", str(error.value))
+    assert 64 < int(found) < 9000
+    with pytest.raises(MistralRefError, match=f"{int(found)} tokens fit"):
+        use(model, int(found) + 1)
+    use(model, int(found))
 
 
 @pytest.mark.usefixtures("little_memory")
