@@ -47,7 +47,7 @@ class ScriptedDraft(DraftModel):
     """A draft model that computes as any does, and then drafts the tokens of a text, or at some places others."""
 
     def __init__(self, draft: Model, text: Sequence[int]) -> None:
-        super().__init__(draft, draft.config.vocab_size, None, None)
+        super().__init__(draft, draft.new_cache(), draft.config.vocab_size, None, None)
         agrees = np.random.default_rng(1).random(len(text)) < RATE
         wrong = [(token + 1) % self._n_ids for token in text]
         self._script = np.where(agrees, text, wrong).tolist()

@@ -200,8 +200,8 @@ class KVCache:
         has kept and shares most tokens with `ids`, or empty. A warning then says how many tokens are read again.
         """
         shared = shared_length(self._tokens, ids)
-        best = max([self, *self._kept], key=lambda one: one._shared_with(ids))
-        length = best._shared_with(ids)
+        best = max([self, *self._kept], key=lambda one: one.shared_with(ids))
+        length = best.shared_with(ids)
         if best is not self:
             twin = best.copy()
             self.rings, self._tokens = twin.rings, twin._tokens
@@ -213,8 +213,8 @@ class KVCache:
             )
         return self.length
 
-    def _shared_with(self, ids: Sequence[int]) -> int:
-        """Return how many tokens this cache shares with `ids`; 0 if it cannot go back to them."""
+    def shared_with(self, ids: Sequence[int]) -> int:
+        """Return how many tokens this cache shares with `ids`; 0 if `truncate` cannot go back to them."""
         length = shared_length(self._tokens, ids)
         return length if all(ring.first_visible(length) >= min(ring.oldest, length) for ring in self.rings) else 0
 

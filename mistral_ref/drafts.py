@@ -104,17 +104,18 @@ class Lookup:
 class DraftModel:
     """Drafts what a second model says: its likeliest tokens or, with `sampling`, tokens drawn from it.
 
-    The draft has the same vocabulary, and a cache of its own. It may have more ids, without pieces; only the first
-    n_ids are drafted.
+    The draft has the same vocabulary. It may have more ids, without pieces; only the first n_ids are drafted. Its cache
+    may hold the beginning of the text.
     """
 
     trust, is_free = 0.5, False
 
-    def __init__(self, draft: ReadingModel, n_ids: int, sampling: SamplingSettings | None, seed: int | None) -> None:
-        self._transformer, self._n_ids, self._sampling = draft.transformer, n_ids, sampling
+    def __init__(
+        self, draft: ReadingModel, cache: KVCache, n_ids: int, sampling: SamplingSettings | None, seed: int | None
+    ) -> None:
+        self._transformer, self._cache, self._n_ids, self._sampling = draft.transformer, cache, n_ids, sampling
         self._rng = np.random.default_rng(None if seed is None else (seed, 1))
-        self._cache = KVCache(draft.config, draft.transformer.ops)
-        self._n_read = 0  # so much of the text is in the cache
+        self._n_read = 0  # so much of the text is known to be in the cache
 
     def prepare(self, n_tokens: int) -> None:
         """Compile the kernels for reading so many tokens, and then a few at a time."""
@@ -127,10 +128,13 @@ class DraftModel:
         return MOST if longest is None else longest - len(ids)
 
     def begin(self, ids: Sequence[int]) -> None:
-        """Read the text so far, except its last token."""
-        if len(ids) > 1 and self._left(ids) > 0:
-            passes.last_logits(self._transformer, ids[:-1], self._cache)
-            self._n_read = len(ids) - 1
+        """Read the text so far, except its last token and what the cache holds of it."""
+        before = list(ids[:-1])
+        self._cache.truncate(self._cache.shared_with(before))
+        unread = before[self._cache.length :]
+        if unread and self._left(ids) > 0:
+            passes.last_logits(self._transformer, unread, self._cache)
+        self._n_read = self._cache.length
 
     def guesses(self, ids: Sequence[int], n: int) -> list[Guess]:
         """Return n tokens, or fewer: none beyond the longest sequence, and none that only the draft model has."""

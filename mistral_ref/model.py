@@ -76,7 +76,8 @@ class Model(ReadingModel):
         lookup              draft what followed the newest tokens where they stand earlier in the text, and verify the
                             draft in one pass (drafts.py). The text is the same, and comes sooner if it repeats itself
         draft               a model with the same vocabulary, mostly a smaller one, that drafts its likeliest tokens.
-                            This model itself will do, too. Not together with `lookup`
+                            This model itself will do, too. With `prompt_cache` it also reads only what is new. Not
+                            together with `lookup`
         draft_sampling      the draft draws its tokens, as this model does. Then more of them are accepted at high
                             temperatures. Any text is as likely as without a draft, but the same seed gives another one
         logits_processor    called as logits_processor(ids, logits) before every token: `ids` are those of the prompt
@@ -102,7 +103,7 @@ class Model(ReadingModel):
         )  # fmt: skip
         used = cache_for(self, request, prompt_cache if cache is None else cache)
         stream = self.text_stream(request.prompt_ids if follows is None else follows)
-        drafter = self._drafter(lookup, draft, request.sampling if draft_sampling else None, request.seed)
+        drafter = self._drafter(lookup, draft, request.sampling if draft_sampling else None, request.seed, prompt_cache)
         ahead = None if drafter is None else Ahead(self.transformer, used, drafter)
         return Generation(generate(request, self._prepare, self._next_logits, used, stream, ahead), ahead)
 
@@ -112,7 +113,12 @@ class Model(ReadingModel):
         return WeakSet([self])
 
     def _drafter(
-        self, lookup: bool, draft: ReadingModel | None, sampling: SamplingSettings | None, seed: int | None
+        self,
+        lookup: bool,
+        draft: ReadingModel | None,
+        sampling: SamplingSettings | None,
+        seed: int | None,
+        prompt_cache: KVCache | None,
     ) -> Drafter | None:
         """Return what writes drafts; None if nothing does. `sampling` says how a draft draws its tokens."""
         if draft is None:
@@ -126,7 +132,10 @@ class Model(ReadingModel):
         if draft not in self._checked_drafts:
             check_vocabulary(draft, self)  # once: it takes up to a second
             self._checked_drafts.add(draft)
-        return DraftModel(draft, self.config.vocab_size, sampling, seed)
+        cache = draft.new_cache()
+        if prompt_cache is not None:
+            cache = draft.caches_beside.setdefault(prompt_cache, cache)
+        return DraftModel(draft, cache, self.config.vocab_size, sampling, seed)
 
     def generate_batch(
         self,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Never, SupportsIndex, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -90,6 +92,11 @@ class ReadingModel:
         cache = self._cache_type.load(path, self.config, self.ops, self.weights)
         cache.check_memory = self.check_memory
         return cache
+
+    @cached_property
+    def caches_beside(self) -> WeakKeyDictionary[KVCache, KVCache]:
+        """A draft's caches: what it has read of the text in another cache, which is `prompt_cache` of several texts."""
+        return WeakKeyDictionary()
 
     def token_ids(self, prompt: Prompt, cache: KVCache | None = None) -> list[int]:
         """Return the token ids of a prompt. Each id is checked to be in [0, V).

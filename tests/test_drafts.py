@@ -171,6 +171,29 @@ def test_another_pass_in_the_middle_of_a_draft_is_an_error() -> None:
         list(text)
 
 
+def test_a_draft_model_reads_only_what_is_new_in_a_prompt_that_grows() -> None:
+    model, draft = model_of(CONFIG, dtype="float64"), model_of(CONFIG, seed=1)
+    lengths, cache, text = count_passes(draft), model.new_cache(), tokens_for(CONFIG, 60)
+    for turn in range(4):
+        del lengths[:]
+        plain = [token.id for token in model.generate(text, max_tokens=12)]
+        assert [token.id for token in model.generate(text, max_tokens=12, draft=draft, prompt_cache=cache)] == plain
+        assert max(lengths) == 60 if turn == 0 else max(lengths) < 20
+        text = [*text, *plain, 3, 1, 4][: 200 if turn % 2 else -5]  # sometimes the end is taken back
+    other = model.generate(text, max_tokens=12, draft=model_of(CONFIG, seed=2), prompt_cache=cache.copy())
+    assert [token.id for token in other] == [token.id for token in model.generate(text, max_tokens=12)]
+
+
+def test_a_draft_model_whose_memory_is_not_checked_is_given_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, text = model_of(CONFIG), tokens_for(CONFIG, 200)
+    model, draft = (Model(CONFIG, right.weights, right.ops, check_memory=check) for check in (False, True))
+    monkeypatch.setattr("mistral_ref.host._MUCH", 1)
+    monkeypatch.setattr("mistral_ref.host.available_memory", lambda: 0)
+    assert len(list(model.generate(text, draft=model, max_tokens=9))) == 9
+    with refused(CacheError, "memory"):
+        list(model.generate(text, draft=draft, max_tokens=9))
+
+
 def test_how_much_was_drafted_and_accepted() -> None:
     model = mistral_ref.load(backend="numpy")
     plain, drafted = (
