@@ -154,8 +154,8 @@ class Comparison(Sequence[Difference]):
     unmatched   names of the steps that only one of the two passes holds
     own         whether both passes went on from the same values after each step; if so, each Difference holds only
                 what its step adds
-    fixed       with `own`: names of the steps whose values could not be exchanged; the steps after such a step show
-                its difference too
+    fixed       with `own`: names of the steps that see different keys, so that their values could not be exchanged;
+                the steps after such a step show its difference too
     rounding    how much more a value may differ by, as a share of its size, because a file stored it in 16 bits
     """
 
@@ -218,8 +218,8 @@ class Comparison(Sequence[Difference]):
             )
         if self.fixed:
             text += (
-                f"\n{len(self.fixed)} steps could only be looked at, such as {self.fixed[0]}, so the steps after them "
-                "show their differences too; with backend='numpy' every step can be exchanged"
+                f"\n{len(self.fixed)} steps see different keys, such as {self.fixed[0]}, and were not exchanged, so "
+                "the steps after them show their differences too"
             )
         return text
 
@@ -273,8 +273,8 @@ def compare_walks(
 
     bound   in ulps; the default is 2000, or 200 with `own`
     own     at every step the reference takes over the value of `walk` and goes on from it. Each row then shows the
-            distance that this one step adds, so every faulty step is found, not only the first. Two kinds of steps are
-            not exchanged: steps whose value cannot be replaced, and steps that see different keys
+            distance that this one step adds, so every faulty step is found, not only the first. Steps that see
+            different keys are not exchanged
     progress    called with the number of steps compared so far
 
     Steps of an adapter that only one of the walks has are `unmatched`. Raises InputError if the two walks do not yield
@@ -286,7 +286,7 @@ def compare_walks(
     with walk, reference:
         for ours, theirs in _side_by_side(walk, reference, unmatched):
             differences.append(step_difference(ours, theirs, bound))
-            if own and _can_be_exchanged(ours, theirs):
+            if own and (ours.value.shape, ours.key_positions) == (theirs.value.shape, theirs.key_positions):
                 theirs.value = ours.value.astype(theirs.value.dtype)
             elif own:
                 fixed.append(ours.name)
@@ -311,9 +311,3 @@ def _side_by_side(walk: Walk, reference: Walk, unmatched: list[str]) -> Iterator
         else:
             names = [step.name if step else "its end" for step in (ours, theirs)]
             raise InputError(f"one pass is at {names[0]}, the other at {names[1]}; expected the same steps")
-
-
-def _can_be_exchanged(step: Step, reference: Step) -> bool:
-    is_fixed = step.fixed_by is not None or reference.fixed_by is not None
-    is_alike = step.value.shape == reference.value.shape and step.key_positions == reference.key_positions
-    return is_alike and not is_fixed

@@ -159,16 +159,19 @@ class CompiledOps(ReferenceOps):
     def attend(self, q_THK: np.ndarray, view: KeyView, observed: StepFactory | None) -> Steps:
         """Attend within one sequence. One compiled kernel computes scores, softmax and sum together.
 
-        With `observed`, NumPy computes the steps "scores" and "attention_weights" as well. They can only be looked at.
+        With `observed`, NumPy computes the steps "scores" and "attention_weights" as well. The result is NumPy's if one
+        of them has been edited, and else the kernel's.
         """
         if observed is not None:
+            shown: list[Step] = []
 
-            def only_shown(name: str, value: np.ndarray, key_positions: range | None = None) -> Step:
-                step = observed(name, value, key_positions)
-                step.fixed_by = "the compiled attention does not read it; load the model with backend='numpy'"
-                return step
+            def remembered(name: str, value: np.ndarray, key_positions: range | None = None) -> Step:
+                shown.append(observed(name, value, key_positions))
+                return shown[-1]
 
-            yield from super().attend(q_THK, view, only_shown)
+            heads_THK = yield from super().attend(q_THK, view, remembered)
+            if any(step.is_edited for step in shown):
+                return heads_THK
         heads_THK = self._heads(q_THK, view)
         if len(q_THK) > 1 and not np.isfinite(heads_THK.sum()):
             return self._shielded(heads_THK, q_THK, view)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -119,7 +119,7 @@ def walk(
     cache: KVCache,
     *,
     observe_attention: bool,
-    edits: Mapping[str, Edit],
+    edits: Sequence[tuple[str, Edit]],
 ) -> Walk:
     """Return a Walk through one pass of these ids, which follow the tokens in the cache.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Never, SupportsIndex, overload
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from mistral_ref.text.stream import TokenStream
 from mistral_ref.text.tokenizer import Tokenizer
 from mistral_ref.trace import Trace
 from mistral_ref.transformer import Transformer
-from mistral_ref.walk import Edit, Walk, check_edits, inside_attention, matching_steps
+from mistral_ref.walk import Edit, Edits, Walk, checked_edits, inside_attention, matching_steps
 from mistral_ref.weights import Weights
 
 
@@ -114,23 +114,23 @@ class ReadingModel:
         cache: KVCache | None = None,
         *,
         last_only: bool = False,
-        edits: Mapping[str, Edit] | None = None,
+        edits: Edits | None = None,
     ) -> np.ndarray:
         """Return logits (T, V); with `last_only` the last token's logits (1, V).
 
         cache       the tokens continue the sequence in the cache and are appended to it. One call with many tokens and
                     several calls with parts of them give the same logits. None: nothing is kept
-        edits       a map from names of steps, or globs, to an array or to a function of the step's value. A pass with
-                    edits is never split, so T is at most the cache's chunk. Its steps have all tokens, also with
-                    `last_only`
+        edits       a map from names of steps, or globs, to an array or to a function of the step's value; or a list of
+                    such pairs. They apply in their order. A pass with edits is never split, so T is at most the cache's
+                    chunk. Its steps have all tokens, also with `last_only`
 
         An interrupted call keeps the chunks that are finished: `cache.tokens` holds their tokens. Raises InputError or
         CacheError, also if less memory is left than the logits take.
         """
         ids = self.token_ids(tokens, cache)
         if edits:
-            touched = check_edits(edits, self.config)
-            logits_TV = self._walk(ids, cache, inside_attention(touched), edits).finish()
+            pairs, touched = checked_edits(edits, self.config)
+            logits_TV = self._walk(ids, cache, inside_attention(touched), pairs).finish()
             return (logits_TV[-1:] if last_only else logits_TV).copy()
         is_new = cache is None
         cache = self.new_cache(max_tokens=len(ids)) if cache is None else cache
@@ -153,7 +153,7 @@ class ReadingModel:
     def _joined_logits(self, ids: Sequence[int], caches: Sequence[KVCache]) -> np.ndarray:
         return passes.joined_logits(self.transformer, [([one], cache) for one, cache in zip(ids, caches, strict=True)])
 
-    def steps(self, tokens: Prompt, cache: KVCache | None = None, *, edits: Mapping[str, Edit] | None = None) -> Walk:
+    def steps(self, tokens: Prompt, cache: KVCache | None = None, *, edits: Edits | None = None) -> Walk:
         """Return a Walk through the forward pass of these tokens. Iterate over it to get every Step.
 
         cache   the pass starts after the tokens in the cache and takes at most `cache.chunk` tokens. The cache counts
@@ -162,9 +162,8 @@ class ReadingModel:
 
         Raises InputError or CacheError.
         """
-        edits = {} if edits is None else edits
-        check_edits(edits, self.config)
-        return self._walk(self.token_ids(tokens, cache), cache, observe_attention=True, edits=edits)
+        pairs, _ = checked_edits(edits, self.config)
+        return self._walk(self.token_ids(tokens, cache), cache, observe_attention=True, edits=pairs)
 
     def trace(
         self,
@@ -172,7 +171,7 @@ class ReadingModel:
         *,
         keep: str | Iterable[str] = "*",
         cache: KVCache | None = None,
-        edits: Mapping[str, Edit] | None = None,
+        edits: Edits | None = None,
     ) -> Trace:
         """Return a Trace of the forward pass of these tokens: the values of the steps that `keep` names.
 
@@ -183,11 +182,10 @@ class ReadingModel:
         Raises InputError or CacheError.
         """
         ids = self.token_ids(tokens, cache)
-        edits = {} if edits is None else edits
-        touched = check_edits(edits, self.config)
+        pairs, touched = checked_edits(edits, self.config)
         kept = matching_steps(keep, self.config)
         start = 0 if cache is None else cache.length
-        walk = self._walk(ids, cache, inside_attention([*kept, *touched]), edits, kept)
+        walk = self._walk(ids, cache, inside_attention([*kept, *touched]), pairs, kept)
         steps = [step for step in walk if step.name in kept]
         pieces = [self.piece(token) for token in ids]
         made_by, windows = f"{self.ops.dtype} by {self.ops.name}", self.config.sliding_window
@@ -204,7 +202,7 @@ class ReadingModel:
         ids: list[int],
         cache: KVCache | None,
         observe_attention: bool,
-        edits: Mapping[str, Edit],
+        edits: Sequence[tuple[str, Edit]],
         kept: Collection[str] = (),
     ) -> Walk:
         is_new = cache is None

@@ -142,10 +142,10 @@ def step_names(config: ModelConfig) -> Iterator[str]:
     yield from ("norm", "logits")
 
 
-def count_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[str]) -> int:
-    """Return how many values these steps have together, in a pass of n_tokens from position `start`, or a few more.
+def axis_sizes(config: ModelConfig, name: str, n_tokens: int, start: int = 0) -> dict[str, int]:
+    """Return the names and sizes of a step's axes, in a pass of n_tokens from position `start`.
 
-    Layers with windows count as if each had the longest of them.
+    Layers with windows have as many keys as if each had the longest of them.
     """
     window = max((start + n_tokens if window is None else window) for window in config.sliding_window)
     per_token, n_experts = (1, 0) if config.moe is None else (config.moe.num_experts_per_tok, config.moe.num_experts)
@@ -154,13 +154,13 @@ def count_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable
         "pair": n_tokens * per_token, "dim": config.dim, "head": config.n_heads, "kv_head": config.n_kv_heads,
         "head_dim": config.head_dim, "ffn": config.hidden_dim, "expert": n_experts, "vocabulary": config.vocab_size,
     }  # fmt: skip
-    catalogue, ranks = catalogue_of(config), dict(config.adapted)
+    sizes["rank"] = dict(config.adapted).get(name.removesuffix(LORA_A), 0)
+    return {axis: sizes[axis] for axis in catalogue_of(config)[name.rpartition(".")[2]].axes}
 
-    def count(name: str) -> int:
-        rank = ranks.get(name.removesuffix(LORA_A), 0)
-        return math.prod(rank if axis == "rank" else sizes[axis] for axis in catalogue[name.rpartition(".")[2]].axes)
 
-    return sum(map(count, names))
+def count_values(config: ModelConfig, n_tokens: int, start: int, names: Iterable[str]) -> int:
+    """Return how many values these steps have together, in a pass of n_tokens from position `start`, or a few more."""
+    return sum(math.prod(axis_sizes(config, name, n_tokens, start).values()) for name in names)
 
 
 class Step:
@@ -173,13 +173,13 @@ class Step:
     sentence        what it means
     source          file and line that yielded it: "file:line"; "" outside a walk
     key_positions   for scores and attention_weights the positions of their keys, else None
-    fixed_by        the reason why this value cannot be replaced; None if it can be
+    is_edited       whether another array has been assigned to `value`
     rounding        the largest relative error from storing the value in a file of 16 bits; 0 for a computed value
     """
 
     # Set on the class, not for each step: a pass without a reader makes many steps, and nobody reads these attributes.
     source = ""
-    fixed_by: str | None = None
+    is_edited = False
     is_past = False  # the pass has gone on from here
     rounding = 0.0
 
@@ -213,12 +213,10 @@ class Step:
     def value(self, new: np.ndarray) -> None:
         """Replace the value by an array of the same shape and dtype.
 
-        Raises InputError for another shape or dtype, for a fixed step, or if the pass has gone on from this step.
+        Raises InputError for another shape or dtype, or if the pass has gone on from this step.
         """
         if self.is_past:
             raise InputError(f"the pass has gone past {self.name}; assign to its value before you take the next step")
-        if self.fixed_by is not None:
-            raise InputError(f"{self.name} can be looked at, not edited: {self.fixed_by}")
         try:
             new = np.array(new)
         except ValueError:  # rows of different lengths
@@ -229,7 +227,7 @@ class Step:
                 f"expected {self._value.dtype} of shape {self._value.shape}"
             )
         new.flags.writeable = False
-        self._value = new
+        self._value, self.is_edited = new, True
 
     @property
     def statistics(self) -> Statistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from types import GeneratorType, TracebackType
@@ -17,6 +17,7 @@ from mistral_ref.ops import Ops
 from mistral_ref.steps import Step, Steps, step_names
 
 Edit = np.ndarray | Callable[[np.ndarray], np.ndarray]
+Edits = Mapping[str, Edit] | Sequence[tuple[str, Edit]]  # names of steps, or globs, and what is done to their values
 
 _PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -29,11 +30,11 @@ class Walk(Iterator[Step]):
                 step.value = np.zeros_like(step.value)
 
     Values are read-only and stay valid after the walk has gone on. To change the pass, assign to `step.value` before
-    you take the next step. `edits` is a map from names or globs to values or functions; they are applied before you get
-    a step. If you leave a walk before its end, its cache stays as it was.
+    you take the next step. `edits` are pairs of a name or glob and a value or function; all that match a step are
+    applied, in their order, before you get it. If you leave a walk before its end, its cache stays as it was.
     """
 
-    def __init__(self, steps: Steps, ops: Ops, edits: Mapping[str, Edit]) -> None:
+    def __init__(self, steps: Steps, ops: Ops, edits: Sequence[tuple[str, Edit]]) -> None:
         self._steps = steps
         self._ops = ops
         self._edits = edits
@@ -54,7 +55,7 @@ class Walk(Iterator[Step]):
             raise StopIteration from None
         step.value.flags.writeable = False
         step.source = _source(self._steps)
-        for pattern, edit in self._edits.items():
+        for pattern, edit in self._edits:
             if fnmatchcase(step.name, pattern):
                 step.value = edit(step.value) if callable(edit) else edit
         self._current = step
@@ -130,8 +131,15 @@ def inside_attention(names: Iterable[str]) -> bool:
     return any(name.endswith((".scores", ".attention_weights")) for name in names)
 
 
-def check_edits(edits: Mapping[str, Edit], config: ModelConfig) -> list[str]:
-    """Return the names of the steps that `edits` change; raise InputError if an edit's name matches no step."""
-    if not isinstance(edits, Mapping):
-        raise InputError(f"edits is {short_repr(edits)}; expected a mapping from names of steps to values or functions")
-    return matching_steps(edits, config)
+def checked_edits(edits: Edits | None, config: ModelConfig) -> tuple[list[tuple[str, Edit]], list[str]]:
+    """Return edits as a list of pairs, and the names of the steps that they change.
+
+    Raises InputError for something else than edits, or if a name matches no step.
+    """
+    pairs = edits.items() if isinstance(edits, Mapping) else () if edits is None else edits
+    try:
+        checked = [(pattern, edit) for pattern, edit in pairs]
+    except (TypeError, ValueError):
+        expected = "a mapping from names of steps to values or functions, or a list of such pairs"
+        raise InputError(f"edits is {short_repr(edits)}; expected {expected}") from None
+    return checked, matching_steps([pattern for pattern, _ in checked], config)

@@ -286,26 +286,7 @@ def test_stepping_is_running_and_shows_the_references_attention(config: ModelCon
             step.value = value
 
 
-@pytest.mark.parametrize("name", ["scores", "attention_weights"])
-def test_the_inside_of_fused_attention_can_be_looked_at_and_not_edited(name: str) -> None:
-    model = compiled(SMALL)
-    facts = (f"layers.1.{name}", "edited", "backend='numpy'")
-    with refused(InputError, *facts):
-        model.forward([1, 2], edits={f"layers.1.{name}": np.zeros_like})
-    for step in model.steps([1, 2]):
-        if step.name == f"layers.1.{name}":
-            with refused(InputError, *facts):
-                step.value = step.value.copy()
-            with pytest.raises(ValueError, match="read-only"):
-                step.value[:] = 0
-            break
-    cache = model.new_cache()
-    with pytest.raises(InputError):
-        model.forward([1, 2], cache, edits={f"layers.*.{name}": np.zeros_like})
-    assert cache.length == 0
-
-
-EDITABLE = [name for name in step_names(MIXTURE) if not name.endswith(("scores", "attention_weights"))]
+EDITABLE = list(step_names(MIXTURE))
 
 # What people hand over: arrays in every order that NumPy knows.
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -329,7 +310,8 @@ def test_edits_in_any_layout_work_as_in_numpy(name: str) -> None:
         edits = {name: lambda value, change=change: change(np.flip(value, 0) * np.float32(0.5))}
         assert distance(model.forward(tokens, edits=edits), plain.forward(tokens, edits=edits)) < 1e-4, layout
     unchanged = model.forward(tokens, edits={name: np.copy})
-    np.testing.assert_array_equal(unchanged, model.forward(tokens))
+    is_inside = name.endswith(("scores", "attention_weights"))  # NumPy goes on from there
+    np.testing.assert_allclose(unchanged, model.forward(tokens), atol=1e-5 if is_inside else 0)
 
 
 @pytest.mark.parametrize("value", [*[np.nan, np.inf, -np.inf, 1e30, -1e30], 0, 1e-40])
@@ -347,7 +329,7 @@ def test_edits_to_any_number_do_what_they_do_in_numpy(name: str, value: float) -
     )
     np.testing.assert_array_equal(np.isfinite(found[0]), np.isfinite(expected[0]))
     if np.isfinite(expected).all():
-        assert distance(found, expected) < 1e-4
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_token_without_any_expert(monkeypatch: pytest.MonkeyPatch) -> None:

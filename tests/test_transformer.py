@@ -169,6 +169,15 @@ def test_globs_edit_every_layer() -> None:
     assert seen == [(2, model.config.dim)] * 3
 
 
+def test_a_list_of_edits_makes_each_in_its_turn() -> None:
+    model = model_of(FAMILIES["dense_windowed"].config)
+    name = "layers.1.ffn_out"
+    edits = [(name, lambda x: x + np.float32(1)), ("layers.*.ffn_out", lambda x: x * np.float32(2)), (name, np.square)]
+    trace, plain = model.trace([1, 2], edits=edits), model.trace([1, 2], edits={"layers.0.ffn_out": edits[1][1]})
+    np.testing.assert_array_equal(trace[name], ((plain[name] + np.float32(1)) * np.float32(2)) ** 2)
+    np.testing.assert_array_equal(trace["layers.0.ffn_out"], plain["layers.0.ffn_out"])
+
+
 def test_an_edited_pass_appends_to_its_cache() -> None:
     model = model_of(FAMILIES["dense_windowed"].config, dtype="float64")
     cache, edits = model.new_cache(), {"layers.0.k": lambda k_TGK: -k_TGK}

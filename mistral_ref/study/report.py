@@ -18,7 +18,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from mistral_ref.prompt import Prompt
 from mistral_ref.steps import CATALOGUE, count_values, step_names
 from mistral_ref.study.page_data import cost_entry, lens_entry, pass_entry, rope_entry, step_entry, values_entry
 from mistral_ref.trace import Trace
-from mistral_ref.walk import Edit, matching_steps
+from mistral_ref.walk import Edits, matching_steps
 
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = (
@@ -50,7 +50,7 @@ _BY_DEFAULT = (("*",), ("*.attention_weights", "embedding", "*.residual_after_*"
 
 def write(
     model: Model, prompt: Prompt, path: str | os.PathLike[str], *,
-    keep: str | Iterable[str] | None = None, cache: KVCache | None = None, edits: Mapping[str, Edit] | None = None,
+    keep: str | Iterable[str] | None = None, cache: KVCache | None = None, edits: Edits | None = None,
     with_cost: bool = True, title: str = "", progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """Write the page of a pass to a file; `page` explains the arguments. The file appears only when it is complete."""
@@ -63,7 +63,7 @@ def write(
 
 def page(
     model: Model, prompt: Prompt, *,
-    keep: str | Iterable[str] | None = None, cache: KVCache | None = None, edits: Mapping[str, Edit] | None = None,
+    keep: str | Iterable[str] | None = None, cache: KVCache | None = None, edits: Edits | None = None,
     with_cost: bool = True, title: str = "", progress: Progress | None = None,
 ) -> str:  # fmt: skip
     """Return the page of the forward pass of a prompt.
@@ -83,7 +83,7 @@ def page(
     Raises InputError if a pattern in `keep` matches no step, or if it chooses more than 2**26 values.
     """
     config = model.config
-    ids, edits = model.token_ids(prompt, cache), {} if edits is None else edits
+    ids = model.token_ids(prompt, cache)
     start = 0 if cache is None else cache.length
     kept = _kept(config, len(ids), start, keep)
     costs = cost_table(model, ids, cache, progress=progress) if with_cost else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -80,13 +81,10 @@ class Stepper:
         return self.step
 
     def _new_walk(self, cache: KVCache | None, *, edited: bool = True) -> Walk:
-        return self.model.steps(self.tokens, cache, edits=self._all_edits() if edited else {})
+        return self.model.steps(self.tokens, cache, edits=self._all_edits() if edited else ())
 
-    def _all_edits(self) -> dict[str, Edit]:
-        edits: dict[str, Edit] = {}
-        for name, _, function in self.edits:
-            edits[name] = _after(edits.get(name), function)
-        return edits
+    def _all_edits(self) -> list[tuple[str, Edit]]:
+        return [(edit.step, partial(_of_copy, edit.function)) for edit in self.edits]
 
     def find(self, text: str) -> int:
         """Return the index of the step that a text means.
@@ -155,7 +153,7 @@ class Stepper:
         if self.cache is not None:
             raise InputError("over a cache a pass cannot begin anew with the edits; walk through all tokens instead")
         tokens, stream = list(self.tokens), self.model.text_stream(self.tokens)
-        edits = self._all_edits() if edited else {}
+        edits = self._all_edits() if edited else []
         for _ in range(n):
             if config.max_seq_len is not None and len(tokens) >= config.max_seq_len:
                 break
@@ -189,10 +187,5 @@ class Stepper:
         return None if self.cache is None else self.cache.copy()  # a finished pass would change the cache
 
 
-def _after(first: Edit | None, then: Callable[[np.ndarray], np.ndarray]) -> Edit:
-    """Return one edit that makes two edits, one after the other, each on a copy of the value."""
-
-    def both(value: np.ndarray) -> np.ndarray:
-        return then((first(value) if callable(first) else value).copy())
-
-    return both
+def _of_copy(function: Callable[[np.ndarray], np.ndarray], value: np.ndarray) -> np.ndarray:
+    return function(value.copy())

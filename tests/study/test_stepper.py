@@ -81,11 +81,6 @@ def test_an_edit_that_does_not_fit_is_not_kept() -> None:
     with refused(InputError, stepper.step.name, "float32", (1, 40), (6, 40)):
         stepper.edit("cut", lambda value: value[:1])
     assert not stepper.edits
-    numba = small_stepper(backend="numba")
-    numba.go(numba.find("scores"))
-    with refused(InputError, numba.step.name, "backend='numpy'"):
-        numba.edit("zero", np.zeros_like)
-    assert not numba.edits
 
 
 def test_over_a_cache_nothing_counts() -> None:

@@ -116,7 +116,7 @@ def distances_in_ulps(
 ) -> dict[str, float]:
     """Return for each step the largest distance between float32 and float64, in ulps of the largest value.
 
-    own     the oracle goes on from the float32 values, but for those that can only be looked at
+    own     the oracle goes on from the float32 values
     """
     tokens = tokens_for(config, n_tokens, seed)
     plain = model_of(config, seed, backend=backend).steps(tokens)
