@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mistral_ref.steps import Step
     from mistral_ref.study import (  # noqa: F401
         broken,
+        changes,
         conform,
         diagrams,
         drawing,
@@ -92,7 +93,7 @@ _ROOMS = {
         *("benchmark", "busy", "cost", "cost_table", "doctor", "machine", "perplexity", "records", "shapes"),
         *("speed", "synthetic"),
     ),
-    "study": ("broken", "conform", "diagrams", "drawing", "lens", "page_data", "plots", "report", "stepper"),
+    "study": ("broken", "changes", "conform", "diagrams", "drawing", "lens", "page_data", "plots", "report", "stepper"),
 }
 
 if not TYPE_CHECKING:  # a type checker would believe that every name exists

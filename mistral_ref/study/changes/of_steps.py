@@ -1,0 +1,295 @@
+"""The changes of steps. A change is plain data: its fields say everything about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import InputError, checked_float, checked_int, escaped, short_repr
+from mistral_ref.steps import axis_sizes
+from mistral_ref.walk import inside_attention, matching_steps
+
+Index = tuple[int | slice | list[int], ...]  # which part of a step's value changes
+_MOST = 2**31  # tokens, heads and neurons are fewer
+LARGEST = 1e30  # as in configurations; float32 holds it
+
+
+@dataclass(frozen=True)
+class Change:
+    """What all changes have in common. `str(change)` says in words what it does.
+
+    on      False: it is kept, and not made
+    kind    its name in plain data
+    """
+
+    on: bool = field(default=True, kw_only=True)
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.on, bool):
+            raise InputError(f"on is {short_repr(self.on)}; expected True or False")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the change as a dict that JSON can hold. Fields that have their default are left out."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        return {"kind": self.kind} | {key: list(x) if isinstance(x, tuple) else x for key, x in found.items()}
+
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class StepChange(Change):
+    """A change of a step's value, or of a part of it.
+
+    step    the step's name, or a glob like "layers.*.heads", which means each step that matches
+    token   which token's numbers change; of scores and attention weights, which query's. None: those of all tokens,
+            also of tokens that come later in a longer pass
+    head    which head's; the steps k, v and k_rotated have key/value heads. None: those of all heads
+    neuron  which index of the last axis; of scores and attention weights, which key. None: all
+
+    Numbers below 0 count from the end. So token -1 is the last one of the prompt, also in a longer pass.
+    """
+
+    step: str
+    token: int | None = field(default=None, kw_only=True)
+    head: int | None = field(default=None, kw_only=True)
+    neuron: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.step, str):
+            raise InputError(f"step is {short_repr(self.step)}; expected the name of a step, or a glob")
+        for name in ("token", "head", "neuron"):
+            if (number := getattr(self, name)) is not None:
+                self._keep(name, checked_int(name, number, -_MOST, _MOST))
+
+    def places(self, config: ModelConfig, n_tokens: int) -> dict[str, Index]:
+        """Return the names of the steps that change, each with the index of the part that changes.
+
+        n_tokens    the number of tokens in the pass, which begins at position 0
+
+        Raises InputError if there is no such step, or no such token, head or neuron in it.
+        """
+        return {
+            name: self._place(name, axis_sizes(config, name, n_tokens)) for name in matching_steps(self.step, config)
+        }
+
+    def _place(self, name: str, sizes: dict[str, int]) -> Index:
+        whole = [self._whole(axis, size) for axis, size in sizes.items()]
+        place: dict[str, int | slice | list[int]] = dict(zip(sizes, whole, strict=True))
+        last = list(sizes)[-1]
+        for word, axes in (("token", ("token", "query")), ("head", ("head", "kv_head")), ("neuron", (last,))):
+            number, axis = getattr(self, word), next((axis for axis in axes if axis in sizes), None)
+            if number is not None and axis is None:
+                raise InputError(f"{name} has no axis of {word}s; it has {', '.join(sizes)}")
+            if number is not None and axis is not None:
+                place[axis] = _resolved(f"{word} of {name}", number, sizes[axis])
+        return tuple(place.values())
+
+    def _whole(self, axis: str, size: int) -> slice:
+        return slice(None)
+
+    def make(self, value: np.ndarray, index: Index, kept: np.ndarray | None) -> None:
+        """Change the part `index` of a value in place; `kept` is the same step's value in the other pass."""
+        raise NotImplementedError
+
+    def statement(self, index: Index) -> str:
+        """Return the line of Python that `make` is, of the names `value` and `kept`."""
+        raise NotImplementedError
+
+    @property
+    def _words(self) -> str:
+        last = "key" if inside_attention([f".{self.step}"]) else "neuron"
+        parts = ((last, self.neuron), ("head", self.head), ("token", self.token))
+        return " of ".join([*(f"{word} {number}" for word, number in parts if number is not None), escaped(self.step)])
+
+
+def _resolved(name: str, number: int, size: int) -> int:
+    return checked_int(name, number, -size, size - 1) % size
+
+
+def index_text(index: Index) -> str:
+    """Return an index as Python writes it between brackets; axes at the end that are whole are left out.
+
+    >>> index_text((slice(None), 3, slice(None))), index_text((slice(None, 7), [1, 4])), index_text((slice(None),))
+    (':, 3', ':7, [1, 4]', '...')
+    """
+    texts = [(f":{i.stop}" if i.stop is not None else ":") if isinstance(i, slice) else str(i) for i in index]
+    while texts and texts[-1] == ":":
+        texts.pop()
+    return ", ".join(texts) or "..."
+
+
+@dataclass(frozen=True)
+class _Arithmetic(StepChange):
+    """A change by a number."""
+
+    sign: ClassVar[str]
+    words: ClassVar[str]  # what it does, of {place} and {number}
+
+    @property
+    def _number(self) -> float:
+        raise NotImplementedError
+
+    def make(self, value: np.ndarray, index: Index, kept: np.ndarray | None) -> None:
+        """Set the part, multiply it or add to it."""
+        match self.sign:
+            case "=":
+                value[index] = self._number
+            case "*=":
+                value[index] *= self._number
+            case "+=":
+                value[index] += self._number
+
+    def statement(self, index: Index) -> str:
+        """Return the same in Python."""
+        return f"value[{index_text(index)}] {self.sign} {self._number}"
+
+    def __str__(self) -> str:
+        return self.words.format(place=self._words, number=f"{self._number:g}")
+
+
+@dataclass(frozen=True)
+class Zero(_Arithmetic):
+    """Set numbers to 0."""
+
+    kind, sign, words = "zero", "=", "set {place} to 0"
+    _number = 0
+
+
+@dataclass(frozen=True)
+class _WithNumber(_Arithmetic):
+    number: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._keep("number", checked_float("number", self.number, -LARGEST, LARGEST))
+
+    @property
+    def _number(self) -> float:
+        return self.number
+
+
+@dataclass(frozen=True)
+class Scale(_WithNumber):
+    """Multiply by a number."""
+
+    kind, sign, words = "scale", "*=", "multiply {place} by {number}"
+
+
+@dataclass(frozen=True)
+class Set(_WithNumber):
+    """Set to a number."""
+
+    kind, sign, words = "set", "=", "set {place} to {number}"
+
+
+@dataclass(frozen=True)
+class Add(_WithNumber):
+    """Add a number."""
+
+    kind, sign, words = "add", "+=", "add {number} to {place}"
+
+
+@dataclass(frozen=True)
+class Swap(StepChange):
+    """Exchange the numbers of a token with those of another token of the same pass.
+
+    other   the other token
+    """
+
+    other: int
+    kind: ClassVar[str] = "swap"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token is None:
+            raise InputError("token is None; expected the number of a token, which changes places with the other")
+        self._keep("other", checked_int("other", self.other, -_MOST, _MOST))
+
+    def _place(self, name: str, sizes: dict[str, int]) -> Index:
+        place = super()._place(name, sizes)
+        at = next(at for at, axis in enumerate(sizes) if axis in ("token", "query"))
+        token, other = place[at], _resolved(f"other token of {name}", self.other, list(sizes.values())[at])
+        assert isinstance(token, int)
+        return (*place[:at], [token, other], *place[at + 1 :])
+
+    def make(self, value: np.ndarray, index: Index, kept: np.ndarray | None) -> None:
+        """Exchange the part with itself, the two tokens in the other order."""
+        value[index] = value[_turned(index)]
+
+    def statement(self, index: Index) -> str:
+        """Return the same in Python."""
+        return f"value[{index_text(index)}] = value[{index_text(_turned(index))}]"
+
+    def __str__(self) -> str:
+        return f"exchange {self._words} with that of token {self.other}"
+
+
+def _turned(index: Index) -> Index:
+    return tuple(part[::-1] if isinstance(part, list) else part for part in index)
+
+
+@dataclass(frozen=True)
+class Kept(StepChange):
+    """A change to the numbers of another pass, which has as many tokens as the prompt.
+
+    In a longer pass the tokens after these keep their own numbers.
+    """
+
+    def _place(self, name: str, sizes: dict[str, int]) -> Index:
+        if "pair" in sizes:
+            raise InputError(
+                f"{name} has a row for each expert that a token is sent to, and other passes have other experts; "
+                "expected another step, such as ffn_out"
+            )
+        return super()._place(name, sizes)
+
+    def _whole(self, axis: str, size: int) -> slice:
+        return slice(None, size) if axis in ("token", "query", "key") else slice(None)
+
+    def make(self, value: np.ndarray, index: Index, kept: np.ndarray | None) -> None:
+        """Set the part to what it is in the other pass."""
+        assert kept is not None
+        value[index] = kept[index]
+
+    def statement(self, index: Index) -> str:
+        """Return the same in Python."""
+        return f"value[{index_text(index)}] = kept[{index_text(index)}]"
+
+
+@dataclass(frozen=True)
+class Patch(Kept):
+    """Take the numbers from the same place of another text's pass, by the model without changes: activation patching.
+
+    text    the other text, or its token ids; it has as many tokens as the prompt
+    """
+
+    text: str | tuple[int, ...]
+    kind: ClassVar[str] = "patch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.text, str):
+            return
+        if not isinstance(self.text, Sequence | np.ndarray):
+            raise InputError(f"text is {short_repr(self.text)}; expected a text, or a list of token ids")
+        self._keep("text", tuple(checked_int(f"text[{at}]", one, least=0) for at, one in enumerate(self.text)))
+
+    def __str__(self) -> str:
+        return f"take {self._words} from the pass of {short_repr(self.text)}"
+
+
+@dataclass(frozen=True)
+class Freeze(Kept):
+    """Take the numbers from the pass of the same prompt by the model without changes."""
+
+    kind: ClassVar[str] = "freeze"
+
+    def __str__(self) -> str:
+        return f"keep {self._words} as it is without changes"
