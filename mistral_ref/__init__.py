@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         diagrams,
         drawing,
         lens,
+        live,
         page_data,
         plots,
         report,
@@ -93,7 +94,19 @@ _ROOMS = {
         *("benchmark", "busy", "cost", "cost_table", "doctor", "machine", "perplexity", "records", "shapes"),
         *("speed", "synthetic"),
     ),
-    "study": ("broken", "changes", "conform", "diagrams", "drawing", "lens", "page_data", "plots", "report", "stepper"),
+    "study": (
+        "broken",
+        "changes",
+        "conform",
+        "diagrams",
+        "drawing",
+        "lens",
+        "live",
+        "page_data",
+        "plots",
+        "report",
+        "stepper",
+    ),
 }
 
 if not TYPE_CHECKING:  # a type checker would believe that every name exists

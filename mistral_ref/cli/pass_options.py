@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache
@@ -10,6 +11,7 @@ from mistral_ref.cli.common import progress_bar
 from mistral_ref.cli.output import say
 from mistral_ref.cli.width import terminal_width, wrapped
 from mistral_ref.errors import checked_int, short_repr
+from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
 from mistral_ref.study.broken import BUGS, broken
@@ -65,6 +67,11 @@ def add_broken_option(parser: argparse.ArgumentParser, which: str) -> None:
 def maybe_broken(model: Model, bug: str | None) -> Model:
     """Return the model itself, or the model with this bug."""
     return model if bug is None else broken(model, bug)
+
+
+def model_title(arguments: argparse.Namespace) -> str:
+    """Return the name of the model that the options choose, for the title of a page."""
+    return "the demonstration model" if arguments.model == DEMO_MODEL else Path(arguments.model).resolve().name
 
 
 def split_prompt(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from mistral_ref.cache import KVCache
 from mistral_ref.cli.common import (
@@ -20,13 +19,13 @@ from mistral_ref.cli.pass_options import (
     add_dtype_option,
     add_last_option,
     maybe_broken,
+    model_title,
     split_prompt,
 )
 from mistral_ref.cli.width import fitted, terminal_width
 from mistral_ref.display import markdown_table, size_text
 from mistral_ref.errors import InputError, escaped, size
 from mistral_ref.files.paths import local_path
-from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
 from mistral_ref.study import report
 
@@ -105,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write_page(arguments: argparse.Namespace, model: Model, tokens: list[int], cache: KVCache | None) -> None:
-    name = "the demonstration model" if arguments.model == DEMO_MODEL else Path(arguments.model).resolve().name
+    name = model_title(arguments)
     title = name if arguments.broken is None else f"{name}, broken: {arguments.broken}"
     with progress_bar("measuring, then taking every step", is_long=True) as progress:
         report.write(

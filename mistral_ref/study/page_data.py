@@ -60,11 +60,16 @@ def values_entry(step: Step, config: ModelConfig, *, is_whole: bool) -> Entry:
     value, visible = step.value, _visible_values(step, config)
     finite = visible[np.isfinite(visible)].astype(np.float64)
     return {
-        "statistics": {name: _number(number) for name, number in statistics(visible)._asdict().items()},
+        "statistics": {name: number(found) for name, found in statistics(visible)._asdict().items()},
         "histogram": np.histogram(finite, _BINS)[0].tolist() if finite.size else [],
         "whole": packed(value) if is_whole else None,
         "picture": None if is_whole or step.key_positions is not None else _picture(value),
     }
+
+
+def rms(step: Step, config: ModelConfig) -> float | None:
+    """Return the root mean square of the values of a step, as `values_entry` has it; None if there is none."""
+    return number(statistics(_visible_values(step, config)).rms)
 
 
 def _visible_values(step: Step, config: ModelConfig) -> np.ndarray:
@@ -176,10 +181,10 @@ def cost_entry(table: CostTable) -> Entry:
     }
 
 
-def _number(number: float) -> float | int | None:
+def number(value: float) -> float | int | None:
     """Return a number for JSON: None in place of NaN and infinity, which JSON does not have."""
-    return number if isinstance(number, int) or math.isfinite(number) else None
+    return value if isinstance(value, int) or math.isfinite(value) else None
 
 
 def _finite(values: np.ndarray) -> list[float | None]:
-    return [_number(round(float(value), 6)) for value in values]
+    return [number(round(float(value), 6)) for value in values]

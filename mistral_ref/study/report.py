@@ -18,7 +18,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,10 @@ from mistral_ref.walk import Edits, matching_steps
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = (
     "dom", "values", "heat", "charts", "diagram", "block", "attention", "ring", "ring_drawing", "field", "rope",
-    "heads", "lens", "cost", "main", "begin",
+    "heads", "lens", "cost", "main",
 )  # fmt: skip
+_LIVE_SCRIPTS = ("live/source", "live/text", "live/next", "live/live")  # the live page has these too
+_LAST_SCRIPT = "begin"
 _MAX_BY_DEFAULT = 2**22  # how many values a page holds by default: about 10 MB
 _MAX_EVER = 2**26  # how many values `keep` may choose: about 160 MB; browsers refuse strings of more than 512 MB
 
@@ -123,24 +125,34 @@ def _kept(config: ModelConfig, n_tokens: int, start: int, keep: str | Iterable[s
     return set(chosen)
 
 
-def html(about: dict[str, Any]) -> str:
+def html(about: Mapping[str, Any], live: Mapping[str, Any] | None = None) -> str:
     """Return the page: policy, style, script and data are put into the skeleton.
 
-    Under the policy nothing but this style and this script runs, and nothing is loaded.
+    about   what the page shows of a pass
+    live    what the live page knows of its server; the page of a file has None, and none of the live page's scripts
+
+    Under the policy nothing but this style and this script runs, and nothing is loaded. The live page's script may also
+    ask the server that has sent the page.
     """
-    style = "\n".join((_FOLDER / f"{name}.css").read_text(encoding="utf-8") for name in ("page", "print"))
-    script = "\n".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
-    script = f'"use strict";\n{script}'
+    is_live = live is not None
+    connect = "; connect-src 'self'" if is_live else ""
+    style = _joined("css", ("page", *(("live/live",) if is_live else ()), "print"))
+    script = f'"use strict";\n{_joined("js", (*_SCRIPTS, *(_LIVE_SCRIPTS if is_live else ()), _LAST_SCRIPT))}'
     policy = (
         f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"base-uri 'none'; form-action 'none'{connect}"
     )
-    data = json.dumps(about, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
+    data = json.dumps({**about, "live": live} if is_live else about, allow_nan=False, separators=(",", ":"))
+    parts = {"policy": policy, "style": style, "script": script, "data": data.replace("<", r"\u003c")}
     skeleton = (_FOLDER / "page.html").read_text(encoding="utf-8")
-    for name, part in {"policy": policy, "style": style, "script": script, "data": data}.items():
+    for name, part in parts.items():
         before, after = skeleton.split(f"{{{{{name}}}}}")
         skeleton = before + part + after
     return skeleton
+
+
+def _joined(kind: str, names: Iterable[str]) -> str:
+    return "\n".join((_FOLDER / f"{name}.{kind}").read_text(encoding="utf-8") for name in names)
 
 
 def _digest(text: str) -> str:

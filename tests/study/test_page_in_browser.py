@@ -5,7 +5,6 @@ Skipped where there is no Chromium, Debian's package chromium, or no playwright 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.adapters import adaptable, draw_deltas, write_peft
+from support.browser import IS_DRAWN, Complaints, launched, needs_chromium
 from support.tiny import MIXTURE, SMALL, model_of, tokens_for
 
 import mistral_ref
@@ -25,8 +25,7 @@ from mistral_ref.steps import step_names
 from mistral_ref.study import report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 VIEWS = ("block", "attention", "ring", "field", "rope", "heads", "lens", "cost")
 STORY = """Once upon a time there was a little girl named Lily. She had a red ball. One day, she went to the park with \
@@ -41,12 +40,6 @@ CONTROLS = """() => [...document.querySelectorAll('button, input, a, select, can
 # The names of the rows, each one tab stop, in which controls stand that are no tab stops themselves.
 ROWS = """([controls, left]) =>
     left.map((index) => controls[index].closest('[role="toolbar"], [role="tablist"], table')?.ariaLabel)"""
-IS_DRAWN = """() => {
-    const canvas = document.querySelector('main figure canvas');
-    if (!canvas || canvas.width < 10) return false;
-    const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
-    return new Set(new Uint32Array(pixels.buffer)).size > 20;
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +58,7 @@ def path(model: mistral_ref.Model, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
-        yield browser
-        browser.close()
-
-
-class Complaints(list[str]):
-    """What a page says on its console, throws, asks the network for, or pops up."""
-
-    def __init__(self, tab: Any) -> None:
-        super().__init__()
-        tab.on("console", lambda message: self.append(f"console: {message.text}"))
-        tab.on("pageerror", lambda error: self.append(f"error: {error}"))
-        tab.on("dialog", lambda dialog: (self.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        tab.on("request", lambda request: request.url.startswith("file:") or self.append(f"request: {request.url}"))
+        yield launched(driver)
 
 
 @pytest.fixture
@@ -86,7 +66,7 @@ def tab(browser: Any) -> Iterator[Any]:
     """A tab in which nothing may be complained of."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     tab = context.new_page()
-    complaints = Complaints(tab)
+    complaints = Complaints(tab, "file:")
     yield tab
     context.close()
     assert complaints == []
@@ -106,7 +86,7 @@ def test_every_view_is_drawn_and_none_is_wider_than_the_screen(
 ) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme)
     tab = context.new_page()
-    complaints = Complaints(tab)
+    complaints = Complaints(tab, "file:")
     for view in VIEWS:
         opened(tab, path, f"{view}/layers.2.attention_weights/2/3/40")
         if view in ("block", "attention"):
@@ -186,7 +166,7 @@ RIGHT_MIDDLE = """() => {
 def test_paper_is_white_and_has_no_controls(browser: Any, path: Path, view: str) -> None:
     context = browser.new_context(viewport={"width": 690, "height": 1000}, color_scheme="dark")  # A4 within its margins
     tab = context.new_page()
-    complaints = Complaints(tab)
+    complaints = Complaints(tab, "file:")
     opened(tab, path, f"{view}/layers.2.attention_weights/2/3/40")
     if view in ("block", "attention"):
         tab.wait_for_function(IS_DRAWN)

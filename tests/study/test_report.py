@@ -286,7 +286,8 @@ def test_an_interrupted_page_leaves_nothing(model: mistral_ref.Model, tmp_path: 
 
 
 def test_the_parts_of_the_page_are_in_the_package() -> None:
-    code = "from mistral_ref import report; assert all((report._FOLDER / f'{n}.js').is_file() for n in report._SCRIPTS)"
+    names = {*report._SCRIPTS, *report._LIVE_SCRIPTS, report._LAST_SCRIPT}
+    code = f"from mistral_ref import report; assert all((report._FOLDER / f'{{n}}.js').is_file() for n in {names})"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    on_disk = {path.stem for path in report._FOLDER.glob("*.js")}
-    assert on_disk == set(report._SCRIPTS)
+    on_disk = {str(path.relative_to(report._FOLDER).with_suffix("")) for path in report._FOLDER.rglob("*.js")}
+    assert on_disk == names

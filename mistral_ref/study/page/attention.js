@@ -54,7 +54,7 @@ async function attentionPicture(state, go) {
     values = await part("values", step.name);
   if (!values.whole)
     return [
-      el("p", null, "These weights were not kept. To have them: ", el("code", null, '--keep "*.attention_weights"')),
+      el("p", null, "These weights were not kept. ", howToKeep("*.attention_weights")),
     ];
   const first = step.firstKey,
     isSeen = (row, column) => attends(start + row, first + column, window);

@@ -69,8 +69,8 @@ async function stepPicture(step, values, state, go) {
       el(
         "p",
         { class: "muted" },
-        "The values of this step were not kept. To have them: ",
-        el("code", null, `--keep "${step.name}"`),
+        "The values of this step were not kept. ",
+        howToKeep(step.name),
       ),
     ];
   }
@@ -107,9 +107,8 @@ async function stepPicture(step, values, state, go) {
         el(
           "span",
           null,
-          "a picture: each cell is the largest of those it stands for; ",
-          el("code", null, `--keep "${step.name}"`),
-          " keeps every value",
+          "a picture: each cell is the largest of those it stands for. ",
+          howToKeep(step.name),
         ),
     ),
   ];

@@ -85,13 +85,15 @@ function roofline({ bandwidth, peak, kinds }) {
   );
 }
 
+let costMissing = () => el("p", null, "This page was made without measuring (", el("code", null, "--no-cost"), ").");
+
 const costView = {
   title: "Cost",
   heading: "What it costs, and what the machine allows",
   lead: "A step has to move its bytes and to do its arithmetic. Whichever takes longer at the machine's limits is the roof: under the slope memory decides, under the flat part arithmetic does.",
   draw: () => {
     const { cost } = page;
-    if (!cost) return el("p", null, "This page was made without measuring (", el("code", null, "--no-cost"), ").");
+    if (!cost) return costMissing();
     const total = cost.kinds.at(-1);
     const row = ({ name, flops, bytes, bound, predicted, seconds, range: [least, most] }, index) =>
       el(

@@ -36,14 +36,20 @@ function accepted(patch) {
 function go(patch) {
   const isOtherView = patch.view !== undefined && patch.view !== state.view;
   Object.assign(state, accepted(patch));
-  const address = `#${state.view}/${state.name}/${state.layer}/${state.head}/${state.token}`;
-  history[isOtherView ? "pushState" : "replaceState"](null, "", address); // the browser's Back leads to the view before
+  history[isOtherView ? "pushState" : "replaceState"](null, "", address()); // the browser's Back leads to the view before
   draw();
 }
 
+// What the live page adds: a last part of the address, what is done with it, and what is drawn beside the view.
+const hooks = { keep: () => "", restore: () => {}, drawn: () => {} };
+
+const address = () =>
+  `#${state.view}/${state.name}/${state.layer}/${state.head}/${state.token}${hooks.keep()}`;
+
 // What the address says; anything that does not exist there is ignored.
 function readAddress() {
-  const [view, name, layer, head, token] = location.hash.slice(1).split("/");
+  const [view, name, layer, head, token, kept] = location.hash.slice(1).split("/");
+  hooks.restore(kept);
   const whole = (text, size) => (/^\d+$/.test(text ?? "") && Number(text) < size ? Number(text) : undefined);
   const found = {
     view: Object.hasOwn(VIEWS, view) ? view : undefined,
@@ -76,7 +82,10 @@ const help = el(
   el("button", { type: "button", onclick: () => help.close() }, "Close"),
 );
 
+const summaryLine = el("p");
+
 function drawTokens() {
+  summaryLine.textContent = `${grouped(config.parameters)} parameters · ${counted(config.layers, "layer")} · ${counted(tokens.length, "token")}${start ? ` from position ${start}; @ marks those before it` : ""}`;
   tokenStrip.replaceChildren(
     ...tokens.map(({ piece, id }, index) =>
       el(
@@ -135,6 +144,7 @@ function draw() {
     el("p", { class: "lead" }, view.lead),
     el("div", { class: "stack" }, view.draw(state, go)),
   );
+  hooks.drawn();
   refocus();
 }
 
@@ -198,7 +208,7 @@ tabs.addEventListener("keydown", (event) =>
 document.addEventListener("keydown", (event) => {
   if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || help.open) return;
   if (
-    event.target.matches('[type="number"]') ||
+    event.target.matches('textarea, select, [type="number"], [type="text"]') ||
     (event.key.startsWith("Arrow") && event.target.matches("input, .formula"))
   )
     return;
@@ -236,16 +246,7 @@ document.body.append(
       el(
         "div",
         { class: "row" },
-        el(
-          "div",
-          null,
-          el("h1", null, el("bdi", null, page.title)),
-          el(
-            "p",
-            null,
-            `${grouped(config.parameters)} parameters · ${counted(config.layers, "layer")} · ${counted(tokens.length, "token")}${start ? ` from position ${start}; @ marks those before it` : ""}`,
-          ),
-        ),
+        el("div", null, el("h1", null, el("bdi", null, page.title)), summaryLine),
         el(
           "div",
           { class: "icons" },

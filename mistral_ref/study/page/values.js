@@ -17,6 +17,9 @@ const PARTS = {
 };
 let part = async (name, of) => PARTS[name](of);
 
+// What is said of values that are not here.
+let howToKeep = (pattern) => ["To have them: ", el("code", null, `--keep "${pattern}"`)];
+
 const isEnd = (kind) => kind === "embedding" || kind === "norm" || kind === "logits";
 const inLayer = (kind, layer) => stepByName.get(`layers.${layer}.${kind}`);
 // The name of a kind of step in a layer. An adapter's step leads to the step that it adds to where the layer lacks it.

@@ -1,0 +1,7 @@
+"""The page of a pass, live: a server for one reader on this machine. `mistral-ref explore` starts it.
+
+server.py       HTTP on 127.0.0.1: who may ask, and what can be asked
+work.py         the computations, one after another, in one thread
+session.py      what is computed for the page: the passes of a text without changes and with them
+live_pass.py    one pass, whose values are found when they are asked for
+"""

@@ -1,0 +1,90 @@
+// The text: typed or pasted, with its tokens, and the merges that made the one that is chosen.
+
+const textBox = el(
+  "textarea",
+  {
+    rows: 2,
+    spellcheck: "false",
+    "aria-label": "Text",
+    "data-key": "text",
+    placeholder: "Type or paste a text",
+    oninput: () => type(textBox.value),
+  },
+  question.text,
+);
+const problem = el("p", { class: "problem", role: "alert", hidden: true });
+const status = el("p", { class: "status small muted", role: "status" });
+const bar = el("progress", { "aria-label": "The pass", hidden: true });
+const merging = el("div", { class: "merges small", "aria-live": "polite" });
+
+function type(text) {
+  drawTyped(text);
+  show({ text });
+}
+
+// The tokens of what is typed, while its pass is not there yet.
+async function drawTyped(text) {
+  let typed;
+  try {
+    typed = await ask("tokens", { text });
+  } catch {
+    return; // the pass says it
+  }
+  if (text !== question.text || bar.hidden) return;
+  tokenStrip.replaceChildren(...typed.map(({ piece }, index) => el("span", null, pieceText(piece), el("small", null, index))));
+  tokenStrip.scrollLeft = tokenStrip.scrollWidth;
+}
+
+function showProblem(text) {
+  problem.hidden = !text;
+  problem.textContent = text;
+}
+
+let poll = null,
+  begun = 0;
+function showBusy(isBusy) {
+  clearInterval(poll);
+  bar.hidden = !isBusy;
+  if (!isBusy) {
+    status.textContent = `${counted(tokens.length, "token")}, computed in ${duration((performance.now() - begun) / 1e3)}`;
+    return;
+  }
+  begun = performance.now();
+  bar.removeAttribute("value");
+  poll = setInterval(async () => {
+    try {
+      const place = await ask("place");
+      if (bar.hidden) return;
+      status.textContent = place ? `step ${place[0]} of ${place[1]}` : "waiting for another computation";
+      if (place) [bar.value, bar.max] = place;
+    } catch {
+      // the server has gone: the page says so
+    }
+  }, 250);
+}
+
+// How the word was made that the chosen token is a part of.
+let merged = "";
+async function drawMerges() {
+  const { token } = state,
+    { text } = question,
+    key = JSON.stringify([text, token]);
+  if (key === merged) return;
+  merged = key;
+  try {
+    const { states, why } = await ask("merges", { index: token });
+    if (key !== merged) return;
+    merging.replaceChildren(
+      el("span", { class: "muted" }, placeNodes(start + token), why ? ` ${why}` : " is made of: "),
+      ...states.map((parts, index) => [
+        index > 0 && el("span", { class: "muted", "aria-label": "then" }, " → "),
+        el("span", { class: "state" }, parts.map((one) => pieceText(one))),
+      ]).flat().filter(Boolean),
+    );
+  } catch {
+    merging.replaceChildren();
+  }
+}
+
+tokenStrip.before(el("div", { class: "typed" }, textBox, el("div", { class: "doing" }, status, bar)), problem);
+tokenStrip.after(merging);

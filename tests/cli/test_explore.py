@@ -1,0 +1,70 @@
+"""mistral-ref explore: it prints the address of its page, and ends when it is told to."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import COMMAND, run, start
+from support.errors import assert_complains
+
+
+def started(*arguments: str) -> tuple[Any, str]:
+    """Return the process of the command, and the address that it prints."""
+    process = start(*COMMAND, "explore", "--backend", "numpy", "--no-browser", *arguments, text=True)
+    return process, process.stdout.readline().strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGHUP, 129), (signal.SIGTERM, 143)])
+def test_it_serves_its_page_until_a_signal(number: signal.Signals, status: int) -> None:
+    process, url = started("--prompt", "Tom had a red ball")
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        page = answer.read().decode()
+    assert r'"piece":"\u2581ball"' in page
+    sent_at = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert time.monotonic() - sent_at < 2
+    assert (process.returncode, err) == (status, "")
+    assert "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_the_browser_gets_the_address(tmp_path: Path) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {tmp_path}/asked\n')
+    browser.chmod(0o755)
+    process = start("env", f"BROWSER={browser} %s", *COMMAND, "explore", "--backend", "numpy", text=True)
+    url = process.stdout.readline().strip()
+    for _ in range(100):
+        if (tmp_path / "asked").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(0.1)
+    assert (tmp_path / "asked").read_text() == url
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        found = run("explore", "--backend", "numpy", "--no-browser", "--port", port)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert_complains(found.stderr, "port", port)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"), [(["--port", "-1"], ("port", -1)), (["--model", "nowhere/x"], (Path("nowhere/x"),))]
+)
+def test_a_mistake_is_one_line(arguments: Sequence[str], facts: Sequence[object]) -> None:
+    found = run("explore", "--backend", "numpy", "--no-browser", *arguments)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert_complains(found.stderr, *facts)
