@@ -19,6 +19,7 @@ from mistral_ref.steps import StepFactory, Steps
 from mistral_ref.weights import Matrix, Weights
 
 Slots = slice | np.ndarray
+Rows = slice | np.ndarray
 
 
 class KeyView(NamedTuple):
@@ -35,6 +36,26 @@ class KeyView(NamedTuple):
     key_positions: range
     query_positions: range
     window: int | None
+
+
+class AnyPass(Protocol):
+    """What the forward pass asks of the tokens that it takes: where they are, and where their keys and values are.
+
+    positions   the position of each token in its sequence
+    last        which of the tokens have logits if only the last ones are wanted
+    """
+
+    @property
+    def positions(self) -> np.ndarray: ...
+
+    @property
+    def last(self) -> Rows: ...
+
+    def write(self, layer: int, k_TGK: np.ndarray, v_TGK: np.ndarray) -> None: ...
+
+    def views(self, layer: int, rows: Any) -> list[KeyView]: ...
+
+    def commit(self, tokens_T: np.ndarray) -> None: ...
 
 
 class Ops(Protocol):

@@ -26,10 +26,8 @@ from functools import partial
 
 import numpy as np
 
-from mistral_ref.cache import Pass
 from mistral_ref.config import ModelConfig
-from mistral_ref.joined_pass import JoinedPass
-from mistral_ref.ops import Ops
+from mistral_ref.ops import AnyPass, Ops, Rows
 from mistral_ref.rope import Rotation
 from mistral_ref.steps import Step, StepFactory, Steps, step_factory
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Lora, Matrix, Weights
@@ -49,26 +47,31 @@ class Transformer:
     def forward_steps(
         self,
         tokens_T: np.ndarray,
-        this_pass: Pass | JoinedPass,
+        this_pass: AnyPass,
         *,
         last_only: bool = False,
         observe_attention: bool = False,
+        first_layer: int = 0,
+        x_TD: np.ndarray | None = None,
     ) -> Steps:
         """Yield every step of one pass and return logits (T, V); with `last_only` the last token's logits (1, V).
 
         tokens_T            the token ids, (T,)
         last_only           in the last layer the steps that are neither keys nor values, and those after it, have only
                             the last token: nothing else reaches its logits
-        this_pass           reads and writes the cache, or the caches of several sequences that lie end to end. The
-                            tokens of this pass are among a cache's tokens only after the caller has sent back the value
-                            of the last step
+        this_pass           reads and writes keys and values: a Pass those of one cache, a JoinedPass those of several
+                            sequences that lie end to end. The tokens of this pass are among a cache's tokens only after
+                            the caller has sent back the value of the last step
         observe_attention   yield "scores" and "attention_weights" too
+        first_layer, x_TD   begin at this layer, with the residual stream that goes into it; without one, at the
+                            embedding
         """
         config, weights, ops = self.config, self.weights, self.ops
         step = step_factory(config)
         rotation = ops.rotation(this_pass.positions, config)
-        x_TD = yield step("embedding", ops.embed(tokens_T, weights.tok_embeddings))
-        for index in range(config.n_layers):
+        if x_TD is None:
+            x_TD = yield step("embedding", ops.embed(tokens_T, weights.tok_embeddings))
+        for index in range(first_layer, config.n_layers):
             rows = this_pass.last if last_only and index == config.n_layers - 1 else slice(None)
             x_TD = yield from self.block_steps(x_TD, index, rotation, this_pass, rows, observe_attention)
         x_TD = yield step("norm", ops.rms_norm(x_TD, weights.norm, config.norm_eps))
@@ -81,8 +84,8 @@ class Transformer:
         x_TD: np.ndarray,
         index: int,
         rotation: Rotation,
-        this_pass: Pass | JoinedPass,
-        rows: slice,
+        this_pass: AnyPass,
+        rows: Rows,
         observe_attention: bool,
     ) -> Steps:
         """Yield the steps of one block, return its x_TD: x + attention(norm(x)), then x + feed_forward(norm(x)).

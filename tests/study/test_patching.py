@@ -1,0 +1,324 @@
+"""Sweeps against naive passes in float64, and against a transformer written out by hand; what they cost; what fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.errors import refused
+from support.tiny import BACKENDS, MIXTURE, SMALL, configs, model_of, tokens_for
+
+import mistral_ref
+from mistral_ref.config import ModelConfig
+from mistral_ref.errors import InputError
+from mistral_ref.model import Model
+from mistral_ref.steps import axis_sizes, step_names
+from mistral_ref.study import patching
+from mistral_ref.study.broken import broken
+from mistral_ref.study.patching import Sweep, ablate, patch, variants
+
+TOKENS, OTHER = tokens_for(SMALL, 7), tokens_for(SMALL, 7, seed=1)
+TO = (3, 5)  # two token ids
+
+
+def naive(model: Model, tokens: list[int], name: str, token: int | None, head: int | None, new: np.ndarray) -> float:
+    """Return the logit difference after a whole pass in which one place of a step has the values of `new`."""
+
+    def edit(value: np.ndarray) -> np.ndarray:
+        value = value.copy()
+        index = (slice(None) if token is None else token, *(() if head is None else (head,)))
+        value[index] = new[index]
+        return value
+
+    logits_V = model.forward(tokens, edits={name: edit})[-1]
+    return float(logits_V[TO[0]] - logits_V[TO[1]])
+
+
+def sweepable(config: ModelConfig) -> list[str]:
+    """Return the names of the steps that a sweep can go over."""
+    names = [name for name in step_names(config) if name not in ("norm", "logits")]
+    return [name for name in names if "token" in axis_sizes(config, name, 1)]
+
+
+@given(st.data(), configs())
+@settings(max_examples=20)
+def test_sweeps_of_any_model_are_what_naive_passes_give(data: st.DataObject, config: ModelConfig) -> None:
+    config = config.replace(vocab_size=config.vocab_size + 6)
+    model = model_of(config, dtype="float64")
+    n_tokens = data.draw(st.integers(1, 14))
+    tokens, other = tokens_for(config, n_tokens), tokens_for(config, n_tokens, seed=1)
+    name = data.draw(st.sampled_from(sweepable(config)))
+    sizes = axis_sizes(config, name, n_tokens)
+    n_heads = sizes.get("head", sizes.get("kv_head", 0))
+    by = data.draw(st.sampled_from(["token", "step", *["head"] * bool(n_heads)]))
+    at = data.draw(st.integers(0, n_tokens - 1))
+    token = None if by == "token" else data.draw(st.none() | st.integers(0, at))
+    head = data.draw(st.integers(0, n_heads - 1)) if n_heads and by != "head" and data.draw(st.booleans()) else None
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(variants, "TOGETHER", data.draw(st.integers(1, 40)))
+        where: dict[str, Any] = {"steps": name, "token": token, "head": head, "at": at}
+        if is_patch := data.draw(st.booleans()):
+            found = patch(model, tokens, other, by=by, metric=TO, **where)
+            new = model.trace(other, keep=name)[name]
+        else:
+            found = ablate(model, tokens, by=by, metric=TO, **where)
+            new = np.zeros_like(model.trace(tokens, keep=name)[name])
+    places = {
+        "head": [(token, number) for number in range(n_heads)],
+        "token": [(number, head) for number in range(at + 1)],
+        "step": [(token, head)],
+    }[by]
+    expected = [naive(model, tokens[: at + 1], name, *place, new[: at + 1]) for place in places]
+    np.testing.assert_allclose(found.values_RC, [expected], rtol=0, atol=1e-9)
+    logits_TV = [model.forward(one)[at] for one in (tokens, other)]
+    differences = [logits_V[TO[0]] - logits_V[TO[1]] for logits_V in logits_TV]
+    np.testing.assert_allclose(found.base, differences[0], atol=1e-9)
+    assert (found.other is None) == (not is_patch)
+    assert found.other is None or found.other == pytest.approx(differences[1], abs=1e-9)
+
+
+# -------------------------------------------------------------------------------------- a transformer written by hand
+
+
+def by_hand(model: Model, tokens: list[int], change: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return the last token's logits of a dense model with one window, in float64: NumPy and loops, and nothing else.
+
+    change      called with the name and the value of each step that is swept; returns the value to go on with
+    """
+    config, weights = model.config, model.weights
+
+    def rows(matrix: Any) -> np.ndarray:
+        return matrix.rows(slice(0, matrix.shape[0]), np.float64)
+
+    def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + config.norm_eps) * weight
+
+    def turned(x_THK: np.ndarray) -> np.ndarray:
+        turned_THK = x_THK.copy()
+        for position in range(len(x_THK)):
+            for pair in range(config.head_dim // 2):
+                angle = position * config.rope_theta ** (-2 * pair / config.head_dim)
+                a, b = x_THK[position, :, 2 * pair], x_THK[position, :, 2 * pair + 1]
+                turned_THK[position, :, 2 * pair] = a * np.cos(angle) - b * np.sin(angle)
+                turned_THK[position, :, 2 * pair + 1] = a * np.sin(angle) + b * np.cos(angle)
+        return turned_THK
+
+    n_tokens = len(tokens)
+    x_TD = change("embedding", rows(weights.tok_embeddings)[tokens])
+    for number, layer in enumerate(weights.layers):
+        a_TD = norm(x_TD, layer.attention_norm)
+        q, k, v = (
+            (a_TD @ rows(matrix).T).reshape(n_tokens, -1, config.head_dim) for matrix in (layer.wq, layer.wk, layer.wv)
+        )
+        q, k = turned(q), turned(k)
+        heads_THK = np.zeros_like(q)
+        for query in range(n_tokens):
+            first = max(0, query - config.sliding_window[number] + 1)
+            for head in range(config.n_heads):
+                kv_head = head // (config.n_heads // config.n_kv_heads)
+                scores = k[first : query + 1, kv_head] @ q[query, head] / np.sqrt(config.head_dim)
+                shares = np.exp(scores - scores.max())
+                heads_THK[query, head] = shares / shares.sum() @ v[first : query + 1, kv_head]
+        heads_THK = change(f"layers.{number}.heads", heads_THK)
+        x_TD = x_TD + change(f"layers.{number}.attention_out", heads_THK.reshape(n_tokens, -1) @ rows(layer.wo).T)
+        b_TD, ffn = norm(x_TD, layer.ffn_norm), layer.feed_forward
+        gate_TF = b_TD @ rows(ffn.w1).T
+        hidden_TF = gate_TF / (1 + np.exp(-gate_TF)) * (b_TD @ rows(ffn.w3).T)
+        x_TD = x_TD + change(f"layers.{number}.ffn_out", hidden_TF @ rows(ffn.w2).T)
+        x_TD = change(f"layers.{number}.residual_after_ffn", x_TD)
+    return norm(x_TD, weights.norm)[-1] @ rows(weights.output).T
+
+
+@pytest.mark.parametrize("by", ["head", "token", "step"])
+def test_names_and_numbers_are_those_of_a_transformer_written_by_hand(by: str) -> None:
+    model = model_of(SMALL, dtype="float64")
+    seen: dict[str, np.ndarray] = {}
+
+    def remembered(name: str, value: np.ndarray) -> np.ndarray:
+        seen[name] = value
+        return value
+
+    by_hand(model, OTHER, remembered)
+    found = patch(model, TOKENS, OTHER, by=by, metric=lambda logits_V: logits_V[3] - logits_V[5])
+    for row, row_name in enumerate(found.rows):
+        for column, column_name in enumerate(found.columns):
+            name = f"{row_name}.{column_name}" if by == "step" else row_name
+            place: Any = {"head": np.index_exp[:, column], "token": column, "step": ...}[by]
+
+            def changed(step: str, value: np.ndarray, name: str = name, place: Any = place) -> np.ndarray:
+                if step == name:
+                    value = value.copy()
+                    value[place] = seen[name][place]
+                return value
+
+            logits_V = by_hand(model, TOKENS, changed)
+            np.testing.assert_allclose(found.values_RC[row, column], logits_V[3] - logits_V[5], atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------------- other sweeps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", [SMALL, MIXTURE], ids=["dense", "mixture"])
+def test_both_backends_give_what_naive_passes_give(config: ModelConfig, backend: str) -> None:
+    model = model_of(config, backend=backend)
+    tokens, other = tokens_for(config, 12), tokens_for(config, 12, seed=1)
+    source = model.trace(other)
+    found = patch(model, tokens, other, by="token", metric=TO)
+    expected = [[naive(model, tokens, name, token, None, source[name]) for token in range(12)] for name in found.rows]
+    np.testing.assert_allclose(found.values_RC, expected, atol=2e-4)
+    found = ablate(model, tokens, by="head", metric=TO, token=-2)
+    expected = [
+        [naive(model, tokens, name, 10, head, np.zeros_like(source[name])) for head in range(config.n_heads)]
+        for name in found.rows
+    ]
+    np.testing.assert_allclose(found.values_RC, expected, atol=2e-4)
+
+
+def test_means_are_over_tokens_of_the_prompt_or_of_texts() -> None:
+    model, name = model_of(SMALL, dtype="float64"), "layers.1.ffn_out"
+    own, other = (model.trace(ids, keep=name)[name] for ids in (TOKENS, OTHER[:3]))
+    for to, mean in (("mean", own.mean(axis=0)), ([TOKENS, OTHER[:3]], np.concatenate([own, other]).mean(axis=0))):
+        found = ablate(model, TOKENS, by="token", steps=name, metric=TO, to=to)
+        new = np.tile(mean, (7, 1))
+        expected = [naive(model, TOKENS, name, token, None, new) for token in range(7)]
+        np.testing.assert_allclose(found.values_RC, [expected], atol=1e-10)
+
+
+def test_a_sweep_costs_a_part_of_the_naive_passes() -> None:
+    """Layers times tokens: the prompt's and the other text's pass are whole, the others begin where they change."""
+    model, whole = model_of(SMALL), 3 * 7
+    found = patch(model, TOKENS, OTHER, by="head", metric=TO)
+    assert (found.computed, found.naive) == (2 * whole + 6 * 7 * (3 + 2 + 1), (2 + 18) * whole)
+    found = patch(model, TOKENS, OTHER, by="head", metric=TO, token=-1)
+    assert (found.computed, found.naive) == (2 * whole + 6 * (3 + 2 + 1), (2 + 18) * whole)
+    found = patch(model, TOKENS, OTHER, by="token", metric=TO)
+    assert (found.computed, found.naive) == (2 * whole + 28 * (3 + 2 + 1), (2 + 28) * whole)
+    found = ablate(model, TOKENS, by="step", metric=TO)
+    assert (found.computed, found.naive) == (whole + 2 * 7 * (3 + 2 + 1), (1 + 6) * whole)
+
+
+def test_weights_are_read_once_for_all_heads_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, n_calls = model_of(SMALL), 0
+    linear = model.ops.linear
+
+    def counted(*args: Any) -> np.ndarray:
+        nonlocal n_calls
+        n_calls += 1
+        return linear(*args)
+
+    monkeypatch.setattr(model.ops, "linear", counted)
+    ablate(model, TOKENS, by="head", metric=TO)
+    whole = 3 * 7 + 1  # products of a pass
+    assert n_calls == whole + 1 + sum(7 * n_layers + 1 for n_layers in (3, 2, 1))
+
+
+def test_progress_counts_places_and_ctrl_c_ends_a_sweep() -> None:
+    model, seen = model_of(SMALL), []
+    patch(model, TOKENS, OTHER, by="head", metric=TO, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 18) for done in range(1, 19)]
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        patch(model, TOKENS, OTHER, by="head", metric=TO, progress=interrupt)
+
+
+def test_a_result_shows_what_moved_the_metric_most() -> None:
+    values = np.array([[1.0, 3.0, np.nan], [2.0, -4.0, 1.5]])
+    sweep = Sweep(["embedding", "layers.0"], ["a", "b", "<c>"], values, 1.0, 3.0, "set to zero", computed=3, naive=9)
+    assert sweep.top(3) == [("layers.0", "b", -5.0), ("embedding", "b", 2.0), ("layers.0", "a", 1.0)]
+    np.testing.assert_array_equal(sweep.share, [[0, 1, np.nan], [0.5, -2.5, 0.25]])
+    text, html = str(sweep), sweep._repr_html_()
+    for fact in ("set to zero", "layers.0, b", "-5", "+2", "1", "3"):
+        assert fact in text
+    assert "<img" in html
+    assert "<c>" not in html
+    alone = Sweep(["embedding"], ["a"], np.array([[1.0]]), 1.0, None, "set to zero", computed=3, naive=9)
+    assert "embedding, a" in str(alone)
+    with refused(InputError, "metric", 1):
+        alone.share  # noqa: B018
+
+
+def test_who_carries_tom_to_he() -> None:
+    """The heads that docs/notebooks/02-ablation.ipynb found with naive passes."""
+    model = mistral_ref.load(threads=1)
+    she, he = (model.token_ids(f"and {word}")[-1] for word in ("she", "he"))
+    tom, lily = (f"{name} went to the park. Then" for name in ("Tom", "Lily"))
+    found = patching.patch(model, tom, lily, by="head", metric=(she, he), token=-1)
+    assert [(row, column) for row, column, _ in found.top(2)] == [
+        ("layers.4.heads", "head 3"),
+        ("layers.3.heads", "head 3"),
+    ]
+    assert found.share[4, 3] == pytest.approx(0.69, abs=0.01)
+    by_token = patching.patch(model, tom, lily, by="token", metric=(she, he))
+    assert by_token.columns[1] == "▁Tom @1"
+    assert by_token.share[0, 1] > 0.9
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_fault_in_a_metric_is_one_line() -> None:
+    model = model_of(SMALL)
+
+    def faulty(logits_V: np.ndarray) -> float:
+        raise KeyError("a\nb")
+
+    for metric, facts in (
+        (faulty, ["metric", "KeyError"]),
+        (lambda logits_V: logits_V, ["metric", "number"]),
+        (lambda logits_V: "x", ["metric", "'x'"]),
+        (lambda logits_V: None, ["metric", "None"]),
+        (5, ["metric", 5]),
+        ((1, 2, 3), ["metric", "(1, 2, 3)"]),
+        ((1, 101), ["metric", 101, 100]),
+        (("she", "he"), ["metric", "'she'"]),
+    ):
+        with refused(InputError, *facts):
+            ablate(model, TOKENS, by="step", metric=metric)
+    seen: list[np.ndarray] = []
+    ablate(model, TOKENS, by="step", metric=lambda logits_V: seen.append(logits_V) or logits_V.fill(0) or 1.0)
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize(
+    ("where", "facts"),
+    [
+        ({"by": "neuron"}, ["by", "'neuron'", "head"]),
+        ({"by": "head", "steps": "layers.9.q"}, ["'layers.9.q'"]),
+        ({"by": "head", "steps": "layers.*.ffn_out"}, ["layers.0.ffn_out", "heads"]),
+        ({"by": "head", "steps": ["layers.0.q", "layers.0.k"]}, [2, 6, "heads"]),
+        ({"by": "head", "head": 1}, ["head"]),
+        ({"by": "token", "token": 1}, ["token"]),
+        ({"by": "token", "steps": "layers.0.scores"}, ["layers.0.scores", "tokens"]),
+        ({"by": "token", "steps": "logits"}, ["logits"]),
+        ({"by": "token", "steps": "layers.*.heads", "head": 6}, ["head", 6, 5]),
+        ({"by": "step", "head": 1}, ["layers.0.attention_out", "heads"]),
+        ({"by": "step", "token": 7}, ["token", 7, 6]),
+        ({"by": "step", "token": 5, "at": 3}, ["token", 5, 3]),
+        ({"by": "step", "at": 7}, ["at", 7, 6]),
+    ],
+)
+def test_places_that_do_not_exist_are_refused(where: dict[str, Any], facts: list[object]) -> None:
+    with refused(InputError, *facts):
+        ablate(model_of(SMALL), TOKENS, metric=TO, **where)
+
+
+def test_other_refusals() -> None:
+    model = model_of(SMALL)
+    with refused(InputError, "tokens", 3, 7):
+        patch(model, TOKENS, [1, 2, 3], by="head", metric=TO)
+    for to, facts in (("men", ["'men'"]), ([], ["[]"]), (5, ["5"]), ([[1], [999]], ["prompts[1]", 999])):
+        with refused(InputError, *facts):
+            ablate(model, TOKENS, by="head", metric=TO, to=to)
+    with refused(InputError, "bug"):
+        ablate(broken(model, "theta"), TOKENS, by="head", metric=TO)
+    with refused(InputError, "layers.0.gate", "tokens"):
+        ablate(model_of(MIXTURE), [1, 2], by="token", steps="layers.0.gate", metric=TO)
