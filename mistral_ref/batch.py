@@ -9,6 +9,9 @@
     6           token                   token
 
 Each prompt is read in passes of its own, as without others. A text that has ended leaves, and the next prompt enters.
+
+Each text may have drafts (drafts.py), verified in the same pass. Texts whose drafts were right then get their tokens
+before the others, without a pass.
 """
 
 from __future__ import annotations
@@ -17,19 +20,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from mistral_ref import memory
-from mistral_ref.cache import KVCache
+from mistral_ref.drafts import Ahead, verify
 from mistral_ref.errors import InputError, Progress, checked_int
 from mistral_ref.generation import NewText, NextLogits, Token
 from mistral_ref.host import available_memory
+from mistral_ref.pace import PassTimes
 from mistral_ref.prompt import of_prompt
 from mistral_ref.request import GenerationRequest
 from mistral_ref.text.stream import TokenStream
 
-# The tokens that follow those in some caches, one for each -> their logits (T, V)
-JoinedLogits = Callable[[Sequence[int], Sequence[KVCache]], np.ndarray]
 Row = list[Token | None]
 
 
@@ -47,19 +47,19 @@ class Waiting(NamedTuple):
 
 
 class _Running:
-    """A text that has begun, with its cache. `next_id` is its last token, which no pass has taken yet."""
+    """A text that has begun."""
 
-    def __init__(self, waiting: Waiting, cache: KVCache) -> None:
-        self.number, self.cache, self.most_tokens = waiting.number, cache, waiting.most_tokens
+    def __init__(self, waiting: Waiting, ahead: Ahead) -> None:
+        self.number, self.ahead, self.cache, self.most_tokens = waiting.number, ahead, ahead.cache, waiting.most_tokens
         length = len(waiting.request.prompt_ids)
-        self._new_text = NewText(waiting.request, length, cache.max_tokens, waiting.stream)
-        self.next_id = 0
+        self._new_text = NewText(waiting.request, length, self.cache.max_tokens, waiting.stream)
 
-    def push(self, logits_V: np.ndarray) -> Token:
-        """Return the token that is chosen from these logits."""
+    def next(self) -> Token:
+        """Return the token that is chosen from the logits behind the text."""
+        assert self.ahead.logits_V is not None
         with of_prompt(self.number):
-            token = self._new_text.push(logits_V)
-        self.next_id = token.id
+            token = self._new_text.push(self.ahead.logits_V, self.ahead.guess)
+        self.ahead.push(token.id, self._new_text.n_left)
         return token
 
     @property
@@ -71,21 +71,20 @@ class _Running:
 def generate_batch(
     texts: Sequence[Waiting],
     next_logits: NextLogits,
-    joined_logits: JoinedLogits,
-    new_cache: Callable[[int], KVCache],
+    begin: Callable[[int], Ahead],
     *,
     at_once: int,
     progress: Progress | None,
 ) -> Generator[Row, None, None]:
     """Yield rows of tokens: an entry for each prompt, its next token, or None if it has none in this row.
 
-    new_cache   makes the cache of a text, for at most so many tokens
+    begin       makes the cache of a text, for at most so many tokens, and what drafts it
     at_once     at most so many texts have begun and not ended. There are fewer while their caches might grow to more
                 than memory holds; one begins in any case
     progress    called with (texts that have ended, all texts) whenever one has ended, and at the beginning
     """
     waiting, running = deque(texts), list[_Running]()
-    n_ended = 0
+    n_ended, times = 0, PassTimes()
 
     def row_of(given: dict[int, Token]) -> Row:
         """Return the row of some texts' tokens, after those that have ended have left."""
@@ -104,15 +103,19 @@ def generate_batch(
             if running and not _has_room(running, waiting[0]):
                 break
             text = waiting.popleft()
-            prompt_ids, one = text.request.prompt_ids, _Running(text, new_cache(text.most_tokens))
+            prompt_ids, one = text.request.prompt_ids, _Running(text, begin(text.most_tokens))
             running.append(one)
             with of_prompt(one.number):
                 memory.require(one.cache, one.most_tokens, is_new=True, at_once=len(prompt_ids))
-                logits_V = next_logits(prompt_ids, one.cache, None)
-            yield row_of({one.number: one.push(logits_V)})
-        if running:
-            logits_TV = joined_logits([one.next_id for one in running], [one.cache for one in running])
-            yield row_of({one.number: one.push(logits_V) for one, logits_V in zip(running, logits_TV, strict=True)})
+                one.ahead.logits_V = next_logits(prompt_ids, one.cache, None)
+            yield row_of({one.number: one.next()})
+        ready = [one for one in running if one.ahead.logits_V is not None]  # these go on with an accepted draft
+        if running and not ready:
+            times = times if times.n_texts == len(running) else PassTimes(len(running))
+            verify([one.ahead for one in running], times)
+            ready = running
+        if ready:
+            yield row_of({one.number: one.next() for one in ready})
 
 
 def _has_room(running: Sequence[_Running], waiting: Waiting) -> bool:

@@ -25,13 +25,12 @@ import numpy as np
 from mistral_ref import passes
 from mistral_ref.cache import KVCache, Pass, shared_length
 from mistral_ref.errors import InputError
+from mistral_ref.pace import MOST, Pace, PassTimes
 from mistral_ref.passes import pass_lengths
 from mistral_ref.reading import ReadingModel
 from mistral_ref.sampling import Distribution, SamplingSettings, distribution
 from mistral_ref.transformer import Transformer
 
-MOST = 15  # tokens in a draft
-_EACH = 0.2  # what a pass takes longer for a token of a draft, as a part of a token's time, until more is known
 _SHORTEST, _LONGEST = 2, 12  # of the newest tokens, as many are looked up
 _CHARACTERS = 0x110000
 
@@ -164,89 +163,38 @@ class DraftModel:
         return Guess(drawn_from.draw(self._rng), drawn_from)
 
 
-class Pace:
-    """How many tokens to draft: it follows how many were right lately, and how long passes took.
-
-    right       how often guesses were right lately
-    trust       how often they are until more is known
-    one         seconds of a pass of one token; None: not known yet
-    first, each a pass with a draft of n tokens, and writing the draft, take one * (1 + first + each * n) seconds
-
-    If a share r of the guesses is right, a draft of n tokens gives 1 + r + r^2 + ... + r^n tokens. So few tokens are
-    drafted where few are right, and none where a draft takes longer than the tokens it saves:
-
-    >>> pace = Pace(trust=0.5)
-    >>> pace.one = 0.1
-    >>> [pace.length(MOST) for pace.right in (0.2, 0.5, 0.8, 0.9)]
-    [0, 1, 4, 7]
-    >>> pace.first = 1.5
-    >>> [pace.length(MOST) for pace.right in (0.5, 0.9)]
-    [0, 11]
-    """
-
-    def __init__(self, trust: float) -> None:
-        self.right = self.trust = trust
-        self.one: float | None = None
-        self.first, self.each = 0.0, _EACH
-
-    def saw(self, is_right: bool | None) -> None:
-        """Take into account whether a guess was right. None: there was none, and trust comes back slowly."""
-        self.right += (self.trust - self.right) / 256 if is_right is None else (is_right - self.right) / 4
-
-    def took(self, n: int, seconds: float) -> None:
-        """Take into account how long a draft of n tokens took, written and verified; or 0 tokens."""
-        if n == 0:
-            self.one = seconds if self.one is None else min(seconds, self.one + (seconds - self.one) / 8)
-            self.first -= self.first / 64  # so that a pass that something held up is forgotten
-            self.each += (_EACH - self.each) / 64
-        elif self.one:
-            # A step of least squares: the line moves half of the way to this point. Something else may have held the
-            # pass up, so it counts as twice as long as expected at most.
-            expected = 1 + self.first + self.each * n
-            error = (min(seconds / self.one, 2 * expected, 2 * MOST) - expected) / (1 + n * n) / 2
-            self.first, self.each = max(self.first + error, 0), max(self.each + error * n, 0)
-
-    def length(self, most: int) -> int:
-        """Return how many tokens to draft."""
-        best, tokens, chance, length = 1.0, 1.0, 1.0, 0
-        for n in range(1, most + 1 if self.one else 0):
-            chance *= self.right
-            tokens += chance
-            rate = tokens / (1 + self.first + self.each * n)
-            if rate > best:
-                best, length = rate, n
-        return length
-
-
 class Ahead:
-    """The logits behind the tokens of a text, one after another; drafts are verified on the way.
+    """The logits behind the newest token of a text; drafts of the tokens after it are verified on the way.
 
+    cache       holds exactly the tokens that the text has. Behind them lie the keys of a draft until they are accepted
+                or overwritten
+    logits_V    the logits (V,) behind the text; None: `verify` has to compute them
     drafted     how many drafted tokens have gone through the model
-
-    The cache holds exactly the tokens that the text has. Behind them lie the keys of a draft until they are accepted or
-    overwritten.
     """
 
-    def __init__(self, transformer: Transformer, cache: KVCache, drafter: Drafter) -> None:
-        self.drafted = 0
-        self._transformer, self._cache, self._drafter = transformer, cache, drafter
-        self._pace = Pace(drafter.trust)
+    def __init__(self, transformer: Transformer, cache: KVCache, drafter: Drafter | None) -> None:
+        self.transformer, self.cache, self.drafted = transformer, cache, 0
+        self.logits_V: np.ndarray | None = None
+        self._drafter, self._has_begun = drafter, False
+        self._pace = Pace(0 if drafter is None else drafter.trust)
+        self._token, self._n_left = 0, 0  # the newest token, and how many there may be after it
         self._guesses: list[Guess] = []  # of the next tokens
         self._rows: list[np.ndarray] = []  # the logits behind these, if they have gone through the model
         self._pass: Pass  # of which these are the last tokens
 
     def prepare(self, n_tokens: int) -> None:
         """Make what verifying drafts after a prompt of so many tokens needs."""
-        passes.prepare(self._transformer, self._cache, {2, MOST + 1})
-        self._drafter.prepare(n_tokens)
+        passes.prepare(self.transformer, self.cache, {2, MOST + 1})
+        if self._drafter is not None:
+            self._drafter.prepare(n_tokens)
 
     @property
     def guess(self) -> Guess | None:
         """What was drafted for the next token, if it has gone through the model."""
         return self._guesses[0] if self._rows else None
 
-    def logits_after(self, token: int, n_left: int) -> np.ndarray:
-        """Append the text's next token; return the logits (V,) behind it.
+    def push(self, token: int, n_left: int) -> None:
+        """Append the text's next token. If it was drafted and verified, the logits behind it are here.
 
         n_left      how many tokens there may be after it
 
@@ -254,27 +202,54 @@ class Ahead:
         """
         is_right = self._guesses[0].token == token if self._guesses else None
         self._pace.saw(is_right)
+        self._token, self._n_left, self.logits_V = token, n_left, None
         if is_right and self._rows:
             del self._guesses[0]
-        else:
-            self._read(token, n_left)
-        self._pass = self._cache.commit(self._pass, [token])
-        return self._rows.pop(0)
+            self._accept()
 
-    def _read(self, token: int, n_left: int) -> None:
-        """Take a token and a draft through the model."""
-        text = [*self._cache.tokens, token]
-        if self._pace.one is None:
+    def logits_after(self, token: int, n_left: int, times: PassTimes) -> np.ndarray:
+        """Append the text's next token, as `push`; return the logits (V,) behind it. It may take a pass."""
+        self.push(token, n_left)
+        if self.logits_V is None:
+            verify([self], times)
+        assert self.logits_V is not None
+        return self.logits_V
+
+    def _accept(self) -> None:
+        self._pass = self.cache.commit(self._pass, [self._token])
+        self.logits_V = self._rows.pop(0)
+
+    def unread(self, times: PassTimes) -> list[int]:
+        """Return what the next pass has to take: the newest token and a draft."""
+        if self._drafter is None:
+            return [self._token]
+        text = [*self.cache.tokens, self._token]
+        if not self._has_begun:
             self._drafter.begin(text)
-        started = time.perf_counter()
-        n = self._pace.length(min(MOST, n_left - 1, self._cache.chunk - 1))
+            self._has_begun = True
+        n = self._pace.length(times, min(times.most, self._n_left - 1, self.cache.chunk - 1))
         # A guess that costs nothing is made even if it is not verified: the next token tells whether it was right.
         self._guesses = self._drafter.guesses(text, max(n, int(self._drafter.is_free)))
-        ids = [token, *(guess.token for guess in self._guesses[:n])]
-        self.drafted += len(ids) - 1
-        logits_TV, self._pass = passes.logits_ahead(self._transformer, ids, self._cache)
-        self._rows = list(logits_TV)
-        self._pace.took(len(ids) - 1, time.perf_counter() - started)
+        drafted = [guess.token for guess in self._guesses[:n]]
+        self.drafted += len(drafted)
+        return [self._token, *drafted]
+
+    def take(self, logits_TV: np.ndarray, this_pass: Pass) -> None:
+        """Take the logits behind the tokens that `unread` has returned, and their pass."""
+        self._rows, self._pass = list(logits_TV), this_pass
+        self._accept()
+
+
+def verify(texts: Sequence[Ahead], times: PassTimes) -> None:
+    """Compute the logits behind some texts, and behind what is drafted for them, in one pass.
+
+    Raises CacheError if another pass has used a cache meanwhile.
+    """
+    started = time.perf_counter()
+    parts = [(text.unread(times), text.cache) for text in texts]
+    for text, (logits_TV, this_pass) in zip(texts, passes.logits_ahead(texts[0].transformer, parts), strict=True):
+        text.take(logits_TV, this_pass)
+    times.took(sum(len(ids) - 1 for ids, _ in parts), time.perf_counter() - started)
 
 
 def check_vocabulary(draft: ReadingModel, own: ReadingModel) -> None:

@@ -14,6 +14,7 @@ from mistral_ref import memory
 from mistral_ref.cache import KVCache
 from mistral_ref.drafts import Ahead, Guess
 from mistral_ref.errors import CacheError, Progress
+from mistral_ref.pace import PassTimes
 from mistral_ref.reading import ReadingModel
 from mistral_ref.request import FinishReason, GenerationRequest, LogitsProcessor
 from mistral_ref.sampling import choose_drafted, distribution, log_softmax, sample
@@ -226,7 +227,7 @@ def generate(
     prepare(len(unread), cache)
     if ahead is not None:
         ahead.prepare(cache.length + len(unread))
-    new_text = NewText(request, cache.length + len(unread), cache.max_tokens, stream)
+    new_text, times = NewText(request, cache.length + len(unread), cache.max_tokens, stream), PassTimes()
     logits_V = next_logits(unread, cache, request.progress)
     while True:
         token = new_text.push(logits_V, None if ahead is None else ahead.guess)
@@ -238,7 +239,7 @@ def generate(
         if ahead is None:
             logits_V = next_logits([token.id], cache, None)
         else:
-            logits_V = ahead.logits_after(token.id, new_text.n_left)
+            logits_V = ahead.logits_after(token.id, new_text.n_left, times)
 
 
 def answer(tokens: Generation, reader: ReplyReader) -> Generator[Token, None, None]:

@@ -144,6 +144,7 @@ class Model(ReadingModel):
         at_once: int = 8,
         seed: int | Sequence[int] | None = None,
         cache_dtype: str | None = None,
+        lookup: bool = False,
         progress: Progress | None = None,
         **settings: Unpack[BatchSettings],
     ) -> Iterator[Row]:
@@ -158,6 +159,8 @@ class Model(ReadingModel):
         seed        a seed for each prompt; one seed s: s, s + 1, ... for the prompts in order; None: different draws
                     each time
         cache_dtype number format of the caches, as in `new_cache`
+        lookup      draft each text as in `generate`. A text whose draft was right gets tokens in rows in which the
+                    others have None
         progress    called with (texts that have ended, texts in all)
         settings    as in `generate`, the same for all prompts
 
@@ -174,11 +177,15 @@ class Model(ReadingModel):
         texts = [Waiting(n, request, self.text_stream(request.prompt_ids)) for n, request in enumerate(requests)]
         at_once = checked_int("at_once", at_once, least=1)
         self.new_cache(dtype=cache_dtype)  # refuses a wrong dtype
+
+        def begin(n_tokens: int) -> Ahead:
+            cache = self.new_cache(max_tokens=n_tokens, dtype=cache_dtype)
+            return Ahead(self.transformer, cache, Lookup() if lookup else None)
+
         return generate_batch(
             texts,
             self._next_logits,
-            self._joined_logits,
-            lambda n_tokens: self.new_cache(max_tokens=n_tokens, dtype=cache_dtype),
+            begin,
             at_once=at_once,
             progress=progress,
         )

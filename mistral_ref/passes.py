@@ -72,12 +72,6 @@ def logits(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> np.n
     return logits_TV
 
 
-def logits_ahead(transformer: Transformer, ids: Sequence[int], cache: KVCache) -> tuple[np.ndarray, Pass]:
-    """Return the logits (T, V) of ids that follow the tokens in a cache, and their pass, which `commit` can end."""
-    this_pass = begin_pass(transformer, cache, len(ids))
-    return drain(transformer.forward_steps(np.array(ids), this_pass), transformer.ops, until="logits"), this_pass
-
-
 def end_of_keys(config: ModelConfig) -> str:
     """Return the name of the first step that comes after all keys and values have been written."""
     return f"layers.{config.n_layers - 1}.heads"
@@ -103,14 +97,28 @@ def last_logits(
     return logits_1V
 
 
-def joined_logits(transformer: Transformer, parts: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray:
-    """Append ids to the tokens in each of some caches, in one pass; return the logits (T, V) of all, end to end."""
+Parts = Sequence[tuple[Sequence[int], KVCache]]  # ids, and the cache that holds the tokens before them
+
+
+def _begin_joined(transformer: Transformer, parts: Parts) -> tuple[np.ndarray, JoinedPass]:
+    """Begin a pass of several parts; return all ids (T,), end to end, and the pass."""
     lengths = [len(ids) for ids, _ in parts]
     prepare(transformer, parts[0][1], {sum(lengths), *lengths})
     transformer.weights.check_files()
-    joined = JoinedPass([cache.begin(len(ids)) for ids, cache in parts])
-    tokens_T = np.concatenate([ids for ids, _ in parts])
+    return np.concatenate([ids for ids, _ in parts]), JoinedPass([cache.begin(len(ids)) for ids, cache in parts])
+
+
+def joined_logits(transformer: Transformer, parts: Parts) -> np.ndarray:
+    """Append ids to the tokens in each of some caches, in one pass; return the logits (T, V) of all, end to end."""
+    tokens_T, joined = _begin_joined(transformer, parts)
     return drain(transformer.forward_steps(tokens_T, joined), transformer.ops)
+
+
+def logits_ahead(transformer: Transformer, parts: Parts) -> list[tuple[np.ndarray, Pass]]:
+    """Return of each part the logits (T, V) of its ids, and their pass, which `commit` can end, token by token."""
+    tokens_T, joined = _begin_joined(transformer, parts)
+    logits_TV = drain(transformer.forward_steps(tokens_T, joined), transformer.ops, until="logits")
+    return [(logits_TV[rows], one) for one, rows in joined.parts()]
 
 
 def walk(

@@ -150,9 +150,6 @@ class ReadingModel:
     def _next_logits(self, ids: Sequence[int], cache: KVCache, progress: Progress | None = None) -> np.ndarray:
         return passes.last_logits(self.transformer, ids, cache, progress)[0]
 
-    def _joined_logits(self, ids: Sequence[int], caches: Sequence[KVCache]) -> np.ndarray:
-        return passes.joined_logits(self.transformer, [([one], cache) for one, cache in zip(ids, caches, strict=True)])
-
     def steps(self, tokens: Prompt, cache: KVCache | None = None, *, edits: Edits | None = None) -> Walk:
         """Return a Walk through the forward pass of these tokens. Iterate over it to get every Step.
 

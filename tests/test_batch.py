@@ -14,7 +14,7 @@ from support.errors import refused, warned
 from support.tiny import BACKENDS, LARGE, MIXTURE, SMALL, configs, model_of, tokens_for
 
 import mistral_ref
-from mistral_ref import InputError, Model, Token, batch
+from mistral_ref import InputError, Model, Token, batch, passes
 from mistral_ref.loading import DEMO_MODEL
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -105,11 +105,11 @@ def test_rows_hold_what_one_pass_gave_and_the_next_prompt_enters_when_one_ends()
 
 def test_no_pass_runs_before_a_row_is_asked_for_nor_after_the_last() -> None:
     model = model_of(SMALL)
-    with mock.patch.object(type(model), "_joined_logits", autospec=True, side_effect=Model._joined_logits) as passes:
+    with mock.patch("mistral_ref.passes.logits_ahead", side_effect=passes.logits_ahead) as joined:
         rows = model.generate_batch([[1], [2, 3]], max_tokens=4)
-        assert not passes.called
+        assert not joined.called
         assert len(list(rows)) == 2 + 3
-        assert passes.call_count == 3
+        assert joined.call_count == 3
 
 
 def test_texts_have_streams_and_stop_strings_of_their_own() -> None:

@@ -18,8 +18,9 @@ from support.tiny_tokenizers import tiny_tokenizer
 import mistral_ref
 from mistral_ref import CacheError, InputError, Token
 from mistral_ref.config import ModelConfig
-from mistral_ref.drafts import MOST, Ahead, Guess, Lookup, Pace
+from mistral_ref.drafts import Ahead, Guess, Lookup
 from mistral_ref.model import Model
+from mistral_ref.pace import MOST, Pace, PassTimes
 from mistral_ref.sampling import Distribution, SamplingSettings, choose_drafted, distribution
 from mistral_ref.text.sentencepiece import SentencePieceTokenizer
 
@@ -48,7 +49,7 @@ class Scripted:
 @pytest.fixture(autouse=True)
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let passes take the time that a Pace expects, whatever else the machine does."""
-    monkeypatch.setattr(Pace, "took", lambda self, n, seconds: setattr(self, "one", 1.0))
+    monkeypatch.setattr(PassTimes, "took", lambda self, n, seconds: setattr(self, "one", 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------- same text
@@ -233,7 +234,7 @@ def test_texts_with_drawn_drafts_are_as_likely_as_without(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All texts of four tokens over a vocabulary of four, against their exact probabilities."""
-    monkeypatch.setattr(Pace, "length", lambda self, most: min(2, most))
+    monkeypatch.setattr(Pace, "length", lambda self, times, most: min(2, most))
     config = CONFIG.replace(vocab_size=4)
     model, draft, n = model_of(config, 3), model_of(config, 4), 1000
     settings = {"temperature": 1.2, "max_tokens": 4} | options
@@ -295,10 +296,10 @@ def verified(wrong: set[int], n: int = 400) -> tuple[list[int], Ahead]:
     """Return the lengths of the passes of a text with a scripted draft, and what verified it."""
     model = model_of(CONFIG)
     text = tokens_for(CONFIG, n)
-    lengths, cache = count_passes(model), model.new_cache()
+    lengths, cache, times = count_passes(model), model.new_cache(), PassTimes()
     ahead = Ahead(model.transformer, cache, Scripted(text, wrong))
     for place, token in enumerate(text):
-        ahead.logits_after(token, n - place - 1)
+        ahead.logits_after(token, n - place - 1, times)
         assert cache.tokens == text[: place + 1]
     return lengths, ahead
 
@@ -360,10 +361,10 @@ def test_a_draft_that_takes_longer_than_what_it_saves_is_not_written(monkeypatch
 
     def drafted(first: float, each: float, right: float, n_passes: int = 100) -> list[int]:
         """Return the lengths of drafts where time is as given, and so many guesses are right."""
-        pace, lengths = Pace(0.5), []
+        pace, times, lengths = Pace(0.5), PassTimes(), []
         for _ in range(n_passes):
-            lengths.append(pace.length(MOST))
-            pace.took(lengths[-1], 0.01 * (1 + first * bool(lengths[-1]) + each * lengths[-1]))
+            lengths.append(pace.length(times, MOST))
+            times.took(lengths[-1], 0.01 * (1 + first * bool(lengths[-1]) + each * lengths[-1]))
             pace.right = right
         return lengths
 
@@ -376,14 +377,14 @@ def test_a_draft_that_takes_longer_than_what_it_saves_is_not_written(monkeypatch
 
 def test_a_pass_that_was_held_up_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    pace = Pace(0.5)
-    pace.took(0, 0.01)
+    pace, times = Pace(0.5), PassTimes()
+    times.took(0, 0.01)
     pace.right = 0.9
-    pace.took(4, 100.0)  # once does not matter much
-    assert pace.length(MOST) > 0
+    times.took(4, 100.0)  # once does not matter much
+    assert pace.length(times, MOST) > 0
     for _ in range(20):
-        pace.took(4, 100.0)
-    assert pace.length(MOST) == 0
+        times.took(4, 100.0)
+    assert pace.length(times, MOST) == 0
     for _ in range(300):
-        pace.took(0, 0.01)
-    assert pace.length(MOST) > 4
+        times.took(0, 0.01)
+    assert pace.length(times, MOST) > 4

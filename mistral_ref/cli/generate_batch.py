@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from mistral_ref.cli.common import progress_bar, read_text
 from mistral_ref.cli.output import say
@@ -14,8 +15,7 @@ from mistral_ref.generation import Token
 from mistral_ref.model import Model
 from mistral_ref.stops import Stop
 
-_OTHERS = ("prompt", "ids", "system", "prompt_cache", "stats", "top_logprobs")
-_DRAFTS = ("lookup", "draft", "draft_sampling", "mark_accepted")
+_OTHERS = ("prompt", "ids", "system", "prompt_cache", "stats", "draft", "draft_sampling", "mark_accepted")
 
 
 def add_batch_options(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,9 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
         "--batch",
         metavar="FILE",
         help="continue every line of a file (- is standard input) as a prompt of its own, and print a line of JSON for "
-        'each, in the order of the file: "prompt", "text", "tokens" (how many) and "finish_reason". Line i has '
-        "the seed --seed + i, the first line's being 0",
+        'each, in the order of the file: "prompt", "text", "tokens" (how many) and "finish_reason"; with '
+        '--top-logprobs also "logprobs", for each token its piece and log-probability, and the likeliest tokens there. '
+        "Line i has the seed --seed + i, the first line's being 0",
     )
     parser.add_argument(
         "--at-once",
@@ -39,7 +40,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
 
 def run_batch(arguments: argparse.Namespace, model: Model, stop: Stop) -> None:
     """Print the continuation of every line of a file."""
-    for name in (*_OTHERS, *_DRAFTS):
+    for name in _OTHERS:
         if getattr(arguments, name, None):
             raise InputError(f"--batch and {name.replace('_', '-')} are both given; expected one of them")
     prompts = read_text(arguments.batch).removesuffix("\n").split("\n")
@@ -54,8 +55,10 @@ def run_batch(arguments: argparse.Namespace, model: Model, stop: Stop) -> None:
             max_tokens=arguments.max_tokens,
             **sampling_settings(arguments),
             stop=stop,
+            top_logprobs=arguments.top_logprobs,
             max_seconds=arguments.max_seconds,
             cache_dtype=arguments.cache_dtype,
+            lookup=arguments.lookup,
             progress=progress,
         )
         for row in rows:
@@ -63,11 +66,18 @@ def run_batch(arguments: argparse.Namespace, model: Model, stop: Stop) -> None:
                 if token is not None:
                     texts[number].append(token)
             while n_printed < len(texts) and texts[n_printed] and texts[n_printed][-1].finish_reason is not None:
-                say(_line(prompts[n_printed], texts[n_printed]))
+                say(_line(model, prompts[n_printed], texts[n_printed]))
                 n_printed += 1
 
 
-def _line(prompt: str, tokens: list[Token]) -> str:
+def _line(model: Model, prompt: str, tokens: list[Token]) -> str:
     text = "".join(token.text for token in tokens)
-    said = {"prompt": prompt, "text": text, "tokens": len(tokens), "finish_reason": tokens[-1].finish_reason}
+    said: dict[str, Any] = {"prompt": prompt, "text": text, "tokens": len(tokens)}
+    said["finish_reason"] = tokens[-1].finish_reason
+    if tokens[0].top_logprobs:
+        said["logprobs"] = [
+            {"piece": model.piece(token.id), "logprob": token.logprob}
+            | {"top": [{"piece": model.piece(one), "logprob": logprob} for one, logprob in token.top_logprobs]}
+            for token in tokens
+        ]
     return json.dumps(said, ensure_ascii=False)

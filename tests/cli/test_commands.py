@@ -177,7 +177,7 @@ def test_mistakes_in_options_of_drafts(model_dir: Path, tmp_path: Path) -> None:
     one_line_error(run("generate", "--lookup", "--draft", "demo", "A"), "--lookup", "--draft")
     one_line_error(run("generate", "--draft", tmp_path / "none", "A"), "none", "no such")
     one_line_error(run("generate", "--model", model_dir, "--draft", "demo", "A"), "draft", "vocabulary")
-    one_line_error(run("generate", "--batch", "-", "--lookup", stdin="A"), "--batch", "lookup")
+    one_line_error(run("generate", "--batch", "-", "--draft", "demo", stdin="A"), "--batch", "draft")
 
 
 def test_top_logprobs_are_a_table_on_standard_error(model_dir: Path) -> None:
@@ -542,8 +542,14 @@ def test_generate_batch_continues_every_line_of_a_file(tmp_path: Path) -> None:
         text = "".join(token.text for token in tokens)
         reason = tokens[-1].finish_reason
         assert line == {"prompt": prompt, "text": text, "tokens": len(tokens), "finish_reason": reason}
-    piped = run("generate", "--batch", "-", *options, stdin="Once upon a time\n").stdout
+    piped = run("generate", "--batch", "-", *options, "--lookup", stdin="Once upon a time\n").stdout
     assert json.loads(piped) == found[0]
+    line = json.loads(run("generate", "--batch", "-", *options, "--top-logprobs", 2, stdin="A bird\n").stdout)
+    assert len(line["logprobs"]) == line["tokens"]
+    first = next(model.generate("A bird", temperature=0.7, seed=3, top_logprobs=2))
+    (piece, logprob), top = (model.piece(first.id), first.logprob), first.top_logprobs
+    expected = [{"piece": model.piece(token), "logprob": value} for token, value in top]
+    assert line["logprobs"][0] == {"piece": piece, "logprob": logprob, "top": expected}
     file.write_text("A\n\nB\n", encoding="utf-8")
     one_line_error(run("generate", "--batch", file), "line", 2, file)
     one_line_error(run("generate", "--batch", tmp_path / "none"), tmp_path / "none")

@@ -110,7 +110,7 @@ def test_a_message_of_the_library_is_one_line_whatever_the_path(tmp_path: Path) 
 
 
 def test_an_accepted_token_is_underlined_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mistral_ref.drafts.Pace.length", lambda self, most: min(3, most))
+    monkeypatch.setattr("mistral_ref.pace.Pace.length", lambda self, times, most: min(3, most))
     command = ("generate", "--backend", "numpy", "--temperature", 0, "--max-tokens", 20, "--lookup", "--mark-accepted")
     prompt = "Tom had a red ball. Tom had a red ball. Tom"
     shown, plain = run(*command, prompt, columns=400).stdout, run(*command, prompt).stdout
