@@ -54,10 +54,8 @@ class Walk(Iterator[Step]):
                 self._logits = end.value
             raise StopIteration from None
         step.value.flags.writeable = False
-        step.source = _source(self._steps)
-        for pattern, edit in self._edits:
-            if fnmatchcase(step.name, pattern):
-                step.value = edit(step.value) if callable(edit) else edit
+        step.source = step.source or source_of(self._steps)
+        make_edits(step, self._edits)
         self._current = step
         return step
 
@@ -87,7 +85,14 @@ class Walk(Iterator[Step]):
         self.close()
 
 
-def _source(steps: object) -> str:
+def make_edits(step: Step, edits: Iterable[tuple[str, Edit]]) -> None:
+    """Give a step the value that edits make of it; only those whose name or glob matches count."""
+    for pattern, edit in edits:
+        if fnmatchcase(step.name, pattern):
+            step.value = edit(step.value) if callable(edit) else edit
+
+
+def source_of(steps: object) -> str:
     """Return "file:line" of the `yield` at which the innermost generator waits."""
     while isinstance(steps, GeneratorType) and isinstance(steps.gi_yieldfrom, GeneratorType):
         steps = steps.gi_yieldfrom

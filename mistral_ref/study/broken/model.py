@@ -11,6 +11,7 @@ from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
 from mistral_ref.study.broken.bugs import BUGS
 from mistral_ref.study.broken.operations import BrokenOps
+from mistral_ref.study.edited import refuse_edits
 
 _BOS = 1  # of every tokenizer of the line
 
@@ -56,6 +57,7 @@ def broken(model: Model, *bugs: str) -> Model:
     """
     if isinstance(model, BrokenModel):
         raise InputError(f"{model!r} has a bug already; expected a model without a bug")
+    refuse_edits(model)
     if not bugs:
         raise InputError("no bug is given; expected one or several")
     for bug in bugs:

@@ -10,6 +10,7 @@ from mistral_ref.errors import ConfigError, InputError, checked_choice, checked_
 from mistral_ref.model import Model
 from mistral_ref.study.broken import BUGS, BrokenModel
 from mistral_ref.study.changes.of_steps import LARGEST, Change
+from mistral_ref.study.edited import refuse_edits
 
 
 def with_config(model: Model, **fields: object) -> Model:
@@ -19,6 +20,7 @@ def with_config(model: Model, **fields: object) -> Model:
     """
     if isinstance(model, BrokenModel):
         raise InputError(f"{model!r} has a bug; expected a model without a bug, which may get one afterwards")
+    refuse_edits(model)
     try:
         config = model.config.replace(**fields)
     except ConfigError as error:

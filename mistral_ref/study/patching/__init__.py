@@ -8,6 +8,7 @@ print(patch(model, tom, lily, by="head", metric=(she, he)))
 from __future__ import annotations
 
 from mistral_ref.study.patching.result import Sweep
+from mistral_ref.study.patching.steering import steered, steering_vector
 from mistral_ref.study.patching.sweep import ablate, patch
 
-__all__ = ["Sweep", "ablate", "patch"]
+__all__ = ["Sweep", "ablate", "patch", "steered", "steering_vector"]

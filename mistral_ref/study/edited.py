@@ -1,0 +1,68 @@
+"""Edited models: every pass makes the same edits, also those of `generate` and `chat`.
+
+silent = edited(model, {"layers.2.heads": np.zeros_like})
+print(silent.complete("Once upon a time"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mistral_ref.errors import InputError
+from mistral_ref.model import Model
+from mistral_ref.ops import AnyPass
+from mistral_ref.steps import Steps
+from mistral_ref.transformer import Transformer
+from mistral_ref.walk import Edit, Edits, checked_edits, inside_attention, make_edits, source_of
+
+
+@dataclass(frozen=True, eq=False)
+class EditedTransformer(Transformer):
+    """A transformer whose steps are edited before anybody gets them."""
+
+    edits: Sequence[tuple[str, Edit]]
+    edits_attention: bool
+
+    def forward_steps(self, tokens_T: np.ndarray, this_pass: AnyPass, **how: Any) -> Steps:
+        """Yield every step of one pass with its edits made, and return the logits."""
+        how["observe_attention"] = how.get("observe_attention", False) or self.edits_attention
+        steps = super().forward_steps(tokens_T, this_pass, **how)
+        step = next(steps)
+        while True:
+            step.source = source_of(steps)
+            make_edits(step, self.edits)
+            value = yield step
+            try:
+                step = steps.send(value)
+            except StopIteration as end:
+                return end.value
+
+
+def refuse_edits(model: Model) -> None:
+    """Raise InputError for an edited model, for functions that make a model anew, without its edits."""
+    if isinstance(model.transformer, EditedTransformer):
+        raise InputError(f"{model!r} has edits; expected a model without edits, which may get them afterwards")
+
+
+def edited(model: Model, edits: Edits) -> Model:
+    """Return a model, over the same weights and tokenizer, in whose passes these edits are always made.
+
+    edits   as in `Model.forward`. An edit is called in each pass with the value of this pass's tokens: while a text is
+            generated, those of a chunk of the prompt, and then of one token. In the last layer such a pass has only
+            the last token. So an edit must not count tokens
+
+    A cache that such a model has filled holds edited keys and values. Raises InputError for wrong edits.
+    """
+    pairs, touched = checked_edits(edits, model.config)
+    twin = object.__new__(type(model))
+    twin.__dict__ |= vars(model)
+    own = model.transformer
+    edits_attention = inside_attention(touched)
+    if isinstance(own, EditedTransformer):
+        pairs, edits_attention = [*own.edits, *pairs], edits_attention or own.edits_attention
+    twin.transformer = EditedTransformer(own.config, own.weights, own.ops, pairs, edits_attention)
+    return twin
