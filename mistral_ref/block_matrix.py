@@ -51,21 +51,40 @@ class BlockType(NamedTuple):
 
     weights     number of weights in a block
     group_size  number of weights in a group
-    bits        bits of a code, as it is stored
+    values      the code that each stored number stands for, in ascending order: int8 (2^bits,)
     fields      bytes of each part of a block, in the order of the file
     unpack      takes the parts of blocks (..., bytes) and returns their Blocks, with codes (..., weights)
+    has_minimums
     """
 
     weights: int
     group_size: int
-    bits: int
+    values: np.ndarray
     fields: tuple[int, ...]
     unpack: Callable[..., Blocks]
+    has_minimums: bool = False
 
     @property
     def bytes(self) -> int:
         """Bytes of a block."""
         return sum(self.fields)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups in a block."""
+        return self.weights // self.group_size
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, as it is stored."""
+        return len(self.values).bit_length() - 1
+
+    def stored(self, codes: np.ndarray) -> np.ndarray:
+        """Return the numbers, uint8, that are stored for codes."""
+        numbers = np.zeros(256, np.uint8)  # for the bits of each int8
+        numbers[self.values.view(np.uint8)] = np.arange(len(self.values))
+        found: np.ndarray = numbers[codes.view(np.uint8)]
+        return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -217,17 +236,22 @@ def _iq4_xs(d: np.ndarray, scales_h: np.ndarray, scales_l: np.ndarray, qs: np.nd
     return Blocks(_IQ4_VALUES[_fields(qs, 16, 4)], _unit(d), _signed(numbers, 32))
 
 
+def _from(least: int, bits: int) -> np.ndarray:
+    """Return the 2^bits whole numbers from `least` on, int8."""
+    return np.arange(least, least + 2**bits).astype(np.int8)
+
+
 BLOCK_TYPES: dict[BlockKind, BlockType] = {
-    "q4_0": BlockType(32, 32, 4, (2, 16), _q4_0),
-    "q4_1": BlockType(32, 32, 4, (2, 2, 16), _q4_1),
-    "q5_0": BlockType(32, 32, 5, (2, 4, 16), _q5_0),
-    "q5_1": BlockType(32, 32, 5, (2, 2, 4, 16), _q5_1),
-    "q8_0": BlockType(32, 32, 8, (2, 32), _q8_0),
-    "q2_k": BlockType(256, 16, 2, (16, 64, 2, 2), _q2_k),
-    "q3_k": BlockType(256, 16, 3, (32, 64, 12, 2), _q3_k),
-    "q4_k": BlockType(256, 32, 4, (2, 2, 12, 128), _q4_k),
-    "q5_k": BlockType(256, 32, 5, (2, 2, 12, 32, 128), _q5_k),
-    "q6_k": BlockType(256, 16, 6, (128, 64, 16, 2), _q6_k),
-    "iq4_nl": BlockType(32, 32, 4, (2, 16), _iq4_nl),
-    "iq4_xs": BlockType(256, 32, 4, (2, 2, 4, 128), _iq4_xs),
+    "q4_0": BlockType(32, 32, _from(-8, 4), (2, 16), _q4_0),
+    "q4_1": BlockType(32, 32, _from(0, 4), (2, 2, 16), _q4_1, has_minimums=True),
+    "q5_0": BlockType(32, 32, _from(-16, 5), (2, 4, 16), _q5_0),
+    "q5_1": BlockType(32, 32, _from(0, 5), (2, 2, 4, 16), _q5_1, has_minimums=True),
+    "q8_0": BlockType(32, 32, _from(-128, 8), (2, 32), _q8_0),
+    "q2_k": BlockType(256, 16, _from(0, 2), (16, 64, 2, 2), _q2_k, has_minimums=True),
+    "q3_k": BlockType(256, 16, _from(-4, 3), (32, 64, 12, 2), _q3_k),
+    "q4_k": BlockType(256, 32, _from(0, 4), (2, 2, 12, 128), _q4_k, has_minimums=True),
+    "q5_k": BlockType(256, 32, _from(0, 5), (2, 2, 12, 32, 128), _q5_k, has_minimums=True),
+    "q6_k": BlockType(256, 16, _from(-32, 6), (128, 64, 16, 2), _q6_k),
+    "iq4_nl": BlockType(32, 32, _IQ4_VALUES, (2, 16), _iq4_nl),
+    "iq4_xs": BlockType(256, 32, _IQ4_VALUES, (2, 2, 4, 128), _iq4_xs),
 }

@@ -14,17 +14,18 @@ import numpy as np
 
 from mistral_kernels import attention, elementwise, limits, panels, sharing
 from mistral_kernels.products import Blocks, Codes, Floats
-from mistral_kernels.quantized import matmul_quantized, matvec_quantized
+from mistral_kernels.quantized import FEW_TOKENS, ONE_TOKEN, matmul_quantized, matvec_quantized
 from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.cache import CACHE_DTYPES, DEFAULT_CHUNK
 from mistral_ref.config import ModelConfig
 from mistral_ref.quantized_matrix import BITS, GROUP_SIZE, QuantizedMatrix
 from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs
+from mistral_ref.tiled_matrix import TiledMatrix
 from mistral_ref.weights import Matrix, Weights, matrices
 
 Kernel = partial[Any]
 
-_NO_SCALE = np.ones((1, 1), np.float32)
+_NO_SCALE, _NO_UNIT = np.ones((1, 1), np.float32), np.float32(1)
 _ROUNDED: tuple[QuantizedInputs, ...] = ("int16", "int8")
 
 
@@ -43,8 +44,11 @@ def factor(weight_OI: Matrix, quantized_inputs: QuantizedInputs, bf16_inputs: Bf
 
 def _factor(weight_OI: Matrix, quantized_inputs: QuantizedInputs, bf16_inputs: Bf16Inputs) -> Floats | Codes | Blocks:
     if isinstance(weight_OI, QuantizedMatrix):
-        how = weight_OI.bits, quantized_inputs, weight_OI.group_size
+        how = weight_OI.kind, quantized_inputs, weight_OI.group_size
         return Codes(*how, weight_OI.as_bytes, weight_OI.scale_bytes, weight_OI.unit)
+    if isinstance(weight_OI, TiledMatrix):
+        how = weight_OI.kind, quantized_inputs, weight_OI.group_size
+        return Codes(*how, weight_OI.as_bytes, weight_OI.scale_bytes, _NO_UNIT)
     if isinstance(weight_OI, BlockMatrix):
         return Blocks(weight_OI.kind, quantized_inputs, weight_OI.as_bytes)
     kind = "pairs" if takes_pairs(weight_OI, bf16_inputs) else weight_OI.kind
@@ -110,8 +114,10 @@ def of_a_model(config: ModelConfig, weights: Weights, *, every_option: bool = Fa
     needed: list[Kernel] = []
     if every_option:
         roundings.append(("int16", "bfloat16"))
-        hows = pairs_of(BITS, _ROUNDED, [GROUP_SIZE])
-        needed += [partial(factory, *how) for how in hows for factory in (matvec_quantized, matmul_quantized)]
+        for bits, inputs in pairs_of(BITS, _ROUNDED):
+            how = f"int{bits}", inputs, GROUP_SIZE
+            needed += [partial(matvec_quantized, *how, meeting) for meeting in (ONE_TOKEN, FEW_TOKENS)]
+            needed += [partial(matmul_quantized, *how)]
         needed += [partial(limits.plain_read), partial(limits.multiply_add_peak)]
     for (quantized_inputs, bf16_inputs), cache_dtype in pairs_of(roundings, CACHE_DTYPES):
         needed += of_passes(

@@ -15,6 +15,7 @@ from support.paths import GOLDEN
 from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix, group_factors
 from mistral_ref.reference_ops import ReferenceOps
 from mistral_ref.rounded_inputs import rounded
+from mistral_ref.tiled_matrix import tiled, tiled_shapes
 from mistral_ref.weights import BlockKind
 
 STORED = load_file(GOLDEN / "gguf_blocks.safetensors")
@@ -53,6 +54,23 @@ def test_any_rows_are_those_of_the_whole_matrix(
             assert rows.dtype == dtype
             assert rows.flags.aligned
             np.testing.assert_array_equal(rows, whole[index])
+
+
+@each_kind
+@settings(max_examples=20)
+@given(n_out=st.integers(1, 20), n_blocks=st.integers(1, 3), seed=st.integers(0, 99), data=st.data())
+def test_tile_order_keeps_every_weight(kind: Any, n_out: int, n_blocks: int, seed: int, data: st.DataObject) -> None:
+    """Also scales that are subnormal, infinite or NaN."""
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (n_out, n_blocks, BLOCK_TYPES[kind].bytes), dtype=np.uint8)
+    matrix = BlockMatrix("w", kind, blocks)
+    in_tiles = tiled(matrix)
+    assert (in_tiles.shape, in_tiles.group_size, in_tiles.kind) == (matrix.shape, matrix.group_size, kind)
+    assert (in_tiles.data.shape, in_tiles.scales.shape) == tiled_shapes(kind, *matrix.shape)
+    several = np.array(data.draw(st.lists(st.integers(0, n_out - 1), max_size=5)), np.int64)
+    for index in (slice(None), several):
+        found, expected = (one.rows(index, np.float32).view(np.uint32) for one in (in_tiles, matrix))
+        np.testing.assert_array_equal(found, expected)
 
 
 @each_kind

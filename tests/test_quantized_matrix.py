@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.checkpoints import to_bfloat16, to_fp8
 from support.errors import refused
 
-from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
+from mistral_kernels.layout import PLANES, TILE, code_tiles, codes_of_tiles
 from mistral_ref.errors import CheckpointError
 from mistral_ref.files.quantized_format import quantized_tensors
 from mistral_ref.files.rounding import quantized
@@ -62,35 +62,40 @@ def test_every_scale_is_what_the_formula_says() -> None:
 # ------------------------------------------------------------------------------------------------------------- layout
 
 
-@each_bits
-@given(st.integers(1, 20), st.integers(1, 20), seeds)
+each_width = pytest.mark.parametrize("bits", PLANES)
+
+
+@each_width
+@given(st.integers(1, 20), st.integers(1, 5), seeds)
 @some
-def test_codes_come_back_from_their_tiles(bits: int, n_out: int, n_eights: int, seed: int) -> None:
+def test_codes_come_back_from_their_tiles(bits: int, n_out: int, n_pieces: int, seed: int) -> None:
     random = np.random.RandomState(seed)
-    codes = random.randint(0, 2**bits, (n_out, 8 * n_eights)).astype(np.uint8)
+    codes = random.randint(0, 2**bits, (n_out, 32 * n_pieces)).astype(np.uint8)
     tiles = code_tiles(codes, bits)
-    assert (tiles.shape, tiles.dtype) == ((-(-n_out // TILE), n_eights * bits // 4, TILE, 4), np.uint8)
-    rows = random.randint(0, n_out, 9)
-    np.testing.assert_array_equal(codes_of_tiles(tiles, rows, bits), codes[rows])
+    assert (tiles.shape, tiles.dtype) == ((-(-n_out // TILE), n_pieces * bits, TILE, 4), np.uint8)
+    for rows in (random.randint(0, n_out, 9), np.empty(0, np.int64)):
+        np.testing.assert_array_equal(codes_of_tiles(tiles, rows, bits), codes[rows])
     every = codes_of_tiles(tiles, np.arange(len(tiles) * TILE), bits)
     np.testing.assert_array_equal(every, np.pad(codes, ((0, -n_out % TILE), (0, 0))))
 
 
-@each_bits
-@given(st.integers(1, 20), st.integers(1, 20), seeds)
+@each_width
+@given(st.integers(1, 20), st.integers(1, 3), seeds)
 @some
-def test_each_code_is_at_its_place_in_the_file(bits: int, n_out: int, n_eights: int, seed: int) -> None:
-    """The bytes as files hold them, counted out one code at a time."""
-    n_in = 8 * n_eights
+def test_each_code_is_at_its_place_in_the_file(bits: int, n_out: int, n_pieces: int, seed: int) -> None:
+    """The bytes as files hold them, counted out one code and one plane at a time."""
+    n_in = 32 * n_pieces
     codes = np.random.RandomState(seed).randint(0, 2**bits, (n_out, n_in)).astype(np.uint8)
     stored = code_tiles(codes, bits).tobytes()
     for o in range(n_out):
         for i in range(n_in):
-            if bits == 8:
-                found = stored[((o // 8 * (n_in // 4) + i // 4) * 8 + o % 8) * 4 + i % 4]
-            else:
-                byte = stored[((o // 8 * (n_in // 8) + i // 8) * 8 + o % 8) * 4 + i % 4]
-                found = byte % 16 if i % 8 < 4 else byte // 16
+            found, begin = 0, (o // 8 * n_in + i // 32 * 32) * bits
+            below, quad = 0, i % 32 // 4
+            for width in PLANES[bits]:
+                vector, part = divmod(quad, 8 // width)
+                byte = stored[begin + 32 * vector + o % 8 * 4 + i % 4]
+                found += (byte >> part * width) % 2**width << below
+                begin, below = begin + 32 * width, below + width
             assert found == codes[o, i], (o, i)
 
 

@@ -46,6 +46,11 @@ class Packing(NamedTuple):
     factors: Callable[[Address], Factors]
 
     @property
+    def has_minimums(self) -> bool:
+        """Whether groups have minimums."""
+        return self.factors in (_both_units, _factors_of_k, _factors_of_q2_k)
+
+    @property
     def groups(self) -> int:
         """Number of groups in a block."""
         return self.weights // self.group
@@ -131,15 +136,22 @@ def _factors_of_iq4_xs(block: Address) -> Factors:
     return _times(_unit(block), ((low | (high << 4)) - 32).bits_as(I8)), None
 
 
-# The codes of IQ4_NL and IQ4_XS are indices in this table; 128 stands for 0.
+# The codes of these types are indices in this table; 128 stands for 0.
+IQ4 = ("iq4_nl", "iq4_xs")
 _IQ4_CODES = [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241]
 
 
-def _iq4_codes(place: Address) -> Value:
-    indices = _nibbles(place)
-    if "avx2" in FEATURES:  # one instruction looks up the indices of each half of a vector
-        return call("llvm.x86.avx2.pshuf.b", indices, constant(U8, _IQ4_CODES * 2, VECTOR), indices)
-    codes = constant(U8, _IQ4_CODES[0], VECTOR)
+# What looks up indices in a table of 16 bytes, for vectors of 64 and 32 bytes, and the feature that it is part of.
+_LOOK_UP = {64: ("llvm.x86.avx512.pshuf.b.512", "avx512bw"), 32: ("llvm.x86.avx2.pshuf.b", "avx2")}
+
+
+def iq4_codes(indices: Value) -> Value:
+    """Return the codes of IQ4_NL and IQ4_XS, for indices in their table."""
+    n = indices.lanes
+    name, feature = _LOOK_UP[n]
+    if feature in FEATURES:
+        return call(name, indices, constant(U8, _IQ4_CODES * (n // 16), n), indices)
+    codes = constant(U8, _IQ4_CODES[0], n)
     for index, code in enumerate(_IQ4_CODES):
         codes = where(indices.equals(index), code, codes)
     return codes
@@ -172,6 +184,8 @@ PACKINGS: dict[str, Packing] = {
     "q4_k": Packing(256, 32, 144, 4, 0, lambda block, n: _field(block + 16, n, 4), _factors_of_k),
     "q5_k": Packing(256, 32, 176, 5, 0, _codes_of_q5_k, _factors_of_k),
     "q6_k": Packing(256, 16, 210, 6, 32, _codes_of_q6_k, _factors_of_q6_k),
-    "iq4_nl": Packing(32, 32, 18, 8, 128, lambda block, _: _iq4_codes(block + 2), _only_scale),
-    "iq4_xs": Packing(256, 32, 136, 8, 128, lambda block, n: _iq4_codes(block + (8 + 16 * n)), _factors_of_iq4_xs),
+    "iq4_nl": Packing(32, 32, 18, 8, 128, lambda block, _: iq4_codes(_nibbles(block + 2)), _only_scale),
+    "iq4_xs": Packing(
+        256, 32, 136, 8, 128, lambda block, n: iq4_codes(_nibbles(block + (8 + 16 * n))), _factors_of_iq4_xs
+    ),
 }

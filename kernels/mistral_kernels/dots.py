@@ -8,10 +8,6 @@ input is scale_x * q, with one scale_x for each group. Over a group
 Both sums on the right are sums of integers. Processors multiply and add two int16 or four bytes at once. Floats come
 only after a group. int16 inputs lie in the order 0, 2, 1, 3 in each four, so that neighbours meet the codes of the even
 and of the odd bytes.
-
-    scale = a byte times a unit of the whole matrix: 4 bits of exponent e and 4 of mantissa m, bits of a float16,
-            (1 + m/16) 2^(e - 15), or m/16 2^-14 where e is 0
-    zero  = a byte / 2^(8 - bits)
 """
 
 from __future__ import annotations
@@ -22,10 +18,9 @@ from typing import Any
 from numba import types
 
 from mistral_kernels.pairs import add_dots, no_dots, total_of, widened_sums
-from mistral_kernels.panel_codes import panel_codes, store_codes
+from mistral_kernels.panel_codes import panel_codes
 from mistral_kernels.processor import LANES
-from mistral_kernels.rows import AHEAD
-from mistral_kernels.stored import PLACE, ROWS, Place, Rows, addresses_at, row_addresses, widened
+from mistral_kernels.stored import PLACE, Place, addresses_at
 from mistral_kernels.tile import TILE_ROWS, VECTORS, WIDTH, store_sums, sums_before
 from mistral_kernels.value import (
     ARRAY,
@@ -35,8 +30,6 @@ from mistral_kernels.value import (
     I32,
     I64,
     U8,
-    U16,
-    U32,
     Address,
     Dtype,
     FloatVectorType,
@@ -53,15 +46,9 @@ from mistral_kernels.value import (
 INPUTS: dict[str, Dtype] = {"int16": I16, "int8": I8}  # what inputs are rounded to
 LARGEST = {"int16": 32767.0, "int8": 127.0}
 EIGHT = FloatVectorType(8)
-TILE_LANES = max(LANES, 8)  # of a vector of codes: the 8 rows of a tile, once or twice
 
 # As many rows of a tile as leave room for an integer and a float for each lane.
 GROUP_ROWS = TILE_ROWS // 2
-
-
-def code_bytes(stored: Value, bits: int) -> list[Value]:
-    """Return the vectors of codes that a vector of bytes holds: itself, or its lower and its upper halves."""
-    return [stored] if bits == 8 else [stored & 15, stored >> 4]
 
 
 def products(sums: Value, codes: Value, x: list[Value], bits: int) -> Value:
@@ -75,12 +62,6 @@ def products(sums: Value, codes: Value, x: list[Value], bits: int) -> Value:
 def words_of_four(inputs: str) -> int:
     """Return how many words of 32 bits hold four inputs."""
     return INPUTS[inputs].bits // 8
-
-
-def scales_at(address: Address, bits: int) -> tuple[Value, Value]:
-    """Return the scales, without their unit, and the zeros of the 8 rows of a tile's group."""
-    scale, zero = address.load(U8, 8), (address + 8).load(U8, 8)
-    return widened(scale.to(U16) << 6, "f16"), zero.to(U32).to(F32) * 2.0 ** (bits - 8)
 
 
 def rounding(inputs: str, group: int) -> Any:
@@ -122,100 +103,6 @@ def rounding(inputs: str, group: int) -> Any:
         return [magnitude / most, total.combined(operator.add).to(F32)]
 
     return round_group
-
-
-def tile_groups(bits: int, inputs: str, group: int, n_tiles: int) -> tuple[Any, Any, Any]:
-    """Return the operations on the sums of n tiles of codes.
-
-    no_group_sums()                                         a tuple of n vectors of 8 zeros
-    add_group(sums, W, tiles, S, scales, q, scales_x, i)    each sum plus what the group of inputs from i on gives
-    store_group_sums(sums, y, offset)                       puts the sums of the tiles into y[offset : offset + 8 n]
-
-    W       bytes of the codes; `tiles` says where tiles begin, in bytes
-    S       bytes of the scales and zeros: 8 and 8 for each tile's group; `scales` says where those of tiles begin
-    """
-    sums_type = types.UniTuple(EIGHT, n_tiles)
-    in_vector, per_byte = TILE_LANES // 8, 8 // bits  # tiles' rows of four codes in a vector; codes in a byte
-    n_words, vector_bytes = words_of_four(inputs), 4 * TILE_LANES
-
-    def inputs_for(q: Address, vector_number: int, half_byte: int) -> list[Value]:
-        """Return what the codes of a vector, or of half of its bytes, are multiplied with."""
-        words = []
-        for word in range(n_words):
-            # Of each half of the vector: the number of its four inputs, and of the word that holds this part of them.
-            fours = [(vector_number * in_vector + half) * per_byte + half_byte for half in range(in_vector)]
-            first, last = fours[0] * n_words + word, fours[-1] * n_words + word
-            stored = (q + 4 * first).load(I32, last - first + 1)
-            spread = stored.chosen([0 if lane < 8 else last - first for lane in range(TILE_LANES)])
-            words.append(spread.bits_as(INPUTS[inputs]))
-        return words
-
-    def of_eight(dots: Value) -> Value:
-        """Return the dots of 8 rows."""
-        dots = total_of(dots, TILE_LANES)
-        return dots if in_vector == 1 else dots.chosen(range(8)) + dots.chosen(range(8, 16))
-
-    @operation(sums_type)
-    def no_group_sums() -> list[Value]:
-        return [constant(F32, 0.0, 8)] * n_tiles
-
-    @operation(sums_type, sums_type, ARRAY, ROWS, ARRAY, ROWS, ARRAY, ARRAY, types.intp)
-    def add_group(
-        sums: tuple[Value, ...], W: Address, tiles: Rows, S: Address, scales: Rows, q: Address, scales_x: Address,
-        i: Value,
-    ) -> list[Value]:  # fmt: skip
-        begin, number_of_group = (q + i).of(U8), i // group
-        addresses = row_addresses(W, tiles, i * bits, U8, range(n_tiles))
-        dots = [no_dots(TILE_LANES, n_words)] * n_tiles
-        for vector_number in range(group * bits // vector_bytes):
-            x = [inputs_for(begin, vector_number, half) for half in range(per_byte)]
-            for number, address in enumerate(addresses):
-                place = address + vector_bytes * vector_number
-                place.prefetch(AHEAD)
-                for half, codes in enumerate(code_bytes(place.load(U8, vector_bytes), bits)):
-                    dots[number] = products(dots[number], codes, x[half], bits)
-        scale_x, sum_x = ((scales_x + (number_of_group * 2 + n)).load(F32).spread(8) for n in (0, 1))
-        new = []
-        for number, address in enumerate(row_addresses(S, scales, number_of_group * 16, U8, range(n_tiles))):
-            scale, zero = scales_at(address, bits)
-            dot = fma(zero, -sum_x, of_eight(dots[number]).to(F32))
-            new.append(fma(scale * scale_x, dot, sums[number]))
-        return new
-
-    @operation(types.void, sums_type, ARRAY, types.intp)
-    def store_group_sums(sums: tuple[Value, ...], y: Address, offset: Value) -> None:
-        for number, value in enumerate(sums):
-            (y + (offset + 8 * number)).store(value)
-
-    return no_group_sums, add_group, store_group_sums
-
-
-def unpack(bits: int, inputs: str, ahead: int) -> tuple[Any, Any]:
-    """Return the operations that put 8 inputs of a tile of codes, or the scales of a group, into a panel.
-
-    The codes of the inputs that come `ahead` inputs later are asked for.
-
-    unpack_codes(W, offset, panel, place)       the bytes from offset on become two times 8 rows of four codes, from
-                                                place on
-    unpack_scales(S, offset, panel, place)      scales and zeros become 8 floats each, at place and WIDTH further on
-    """
-    way = panel_codes(bits, inputs)
-
-    @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
-    def unpack_codes(W: Address, offset: Value, panel: Address, place: Value) -> None:
-        address = W + offset
-        address.prefetch(ahead * bits)
-        stored = [(address + 32 * n).load(U8, 32) for n in range(bits // 4)]
-        codes = stored if bits == 8 else code_bytes(stored[0], bits)
-        store_codes(codes, panel + place, way)
-
-    @operation(types.void, ARRAY, types.intp, ARRAY, types.intp)
-    def unpack_scales(S: Address, offset: Value, panel: Address, place: Value) -> None:
-        scale, zero = scales_at(S + offset, bits)
-        (panel + place).store(scale)
-        (panel + (place + WIDTH)).store(zero - float(way.zero))
-
-    return unpack_codes, unpack_scales
 
 
 def group_tile(bits: int, inputs: str, group: int, *, has_offsets: bool = False) -> Any:

@@ -21,8 +21,6 @@ from mistral_kernels.arrays import (
     BYTES,
     MATRIX_IN,
     MATRIX_OUT,
-    VECTOR_IN,
-    VECTOR_OUT,
     Bytes,
     Floats,
     Integers,
@@ -138,12 +136,12 @@ def _row_sums(kind: str, inputs: str) -> tuple[Operation, Operation, Operation]:
 
 @made_once
 def matvec_blocks(kind: str, inputs: str) -> Kernel:
-    """Return a kernel: matvec_blocks(W, x, y, threads) computes y = W x, with the blocks as they lie in the file.
+    """Return a kernel: matvec_blocks(W, x, y, threads) computes y = x Wᵀ, with the blocks as they lie in the file.
 
     kind    a type of blocks.PACKINGS
     inputs  what x is rounded to, group by group: "int16" or "int8"
     W       the blocks of O rows, as bytes
-    x, y    (I,) and (O,) float32; I is a whole number of blocks
+    x, y    (T, I) and (T, O) float32, T at least 1; I is a whole number of blocks
     """
     weights, group, block_bytes = PACKINGS[kind].weights, PACKINGS[kind].group, PACKINGS[kind].bytes
     no_sums, add_block, totals = _row_sums(kind, inputs)
@@ -165,14 +163,16 @@ def matvec_blocks(kind: str, inputs: str) -> Kernel:
                 if o + number * stride < last:
                     y[o + number * stride] = y_rows[number]
 
-    @kernel(types.void(BYTES, VECTOR_IN, VECTOR_OUT, types.intp), kind, inputs)
+    @kernel(types.void(BYTES, MATRIX_IN, MATRIX_OUT, types.intp), kind, inputs)
     def matvec_blocks(W: Bytes, x: Floats, y: Floats, threads: int) -> None:
-        q, scales_x = np.empty(len(x), integer), np.empty(len(x) // group * 2, np.float32)
-        rounded(x, np.empty(len(x), np.float32), np.float32(1), q, 0, scales_x, 0)
-        if integer is np.int16:
-            for i in range(0, len(x), VECTOR):
-                _part(q, i)
-        shared_out(multiply_rows, len(y), threads, (W, q, scales_x, y))
+        n_in, n_out = x.shape[1], y.shape[1]
+        q, scales_x, kept = np.empty(n_in, integer), np.empty(n_in // group * 2, np.float32), np.empty(n_in, np.float32)
+        for t in range(len(x)):
+            rounded(x[t], kept, np.float32(1), q, 0, scales_x, 0)
+            if integer is np.int16:
+                for i in range(0, n_in, VECTOR):
+                    _part(q, i)
+            shared_out(multiply_rows, n_out, threads, (W, q, scales_x, y[t]))
 
     return matvec_blocks
 

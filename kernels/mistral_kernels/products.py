@@ -13,7 +13,7 @@ from mistral_kernels.matmul import matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, matvec
 from mistral_kernels.packed import matmul_blocks, matvec_blocks
 from mistral_kernels.pool import ArrayPool
-from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
+from mistral_kernels.quantized import FEW_TOKENS, ONE_TOKEN, matmul_quantized, matvec_quantized, slab_shapes
 
 TOKENS_AT_ONCE = 512  # the results of one product should stay in the processor's caches
 
@@ -28,14 +28,14 @@ def _multiply_rounded(
     pool: ArrayPool,
 ) -> None:  # fmt: skip
     """Compute y = x Wᵀ by the kernels that round x, a group at a time; `stored` is the matrix as they take it."""
-    kernel = factor.kernel(len(x_TI))()
-    if len(x_TI) == 1:
-        kernel(*stored, x_TI[0], y_TO[0], threads)
+    make = factor.kernel(len(x_TI))
+    if make.func in (matvec_quantized, matvec_blocks):
+        make()(*stored, x_TI, y_TO, threads)
         return
     for rows in _chunks(len(x_TI)):
         q_shape, scales_shape = slab_shapes(group, *x_TI[rows].shape)
         q, scales_x = pool.empty(q_shape, factor.inputs), pool.empty(scales_shape)
-        kernel(*stored, x_TI[rows], q, scales_x, y_TO[rows], threads)
+        make()(*stored, x_TI[rows], q, scales_x, y_TO[rows], threads)
 
 
 class Floats(NamedTuple):
@@ -73,14 +73,15 @@ class Floats(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """A matrix (O, I) of codes of 8 or 4 bits in tile order, whose inputs are rounded to integers.
+    """A matrix (O, I) of codes in tile order, whose inputs are rounded to integers.
 
+    kind    "int8", "int4", or a type of blocks.PACKINGS
     inputs  "int16" or "int8"
     group   inputs that share a scale
     data, scales, unit      as quantized.matvec_quantized has them
     """
 
-    bits: int
+    kind: str
     inputs: str
     group: int
     data: np.ndarray
@@ -89,7 +90,10 @@ class Codes(NamedTuple):
 
     def kernel(self, n_tokens: int) -> partial[Any]:
         """Return what makes the kernel for a number of tokens: a factory with its arguments."""
-        return partial(matvec_quantized if n_tokens == 1 else matmul_quantized, self.bits, self.inputs, self.group)
+        how = self.kind, self.inputs, self.group
+        if 0 < n_tokens <= 1:
+            return partial(matvec_quantized, *how, ONE_TOKEN if n_tokens == 1 else FEW_TOKENS)
+        return partial(matmul_quantized, *how)
 
     def multiply(self, x_TI: np.ndarray, y_TO: np.ndarray, threads: int, pool: ArrayPool) -> None:
         """Compute y = x Wᵀ; `threads` is what team.team returns."""

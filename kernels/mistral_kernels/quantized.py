@@ -1,4 +1,4 @@
-"""Products with matrices of 8 or 4 bits in tile order: for decoding, and for prompts.
+"""Products with codes in tile order (tiles.py): for decoding, for a few tokens, and for prompts.
 
 The loops are those of matvec.py and matmul.py; only the numbers differ. Inputs are rounded to int16 or int8, a group at
 a time. Products are summed as integers, a group at a time (dots.py). Memory delivers half or a quarter of the bytes of
@@ -17,8 +17,6 @@ from mistral_kernels.arrays import (
     BYTES,
     MATRIX_IN,
     MATRIX_OUT,
-    VECTOR_IN,
-    VECTOR_OUT,
     Bytes,
     Floats,
     Integers,
@@ -28,7 +26,7 @@ from mistral_kernels.arrays import (
     written,
 )
 from mistral_kernels.compiling import kernel, made_once, part
-from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding, tile_groups, unpack
+from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding
 from mistral_kernels.layout import TILE
 from mistral_kernels.matmul import SLABS, Block, over_blocks, whole_slabs
 from mistral_kernels.panel_codes import panel_codes
@@ -36,10 +34,12 @@ from mistral_kernels.sharing import shared_out
 from mistral_kernels.simd import floats
 from mistral_kernels.stored import Place, Rows
 from mistral_kernels.tile import WIDTH
+from mistral_kernels.tiles import AT_ONCE, Form, form_of, tile_groups, unpack
 
 GROUPS = (32, 64, 128)  # inputs that share a scale
 DEPTH = 256  # of a panel of codes: 12 KiB at most
-TILES = 4  # tiles that are read at the same time, each as a stream of its own
+# Tiles and tokens that are multiplied together, for one token and for a few; each tile is a stream of its own.
+ONE_TOKEN, FEW_TOKENS = (4, 1), (2, 4)
 OF_GROUP = 2 * WIDTH  # floats in a panel's scales for a group: scales, then zeros
 
 
@@ -82,45 +82,72 @@ def plain_product(codes: Integers, scales: Floats, zeros: Floats, largest: int, 
             y[o] += scales[o, g] * scale_x * (dot - zeros[o, g] * sum(q))
 
 
-@made_once
-def matvec_quantized(bits: int, inputs: str, group: int) -> Kernel:
-    """Return a kernel: matvec_quantized(W, S, unit, x, y, threads), for codes of 8 or 4 bits.
+def _over_tiles(form: Form, inputs: str, meeting: tuple[int, int], *variant: object) -> Part:
+    """Return the function that multiplies some tiles with all tokens.
 
-    W       codes as layout.code_tiles has them, of whole groups of inputs, as bytes
-    S, unit (ceil(O/8), groups, 2, 8) scales and zeros, as bytes, and what scales are multiplied by; see dots.py
-    x, y    (I,) and (O,) float32
-
-    It does what plain_product does.
+    meeting     how many tiles and tokens are multiplied together; each row and token have a sum of their own
     """
-    no_group_sums, add_group, store_group_sums = tile_groups(bits, inputs, group, TILES)
-    rounded = rounded_inputs(inputs, group)
-    integer = np.dtype(inputs).type
+    n_tiles, n_together = meeting
+    no_group_sums, add_groups, store_group_sums = tile_groups(form, inputs, *meeting)
+    bits, block, factor_bytes, at_once = form.bits, form.block, form.factor_bytes, max(form.group, AT_ONCE)
 
-    @part(bits, inputs, group)
-    def multiply_tiles(first: int, last: int, W: Bytes, S: Bytes, q: Integers, scales_x: Floats, y: Floats) -> None:
-        """Compute the rows of the tiles first, ..., last - 1, in TILES streams as in matvec.py."""
-        n_in, stride = len(q), (last - first + TILES - 1) // TILES
-        of_tile, scales_of_tile = n_in * bits, n_in // group * 2 * TILE  # bytes
-        sums_of_tiles = np.empty(TILES * TILE, np.float32)
+    @part(*variant)
+    def multiply_tiles(
+        first: int, last: int, W: Bytes, S: Bytes, q: Integers, scales_x: Floats, y: Floats, n_tokens: int
+    ) -> None:
+        """Compute the rows of the tiles first, ..., last - 1, in streams as in matvec.py; q, scales_x, y are flat."""
+        n_in, n_x, n_out = len(q) // n_tokens, len(scales_x) // n_tokens, len(y) // n_tokens
+        stride, of_tile, factors_of_tile = (
+            (last - first + n_tiles - 1) // n_tiles,
+            n_in * bits,
+            n_in // block * factor_bytes,
+        )
+        found = np.empty(n_tiles * n_together * TILE, np.float32)
         for tile in range(first, first + stride):
             tiles = Rows(tile * of_tile, stride * of_tile, (last - 1) * of_tile)
-            scales = Rows(tile * scales_of_tile, stride * scales_of_tile, (last - 1) * scales_of_tile)
-            sums = no_group_sums()
-            for i in range(0, n_in, group):
-                sums = add_group(sums, W, tiles, S, scales, q, scales_x, i)
-            store_group_sums(sums, sums_of_tiles, 0)
-            for number in range(TILES):
-                if tile + number * stride < last:
-                    o = (tile + number * stride) * TILE
-                    for row in range(min(TILE, len(y) - o)):
-                        y[o + row] = sums_of_tiles[number * TILE + row]
+            factors = Rows(tile * factors_of_tile, stride * factors_of_tile, (last - 1) * factors_of_tile)
+            for t in range(0, n_tokens, n_together):
+                tokens, x_rows = Rows(t * n_in, n_in, (n_tokens - 1) * n_in), Rows(t * n_x, n_x, (n_tokens - 1) * n_x)
+                sums = no_group_sums()
+                for i in range(0, n_in, at_once):
+                    sums = add_groups(sums, W, tiles, S, factors, q, tokens, scales_x, x_rows, i)
+                store_group_sums(sums, found)
+                for number in range(n_tiles * n_together):
+                    o, token = (tile + number // n_together * stride) * TILE, t + number % n_together
+                    if o < last * TILE and token < n_tokens:
+                        for row in range(min(TILE, n_out - o)):
+                            y[token * n_out + o + row] = found[number * TILE + row]
 
-    @kernel(types.void(BYTES, BYTES, types.float32, VECTOR_IN, VECTOR_OUT, types.intp), bits, inputs, group)
+    return multiply_tiles
+
+
+@made_once
+def matvec_quantized(kind: str, inputs: str, group: int, meeting: tuple[int, int]) -> Kernel:
+    """Return a kernel: matvec_quantized(W, S, unit, x, y, threads), for codes in tile order.
+
+    kind, group     as tiles.form_of has them
+    meeting         ONE_TOKEN or FEW_TOKENS: how many tiles and tokens are multiplied together
+    W, S            codes and factors of whole groups of inputs, as bytes, tile after tile
+    unit            what scales are multiplied by
+    x, y            (T, I) and (T, O) float32
+
+    It does what plain_product does, for each token.
+    """
+    variant = kind, inputs, group, *meeting
+    multiply_tiles, rounded = (
+        _over_tiles(form_of(kind, group), inputs, meeting, *variant),
+        rounded_inputs(inputs, group),
+    )
+    integer = np.dtype(inputs).type
+
+    @kernel(types.void(BYTES, BYTES, types.float32, MATRIX_IN, MATRIX_OUT, types.intp), *variant)
     def matvec_quantized(W: Bytes, S: Bytes, unit: float, x: Floats, y: Floats, threads: int) -> None:
-        n_groups, n_tiles = (len(x) + group - 1) // group, (len(y) + TILE - 1) // TILE
-        q, scales_x = np.empty(n_groups * group, integer), np.empty(n_groups * 2, np.float32)
-        rounded(x, np.empty(n_groups * group, np.float32), unit, q, 0, scales_x, 0)
-        shared_out(multiply_tiles, n_tiles, threads, (W, S, q, scales_x, y))
+        n_groups, n_tiles = (x.shape[1] + group - 1) // group, (y.shape[1] + TILE - 1) // TILE
+        q, scales_x = np.empty(len(x) * n_groups * group, integer), np.empty(len(x) * n_groups * 2, np.float32)
+        kept = np.empty(n_groups * group, np.float32)
+        for t in range(len(x)):
+            rounded(x[t], kept, unit, q, t * n_groups * group, scales_x, t * n_groups * 2)
+        shared_out(multiply_tiles, n_tiles, threads, (W, S, q, scales_x, y.reshape(-1), len(x)))
 
     return matvec_quantized
 
@@ -182,46 +209,42 @@ def slab_multiplier(
     return new_panel, multiply_slab
 
 
-def _panel_filler(bits: int, inputs: str, group: int, n_parts: int) -> Part:
+def _panel_filler(form: Form, inputs: str, n_parts: int, *variant: object) -> Part:
     """Return the function fill_panel of slab_multiplier, for codes in tile order."""
-    unpack_codes, unpack_scales = unpack(bits, inputs, DEPTH)
+    unpack_codes, unpack_factors = unpack(form, inputs, DEPTH)
+    bits, group, in_block, factor_bytes = form.bits, form.group, form.block, form.factor_bytes
 
-    @part(bits, inputs, group, borrows=True)
+    @part(*variant, borrows=True)
     def fill_panel(W: tuple[Bytes, Bytes], block: Block, panel: Bytes, scales: Floats) -> None:
-        """Put the codes of a block into a panel, and their scales."""
+        """Put the codes of a block into a panel, and their factors."""
         first, last, o, n_in, n_out = block
         codes, factors = W
         for r in range(0, WIDTH, TILE):
             tile = min(o + r, n_out - 1) // TILE
-            for i in range(first, last, 8):
+            for i in range(first, last, AT_ONCE):
                 unpack_codes(codes, (tile * n_in + i) * bits, panel, (i - first) * WIDTH * n_parts + 4 * r)
             for i in range(first, last, group):
-                offset = (tile * n_in + i) // group * 2 * TILE
-                unpack_scales(factors, offset, scales, (i - first) // group * OF_GROUP + r)
+                offset = (tile * n_in + i) // in_block * factor_bytes
+                place = (i - first) // group * OF_GROUP + r
+                unpack_factors(factors, offset, i % in_block // group, scales, place)
 
     return fill_panel
 
 
 @made_once
-def matmul_quantized(bits: int, inputs: str, group: int) -> Kernel:
-    """Return a kernel: matmul_quantized(W, S, unit, x, q, scales_x, y, threads), for codes of 8 or 4 bits.
+def matmul_quantized(kind: str, inputs: str, group: int) -> Kernel:
+    """Return a kernel: matmul_quantized(W, S, unit, x, q, scales_x, y, threads) does what matvec_quantized does.
 
-    W, S, unit  as in matvec_quantized
-    x, y        (T, I) and (T, O) float32, T at least 1
-    q, scales_x of the shapes slab_shapes(group, T, I) and any content: int16 or int8, and float32
+    q, scales_x     of the shapes slab_shapes(group, T, I) and any content: int16 or int8, and float32
     """
-    integers = written(getattr(types, inputs), 3)
-    cut, variant, n_parts = cutter(inputs, group), (bits, inputs, group), panel_codes(bits, inputs).n_parts
-    fill_panel = _panel_filler(*variant, n_parts)
-    new_panel, multiply_slab = slab_multiplier(group_tile(*variant), fill_panel, n_parts, group, *variant)
+    form, integers, variant = form_of(kind, group), written(getattr(types, inputs), 3), (kind, inputs, group)
+    cut, n_parts = cutter(inputs, group), panel_codes(form.code_bits, inputs).n_parts
+    fill_panel = _panel_filler(form, inputs, n_parts, *variant)
+    multiply_groups = group_tile(form.code_bits, inputs, group, has_offsets=form.has_minimums)
+    new_panel, multiply_slab = slab_multiplier(multiply_groups, fill_panel, n_parts, group, *variant)
     multiply_blocks = over_blocks(multiply_slab, new_panel, DEPTH, *variant)
 
-    @kernel(
-        types.void(BYTES, BYTES, types.float32, MATRIX_IN, integers, SLABS, MATRIX_OUT, types.intp),
-        bits,
-        inputs,
-        group,
-    )
+    @kernel(types.void(BYTES, BYTES, types.float32, MATRIX_IN, integers, SLABS, MATRIX_OUT, types.intp), *variant)
     def matmul_quantized(
         W: Bytes, S: Bytes, unit: float, x: Floats, q: Integers, scales_x: Floats, y: Floats, threads: int
     ) -> None:

@@ -24,7 +24,7 @@ from mistral_kernels.arrays import Kernel
 from mistral_kernels.matmul import DEPTH, matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, matvec
 from mistral_kernels.processor import LANES
-from mistral_kernels.quantized import matmul_quantized, matvec_quantized, slab_shapes
+from mistral_kernels.quantized import ONE_TOKEN, matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.team import Team, team
 from mistral_kernels.tile import WIDTH
 from mistral_ref.files.quantized_format import quantized_tensors
@@ -213,8 +213,8 @@ def rounded_product(
         q, scales_x = np.full(q_shape, 99, inputs), np.full(scales_shape, np.nan, np.float32)
         many()(*stored, x_TI, q, scales_x, y_TO, threads)
         return y_TO
-    for x_I, y_O in zip(x_TI, y_TO, strict=True):
-        one()(*stored, x_I, y_O, threads)
+    for t in range(len(x_TI)):
+        one()(*stored, x_TI[t : t + 1], y_TO[t : t + 1], threads)
     return y_TO
 
 
@@ -222,7 +222,8 @@ def quantized_product(
     how: How, matrix: QuantizedMatrix, x_TI: np.ndarray, n_threads: int = 1, **options: Any
 ) -> np.ndarray:
     """Return x · Wᵀ by matvec_quantized, token by token, or by matmul_quantized."""
-    makers = partial(matvec_quantized, *how), partial(matmul_quantized, *how)
+    kernels = f"int{how.bits}", how.inputs, how.group
+    makers = partial(matvec_quantized, *kernels, ONE_TOKEN), partial(matmul_quantized, *kernels)
     stored = matrix.as_bytes, matrix.scale_bytes, matrix.unit
     return rounded_product(makers, stored, (how.inputs, how.group), x_TI, matrix.shape[0], n_threads, **options)
 
