@@ -43,7 +43,7 @@ from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_int
 from mistral_ref.files.build_weights import open_model
 from mistral_ref.files.config_files import read_config
-from mistral_ref.files.quantization import quantize
+from mistral_ref.files.quantized_copy import quantize
 from mistral_ref.host import chosen_threads, process_memory
 from mistral_ref.measure.benchmark import Limit, ratios, read_limit, spread
 from mistral_ref.measure.machine import machine, machine_lines, work_folder

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         MistralRefWarning,
         TokenizerError,
     )
-    from mistral_ref.files.quantization import quantize
+    from mistral_ref.files.quantized_copy import quantize
     from mistral_ref.generation import Token
     from mistral_ref.loading import load
     from mistral_ref.measure import (  # noqa: F401
@@ -83,7 +83,7 @@ _HOMES = {
     "cache": ("KVCache",),
     "config": ("ModelConfig",),
     "errors": (*(name for name in __all__ if name.endswith("Error")), "MistralRefWarning"),
-    "files.quantization": ("quantize",),
+    "files.quantized_copy": ("quantize",),
     "generation": ("Token",),
     "loading": ("load",),
     "model": ("Model",),

@@ -20,11 +20,11 @@ from mistral_ref.errors import (
     warn,
 )
 from mistral_ref.files.adapters import Source, with_adapters
-from mistral_ref.files.build_weights import gguf_model, open_model
+from mistral_ref.files.build_weights import model_in, open_gguf_of
 from mistral_ref.files.generation_config import read_eos_ids
-from mistral_ref.files.gguf import GGUF, open_gguf
+from mistral_ref.files.gguf import GGUF
 from mistral_ref.files.gguf_config import gguf_eos_ids, lost_window
-from mistral_ref.files.paths import checked_model, is_gguf
+from mistral_ref.files.paths import checked_model
 from mistral_ref.files.quantization import Scheme, checked_bits, quantized_weights, rounded_bytes
 from mistral_ref.host import require_memory
 from mistral_ref.model import Model
@@ -97,8 +97,8 @@ def load(
         threads=threads, angles=rope_angles, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs,
     )  # fmt: skip
     scheme = None if quantize is None else Scheme(checked_bits("quantize", quantize))
-    gguf = open_gguf(path) if is_gguf(path) else None
-    config, weights = open_model(path) if gguf is None else gguf_model(gguf)
+    gguf = open_gguf_of(path)
+    config, weights = model_in(path, gguf)
     config = _with_window(config, window, gguf)
     if scheme is not None:
         if check_memory:

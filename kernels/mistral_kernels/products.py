@@ -89,9 +89,12 @@ class Codes(NamedTuple):
     unit: np.float32
 
     def kernel(self, n_tokens: int) -> partial[Any]:
-        """Return what makes the kernel for a number of tokens: a factory with its arguments."""
+        """Return what makes the kernel for a number of tokens: a factory with its arguments.
+
+        To fill a panel takes as long as to multiply the tiles with some tokens.
+        """
         how = self.kind, self.inputs, self.group
-        if 0 < n_tokens <= 1:
+        if 0 < n_tokens <= FEW_TOKENS[1]:
             return partial(matvec_quantized, *how, ONE_TOKEN if n_tokens == 1 else FEW_TOKENS)
         return partial(matmul_quantized, *how)
 

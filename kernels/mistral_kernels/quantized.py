@@ -30,6 +30,7 @@ from mistral_kernels.dots import GROUP_ROWS, group_tile, rounding
 from mistral_kernels.layout import TILE
 from mistral_kernels.matmul import SLABS, Block, over_blocks, whole_slabs
 from mistral_kernels.panel_codes import panel_codes
+from mistral_kernels.processor import LANES
 from mistral_kernels.sharing import shared_out
 from mistral_kernels.simd import floats
 from mistral_kernels.stored import Place, Rows
@@ -39,7 +40,7 @@ from mistral_kernels.tiles import AT_ONCE, Form, form_of, tile_groups, unpack
 GROUPS = (32, 64, 128)  # inputs that share a scale
 DEPTH = 256  # of a panel of codes: 12 KiB at most
 # Tiles and tokens that are multiplied together, for one token and for a few; each tile is a stream of its own.
-ONE_TOKEN, FEW_TOKENS = (4, 1), (2, 4)
+ONE_TOKEN, FEW_TOKENS = (4, 1), (2, 4) if LANES == 16 else (1, 4)
 OF_GROUP = 2 * WIDTH  # floats in a panel's scales for a group: scales, then zeros
 
 

@@ -22,9 +22,9 @@ from mistral_ref.display import list_of_rows
 from mistral_ref.errors import InputError, escaped, size
 from mistral_ref.files.adapter_file import read_adapter
 from mistral_ref.files.adapters import with_adapters
-from mistral_ref.files.build_weights import open_model
+from mistral_ref.files.build_weights import open_gguf_of, open_model
 from mistral_ref.files.checkpoint import Checkpoint, gguf_checkpoint, open_checkpoint
-from mistral_ref.files.gguf import Texts, open_gguf
+from mistral_ref.files.gguf import Texts
 from mistral_ref.files.hub import cache_folder, models
 from mistral_ref.files.paths import begins_gguf_model, checked_model, is_gguf
 from mistral_ref.files.tensor_file import DTYPES, Tensor
@@ -64,15 +64,13 @@ def run(arguments: argparse.Namespace) -> None:
             print_cached()
         return
     model = mistral_ref.load(arguments.model, backend="numpy", window=arguments.window)
-    path, metadata = checked_model(arguments.model), {}
+    path = checked_model(arguments.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mistral_ref.MistralRefWarning)  # they are shown elsewhere
         with_adapters(model.config, model.weights, arguments.adapter)  # raises an error if one does not fit
-        if is_gguf(path):
-            gguf = open_gguf(path)
-            checkpoint, metadata = gguf_checkpoint(gguf), gguf.metadata
-        else:
-            checkpoint = open_checkpoint(path)
+        gguf = open_gguf_of(path)
+        metadata = {} if gguf is None else gguf.metadata
+        checkpoint = gguf_checkpoint(gguf) if gguf is not None and gguf.path == path else open_checkpoint(path)
     print_rows("architecture", architecture(model.config))
     print_rows("checkpoint", files(checkpoint, model))
     print_rows("memory", memory(model, checkpoint))

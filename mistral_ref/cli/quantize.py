@@ -20,6 +20,7 @@ examples:
   mistral-ref quantize path/to/Mistral-7B path/to/Mistral-7B-int8 --bits 8
   mistral-ref quantize demo small --bits 4 && mistral-ref generate --model small "Once upon a time"
   mistral-ref quantize path/to/Mistral-7B path/to/tuned-int4 --adapter path/to/adapter
+  mistral-ref quantize path/to/Mistral-7B.Q4_K_M.gguf path/to/Mistral-7B-tiles
   # how far every step of the rounded model departs
   mistral-ref compare demo small "Once upon a time"
 """
@@ -29,7 +30,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add this command to the command line."""
     parser = commands.add_parser(
         "quantize",
-        help="round a model's weights to 8 or 4 bits",
+        help="round a model's weights to 8 or 4 bits, or bring a GGUF file into tile order",
         description="""\
 Round a model's weights to 8 or 4 bits, and write them to a new directory. The
 new directory is loaded like that of any other model. Its weights take as much
@@ -37,21 +38,24 @@ memory as they take on the disk. If they are three times smaller, the model
 generates tokens about three times faster.
 
 Rounding makes a model less exact. With 8 bits the difference is very small.
-docs/quantization.md shows the difference measured with 4 bits.""",
+docs/quantization.md shows the difference measured with 4 bits.
+
+A GGUF file of packed weights (Q4_K_M, for example) is not rounded again. Its
+weights are brought into tile order, the order in which kernels read them
+fastest. Not one weight changes.""",
         epilog=_EXAMPLES,
     )
     parser.add_argument(
         "source",
         metavar="IN",
-        help="directory of the model, its name in the hub's cache, or `demo` for the demonstration model",
+        help="directory of the model, a GGUF file, its name in the hub's cache, or `demo` for the demonstration model",
     )
     parser.add_argument("target", metavar="OUT", help="the new directory; it must not exist yet")
     parser.add_argument(
         "--bits",
         type=int,
         choices=BITS,
-        default=4,
-        help="bits per weight in the matrices of the layers (default: %(default)s)",
+        help="bits per weight in the matrices of the layers (default: 4; a GGUF file of packed weights: as it is)",
     )
     parser.add_argument(
         "--group-size",

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from mistral_ref.block_matrix import BlockMatrix
+from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix
 from mistral_ref.config import ModelConfig, tensor_shapes
 from mistral_ref.errors import CheckpointError, short_repr
 from mistral_ref.files.checkpoint import Checkpoint, gguf_checkpoint, open_checkpoint
 from mistral_ref.files.config_files import read_config
 from mistral_ref.files.gguf import GGUF, open_gguf
 from mistral_ref.files.gguf_config import gguf_config
-from mistral_ref.files.paths import checked_model, is_gguf
-from mistral_ref.files.quantized_format import bits_of, quantized_tensors
-from mistral_ref.files.tensor_file import BLOCKS, Tensor
+from mistral_ref.files.paths import checked_model, gguf_of
+from mistral_ref.files.quantized_format import bits_of, kinds_of, quantized_tensors, tiled_tensors
+from mistral_ref.files.tensor_file import BLOCKS, Tensor, TensorSpec
 from mistral_ref.files.tensor_names import gguf_name, huggingface_name
 from mistral_ref.quantized_matrix import QuantizedMatrix
+from mistral_ref.tiled_matrix import TiledMatrix
 from mistral_ref.weights import FP8_BLOCK, Kind, Matrix, Weights, weights_of
 
 
@@ -31,15 +33,19 @@ def open_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
     InputError, ConfigError or CheckpointError.
     """
     path = checked_model(path)
-    return gguf_model(open_gguf(path)) if is_gguf(path) else _model(read_config(path), open_checkpoint(path))
+    return model_in(path, open_gguf_of(path))
 
 
-def gguf_model(gguf: GGUF) -> tuple[ModelConfig, Weights]:
-    """Return the configuration and the weights of the model in a GGUF file. Raises ConfigError or CheckpointError."""
-    return _model(gguf_config(gguf), gguf_checkpoint(gguf))
+def open_gguf_of(path: Path) -> GGUF | None:
+    """Return the GGUF file with the configuration and the tokenizer of the model at a path; None if it has none."""
+    about = gguf_of(path)
+    return None if about is None else open_gguf(about)
 
 
-def _model(config: ModelConfig, checkpoint: Checkpoint) -> tuple[ModelConfig, Weights]:
+def model_in(path: Path, gguf: GGUF | None) -> tuple[ModelConfig, Weights]:
+    """Return the configuration and the weights of the model at a path; `gguf` is what `open_gguf_of` returns."""
+    checkpoint = gguf_checkpoint(gguf) if gguf is not None and gguf.path == path else open_checkpoint(path)
+    config = read_config(path) if gguf is None else gguf_config(gguf)
     config = config.replace(rope_row_order=checkpoint.row_order)
     weights = build_weights(checkpoint, config)
     return config.replace(tied_embeddings=weights.output is weights.tok_embeddings), weights
@@ -58,6 +64,8 @@ def build_weights(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
     for name, shape in tensor_shapes(config):
         if name not in taken:  # one call of `take` takes all fused experts of a layer
             taken |= untaken.take(name, shape, config)
+    if missing := [name for name in untaken.kinds if f"{name}.weight" not in taken]:
+        raise CheckpointError(f"{checkpoint.path}: {missing[0]}.weight is missing, which the metadata speak of")
     for tensor in untaken.tensors.values():
         raise CheckpointError(
             f"{tensor.path}: {short_repr(tensor.name)} has no place in a model of {config.n_layers} layers"
@@ -79,6 +87,7 @@ class _Untaken:
         path = checkpoint.files[0].path if len(checkpoint.files) == 1 else checkpoint.path
         self.bits, self.group_size = bits_of(checkpoint.metadata, path)
         self.units = self._units() if self.bits else {}
+        self.kinds = kinds_of(checkpoint.metadata, path)
 
     def take(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, Matrix | np.ndarray]:
         """Take the tensor of a name of `tensor_shapes`. If experts are fused, take all experts of the layer with it."""
@@ -118,6 +127,8 @@ class _Untaken:
 
     def _matrix(self, stem: str, n_out: int, n_in: int) -> Matrix:
         """Take a matrix: with its scale if it is fp8, with scales and unit if it is quantized."""
+        if stem in self.kinds:
+            return self._tiled(stem, n_out, n_in)
         if f"{stem}.scales" in self.tensors:
             return self._quantized(stem, n_out, n_in)
         tensor = self._tensor(f"{stem}.weight", (n_out, n_in))
@@ -136,15 +147,30 @@ class _Untaken:
             path = self.tensors[f"{stem}.scales"].path
             raise CheckpointError(f"{path}: its metadata do not give the bits of {stem}; expected 8 or 4")
         bits = self.bits[stem]
-        found = {}
-        for ending, spec in quantized_tensors(n_out, n_in, bits, self.group_size).items():
+        codes, scales = self._bytes(stem, quantized_tensors(n_out, n_in, bits, self.group_size))
+        kind: Kind = "int8" if bits == 8 else "int4"
+        return QuantizedMatrix(stem, kind, codes, scales=scales, unit=self.units[stem], n_out=n_out, n_in=n_in)
+
+    def _tiled(self, stem: str, n_out: int, n_in: int) -> TiledMatrix:
+        """Take a matrix of a packed type in tile order."""
+        kind = self.kinds[stem]
+        if n_in % BLOCK_TYPES[kind].weights:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {stem} has rows of {n_in} weights in {kind}; "
+                f"expected multiples of {BLOCK_TYPES[kind].weights}"
+            )
+        codes, scales = self._bytes(stem, tiled_tensors(kind, n_out, n_in))
+        return TiledMatrix(stem, kind, codes, scales=scales, n_out=n_out)
+
+    def _bytes(self, stem: str, specs: Mapping[str, TensorSpec]) -> list[np.ndarray]:
+        """Take tensors of bytes, given by the endings of their names."""
+        found = []
+        for ending, spec in specs.items():
             tensor = self._tensor(f"{stem}.{ending}", spec.shape)
             if tensor.dtype != spec.dtype:
                 raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}; expected {spec.dtype}")
-            found[ending] = tensor.raw.reshape(tensor.shape)
-        kind: Kind = "int8" if bits == 8 else "int4"
-        codes, scales = found["weight"], found["scales"]
-        return QuantizedMatrix(stem, kind, codes, scales=scales, unit=self.units[stem], n_out=n_out, n_in=n_in)
+            found.append(tensor.raw.reshape(tensor.shape))
+        return found
 
     def _units(self) -> dict[str, np.float32]:
         """Take the units of all quantized matrices."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from mistral_ref.errors import CheckpointError, InputError, Progress, printable, short_repr, size
 from mistral_ref.files import hub
 from mistral_ref.files.paths import begins_gguf_model, local_path
-from mistral_ref.files.quantization import is_text_file
+from mistral_ref.files.quantized_copy import is_text_file
 from mistral_ref.files.tensor_file import require_space
 
 Layout = Literal["mistral", "hf", "gguf"]

@@ -138,6 +138,19 @@ def gguf_header(path: Path) -> GGUF:
     return GGUF(path, (mapped,), metadata, tensors)
 
 
+def raw_fields(path: Path) -> dict[str, bytes]:
+    """Return the fields of a file by their names, each with its name and its type, as the bytes in the file."""
+    mapped = MappedFile(path)
+    reader, fields = _Reader(path, mapped.bytes), {}
+    _, n_fields = reader.beginning(_MAX_TENSORS)
+    for _ in range(n_fields):
+        start = reader.at
+        name = reader.text()
+        reader.value(name)
+        fields[name] = mapped.bytes[start : reader.at].tobytes()
+    return fields
+
+
 def _read_file(path: Path, most_tensors: int = _MAX_TENSORS) -> GGUF:
     """Return the contents of one file."""
     mapped, metadata, entries, end = _read_header(path, most_tensors)

@@ -1,12 +1,14 @@
-"""Write GGUF files: any fields and tensors. gguf.py reads them, and describes the format."""
+"""Write GGUF files: any fields and tensors, or the fields of another file. gguf.py reads them, and has the format."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_ref.config import ModelConfig
+from mistral_ref.files.gguf import MAGIC, open_gguf, raw_fields
 
 TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11}
 TYPE_IDS |= {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "BF16": 30}
@@ -70,6 +72,17 @@ def gguf_bytes(
         header += struct.pack("<IQ", kind, len(data) if tensor.begin is None else tensor.begin)
         data += tensor.raw + bytes(-len(tensor.raw) % alignment)
     return header + bytes(-len(header) % alignment) + data
+
+
+def without_tensors(path: Path, config: ModelConfig) -> bytes:
+    """Return the bytes of a file with the fields of another file, and no tensors.
+
+    What they say of shards is left out. The size of the vocabulary, which the embedding may say alone, is added.
+    """
+    fields = {name: raw for name, raw in raw_fields(path).items() if not name.startswith("split.")}
+    size = f"{open_gguf(path).metadata['general.architecture']}.vocab_size"
+    fields.setdefault(size, text(size) + field(config.vocab_size))
+    return MAGIC + struct.pack("<IQQ", 3, 0, len(fields)) + b"".join(fields.values())
 
 
 def config_fields(config: ModelConfig, architecture: str = "llama") -> dict[str, Any]:

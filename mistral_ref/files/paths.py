@@ -13,6 +13,7 @@ from pathlib import Path
 from mistral_ref.errors import InputError, MistralRefError, short_repr
 from mistral_ref.files import hub
 
+METADATA = "metadata.gguf"  # beside weights that were in a GGUF file: configuration and tokenizer, and no tensors
 _OTHER_GGUF = re.compile(r"mmproj|.*-(?!00001-)\d{5}-of-\d{5}\.gguf$", re.DOTALL)
 
 
@@ -66,6 +67,13 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == b"GGUF"
     except (OSError, ValueError):
         return False
+
+
+def gguf_of(path: Path) -> Path | None:
+    """Return the GGUF file with the configuration and the tokenizer of a model; None if it has no such file."""
+    if is_gguf(path):
+        return path
+    return path / METADATA if os.path.lexists(path / METADATA) else None
 
 
 def begins_gguf_model(name: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mistral_ref.errors import TokenizerError, UnknownTokenizerError
 from mistral_ref.files.json_file import TOKENIZER, read_json
-from mistral_ref.files.paths import gguf_in, is_gguf, model_path
+from mistral_ref.files.paths import gguf_in, gguf_of, is_gguf, model_path
 from mistral_ref.text.chat import can_chat, encode_chat, encode_fim
 from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer, opened
 from mistral_ref.text.reply import parse_reply
@@ -56,7 +56,7 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Path | None:
     versioned = [path.name for path in found if _VERSIONED_FILE.fullmatch(path.name)]
     if found and found[0].name in versioned[:-1]:
         raise TokenizerError(f"{directory}: holds several tokenizers, {', '.join(versioned)}; give the path of one")
-    gguf = None if found else gguf_in(directory, os.listdir(directory))
+    gguf = None if found else gguf_of(directory) or gguf_in(directory, os.listdir(directory))
     return found[0] if found else gguf and find_tokenizer(gguf)
 
 

@@ -242,8 +242,13 @@ EVERY_KERNEL = [
         for rows in ("FEW_ROWS", "MANY_ROWS")
     ),
     *(
-        f"from mistral_kernels.quantized import *; {product}(4, {inputs!r}, 32)"
-        for product in ("matvec_quantized", "matmul_quantized")
+        f"from mistral_kernels.quantized import *; {product}({kind!r}, {inputs!r}, {group}{meeting})"
+        for kind, group in (("int4", 32), ("q4_k", 32), ("q6_k", 16))
+        for product, meeting in (
+            ("matvec_quantized", ", ONE_TOKEN"),
+            ("matvec_quantized", ", FEW_TOKENS"),
+            ("matmul_quantized", ""),
+        )
         for inputs in ("int16", "int8")
     ),
     *(

@@ -23,6 +23,7 @@ from support.kernels import (
     any_inputs,
     assert_within,
     each_quantized_product,
+    few_together,
     output_counts,
     seeds,
     some,
@@ -34,6 +35,7 @@ from mistral_kernels.blocks import PACKINGS
 from mistral_kernels.quantized import DEPTH
 from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix, group_factors
 from mistral_ref.rounded_inputs import rounded
+from mistral_ref.tiled_matrix import TiledMatrix
 
 block_counts = st.integers(1, 20)  # of 32 weights; of 256 there are an eighth as many
 
@@ -163,10 +165,14 @@ def test_the_largest_sums_of_integers_of_packed_weights_do_not_overflow(
 @each_inputs
 @given(st.integers(1, 20), output_counts, block_counts, seeds)
 @some
-def test_prompts_and_single_tokens_agree_to_the_bit_in_tiles(
+def test_prompts_few_tokens_and_single_ones_agree_to_the_bit_in_tiles(
     stored: str, inputs: Any, n_tokens: int, n_out: int, n_blocks: int, seed: int
 ) -> None:
     matrix = any_matrix(stored, n_out, n_blocks, seed)
     x_TI = any_inputs(seed ^ 1, n_tokens, matrix.shape[1])
     one_by_one, together = (block_product(matrix, x_TI, inputs, one_by_one=one) for one in (True, False))
     np.testing.assert_array_equal(one_by_one, together)
+    assert isinstance(matrix, TiledMatrix)
+    stored = matrix.as_bytes, matrix.scale_bytes, np.float32(1)
+    few = few_together((matrix.kind, inputs, matrix.group_size), stored, x_TI, n_out)
+    np.testing.assert_array_equal(one_by_one, few)

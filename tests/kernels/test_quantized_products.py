@@ -16,6 +16,7 @@ from support.kernels import (
     each_of_some_ways,
     each_quantized_product,
     each_way,
+    few_together,
     normal,
     output_counts,
     quantized_input_counts,
@@ -75,12 +76,15 @@ def test_quantized_products(
 @each_of_some_ways
 @given(st.integers(1, 20), output_counts, quantized_input_counts, seeds)
 @some
-def test_quantized_prompts_and_single_tokens_agree_to_the_bit(
+def test_quantized_prompts_few_tokens_and_single_ones_agree_to_the_bit(
     how: How, n_tokens: int, n_out: int, n_in: int, seed: int
 ) -> None:
     matrix, x_TI = any_quantized(how, n_out, n_in, seed), any_inputs(seed ^ 1, n_tokens, n_in)
     one_by_one, together = (quantized_product(how, matrix, x_TI, one_by_one=one) for one in (True, False))
     np.testing.assert_array_equal(one_by_one, together)
+    stored = matrix.as_bytes, matrix.scale_bytes, matrix.unit
+    few = few_together((matrix.kind, how.inputs, how.group), stored, x_TI, n_out)
+    np.testing.assert_array_equal(one_by_one, few)
 
 
 @each_of_some_ways

@@ -24,7 +24,7 @@ from mistral_kernels.arrays import Kernel
 from mistral_kernels.matmul import DEPTH, matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, matvec
 from mistral_kernels.processor import LANES
-from mistral_kernels.quantized import ONE_TOKEN, matmul_quantized, matvec_quantized, slab_shapes
+from mistral_kernels.quantized import FEW_TOKENS, ONE_TOKEN, matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.team import Team, team
 from mistral_kernels.tile import WIDTH
 from mistral_ref.files.quantized_format import quantized_tensors
@@ -215,6 +215,13 @@ def rounded_product(
         return y_TO
     for t in range(len(x_TI)):
         one()(*stored, x_TI[t : t + 1], y_TO[t : t + 1], threads)
+    return y_TO
+
+
+def few_together(how: tuple[str, str, int], stored: tuple[Any, ...], x_TI: np.ndarray, n_out: int) -> np.ndarray:
+    """Return x · Wᵀ by matvec_quantized for a few tokens, of codes in tile order."""
+    y_TO = np.full((len(x_TI), n_out), np.nan, np.float32)
+    matvec_quantized(*how, FEW_TOKENS)(*stored, x_TI, y_TO, shared(1))
     return y_TO
 
 

@@ -23,7 +23,7 @@ from mistral_ref.files.generation_config import read_bos_ids, read_eos_ids
 from mistral_ref.files.gguf import GGUF, gguf_header, open_gguf
 from mistral_ref.files.gguf_config import gguf_config, gguf_eos_ids
 from mistral_ref.files.json_file import read_json
-from mistral_ref.files.paths import begins_gguf_model, checked_model, is_gguf, local_path
+from mistral_ref.files.paths import METADATA, begins_gguf_model, checked_model, is_gguf, local_path
 from mistral_ref.measure.doctor.patient import Opened, Patient
 from mistral_ref.text import find_tokenizer, load_tokenizer, tokenizer_files
 from mistral_ref.text.gguf_tokenizer import gguf_tokenizer, has_tokenizer
@@ -90,9 +90,13 @@ def _read_directory(patient: Patient) -> None:
     has_weights = any(name.endswith((".safetensors", ".safetensors.index.json", ".gguf", *PICKLES)) for name in names)
     if not present and not has_weights and not tokenizer_files(directory):
         raise InputError(f"{directory}: holds no part of a model; expected params.json or config.json")
+    if METADATA in names:
+        _read_gguf(patient, directory / METADATA)
     for path in present:
         _read_configuration(patient, path, read_params_json if path.name == "params.json" else read_config_json)
-    whole = patient.attempt("configuration", files[0], lambda: read_config(directory))
+    whole = patient.configs.get(directory / METADATA)
+    if METADATA not in names:
+        whole = patient.attempt("configuration", files[0], lambda: read_config(directory))
     if whole is not None and files[0] in patient.configs:
         patient.configs[files[0]] = whole  # with what only config.json says
     patient.config = whole or next(iter(patient.configs.values()), None)
@@ -101,9 +105,10 @@ def _read_directory(patient: Patient) -> None:
         _read_layout(patient, layout)
     if not has_weights:
         patient.left_out.append("weights: there are none here")
-    _read_tokenizers(patient)
+    if not patient.tokenizers:
+        _read_tokenizers(patient)
     for name in names:
-        if begins_gguf_model(name):  # beside the safetensors files, which count
+        if begins_gguf_model(name) and name != METADATA:  # beside the safetensors files, which count
             _read_gguf(patient, directory / name)
 
 
@@ -140,7 +145,9 @@ def _read_parts_of_gguf(patient: Patient, gguf: GGUF, *, is_whole: bool) -> None
     if config is not None:
         patient.configs[path] = config
         patient.examined.append(f"{path.name}: the configuration in its metadata")
-    if not is_whole or not gguf.tensors:
+    if is_whole and path.name == METADATA:
+        pass  # the weights lie beside it
+    elif not is_whole or not gguf.tensors:
         patient.left_out.append(f"{path.name}: its weights are not there")
     elif (checkpoint := patient.attempt("weights", path, lambda: gguf_checkpoint(gguf))) is not None:
         _build(patient, checkpoint, config, path)
