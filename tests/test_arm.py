@@ -48,6 +48,12 @@ def test_quantized_products(cpu: str, chosen: str) -> None:
     run_tests(cpu, "/src/tests/kernels/test_quantized_products.py", "-k", tests)
 
 
+@each_processor
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_products_in_tile_order(cpu: str, kind: str) -> None:
+    run_tests(cpu, "/src/tests/kernels/test_packed_products.py", "-k", f"{kind} and tiles and (agree or largest_sums)")
+
+
 @pytest.mark.parametrize("file", ["value", "team", "elementwise"])
 def test_other_kernels(file: str) -> None:
     run_tests("apple-m2", f"/src/tests/kernels/test_{file}.py")
