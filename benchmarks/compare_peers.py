@@ -30,6 +30,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -57,6 +58,7 @@ examples:
   python benchmarks/compare_peers.py --peers llama.cpp --dtype f16
   python benchmarks/compare_peers.py --quantize 4                4 bits, beside llama.cpp's Q4_0 and Q4_K_M
   python benchmarks/compare_peers.py --gguf Q4_K_M Q8_0          the same GGUF files in both
+  python benchmarks/compare_peers.py --gguf Q4_K_M --tile-order  and ours in tile order as well
   python benchmarks/compare_peers.py --shape stories-110m --depth 0
   python benchmarks/compare_peers.py --shape tiny --prompt 64 --generate 4 --depth 64    seconds, to see it work
 """
@@ -100,7 +102,7 @@ def checkpoint_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
     return make_checkpoint(directory, config, kind=arguments.dtype), directory
 
 
-def converted(source: Path, target: Path, convert: Callable[[], None]) -> None:
+def converted(source: Path, target: Path, convert: Callable[[], object]) -> None:
     """Write `target` unless it is there and newer than the weights."""
     weights = source / "consolidated.safetensors"
     if not target.exists() or (weights.exists() and target.stat().st_mtime < weights.stat().st_mtime):
@@ -152,10 +154,16 @@ def gguf_runners(arguments: argparse.Namespace, directory: Path, work: Path) -> 
     runners = []
     for name in arguments.gguf:
         path = llama_file(directory, work, name, arguments.threads)
-        size = matrix_bytes(path)
-        for inputs in ("int16", "int8"):
-            runners.append(Runner(f"{OURS} {name}, {inputs}", OURS, path, [f"--quantized-inputs={inputs}"], *size))
-        runners.append(Runner(f"llama.cpp {name}", "llama.cpp", path, (), *size))
+        ours = {name: path}
+        if arguments.tile_order:
+            tiles = work / f"{path.stem}-tiles"
+            converted(path, tiles, partial(quantize, path, tiles))
+            ours[f"{name} in tile order"] = tiles
+        for label, where in ours.items():
+            for inputs in ("int16", "int8"):
+                options = [f"--quantized-inputs={inputs}"]
+                runners.append(Runner(f"{OURS} {label}, {inputs}", OURS, where, options, *matrix_bytes(where)))
+        runners.append(Runner(f"llama.cpp {name}", "llama.cpp", path, (), *matrix_bytes(path)))
     return runners
 
 
@@ -326,6 +334,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=4096, metavar="W", help="of ours; 0: none (default: %(default)s)")
     parser.add_argument("--rest", type=float, default=0.3, metavar="S", help="seconds between runs (%(default)s)")
     rounded.add_argument("--gguf", nargs="+", metavar="TYPE", help="Q4_K_M, Q8_0, ...: both read llama.cpp's file")
+    parser.add_argument("--tile-order", action="store_true", help="with --gguf: ours in tile order, too")
     parser.add_argument("--head", type=int, choices=[8, 4], default=8, help="bits of our output matrix (%(default)s)")
     parser.add_argument(
         "--cache-dtype", choices=["float32", "float16"], default="", help="of ours and llama.cpp's (default: their own)"
