@@ -69,8 +69,6 @@ def kinds_of(metadata: Mapping[str, str], path: Path) -> dict[str, BlockKind]:
     Raises CheckpointError if the metadata are damaged. `path` is named in the message.
     """
     kinds = _entry(metadata, TILES, path)
-    if kinds is None:
-        return {}
     if not isinstance(kinds, dict):
         raise CheckpointError(f"{path}: {TILES} in its metadata is {short_repr(kinds)}; expected a type for each name")
     for name, kind in kinds.items():
@@ -81,12 +79,12 @@ def kinds_of(metadata: Mapping[str, str], path: Path) -> dict[str, BlockKind]:
 
 
 def _entry(metadata: Mapping[str, str], key: str, path: Path) -> Any:
-    """Return an entry of a file's metadata; None if it is not there."""
+    """Return an entry of a file's metadata; {} if it is not there."""
     other = [name for name in metadata if name.startswith(f"{key.rpartition('.')[0]}.") and name != key]
     if other:
         raise CheckpointError(f"{path}: its weights have the format {short_repr(other[0])}; expected {key}")
     if key not in metadata:
-        return None
+        return {}
     try:
         return parse_json(metadata[key])
     except ValueError as error:
@@ -100,7 +98,7 @@ def bits_of(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, int], in
     the metadata are damaged, or have another version of this format. `path` is named in the message.
     """
     about = _entry(metadata, FORMAT, path)
-    if about is None:
+    if FORMAT not in metadata:
         return {}, GROUP_SIZE
     match about:
         case {"group_size": int(group_size), "bits": dict(bits)} if group_size in GROUP_SIZES:

@@ -390,7 +390,7 @@ def test_a_source_that_is_no_model_is_refused(missing: str, tmp_path: Path) -> N
 
 
 BAD = [
-    *({"bits": bad} for bad in (5, 0, 16, "4", 4.0, True, None, np.float32(4), [4], "\n" * 900)),
+    *({"bits": bad} for bad in (5, 0, 16, "4", 4.0, True, np.float32(4), [4], "\n" * 900)),
     *({"group_size": bad} for bad in (0, 31, 33, 16, 256, "32", 32.0, None, True)),
     *({"embedding": bad} for bad in (5, "8", True, 8.0)),
     *({"head": bad} for bad in (3, "8", False, 8.0)),
