@@ -43,6 +43,7 @@ ALLOWED_SKIPS = {
     "the oldest versions cannot be downloaded",
     "the system does not tell this process's memory",
     "this system has no fork",
+    "transformer-lens is not installed",
     "transformers is not installed",
     "MISTRAL_REF_TRANSFORMERS is not set",
     "MISTRAL_REF_LLAMA_CPP is not set",

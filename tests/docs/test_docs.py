@@ -23,7 +23,7 @@ PAGES = (
     "docs/quantization.md",
     *COURSE,
 )
-GUIDES = ("architecture", "benchmarks", "changelog", "conformance", "contributing", "kernels")
+GUIDES = ("architecture", "benchmarks", "changelog", "conformance", "contributing", "kernels", "transformer-lens")
 MEASUREMENTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "measurements").glob("*.md"))]
 ADAPTERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "conformance").glob("*.md"))]
 LINKED = (*PAGES, *ADAPTERS, *(f"docs/{guide}.md" for guide in GUIDES), *MEASUREMENTS)
