@@ -13,6 +13,7 @@ of a notebook's cell, the notebook shows them as a picture. The figures need mat
 
 from __future__ import annotations
 
+import re
 from statistics import median
 from typing import Literal
 
@@ -47,11 +48,12 @@ from mistral_ref.study.drawing import (
     styled,
     title,
 )
+from mistral_ref.study.patching import Sweep
 from mistral_ref.trace import Trace
 
 __all__ = [
     "attention", "attribution", "head_map", "logit_lens", "receptive_field", "residual_norms", "ring", "roofline",
-    "rope", "rope_scores",
+    "rope", "rope_scores", "sweep",
 ]  # fmt: skip
 
 
@@ -244,6 +246,35 @@ def attribution(parts: lens.Attribution, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="head")
     ax.spines[:].set_visible(False)
     title(ax, f"Logit of {literal(parts.piece)} after {literal(parts.label)}: {parts.logit:.2f}, the sum of all cells")
+    return ax
+
+
+@styled
+def sweep(found: Sweep, *, share: bool = False, ax: Axes | None = None) -> Axes:
+    """Draw what each change of a sweep did to the metric: a row for each step or layer, a column for each place.
+
+    share   draw the share of the way to the other text's metric. Otherwise the change of the metric itself
+
+    Raises InputError as `Sweep.share`.
+    """
+    values_RC = found.share if share else found.change
+    n_rows, n_columns = values_RC.shape
+    scale = np.nanmax(np.abs(values_RC), initial=0.0) or 1.0
+    ax = axes_or_new(ax, min(max(0.5 * n_columns, 2.5), 12) + 2.8, min(max(0.32 * n_rows, 1), 10) + 1.4)
+    ax.patch.set(**UNSEEN)
+    ax.imshow(values_RC, cmap="RdBu_r", vmin=-scale, vmax=scale, aspect="auto", interpolation="none")
+    if n_columns <= 16 and n_rows <= room(ax.yaxis):
+        for (row, column), value in np.ndenumerate(values_RC):
+            text = "" if np.isnan(value) else f"{round(value, 2) + 0.0:+.2f}"
+            colour = "white" if abs(value) > 0.6 * scale else INK
+            ax.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=colour)
+    way = f"share of the way from {found.base:.2f} to {found.other:.2f}" if share else ""
+    colour_scale(ax.images[0], way or f"change of the metric, {found.base:.2f} without")
+    label_ticks(ax.yaxis, [re.sub(r"^layers\.(\d+)\.?", r"layer \1 ", name).rstrip() for name in found.rows])
+    label_ticks(ax.xaxis, [literal(name) for name in found.columns])
+    ax.tick_params(axis="x", rotation=90 if n_columns > 8 or n_columns * max(map(len, found.columns)) > 72 else 0)
+    ax.spines[:].set_visible(False)
+    title(ax, f"Numbers {found.what}, at each place by itself")
     return ax
 
 

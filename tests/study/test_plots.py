@@ -35,6 +35,7 @@ from mistral_ref.rope import rotation
 from mistral_ref.steps import CATALOGUE, Step
 from mistral_ref.study import lens, plots
 from mistral_ref.study.drawing import BLUE, ORANGE, VERMILLION, literal, spread
+from mistral_ref.study.patching import Sweep
 from mistral_ref.trace import Trace
 
 pytestmark = pytest.mark.slow
@@ -441,6 +442,21 @@ def test_deep_and_wide_models_fit() -> None:
     check_drawn(ax)
     assert not ax.texts  # no room
     check_drawn(plots.residual_norms(trace))
+
+
+def test_a_sweep_shows_each_change() -> None:
+    values_RC = np.array([[1.0, 3.0, np.nan], [2.0, -4.0, 1.5]])
+    found = Sweep(["embedding", "layers.1"], [*HOSTILE[:2], "x"], values_RC, 1, 3, "set to zero", computed=1, naive=1)
+    for share, expected in ((False, found.change), (True, found.share)):
+        ax = plots.sweep(found, share=share)
+        check_drawn(ax)
+        np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), expected)
+        shown = [float(text) if text else np.nan for text in strings(list(ax.texts))]
+        np.testing.assert_allclose(shown, expected.ravel(), atol=0.0051)
+        assert ax.images[0].get_clim() == (-np.nanmax(np.abs(expected)), np.nanmax(np.abs(expected)))
+    assert labels_of(ax.yaxis) == ["embedding", "layer 1"]
+    many = Sweep(["embedding"] * 40, ["x"] * 60, np.zeros((40, 60)), 1, None, "set to zero", computed=1, naive=1)
+    check_drawn(plots.sweep(many))
 
 
 # ------------------------------------------------------------------------------------------------- roofline
