@@ -8,6 +8,7 @@ from contextlib import suppress
 from mistral_ref.cli.common import add_compute_options, add_model_option, as_text, load_model, progress_bar
 from mistral_ref.cli.output import say
 from mistral_ref.cli.pass_options import model_title
+from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
 
 _BEGINNING = "Once upon a time there was a little girl named Lily. She"
@@ -27,7 +28,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="type a text in the browser, and see what becomes of it",
         description="""\
 Open the page of a pass in the browser, live. You type a text, and every view
-shows its pass, with the merges that made each token, and what comes next.
+shows its pass. You change steps, heads, tokens or the model itself, and see
+what the next token becomes.
 
 The page comes from a server on this machine, 127.0.0.1, which answers nobody
 else and asks no network. Its address, with a secret in it, is printed. Ctrl-C
@@ -56,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     from mistral_ref.study.live.session import Session  # noqa: PLC0415
 
     model = load_model(arguments)
-    session = Session(model, model_title(arguments))
+    load = "mistral_ref.load()" if arguments.model == DEMO_MODEL else f"mistral_ref.load({str(arguments.model)!r})"
+    session = Session(model, model_title(arguments), load)
     with progress_bar("taking the first pass", is_long=True) as progress:
         session.begin(_text(arguments, model), progress or (lambda done, total: None))
 

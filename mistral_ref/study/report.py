@@ -41,7 +41,7 @@ _SCRIPTS = (
     "dom", "values", "heat", "charts", "diagram", "block", "attention", "ring", "ring_drawing", "field", "rope",
     "heads", "lens", "cost", "main",
 )  # fmt: skip
-_LIVE_SCRIPTS = ("live/source", "live/text", "live/next", "live/live")  # the live page has these too
+_LIVE_SCRIPTS = ("source", "text", "next", "changes", "keep", "live")  # in page/live/: the live page has these too
 _LAST_SCRIPT = "begin"
 _MAX_BY_DEFAULT = 2**22  # how many values a page holds by default: about 10 MB
 _MAX_EVER = 2**26  # how many values `keep` may choose: about 160 MB; browsers refuse strings of more than 512 MB
@@ -137,7 +137,8 @@ def html(about: Mapping[str, Any], live: Mapping[str, Any] | None = None) -> str
     is_live = live is not None
     connect = "; connect-src 'self'" if is_live else ""
     style = _joined("css", ("page", *(("live/live",) if is_live else ()), "print"))
-    script = f'"use strict";\n{_joined("js", (*_SCRIPTS, *(_LIVE_SCRIPTS if is_live else ()), _LAST_SCRIPT))}'
+    live_scripts = [f"live/{name}" for name in _LIVE_SCRIPTS if is_live]
+    script = f'"use strict";\n{_joined("js", (*_SCRIPTS, *live_scripts, _LAST_SCRIPT))}'
     policy = (
         f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; img-src data:; "
         f"base-uri 'none'; form-action 'none'{connect}"

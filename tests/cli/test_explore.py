@@ -6,7 +6,8 @@ import signal
 import socket
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,43 @@ from support.command import COMMAND, run, start
 from support.errors import assert_complains
 
 
-def started(*arguments: str) -> tuple[Any, str]:
-    """Return the process of the command, and the address that it prints."""
-    process = start(*COMMAND, "explore", "--backend", "numpy", "--no-browser", *arguments, text=True)
-    return process, process.stdout.readline().strip()
+@contextmanager
+def started(*arguments: object, command: Sequence[object] = COMMAND) -> Iterator[tuple[Any, str]]:
+    """Yield the process of the command, and the address that it prints."""
+    process = start(*command, "explore", "--backend", "numpy", *arguments, text=True)
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate(timeout=20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGHUP, 129), (signal.SIGTERM, 143)])
 def test_it_serves_its_page_until_a_signal(number: signal.Signals, status: int) -> None:
-    process, url = started("--prompt", "Tom had a red ball")
-    with urllib.request.urlopen(url, timeout=20) as answer:
-        page = answer.read().decode()
-    assert r'"piece":"\u2581ball"' in page
-    sent_at = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=20)
-    assert time.monotonic() - sent_at < 2
-    assert (process.returncode, err) == (status, "")
-    assert "Traceback" not in out
+    with started("--no-browser", "--prompt", "Tom had a red ball") as (process, url):
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            page = answer.read().decode()
+        assert r'"piece":"\u2581ball"' in page
+        sent_at = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+        assert time.monotonic() - sent_at < 2
+        assert (process.returncode, err) == (status, "")
+        assert "Traceback" not in out
 
 
 @pytest.mark.slow
 def test_the_browser_gets_the_address(tmp_path: Path) -> None:
-    browser = tmp_path / "browser"
-    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {tmp_path}/asked\n')
+    browser, asked = tmp_path / "browser", tmp_path / "asked"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {asked}.part\nmv {asked}.part {asked}\n')
     browser.chmod(0o755)
-    process = start("env", f"BROWSER={browser} %s", *COMMAND, "explore", "--backend", "numpy", text=True)
-    url = process.stdout.readline().strip()
-    for _ in range(100):
-        if (tmp_path / "asked").exists():
-            break
-        time.sleep(0.1)
-    time.sleep(0.1)
-    assert (tmp_path / "asked").read_text() == url
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    with started(command=("env", f"BROWSER={browser} %s", *COMMAND)) as (_, url):
+        for _ in range(100):
+            if asked.exists():
+                break
+            time.sleep(0.1)
+        assert asked.read_text() == url
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 from support.browser import IS_DRAWN, Complaints, launched, needs_chromium
 from support.command import COMMAND, start
 
 import mistral_ref
+from mistral_ref.steps import Step
+from mistral_ref.study.live.live_pass import LivePass
 from mistral_ref.study.live.server import LiveServer
 from mistral_ref.study.live.session import Session
 from mistral_ref.study.live.work import Work
@@ -103,7 +109,7 @@ def test_what_is_typed_is_shown_in_every_view(tab: Any, url: str, model: mistral
             "(size) => document.querySelector('main figure canvas')?.ariaLabel.includes(`${size} row`)", arg=n_tokens
         )
         best = model.piece(int(model.forward(text, last_only=True).argmax()))
-        tab.wait_for_function("(piece) => document.querySelector('aside .strong bdi')?.textContent === piece", arg=best)
+        tab.wait_for_function("(piece) => document.querySelector('aside tbody bdi')?.textContent === piece", arg=best)
 
 
 def test_the_chosen_token_shows_its_merges(tab: Any, url: str, model: mistral_ref.Model) -> None:
@@ -113,6 +119,165 @@ def test_the_chosen_token_shows_its_merges(tab: Any, url: str, model: mistral_re
     states = tab.evaluate("[...document.querySelectorAll('.merges .state')].map((node) => node.textContent)")
     assert set(states) == {"▁time"}
     assert len(states) > 3
+
+
+def changed(tab: Any, kind: str, **fields: str) -> None:
+    """Add a change by the editor, and wait until it is shown."""
+    before = tab.locator("ul.changes li").count()
+    tab.select_option('[data-key="edit kind"]', kind)
+    for name, value in fields.items():
+        tab.fill(f'[data-key="edit {name.replace("_", " ")}"]', value)
+    tab.click('[data-key="add change"]')
+    tab.wait_for_function("(n) => document.querySelectorAll('ul.changes li').length === n", arg=before + 1)
+
+
+def shown_numbers(tab: Any, name: str) -> np.ndarray:
+    return np.array(tab.evaluate("async (name) => [...await values(name)].map(String)", name), dtype=np.float32)
+
+
+def test_each_view_shows_before_after_and_difference(tab: Any, url: str, model: mistral_ref.Model) -> None:
+    opened(tab, url, "attention/layers.2.q/2/3/5")
+    tab.wait_for_function(IS_DRAWN)
+    assert not tab.is_visible('[aria-label="Which pass is shown"]')
+    changed(tab, "zero")  # as it stands: the head that is chosen
+    assert tab.text_content("ul.changes li bdi") == "set head 3 of layers.2.heads to 0"
+
+    def off(heads_THK: np.ndarray) -> np.ndarray:
+        heads_THK = heads_THK.copy()
+        heads_THK[:, 3] = 0
+        return heads_THK
+
+    before, after = model.trace(TEXT), model.trace(TEXT, edits={"layers.2.heads": off})
+    for shown, key in (("after", "a"), ("before", "b"), ("difference", "d")):
+        tab.keyboard.press(key) if tab.evaluate("document.activeElement.matches('select, input')") is False else (
+            tab.click(f'[data-key="shown {shown}"]')
+        )
+        assert tab.get_attribute(f'[data-key="shown {shown}"]', "aria-pressed") == "true"
+        for name in ("layers.2.heads", "layers.4.q", "logits"):
+            expected = {"before": before[name], "after": after[name], "difference": after[name] - before[name]}[shown]
+            np.testing.assert_allclose(shown_numbers(tab, name), expected.ravel(), rtol=2**-10, atol=1e-4)
+        for view in VIEWS:
+            tab.click(f'[data-key="tab {view}"]')
+            if view in ("block", "attention"):
+                tab.wait_for_function(IS_DRAWN)
+    best = [model.piece(int(trace["logits"][5].argmax())) for trace in (before, after)]
+    pieces = tab.evaluate("[...document.querySelectorAll('table.next tbody bdi')].map((node) => node.textContent)")
+    assert set(best) <= set(pieces)
+    tab.click('[data-key="on 0"]')  # off again
+    tab.wait_for_function("() => values('logits').then((found) => found.every((number) => number === 0))")
+    tab.click('[data-key="remove 0"]')
+    tab.wait_for_selector('[aria-label="Which pass is shown"]', state="hidden")
+
+
+def test_a_change_that_cannot_be_made_says_so_beside_itself(tab: Any, url: str) -> None:
+    opened(tab, url, "block/layers.1.q")
+    changed(tab, "zero", token="99")
+    changed(tab, "scale", token="", number="much")
+    changed(tab, "patch", other_text=HOSTILE)
+    changed(tab, "window", window="3")
+    problems = (
+        "[...document.querySelectorAll('ul.changes li')].map((one) => one.querySelector('.problem')?.textContent)"
+    )
+    first, second, third, fourth = tab.evaluate(problems)
+    assert "99" in first
+    assert "'much'" in second
+    assert "tokens" in third
+    assert fourth is None
+    assert tab.evaluate("typeof window.hacked") == "undefined"
+    assert tab.evaluate("document.images.length") == 0
+    assert "let a query see 3 keys" in tab.text_content("ul.changes")
+
+
+def test_changes_are_made_by_keyboard_alone(tab: Any, url: str) -> None:
+    opened(tab, url, "block/layers.1.gate")
+    tab.wait_for_function(IS_DRAWN)
+    for _ in range(200):
+        if tab.evaluate("document.activeElement.dataset.key") == "edit kind":
+            break
+        tab.keyboard.press("Tab")
+    tab.keyboard.press("m")  # multiply by
+    tab.keyboard.press("Tab")
+    while tab.evaluate("document.activeElement.dataset.key") != "edit number":
+        tab.keyboard.press("Tab")
+    tab.keyboard.press("Control+A")
+    tab.keyboard.type("0.5")
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("() => document.querySelector('ul.changes')?.textContent.includes('by 0.5')")
+    assert tab.text_content("ul.changes bdi") == "multiply layers.1.gate by 0.5"
+    assert tab.evaluate("document.activeElement.dataset.key") == "edit number"  # where the reader was
+    unnamed = """[...document.querySelectorAll('button, input, select, textarea')]
+        .filter((node) => node.checkVisibility())
+        .filter((node) => !(node.ariaLabel || node.textContent.trim() || node.closest('label')))"""
+    assert tab.evaluate(f"{unnamed}.length") == 0
+
+
+def test_a_link_and_a_file_bring_everything_back(
+    browser: Any, tab: Any, url: str, model: mistral_ref.Model, tmp_path: Path
+) -> None:
+    opened(tab, url, "lens/layers.1.gate/1/2/3")
+    typed(tab, "Tom had a red ball", pieces_of(model, "Tom had a red ball"))
+    changed(tab, "zero", step="layers.*.heads", head="1")
+    changed(tab, "bug")
+    tab.click('[data-key="shown difference"]')
+    with tab.expect_download() as download:
+        tab.click("[data-key=Save]")
+    download.value.save_as(tmp_path / "kept.json")
+    address = tab.url
+    context = browser.new_context()
+    for way in ("link", "file"):
+        other = context.new_page()
+        if way == "link":
+            other.goto(address)
+        else:
+            opened(other, url)
+            other.set_input_files('input[type="file"]', tmp_path / "kept.json")
+        other.wait_for_selector('[data-key="shown difference"][aria-pressed="true"]')
+        assert other.input_value("textarea") == "Tom had a red ball"
+        assert other.text_content("ul.changes") == tab.text_content("ul.changes")
+        assert other.text_content("main h2") == "What each layer would say"
+        assert other.text_content('[aria-label=Tokens] [aria-pressed="true"] bdi') == "▁a"
+    (tmp_path / "other.json").write_text('{"text": 3}')
+    other.set_input_files('input[type="file"]', tmp_path / "other.json")
+    other.wait_for_selector("text=other.json holds no text")
+    context.close()
+
+
+def test_the_changes_are_copied_as_python(browser: Any, url: str, model: mistral_ref.Model) -> None:
+    context = browser.new_context()
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab = opened(context.new_page(), url, "block/layers.2.q")
+    changed(tab, "scale", token="2", head="1", number="3")
+    tab.click('[data-key="Copy as Python"]')
+    tab.wait_for_selector("text=copied")
+    named: dict[str, Any] = {}
+    exec(tab.evaluate("navigator.clipboard.readText()"), named)
+    np.testing.assert_allclose(shown_numbers(tab, "logits"), named["logits"].ravel(), rtol=2**-9, atol=1e-3)
+    context.close()
+
+
+def test_the_server_computes_one_thing_and_the_page_shows_how_far_it_is(
+    tab: Any, url: str, model: mistral_ref.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk, slow = LivePass._walk, threading.Event()
+
+    def slowly(self: LivePass, progress: Any) -> Iterator[Step]:
+        for step in walk(self, progress):
+            time.sleep(0 if slow.is_set() else 0.05)
+            yield step
+
+    opened(tab, url)
+    tab.wait_for_function(IS_DRAWN)
+    monkeypatch.setattr(LivePass, "_walk", slowly)
+    tab.fill("textarea", "Tom had a red")
+    tab.wait_for_function("() => /step \\d+ of 88/.test(document.querySelector('.status').textContent)")
+    assert tab.is_visible("progress")
+    assert "10 rows" in tab.get_attribute("main figure canvas", "aria-label")  # what was there is still shown
+    assert tab.evaluate("[...document.querySelectorAll('[aria-label=Tokens] span bdi')].at(-1).textContent") == "▁red"
+    slow.set()
+    started_at = time.monotonic()
+    typed(tab, "Lily", pieces_of(model, "Lily"))  # which ends the pass before
+    assert time.monotonic() - started_at < 2
+    assert not tab.is_visible("progress")
 
 
 def test_a_reload_brings_the_text_back(tab: Any, url: str, model: mistral_ref.Model) -> None:

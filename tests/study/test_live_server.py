@@ -57,7 +57,7 @@ def asked(
 
 
 def post(server: LiveServer, what: str, **question: Any) -> dict[str, Any]:
-    body = json.dumps({"reader": "test", "text": TEXT, **question})
+    body = json.dumps({"reader": "test", "text": TEXT, "changes": [], **question})
     status, _, data = asked(server, "POST", f"/{server.secret}/{what}", body)
     assert status == 200
     return json.loads(data)
@@ -185,7 +185,7 @@ def test_only_json_of_a_known_length_is_read(server: LiveServer, change: dict[st
     [
         *("", "{", "[]", "null", '"x"', "[" * 5000, '{"text": 1, "reader": "r"}', '{"text": "x"}', '{"a": 1, "a": 1}'),
         *('{"text": "\\ud800", "reader": "r"}', '{"text": "x", "reader": "r", "parts": 3}', b"\xff\xfe"),
-        '{"text": "x", "reader": "r", "parts": [1]}',
+        *('{"text": "x", "reader": "r", "changes": [], "parts": [1]}', '{"text": "x", "reader": "r", "changes": {}}'),
     ],
     ids=lambda body: str(body)[:20],
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.errors import refused
 from support.tiny import SMALL, configs, model_of, tokens_for
@@ -17,9 +21,10 @@ from mistral_ref.errors import InputError
 from mistral_ref.sampling import log_softmax
 from mistral_ref.steps import step_names
 from mistral_ref.study import report
-from mistral_ref.study.live import live_pass
+from mistral_ref.study.changes import apply, from_dicts
+from mistral_ref.study.live import live_pass, parts
 from mistral_ref.study.live.live_pass import LivePass, difference
-from mistral_ref.study.live.session import Question, Session
+from mistral_ref.study.live.session import Question, Session, question_of
 from mistral_ref.study.live.work import StaleError, Work
 from mistral_ref.study.page_data import rms, values_entry
 
@@ -35,9 +40,20 @@ def session() -> Session:
     return Session(mistral_ref.load(backend="numpy"), "a model")
 
 
-def part(session: Session, text: str, name: str, of: object = None, shown: str = "before") -> Any:
-    (found,) = session.answer(Question(text), [{"name": name, "of": of, "shown": shown}], ignored)
+def part(
+    session: Session, text: str, name: str, of: object = None, shown: str = "before", changes: Sequence[object] = ()
+) -> Any:
+    question = question_of(text, list(changes))
+    (found,) = session.answer(question, [{"name": name, "of": of, "shown": shown}], ignored)
     return found.get("value", found.get("error"))
+
+
+def logits_of(session: Session, text: str, changes: Sequence[Any], shown: str = "after") -> np.ndarray:
+    """Return the logits of a question as the page unpacks them."""
+    entry = part(session, text, "values", "logits", shown, changes)["whole"]
+    planes = np.frombuffer(zlib.decompress(base64.b64decode(entry["data"])), np.uint8).reshape(2, -1)
+    halves = np.ascontiguousarray(planes.T).view("<f2").astype(np.float64)
+    return np.ldexp(halves, entry["exponent"]).reshape(-1, session.model.config.vocab_size)
 
 
 def test_the_parts_are_what_the_page_of_a_file_holds(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,10 +76,12 @@ def test_what_comes_next_is_the_softmax_of_the_logits(session: Session) -> None:
         p_V = np.exp(log_softmax(logits_TV[token]))
         found = part(session, TEXT, "next", token)
         assert [one["id"] for one in found] == np.argsort(-p_V, kind="stable")[: len(found)].tolist()
-        assert [one["p"] for one in found] == pytest.approx([p_V[one["id"]] for one in found], rel=1e-4)
+        for shown in ("before", "after"):
+            assert [one[shown] for one in found] == pytest.approx([p_V[one["id"]] for one in found], rel=1e-4)
         assert [one["piece"] for one in found] == [session.model.piece(one["id"]) for one in found]
 
 
+@settings(max_examples=25)
 @given(configs(), st.data())
 def test_a_pass_with_little_room_finds_the_same_values(config: mistral_ref.ModelConfig, data: st.DataObject) -> None:
     model, tokens = model_of(config), tokens_for(config, 5)
@@ -86,6 +104,121 @@ def test_a_step_that_is_too_large_is_sent_as_a_picture(monkeypatch: pytest.Monke
     assert live_pass.sent(step, SMALL) == values_entry(step, SMALL, is_whole=True)
     monkeypatch.setattr(live_pass, "_MOST_SENT", step.value.size - 1)
     assert live_pass.sent(step, SMALL) == values_entry(step, SMALL, is_whole=False)
+
+
+HEAD = {"kind": "zero", "step": "layers.2.heads", "head": 3}
+WINDOW = {"kind": "window", "window": 2}
+BUG = {"kind": "bug", "bug": "tiled-heads"}
+WRONG = {"kind": "zero", "step": "layers.9.heads"}
+
+
+@pytest.mark.parametrize("changes", [[HEAD], [WINDOW], [BUG], [BUG, WINDOW, HEAD]], ids=str)
+def test_changes_are_the_librarys(session: Session, changes: list[dict[str, Any]]) -> None:
+    made = apply(session.model, TEXT, from_dicts(changes))
+    before, after = session.model.forward(TEXT), made.model.forward(TEXT, edits=made.edits)
+    about = part(session, TEXT, "about", None, "after", changes)
+    assert about["changes"] == {"words": list(map(str, from_dicts(changes))), "problems": {}}
+    close = {"rtol": 2e-3, "atol": 2e-3}
+    np.testing.assert_allclose(logits_of(session, TEXT, changes), after, **close)
+    np.testing.assert_allclose(logits_of(session, TEXT, changes, "before"), before, **close)
+    np.testing.assert_allclose(logits_of(session, TEXT, changes, "difference"), after - before, **close)
+    found = part(session, TEXT, "next", 3, "after", changes)
+    p_V, q_V = (np.exp(log_softmax(logits_TV[3])) for logits_TV in (before, after))
+    assert [one["before"] for one in found] == pytest.approx([p_V[one["id"]] for one in found], rel=1e-3)
+    assert [one["after"] for one in found] == pytest.approx([q_V[one["id"]] for one in found], rel=1e-3)
+    assert {int(p_V.argmax()), int(q_V.argmax())} <= {one["id"] for one in found}
+
+
+def test_a_change_that_cannot_be_made_says_why_and_the_others_are_made(session: Session) -> None:
+    patch = {"kind": "patch", "step": "embedding", "text": "too short"}
+    changes = [WRONG, HEAD, {"kind": "nothing"}, {**WRONG, "on": False}, patch, 7, {"kind": "zero"}, BUG, BUG]
+    found = part(session, TEXT, "about", None, "after", changes)["changes"]
+    assert sorted(found["problems"]) == [0, 2, 4, 5, 6, 8]
+    assert "layers.9.heads" in found["problems"][0]
+    assert not any("changes[" in problem for problem in found["problems"].values())
+    assert [bool(words) for words in found["words"]] == [True, True, False, True, True, False, False, True, True]
+    assert np.array_equal(logits_of(session, TEXT, changes), logits_of(session, TEXT, [HEAD, BUG]))
+
+
+def test_changes_that_are_off_change_nothing(session: Session) -> None:
+    changes = [{**HEAD, "on": False}, WRONG]
+    assert np.array_equal(logits_of(session, TEXT, changes), logits_of(session, TEXT, [], "before"))
+    assert not logits_of(session, TEXT, changes, "difference").any()
+    assert part(session, TEXT, "sizes", "q", "difference", changes) == [0.0] * session.model.config.n_layers
+
+
+def test_a_pass_of_other_tokens_has_no_difference(session: Session) -> None:
+    changes = [{"kind": "bug", "bug": "bos-twice"}]
+    assert len(part(session, TEXT, "about", None, "after", changes)["tokens"]) == len(session.ids(TEXT)) + 1
+    assert "no difference" in part(session, TEXT, "values", "norm", "difference", changes)
+    assert len(part(session, TEXT, "next", 0, "after", changes)) > 1  # before the first token of the pass before
+
+
+@pytest.mark.parametrize("changes", [[], [HEAD], [BUG], [BUG, HEAD]], ids=str)
+def test_the_text_goes_on_by_the_likeliest_tokens(
+    session: Session, changes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_N_GOES_ON", 3)
+    model, edits = apply(session.model, TEXT, from_dicts(changes))
+    ids = model.token_ids(TEXT)
+    for _ in range(3):
+        ids.append(int(model.forward(ids, edits=edits)[-1].argmax()))
+    found = part(session, TEXT, "goes_on", None, "after", changes)
+    assert found == [model.piece(token) for token in ids[-3:]]
+    assert part(session, TEXT, "goes_on", None, "before", changes) == part(session, TEXT, "goes_on")
+
+
+def test_the_python_of_the_changes_gives_their_logits(session: Session) -> None:
+    named: dict[str, Any] = {}
+    exec(part(session, TEXT, "python", None, "after", [BUG, WRONG, HEAD]), named)
+    np.testing.assert_allclose(named["logits"], logits_of(session, TEXT, [BUG, HEAD]), rtol=2e-3, atol=2e-3)
+
+
+def test_numbers_that_are_none_are_answered(session: Session) -> None:
+    changes = [HEAD]
+    changes += [{"kind": "scale", "step": f"layers.1.{kind}_rotated", "number": 1e30} for kind in "qk"]
+    for name, of in (("about", None), ("values", "logits"), ("sizes", "q"), ("lens", None), ("next", 2)):
+        for shown in ("after", "difference"):
+            json.dumps(part(session, TEXT, name, of, shown, changes), allow_nan=False)
+    assert part(session, TEXT, "next", 2, "after", changes)[0]["after"] is None
+    assert "NaN" in part(session, TEXT, "goes_on", None, "after", changes)
+
+
+_PLACE: dict[str, st.SearchStrategy[Any]] = {
+    "step": st.sampled_from(["layers.0.q", "layers.*.heads", "embedding", "logits", "*.scores", "nothing", ""]),
+    "token": st.none() | st.integers(-7, 7),
+    "head": st.none() | st.integers(-5, 5),
+    "neuron": st.none() | st.integers(-3, 40),
+    "on": st.booleans(),
+}
+_NUMBER: dict[str, st.SearchStrategy[Any]] = {**_PLACE, "number": st.floats(width=32, allow_nan=False) | st.just("1")}
+_TEXT = st.sampled_from(["1 2 3 4 5", "1"]) | st.lists(st.integers(0, 20), min_size=5, max_size=5)
+_KINDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    **dict.fromkeys(("scale", "set", "add"), _NUMBER),
+    **dict.fromkeys(("zero", "freeze"), _PLACE),
+    "swap": {**_PLACE, "other": st.integers(-7, 7)},
+    "patch": {**_PLACE, "text": _TEXT},
+    "window": {"window": st.none() | st.integers(-1, 9)},
+    "theta": {"theta": st.floats(0, 1e6)},
+    "bug": {"bug": st.sampled_from(["theta", "tiled-heads", "bos-twice", "no-window", "y"])},
+    "x": {},
+}
+CHANGES = st.one_of([st.fixed_dictionaries({"kind": st.just(kind), **more}) for kind, more in _KINDS.items()])
+
+
+@settings(max_examples=40)
+@given(st.lists(CHANGES, max_size=4))
+def test_any_changes_are_made_or_refused_in_words(changes: list[dict[str, Any]]) -> None:
+    found = Session(model_of(SMALL), "")
+    wanted = [{"name": name, "of": of, "shown": "after"} for name, of in (("about", None), ("next", 0), ("python", ""))]
+    about, *others = found.answer(question_of("1 2 3 4 5", changes), wanted, ignored)
+    problems = about["value"]["changes"]["problems"]
+    assert all("\n" not in problem and problem for problem in problems.values())
+    assert all("value" in other for other in others)
+    for number, change in enumerate(changes):
+        if change.get("on") is not False and number not in problems:
+            alone = found.answer(question_of("1 2 3 4 5", [change]), wanted[:1], ignored)[0]["value"]["changes"]
+            assert alone["problems"] == {} or change["kind"] in ("freeze", "patch")  # another change has other tokens
 
 
 def test_a_difference_keeps_what_neither_pass_sees() -> None:

@@ -286,7 +286,7 @@ def test_an_interrupted_page_leaves_nothing(model: mistral_ref.Model, tmp_path: 
 
 
 def test_the_parts_of_the_page_are_in_the_package() -> None:
-    names = {*report._SCRIPTS, *report._LIVE_SCRIPTS, report._LAST_SCRIPT}
+    names = {*report._SCRIPTS, *(f"live/{name}" for name in report._LIVE_SCRIPTS), report._LAST_SCRIPT}
     code = f"from mistral_ref import report; assert all((report._FOLDER / f'{{n}}.js').is_file() for n in {names})"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     on_disk = {str(path.relative_to(report._FOLDER).with_suffix("")) for path in report._FOLDER.rglob("*.js")}

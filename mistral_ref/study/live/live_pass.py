@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import Progress
+from mistral_ref.errors import InputError, Progress
 from mistral_ref.model import Model
+from mistral_ref.prompt import Prompt
 from mistral_ref.steps import Step, count_values, step_names
 from mistral_ref.study.page_data import Entry, lens_entry, pass_entry, rms, rope_entry, step_entry, values_entry
 from mistral_ref.trace import Trace
@@ -28,8 +29,8 @@ class LivePass:
     `progress` is called before each step; what it raises ends the pass. Raises InputError as `Model.steps`.
     """
 
-    def __init__(self, model: Model, ids: Sequence[int], edits: Edits, progress: Progress) -> None:
-        self.model, self.ids, self._edits = model, list(ids), edits
+    def __init__(self, model: Model, prompt: Prompt, edits: Edits, progress: Progress) -> None:
+        self.model, self.ids, self._edits = model, model.token_ids(prompt), edits
         self._names = list(step_names(model.config))
         self._entries: list[Entry] = []
         self._kept, self._again = dict[str, Step](), dict[str, Step]()
@@ -66,7 +67,7 @@ class LivePass:
         The room is that of the pass itself once more.
         """
         again: dict[str, Step] = {}
-        sizes = dict.fromkeys(_in_layers(kind, self.model.config))
+        sizes = dict.fromkeys(in_layers(kind, self.model.config))
         room = _MOST_KEPT
         for step in self._walk(progress):
             if step.name in sizes:
@@ -78,7 +79,7 @@ class LivePass:
 
     def sizes(self, kind: str, progress: Progress) -> list[float | None]:
         """Return the root mean square of a kind of step in every layer; None where a layer has no such step."""
-        names = _in_layers(kind, self.model.config)
+        names = in_layers(kind, self.model.config)
         if kind not in self._sizes and self._kept.keys() >= set(names) & set(self._names):
             steps = [self._kept.get(name) for name in names]
             self._sizes[kind] = [None if step is None else rms(step, self.model.config) for step in steps]
@@ -88,7 +89,7 @@ class LivePass:
 
     def lens(self) -> Entry:
         """Return the likeliest next tokens after every layer."""
-        names = ("embedding", *_in_layers("residual_after_ffn", self.model.config))
+        names = ("embedding", *in_layers("residual_after_ffn", self.model.config))
         return lens_entry(self.model, Trace([self._kept[name] for name in names], self.ids, [""] * len(self.ids)))
 
     @property
@@ -103,14 +104,22 @@ def sent(step: Step, config: ModelConfig) -> Entry:
 
 
 def difference(before: Step, after: Step) -> Step:
-    """Return a step whose value is `after` less `before`; where both hold the same infinity, it stays."""
+    """Return a step whose value is `after` less `before`; where both hold the same infinity, it stays.
+
+    Raises InputError if their shapes differ.
+    """
+    if before.value.shape != after.value.shape:
+        raise InputError(
+            f"{after.name} has shape {before.value.shape} before and {after.value.shape} after: there is no difference"
+        )
     with np.errstate(invalid="ignore"):
         value = np.where(before.value == after.value, 0, after.value - before.value)
     value = np.where(np.isinf(after.value) & (before.value == after.value), after.value, value)
     return Step(after.name, after.kind, value.astype(after.value.dtype), after.key_positions)
 
 
-def _in_layers(kind: str, config: ModelConfig) -> list[str]:
+def in_layers(kind: str, config: ModelConfig) -> list[str]:
+    """Return the names of a kind of step in every layer, also where a layer has no such step."""
     return [f"layers.{layer}.{kind}" for layer in range(config.n_layers)]
 
 

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from mistral_ref.errors import InputError, MistralRefError, checked_int, escaped, short_repr
 from mistral_ref.files.json_file import parse_json
-from mistral_ref.study.live.session import Question, Session
+from mistral_ref.study.live.session import Session, question_of
 from mistral_ref.study.live.work import StaleError, Work
 from mistral_ref.study.report import html
 
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             return session.merges(text, question.get("index"))
         if what == "place":
             return work.place(reader)
-        asked, parts = Question(text), question.get("parts")
+        asked, parts = question_of(text, question.get("changes")), question.get("parts")
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise InputError(f"parts are {short_repr(parts)}; expected a list of objects")
         return work.ask(reader, asked, lambda progress: session.answer(asked, parts, progress))

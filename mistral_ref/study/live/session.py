@@ -6,49 +6,71 @@ page that is loaded again, or a second tab, asks the same questions and gets the
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from mistral_ref.errors import InputError, MistralRefError, Progress, checked_choice, checked_int, short_repr
-from mistral_ref.measure.cost_table import cost_table
+from mistral_ref.errors import (
+    InputError,
+    MistralRefError,
+    MistralRefWarning,
+    Progress,
+    checked_choice,
+    checked_int,
+    short_repr,
+)
 from mistral_ref.model import Model
-from mistral_ref.sampling import likeliest, log_softmax
-from mistral_ref.steps import catalogue_of, step_names
-from mistral_ref.study.live.live_pass import LivePass, sent
-from mistral_ref.study.page_data import Entry, cost_entry, number
+from mistral_ref.study.broken import BUGS, BrokenModel, possible_bugs
+from mistral_ref.study.live.changed_pass import ChangedPass, changed_pass, unchanged_pass
+from mistral_ref.study.live.parts import PARTS, SHOWN, View
+from mistral_ref.study.page_data import Entry
 
 _MOST_PASSES = 4  # that are held
-_N_NEXT = 6  # likeliest next tokens, of the pass before and of the pass after
+_MOST_CHANGES = 200
 
 
 class Question(NamedTuple):
-    """What a reader looks at: a text. Two questions that are equal have the same passes."""
+    """What a reader looks at: a text, and changes as a JSON list. Two questions that are equal have the same passes."""
 
     text: str
+    changes: str = "[]"
+
+
+def question_of(text: str, changes: object) -> Question:
+    """Return the question that the page asks; raise InputError if `changes` is no list, or too long."""
+    if not isinstance(changes, list) or len(changes) > _MOST_CHANGES:
+        raise InputError(f"changes are {short_repr(changes)}; expected a list of at most {_MOST_CHANGES}")
+    return Question(text, json.dumps(changes))
 
 
 class Session:
     """What can be asked of one model. Only `tokens` and `merges` may be called while another thread computes.
 
     title   the name of the model
+    load    the Python that loads it
     """
 
-    def __init__(self, model: Model, title: str) -> None:
-        self.model, self.title = model, title
+    def __init__(self, model: Model, title: str, load: str = "mistral_ref.load()") -> None:
+        self.model, self.title, self.load = model, title, load
         self.first: Entry = {}  # what the page shows when it is loaded
         self.first_text = ""
-        self._passes: OrderedDict[Question, LivePass] = OrderedDict()
+        self._passes: OrderedDict[Question, ChangedPass] = OrderedDict()
 
     def begin(self, text: str, progress: Progress) -> None:
         """Take the pass that the page shows when it is loaded."""
-        self.first, self.first_text = self._pass(Question(text), progress).about(self.title), text
+        (about,) = self.answer(Question(text), [{"name": "about", "shown": "before"}], progress)
+        if "error" in about:
+            raise InputError(about["error"])
+        self.first, self.first_text = about["value"], text
 
     def live_entry(self) -> Entry:
-        """Return what the live page knows of its server."""
-        return {"text": self.first_text}
+        """Return what the live page knows of its server: the text that it begins with, and the bugs to plant."""
+        bugs = [] if isinstance(self.model, BrokenModel) else possible_bugs(self.model)
+        return {"text": self.first_text, "bugs": {name: BUGS[name].sentence for name in bugs}}
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text; for a model without a tokenizer the text is a list of ids. Raises InputError."""
@@ -88,59 +110,30 @@ class Session:
         ends the answer.
         """
         answers = []
-        for part in wanted:
-            try:
-                name = checked_choice("name", str(part.get("name")), _PARTS)
-                shown = checked_choice("shown", str(part.get("shown")), ("before", "after", "difference"))
-                answers.append({"value": _PARTS[name](self, question, shown, part.get("of"), progress)})
-            except MistralRefError as error:
-                answers.append({"error": str(error)})
+        with np.errstate(all="ignore"), warnings.catch_warnings():  # the reader asked for it, and the page shows it
+            warnings.simplefilter("ignore", MistralRefWarning)
+            for part in wanted:
+                try:
+                    answers.append({"value": self._part(question, part, progress)})
+                except MistralRefError as error:
+                    answers.append({"error": str(error)})
         return answers
 
-    def _pass(self, question: Question, progress: Progress) -> LivePass:
+    def _part(self, question: Question, part: Entry, progress: Progress) -> object:
+        name = checked_choice("name", str(part.get("name")), PARTS)
+        shown = checked_choice("shown", str(part.get("shown")), SHOWN)
+        ids = self.ids(question.text)
+        before = self._held(Question(question.text), lambda: unchanged_pass(self.model, ids, progress))
+        changes = json.loads(question.changes)
+        after = before
+        if changes:
+            after = self._held(question, lambda: changed_pass(self.model, ids, changes, before, progress))
+        return PARTS[name](View(question.text, before, after, shown, part.get("of"), self.title, self.load, progress))
+
+    def _held(self, question: Question, take: Callable[[], ChangedPass]) -> ChangedPass:
         if question not in self._passes:
-            self._passes[question] = LivePass(self.model, self.ids(question.text), {}, progress)
+            self._passes[question] = take()
             if len(self._passes) > _MOST_PASSES:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(question)
         return self._passes[question]
-
-    def _about(self, question: Question, shown: str, of: object, progress: Progress) -> Entry:
-        return self._pass(question, progress).about(self.title)
-
-    def _values(self, question: Question, shown: str, of: object, progress: Progress) -> Entry:
-        """Return the values of the step `of`."""
-        found = self._pass(question, progress)
-        name = checked_choice("step", str(of), step_names(found.model.config))
-        return sent(found.step(name, progress), found.model.config)
-
-    def _sizes(self, question: Question, shown: str, of: object, progress: Progress) -> list[float | None]:
-        """Return the size of the kind of step `of` in every layer."""
-        found = self._pass(question, progress)
-        return found.sizes(checked_choice("kind", str(of), catalogue_of(found.model.config)), progress)
-
-    def _lens(self, question: Question, shown: str, of: object, progress: Progress) -> Entry:
-        return self._pass(question, progress).lens()
-
-    def _next(self, question: Question, shown: str, of: object, progress: Progress) -> list[Entry]:
-        """Return the likeliest tokens after the token with the index `of`, with their probabilities."""
-        found = self._pass(question, progress)
-        logprobs_V = log_softmax(found.logits[checked_int("of", of, 0, len(found.ids) - 1)])
-        return [
-            {"id": int(token), "piece": self.model.piece(int(token)), "p": number(float(np.exp(logprobs_V[token])))}
-            for token in likeliest(logprobs_V, min(_N_NEXT, len(logprobs_V)))
-        ]
-
-    def _cost(self, question: Question, shown: str, of: object, progress: Progress) -> Entry:
-        return cost_entry(cost_table(self.model, self.ids(question.text), progress=progress))
-
-
-_Part = Callable[[Session, Question, str, object, Progress], Any]
-_PARTS: Mapping[str, _Part] = {
-    "about": Session._about,
-    "values": Session._values,
-    "sizes": Session._sizes,
-    "lens": Session._lens,
-    "next": Session._next,
-    "cost": Session._cost,
-}

@@ -9,15 +9,16 @@ function thumbnail(matrix, scale, isSeen) {
 function strongest(matrix, row, firstKey) {
   const weights = matrix.data.subarray(row * matrix.columns, (row + 1) * matrix.columns);
   const order = range(matrix.columns)
-    .sort((a, b) => weights[b] - weights[a])
+    .sort((a, b) => Math.abs(weights[b]) - Math.abs(weights[a]))
     .slice(0, 8)
-    .filter((key) => weights[key] > 0);
+    .filter((key) => weights[key]);
   return el(
     "div",
     { class: "strong" },
     order.map((key) => {
       const bar = el("i");
-      bar.style.width = `${100 * Math.min(weights[key], 1)}%`;
+      bar.style.width = `${100 * Math.min(Math.abs(weights[key]), 1)}%`;
+      bar.classList.toggle("minus", weights[key] < 0);
       return [el("span", null, placeNodes(firstKey + key)), bar, el("b", null, digits(weights[key]))];
     }),
   );
@@ -40,7 +41,7 @@ function sightEdges(step, window) {
 // Underlines each token above by its weight.
 function markTokens(matrix, query, firstKey) {
   [...tokenStrip.children].forEach((chip, token) => {
-    const weight = matrix.data[query * matrix.columns + start + token - firstKey] ?? 0;
+    const weight = Math.abs(matrix.data[query * matrix.columns + start + token - firstKey] ?? 0);
     chip.style.boxShadow =
       weight > 0.005
         ? `inset 0 -${Math.ceil(1 + 11 * Math.sqrt(weight))}px var(--accent-soft), inset 0 -2px var(--accent)`
@@ -61,7 +62,9 @@ async function attentionPicture(state, go) {
   const matrices = await Promise.all(range(config.heads).map((head) => matrixOf(step, values, head)));
   const matrix = matrices[state.head],
     query = state.token,
-    { n_nan: nan } = values.statistics;
+    { n_nan: nan, low } = values.statistics;
+  const isDifference = low < 0, // a weight is not
+    scale = isDifference ? scaleOf(values) : 1;
   if (state.view === "attention") markTokens(matrix, query, first); // another view may have been chosen meanwhile
   const describe = (row, column, value) => [
     placeNodes(start + row),
@@ -83,7 +86,7 @@ async function attentionPicture(state, go) {
       "div",
       { class: "thumbs", role: "group", "aria-label": "Head" },
       matrices.map((one, head) =>
-        choice(`head ${head}`, head === state.head, () => go({ head }), thumbnail(one, 1, isSeen), `head ${head}`),
+        choice(`head ${head}`, head === state.head, () => go({ head }), thumbnail(one, scale, isSeen), `head ${head}`),
       ),
     ),
     el(
@@ -95,7 +98,7 @@ async function attentionPicture(state, go) {
         el("h3", null, `Layer ${state.layer}, head ${state.head}: a row for each query, a column for each key`),
         heat(matrix, {
           label: `Attention weights of layer ${state.layer}, head ${state.head}`,
-          scale: 1,
+          scale,
           describe,
           isSquare: matrix.columns < 3 * matrix.rows,
           isSeen,
@@ -106,7 +109,7 @@ async function attentionPicture(state, go) {
           onpick: (token) => go({ token }),
         }),
         legend(
-          { statistics: { low: 0, high: 1, n_nan: nan, n_infinite: 0 } },
+          { statistics: { low: isDifference ? -scale : 0, high: scale, n_nan: nan, n_infinite: 0 } },
           el("span", null, swatch(colour("unseen")), "out of sight"),
           el("span", null, lineSwatch(colour("ink")), "causal edge: nothing later is seen"),
           el(
@@ -127,7 +130,11 @@ async function attentionPicture(state, go) {
         el(
           "p",
           { class: "muted small" },
-          nan ? "Some weights are NaN." : "The weights of a row add up to 1.",
+          nan
+            ? "Some weights are NaN."
+            : isDifference
+              ? "The differences of a row add up to 0."
+              : "The weights of a row add up to 1.",
           " Choose another token above, or a row in the picture.",
         ),
       ),

@@ -3,6 +3,10 @@
 const lensLabel = (name) => (name === "embedding" ? "embedding" : `layer ${name.split(".")[1]}`);
 const lensPiece = ({ pieces, ids }, row, token, place = 0) => pieces[ids[row][token][place]];
 
+// The probability of a token, or 0 if it is not among the likeliest.
+const probabilityOf = ({ ids, probabilities }, row, token, id) =>
+  probabilities[row][token][ids[row][token].indexOf(id)] ?? 0;
+
 // The colour of a probability, and black or white, whichever is read more easily on it.
 function probabilityColours(p) {
   const rgb = shade((0.8 * p) ** 2).map(Math.round);
@@ -12,7 +16,9 @@ function probabilityColours(p) {
   return [`rgb(${rgb.join(" ")})`, 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000000" : "#ffffff"];
 }
 
-function lensTable(lens, cell, go) {
+// `was` is the lens of the pass before, where the difference is shown: then a colour says how much likelier or less
+// likely the piece has become, and a piece that has taken another's place stands behind it.
+function lensTable(lens, was, cell, go) {
   const { names, ids, probabilities } = lens,
     columns = tokens.length;
   const move = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
@@ -44,7 +50,9 @@ function lensTable(lens, cell, go) {
             range(columns).map((token) => {
               const isChosen = row === cell[0] && token === cell[1],
                 p = probabilities[row][token][0],
-                isBroken = p === null;
+                isBroken = p === null,
+                piece = lensPiece(lens, row, token),
+                old = was === null ? piece : lensPiece(was, row, token);
               const isAgreed = !isBroken && ids[row][token][0] === ids.at(-1)[token][0];
               const button = el(
                 "button",
@@ -53,7 +61,7 @@ function lensTable(lens, cell, go) {
                   tabindex: isChosen ? 0 : -1,
                   "aria-pressed": String(isChosen),
                   "data-key": isChosen ? "lens cell" : undefined,
-                  "aria-label": `${lensLabel(names[row])}, after ${pieceAt(start + token)}: ${isBroken ? "NaN" : `${lensPiece(lens, row, token)}, ${Math.round(100 * p)} %`}`,
+                  "aria-label": `${lensLabel(names[row])}, after ${pieceAt(start + token)}: ${isBroken ? "NaN" : `${piece}, ${Math.round(100 * p)} %`}${old === piece ? "" : `, in place of ${old}`}`,
                   onclick: () => go([row, token]),
                   onkeydown: (event) => {
                     const by = move[event.key];
@@ -63,9 +71,12 @@ function lensTable(lens, cell, go) {
                     go([clamp(row + by[0], 0, names.length - 1), clamp(token + by[1], 0, columns - 1)]);
                   },
                 },
-                isBroken ? "NaN" : pieceText(lensPiece(lens, row, token)),
+                old !== piece && [el("del", null, pieceText(old)), " "],
+                isBroken ? "NaN" : pieceText(piece),
               );
-              [button.style.background, button.style.color] = probabilityColours(p ?? 0);
+              [button.style.background, button.style.color] = probabilityColours(
+                was === null ? (p ?? 0) : Math.abs(p - probabilityOf(was, row, token, ids[row][token][0])),
+              );
               if (isAgreed) button.style.fontWeight = "700";
               return el("td", null, button);
             }),
@@ -78,7 +89,7 @@ function lensTable(lens, cell, go) {
 const lensState = { row: null }; // null: the last
 
 async function lensParts(state, go) {
-  const lens = await part("lens"),
+  const [lens, was] = await Promise.all([part("lens"), hooks.was("lens")]),
     { names, probabilities, ids } = lens;
   const row = lensState.row ?? names.length - 1,
     token = state.token;
@@ -86,7 +97,7 @@ async function lensParts(state, go) {
     lensState.row = nextRow;
     go({ token: nextToken });
   };
-  const table = el("div", { class: "card scroll" }, lensTable(lens, [row, token], pick));
+  const table = el("div", { class: "card scroll" }, lensTable(lens, was, [row, token], pick));
   requestAnimationFrame(() => {
     const cell = table.querySelector('[aria-pressed="true"]');
     table.scrollLeft +=

@@ -40,16 +40,17 @@ function go(patch) {
   draw();
 }
 
-// What the live page adds: a last part of the address, what is done with it, and what is drawn beside the view.
-const hooks = { keep: () => "", restore: () => {}, drawn: () => {} };
+// What the live page adds: a last part of the address, what is done with it, what is drawn beside the view, and a part of
+// the pass before, where the difference to it is shown.
+const hooks = { keep: () => "", restore: () => {}, drawn: () => {}, was: async () => null };
 
-const address = () =>
-  `#${state.view}/${state.name}/${state.layer}/${state.head}/${state.token}${hooks.keep()}`;
+const place = () => `${state.view}/${state.name}/${state.layer}/${state.head}/${state.token}`;
+const address = () => `#${place()}${hooks.keep()}`;
 
 // What the address says; anything that does not exist there is ignored.
 function readAddress() {
   const [view, name, layer, head, token, kept] = location.hash.slice(1).split("/");
-  hooks.restore(kept);
+  hooks.restore(kept, token);
   const whole = (text, size) => (/^\d+$/.test(text ?? "") && Number(text) < size ? Number(text) : undefined);
   const found = {
     view: Object.hasOwn(VIEWS, view) ? view : undefined,

@@ -11,27 +11,25 @@ function showServer(isThere) {
   gone.hidden = isThere;
 }
 
-const aside = el("aside", null, nextBox);
+const aside = el("aside", null, nextBox, goesOnBox, changesBox);
 document.querySelector("main").append(aside);
-document.querySelector("main").classList.add("live");
+document.body.classList.add("live");
 document.querySelector(".bar").prepend(gone);
+tabs.before(shownBox);
 document.head.append(el("link", { rel: "icon", href: "data:," })); // or the browser asks for one
 
 hooks.drawn = () => {
+  drawShown();
+  drawEditor();
+  drawChanges();
   fill(nextBox, nextParts(state.token));
+  fill(goesOnBox, goesOnParts());
   drawMerges();
 };
-hooks.keep = () => (question.text.length < 8000 ? `/${encodeURIComponent(JSON.stringify(question))}` : "");
-hooks.restore = (kept) => {
-  try {
-    const { text } = JSON.parse(decodeURIComponent(kept));
-    if (typeof text !== "string" || text === question.text) return;
-    textBox.value = text;
-    show({ text });
-  } catch {
-    // an address that leads nowhere is left aside
-  }
-};
+SHOWN.forEach((name) => {
+  ACTIONS[name[0]] = () => !shownBox.hidden && showOther(name);
+});
+KEYS.push(["b a d", "before, after, difference"]);
 
 costMissing = () =>
   el(

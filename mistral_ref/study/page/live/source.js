@@ -1,10 +1,12 @@
-// Where the live page has its passes from: it asks its server, and keeps the answers of the text that is shown.
+// Where the live page has its passes from: it asks its server, and keeps the answers to the question that is shown.
 
 const { live } = page;
-const question = { text: live.text };
 const reader = crypto.randomUUID(); // this tab
-let answers = new Map(); // the parts of the passes of `question` that have been asked for, as promises
-let wanted = new Map(); // those that were asked for since the page was drawn: they are asked for at once with a new text
+const question = { text: live.text, changes: [] };
+const SHOWN = ["before", "after", "difference"];
+const passes = { before: page, after: page, shown: "before" }; // what is known of each pass, and which is shown
+let answers = new Map(); // the parts of these passes that have been asked for, as promises
+let wanted = new Map(); // those that the view asks for: they are asked for at once with the next question
 
 class Stale extends Error {} // something else has been asked for meanwhile
 
@@ -22,7 +24,7 @@ async function ask(what, more) {
     throw new Error("The server does not answer, so this cannot be computed.");
   }
   showServer(true);
-  if (response.stale) throw new Stale("Something else has been asked for meanwhile.");
+  if (response.stale) throw new Stale("…");
   if (response.error !== undefined) throw new Error(response.error);
   return response.answer;
 }
@@ -51,36 +53,40 @@ function askTogether(one) {
   });
 }
 
+// A part of one of the passes: the views ask for those of the pass that is shown.
 function partOf(name, of, shown) {
-  const one = { name, of, shown },
-    key = JSON.stringify(one);
-  wanted.set(key, one);
+  const key = JSON.stringify([name, of, shown]);
   if (!answers.has(key)) {
     const kept = answers,
-      answer = askTogether(one).then(valueOf);
+      answer = askTogether({ name, of, shown }).then(valueOf);
     answer.catch(() => kept.delete(key)); // what failed may be asked for again
     kept.set(key, answer);
   }
   return answers.get(key);
 }
-part = (name, of) => partOf(name, of, passes.shown);
+part = (name, of = null) => {
+  wanted.set(JSON.stringify([name, of]), { name, of });
+  return partOf(name, of, passes.shown);
+};
 howToKeep = () => ["They are too many to send."];
+hooks.was = async (name) => (passes.shown === "difference" ? partOf(name, null, "before") : null);
 
-// The passes of the question: what is known of each, and which one is shown.
-const passes = { before: page, shown: "before" };
-
-// Asks for another text, and shows it once its pass is there.
+// Asks another question, and shows its passes once they are there. The parts that the view has asked for come with them.
 let turn = 0;
-async function show(next) {
+async function show(next, shown = passes.shown) {
   Object.assign(question, next);
   const mine = ++turn,
-    asked = [{ name: "about", shown: "before" }, ...wanted.values()];
+    asked = ["before", "after"].map((shown) => ({ name: "about", of: null, shown }));
+  asked.push(...[...wanted.values()].map((one) => ({ ...one, shown })));
   showBusy(true);
   try {
     const found = await ask("parts", { parts: asked });
     if (mine !== turn) return;
-    passes.before = valueOf(found[0]);
-    answers = new Map(asked.map((one, index) => [JSON.stringify(one), answered(found[index])]));
+    [passes.before, passes.after] = found.slice(0, 2).map(valueOf);
+    passes.shown = shown;
+    answers = new Map(
+      asked.map(({ name, of, shown }, index) => [JSON.stringify([name, of, shown]), answered(found[index])]),
+    );
     showProblem("");
     showPass();
   } catch (error) {
@@ -97,9 +103,16 @@ function answered(found) {
 
 function showPass() {
   const wasLast = state.token === tokens.length - 1;
-  load(passes[passes.shown]);
-  if (wasLast || state.token >= tokens.length) state.token = tokens.length - 1;
+  load(passes.shown === "before" ? passes.before : passes.after);
+  if (restored.token < tokens.length) state.token = restored.token;
+  else if (wasLast || state.token >= tokens.length) state.token = tokens.length - 1;
+  restored.token = NaN;
   wanted = new Map();
   history.replaceState(null, "", address());
   draw();
+}
+
+function showOther(shown) {
+  passes.shown = shown;
+  showPass();
 }

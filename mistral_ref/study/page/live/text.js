@@ -41,12 +41,14 @@ function showProblem(text) {
 }
 
 let poll = null,
-  begun = 0;
+  begun = 0,
+  seconds = 0; // that the newest question took
 function showBusy(isBusy) {
   clearInterval(poll);
   bar.hidden = !isBusy;
   if (!isBusy) {
-    status.textContent = `${counted(tokens.length, "token")}, computed in ${duration((performance.now() - begun) / 1e3)}`;
+    seconds = (performance.now() - begun) / 1e3;
+    status.textContent = `computed in ${duration(seconds)}`;
     return;
   }
   begun = performance.now();

@@ -1,0 +1,83 @@
+"""ChangedPass: the pass of a text with those changes that can be made, and what is wrong with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mistral_ref.errors import InputError, Progress
+from mistral_ref.model import Model
+from mistral_ref.prompt import Prompt
+from mistral_ref.study.changes import Applied, Change, ChangeError, apply, from_dict
+from mistral_ref.study.live.live_pass import LivePass
+
+
+class ChangedPass(NamedTuple):
+    """A pass with changes.
+
+    values      the pass
+    applied     the changed model, and the edits of the pass
+    made        the changes that are on and could be made
+    words       what each change does, in words; "" for what is no change
+    problems    why a change cannot be made, by its number
+    """
+
+    values: LivePass
+    applied: Applied
+    made: list[Change]
+    words: list[str]
+    problems: dict[int, str]
+
+    def goes_on(self, n: int, progress: Progress) -> Iterator[int]:
+        """Yield the ids of up to n more tokens, always the likeliest one.
+
+        With edits each token takes a pass of all tokens before it, in which the edits are made again.
+        """
+        (model, edits), ids = self.applied, list(self.values.ids)
+        if not edits:
+            yield from (token.id for token in model.generate(ids, max_tokens=n))
+            return
+        for done in range(n):
+            progress(done, n)
+            logits_V = model.forward(ids, edits=edits, last_only=True)[0]
+            if np.isnan(logits_V).any():
+                raise InputError("the logits hold NaN, so nothing is likeliest")
+            ids.append(int(logits_V.argmax()))
+            yield ids[-1]
+            if ids[-1] in model.eos_ids:
+                return
+
+
+def unchanged_pass(model: Model, ids: Sequence[int], progress: Progress) -> ChangedPass:
+    """Return the pass without changes."""
+    return ChangedPass(LivePass(model, ids, [], progress), Applied(model, []), [], [], {})
+
+
+def changed_pass(
+    model: Model, prompt: Prompt, data: Sequence[object], before: ChangedPass, progress: Progress
+) -> ChangedPass:
+    """Return the pass of a prompt with the changes in `data`, dicts as JSON holds them.
+
+    before      the pass without changes, whose values are taken if no change is made
+    """
+    changes, words, problems = dict[int, Change](), [""] * len(data), dict[int, str]()
+    for number, one in enumerate(data):
+        try:
+            changes[number] = from_dict(one)
+            words[number] = str(changes[number])
+        except InputError as error:
+            problems[number] = str(error)
+    while True:
+        numbers = [number for number, change in changes.items() if change.on]
+        made = [changes[number] for number in numbers]
+        try:
+            applied = apply(model, prompt, made)
+            break
+        except ChangeError as error:
+            number = numbers[error.number]
+            problems[number] = error.problem
+            del changes[number]
+    values = LivePass(applied.model, prompt, applied.edits, progress) if made else before.values
+    return ChangedPass(values, applied, made, words, problems)

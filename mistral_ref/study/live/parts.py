@@ -1,0 +1,128 @@
+"""The parts of a pass that the page asks for: what is known of its steps, their values, and what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mistral_ref.errors import Progress, checked_choice, checked_int
+from mistral_ref.measure.cost_table import cost_table
+from mistral_ref.sampling import likeliest, log_softmax
+from mistral_ref.steps import Step, catalogue_of, step_names
+from mistral_ref.study.changes import python_source
+from mistral_ref.study.live.changed_pass import ChangedPass
+from mistral_ref.study.live.live_pass import LivePass, difference, in_layers, sent
+from mistral_ref.study.page_data import Entry, cost_entry, number, rms
+
+_N_NEXT = 6  # likeliest next tokens, of the pass before and of the pass after
+_N_GOES_ON = 16  # tokens of a continuation
+SHOWN = ("before", "after", "difference")
+
+
+class View(NamedTuple):
+    """The passes of a text without changes and with them, and what is asked of them.
+
+    text        as it was typed
+    before, after   the passes
+    shown       which of them is looked at, or their difference
+    of          what the part is about: a step, a kind of step, a token
+    title       the name of the model
+    load        the Python that loads it
+    progress    called while something is computed
+    """
+
+    text: str
+    before: ChangedPass
+    after: ChangedPass
+    shown: str
+    of: object
+    title: str
+    load: str
+    progress: Progress
+
+    @property
+    def values(self) -> LivePass:
+        """The pass that is looked at; for the difference the pass with changes."""
+        return (self.before if self.shown == "before" else self.after).values
+
+    def step(self, name: str) -> Step:
+        """Return a step of the pass that is looked at, or the difference."""
+        step = self.values.step(name, self.progress)
+        return difference(self.before.values.step(name, self.progress), step) if self.shown == "difference" else step
+
+
+def _about(view: View) -> Entry:
+    """Return what is known of the pass before its values, and of its changes."""
+    changes = {"words": view.after.words, "problems": view.after.problems}
+    return view.values.about(view.title) | {"changes": changes}
+
+
+def _values(view: View) -> Entry:
+    name = checked_choice("step", str(view.of), step_names(view.values.model.config))
+    return sent(view.step(name), view.values.model.config)
+
+
+def _sizes(view: View) -> list[float | None]:
+    """Return the root mean square of a kind of step in every layer."""
+    config = view.values.model.config
+    kind = checked_choice("kind", str(view.of), catalogue_of(config))
+    if view.shown != "difference":
+        return view.values.sizes(kind, view.progress)
+    names = set(step_names(config))
+    return [rms(view.step(name), config) if name in names else None for name in in_layers(kind, config)]
+
+
+def _lens(view: View) -> Entry:
+    return view.values.lens()
+
+
+def _next(view: View) -> list[Entry]:
+    """Return the likeliest tokens after a token, with their probabilities before the changes and after them."""
+    from_end = len(view.values.ids) - checked_int("of", view.of, 0, len(view.values.ids) - 1)
+    found = []
+    for one in (view.before.values, view.after.values):
+        p_V = np.exp(log_softmax(one.logits[-min(from_end, len(one.ids))]))
+        found.append((p_V, likeliest(p_V, min(_N_NEXT, len(p_V)))))
+    (before_V, first), (after_V, second) = found
+    larger_V = np.fmax(before_V, after_V)
+    tokens = sorted({*first.tolist(), *second.tolist()}, key=lambda token: (-larger_V[token], token))
+    return [
+        {
+            "id": token,
+            "piece": view.values.model.piece(token),
+            "before": number(float(before_V[token])),
+            "after": number(float(after_V[token])),
+        }
+        for token in tokens
+    ]
+
+
+def _goes_on(view: View) -> list[str]:
+    """Return the pieces of the likeliest continuation."""
+    one = view.before if view.shown == "before" else view.after
+    return [one.values.model.piece(token) for token in one.goes_on(_N_GOES_ON, view.progress)]
+
+
+def _cost(view: View) -> Entry:
+    model, ids = view.before.values.model, view.before.values.ids
+    return cost_entry(cost_table(model, ids, progress=view.progress))
+
+
+def _python(view: View) -> str:
+    """Return the Python that makes the changes."""
+    prompt = view.text if view.before.values.model.tokenizer else view.before.values.ids
+    return python_source(view.before.values.model, prompt, view.after.made, load=view.load)
+
+
+PARTS: Mapping[str, Callable[[View], Any]] = {
+    "about": _about,
+    "values": _values,
+    "sizes": _sizes,
+    "lens": _lens,
+    "next": _next,
+    "goes_on": _goes_on,
+    "cost": _cost,
+    "python": _python,
+}
