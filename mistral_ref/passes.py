@@ -136,7 +136,7 @@ def walk(
     ops = transformer.ops
     this_pass = begin_pass(transformer, cache, len(ids))
     steps = transformer.forward_steps(np.array(ids), this_pass, observe_attention=observe_attention)
-    return Walk(steps, ops, edits)
+    return Walk(steps, ops, edits, this_pass)
 
 
 class _Scoring:

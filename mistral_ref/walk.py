@@ -13,7 +13,7 @@ import numpy as np
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, short_repr
-from mistral_ref.ops import Ops
+from mistral_ref.ops import AnyPass, Ops, Rows
 from mistral_ref.steps import Step, Steps, step_names
 
 Edit = np.ndarray | Callable[[np.ndarray], np.ndarray]
@@ -34,10 +34,11 @@ class Walk(Iterator[Step]):
     applied, in their order, before you get it. If you leave a walk before its end, its cache stays as it was.
     """
 
-    def __init__(self, steps: Steps, ops: Ops, edits: Sequence[tuple[str, Edit]]) -> None:
+    def __init__(self, steps: Steps, ops: Ops, edits: Sequence[tuple[str, Edit]], this_pass: AnyPass) -> None:
         self._steps = steps
         self._ops = ops
         self._edits = edits
+        self._pass = this_pass
         self._current: Step | None = None
         self._logits: np.ndarray | None = None
 
@@ -55,7 +56,8 @@ class Walk(Iterator[Step]):
             raise StopIteration from None
         step.value.flags.writeable = False
         step.source = step.source or source_of(self._steps)
-        make_edits(step, self._edits)
+        if self._edits:
+            make_edits(step, self._edits, self._pass.positions, self._pass.last)
         self._current = step
         return step
 
@@ -85,11 +87,32 @@ class Walk(Iterator[Step]):
         self.close()
 
 
-def make_edits(step: Step, edits: Iterable[tuple[str, Edit]]) -> None:
-    """Give a step the value that edits make of it; only those whose name or glob matches count."""
+class PositionedEdit:
+    """An edit that counts tokens, so that it has to know where those of a pass stand: over a cache, not from 0 on."""
+
+    def __call__(self, value: np.ndarray) -> np.ndarray:
+        """Return the new value in a pass that begins at position 0."""
+        raise NotImplementedError
+
+    def at(self, value: np.ndarray, positions_T: np.ndarray, first_key: int) -> np.ndarray:
+        """Return the new value in a pass of tokens at these positions; the first key of scores is at `first_key`."""
+        raise NotImplementedError
+
+
+def make_edits(step: Step, edits: Iterable[tuple[str, Edit]], positions_T: np.ndarray, last: Rows) -> None:
+    """Give a step the value that edits make of it; only those whose name or glob matches count.
+
+    positions_T     the positions of the pass's tokens; a step of the last layer may have only those in `last`
+    """
     for pattern, edit in edits:
-        if fnmatchcase(step.name, pattern):
+        if not fnmatchcase(step.name, pattern):
+            continue
+        if not isinstance(edit, PositionedEdit):
             step.value = edit(step.value) if callable(edit) else edit
+            continue
+        n_tokens = step.value.shape[1 if "query" in step.axes else 0]
+        at_T = positions_T if "pair" in step.axes or n_tokens == len(positions_T) else positions_T[last]
+        step.value = edit.at(step.value, at_T, step.key_positions.start if step.key_positions else 0)
 
 
 def source_of(steps: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class EditedTransformer(Transformer):
         step = next(steps)
         while True:
             step.source = source_of(steps)
-            make_edits(step, self.edits)
+            make_edits(step, self.edits, this_pass.positions, this_pass.last)
             value = yield step
             try:
                 step = steps.send(value)
@@ -53,13 +54,16 @@ def edited(model: Model, edits: Edits) -> Model:
 
     edits   as in `Model.forward`. An edit is called in each pass with the value of this pass's tokens: while a text is
             generated, those of a chunk of the prompt, and then of one token. In the last layer such a pass has only
-            the last token. So an edit must not count tokens
+            the last token. So an edit must not count tokens, unless it is a PositionedEdit (walk.py), as those of
+            `changes.apply` are
 
     A cache that such a model has filled holds edited keys and values. Raises InputError for wrong edits.
     """
     pairs, touched = checked_edits(edits, model.config)
-    twin = object.__new__(type(model))
-    twin.__dict__ |= vars(model)
+    twin, kind = object.__new__(type(model)), type(model)
+    for name, value in vars(model).items():
+        if not isinstance(getattr(kind, name, None), cached_property):  # what drafts have left there
+            twin.__dict__[name] = value
     own = model.transformer
     edits_attention = inside_attention(touched)
     if isinstance(own, EditedTransformer):

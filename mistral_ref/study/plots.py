@@ -272,7 +272,7 @@ def sweep(found: Sweep, *, share: bool = False, ax: Axes | None = None) -> Axes:
     colour_scale(ax.images[0], way or f"change of the metric, {found.base:.2f} without")
     label_ticks(ax.yaxis, [re.sub(r"^layers\.(\d+)\.?", r"layer \1 ", name).rstrip() for name in found.rows])
     label_ticks(ax.xaxis, [literal(name) for name in found.columns])
-    ax.tick_params(axis="x", rotation=90 if n_columns > 8 or n_columns * max(map(len, found.columns)) > 72 else 0)
+    ax.tick_params(axis="x", rotation=90 if n_columns > 8 or n_columns * max(map(len, found.columns)) > 48 else 0)
     ax.spines[:].set_visible(False)
     title(ax, f"Numbers {found.what}, at each place by itself")
     return ax

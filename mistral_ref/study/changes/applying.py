@@ -6,17 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
-
-import numpy as np
 
 from mistral_ref.errors import InputError, short_repr
 from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
+from mistral_ref.steps import catalogue_of
 from mistral_ref.study.broken import broken
 from mistral_ref.study.changes.of_models import ConfigChange, PlantedBug, with_config
-from mistral_ref.study.changes.of_steps import Change, Index, Kept, Patch, StepChange
+from mistral_ref.study.changes.of_steps import Change, ChangedStep, Index, Kept, Patch, StepChange
 from mistral_ref.walk import Edit
 
 
@@ -112,10 +110,13 @@ def _check_length(change: Kept, n_other: int, n_tokens: int) -> None:
 
 
 def apply(model: Model, prompt: Prompt, changes: Sequence[Change]) -> Applied:
-    """Return the model and the edits that make these changes in a pass of the prompt, without a cache.
+    """Return the model and the edits that make these changes in the pass of a prompt.
 
-    A longer pass, of the prompt and more tokens, takes the edits too. All changes are checked before a pass begins.
-    Then the other texts that they name go through the model without changes, and the prompt if something is frozen.
+    The edits count tokens from the prompt's first one on, wherever a pass begins. So they also fit longer texts, passes
+    over a cache, and `edited`, which makes a model of them that generates.
+
+    All changes are checked before a pass begins. Then the other texts that they name go through the model without
+    changes, and the prompt if something is frozen.
 
     Raises ChangeError for the first change that cannot be made, and InputError for the prompt.
     """
@@ -125,13 +126,9 @@ def apply(model: Model, prompt: Prompt, changes: Sequence[Change]) -> Applied:
         needed[other_ids].extend(places)
     kept = {ids: model.trace(ids, keep=names) for ids, names in needed.items() if ids is not None}
     edits: list[tuple[str, Edit]] = []
+    catalogue = catalogue_of(model.config)
     for change, places, other_ids in found.steps:
         for name, index in places.items():
-            edits.append((name, partial(_edited, change, index, None if other_ids is None else kept[other_ids][name])))
+            axes, other = catalogue[name.rpartition(".")[2]].axes, None if other_ids is None else kept[other_ids][name]
+            edits.append((name, ChangedStep(change, axes, index, other)))
     return Applied(found.model, edits)
-
-
-def _edited(change: StepChange, index: Index, kept: np.ndarray | None, value: np.ndarray) -> np.ndarray:
-    value = value.copy()
-    change.make(value, index, kept)
-    return value

@@ -11,9 +11,11 @@ import numpy as np
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, checked_float, checked_int, escaped, short_repr
 from mistral_ref.steps import axis_sizes
-from mistral_ref.walk import inside_attention, matching_steps
+from mistral_ref.walk import PositionedEdit, inside_attention, matching_steps
 
-Index = tuple[int | slice | list[int], ...]  # which part of a step's value changes
+# Which part of a step's value changes: for each axis a number, a slice from the beginning, or two tokens.
+Index = tuple[int | slice | list[int], ...]
+_OF_TOKENS = ("token", "query", "key")
 _MOST = 2**31  # tokens, heads and neurons are fewer
 LARGEST = 1e30  # as in configurations; float32 holds it
 
@@ -94,12 +96,12 @@ class StepChange(Change):
     def _whole(self, axis: str, size: int) -> slice:
         return slice(None)
 
-    def make(self, value: np.ndarray, index: Index, kept: np.ndarray | None) -> None:
-        """Change the part `index` of a value in place; `kept` is the same step's value in the other pass."""
+    def changed(self, part: np.ndarray, kept: np.ndarray | None) -> np.ndarray | float:
+        """Return what a part of a value becomes; `kept` is the same part in the other pass."""
         raise NotImplementedError
 
     def statement(self, index: Index) -> str:
-        """Return the line of Python that `make` is, of the names `value` and `kept`."""
+        """Return the line of Python that changes this part, of the names `value` and `kept`."""
         raise NotImplementedError
 
     @property
@@ -111,6 +113,52 @@ class StepChange(Change):
 
 def _resolved(name: str, number: int, size: int) -> int:
     return checked_int(name, number, -size, size - 1) % size
+
+
+@dataclass(frozen=True)
+class ChangedStep(PositionedEdit):
+    """The edit that makes a change of one step.
+
+    axes    the step's axes
+    index   the part that changes, counted in a pass that begins at position 0
+    kept    the step's value in the other pass; None without one
+    """
+
+    change: StepChange
+    axes: tuple[str, ...]
+    index: Index
+    kept: np.ndarray | None
+
+    def __call__(self, value: np.ndarray) -> np.ndarray:
+        """Return the new value in a pass that begins at position 0."""
+        return self.at(value, np.arange(value.shape[1 if "query" in self.axes else 0]), 0)
+
+    def at(self, value: np.ndarray, positions_T: np.ndarray, first_key: int) -> np.ndarray:
+        """Return the new value in a pass of tokens at these positions. Tokens that are not in it do not change."""
+        here, there = [], []  # for each axis the indices of the part: in this pass, and in one from position 0 on
+        for axis, size, part in zip(self.axes, value.shape, self.index, strict=True):
+            positions = np.arange(size)
+            if axis in _OF_TOKENS:
+                positions = np.arange(first_key, first_key + size) if axis == "key" else positions_T
+            here.append(_indices(positions, part))
+            there.append(positions[here[-1]])
+        value, chosen = value.copy(), np.ix_(*here)
+        kept = None if self.kept is None else self.kept[np.ix_(*there)]
+        if value[chosen].size:
+            with np.errstate(all="ignore"):  # as in the pass itself: 0 times a score of -inf is NaN
+                value[chosen] = self.change.changed(value[chosen], kept)
+        return value
+
+
+def _indices(positions: np.ndarray, part: int | slice | list[int]) -> np.ndarray:
+    """Return where the numbers of a part of an index are among some positions.
+
+    >>> _indices(np.arange(5, 9), 7), _indices(np.arange(5, 9), slice(None, 7)), _indices(np.arange(3), [2, 0])
+    (array([2]), array([0, 1]), array([2, 0]))
+    """
+    if isinstance(part, slice):
+        return np.flatnonzero(positions < (np.inf if part.stop is None else part.stop))
+    return np.concatenate([np.flatnonzero(positions == one) for one in (part if isinstance(part, list) else [part])])
 
 
 def index_text(index: Index) -> str:
@@ -136,15 +184,11 @@ class _Arithmetic(StepChange):
     def _number(self) -> float:
         raise NotImplementedError
 
-    def make(self, value: np.ndarray, index: Index, kept: np.ndarray | None) -> None:
-        """Set the part, multiply it or add to it."""
-        match self.sign:
-            case "=":
-                value[index] = self._number
-            case "*=":
-                value[index] *= self._number
-            case "+=":
-                value[index] += self._number
+    def changed(self, part: np.ndarray, kept: np.ndarray | None) -> np.ndarray | float:
+        """Return the number, or the part multiplied by it, or added to it."""
+        if self.sign == "=":
+            return self._number
+        return part * self._number if self.sign == "*=" else part + self._number
 
     def statement(self, index: Index) -> str:
         """Return the same in Python."""
@@ -219,9 +263,12 @@ class Swap(StepChange):
         assert isinstance(token, int)
         return (*place[:at], [token, other], *place[at + 1 :])
 
-    def make(self, value: np.ndarray, index: Index, kept: np.ndarray | None) -> None:
-        """Exchange the part with itself, the two tokens in the other order."""
-        value[index] = value[_turned(index)]
+    def changed(self, part: np.ndarray, kept: np.ndarray | None) -> np.ndarray | float:
+        """Return the part with its two tokens in the other order."""
+        axis = 1 if inside_attention([f".{self.step}"]) else 0
+        if part.shape[axis] == 1:
+            raise InputError(f"{self}: one of the two tokens is in this pass alone; expected a pass with both")
+        return np.flip(part, axis)
 
     def statement(self, index: Index) -> str:
         """Return the same in Python."""
@@ -251,12 +298,12 @@ class Kept(StepChange):
         return super()._place(name, sizes)
 
     def _whole(self, axis: str, size: int) -> slice:
-        return slice(None, size) if axis in ("token", "query", "key") else slice(None)
+        return slice(None, size) if axis in _OF_TOKENS else slice(None)
 
-    def make(self, value: np.ndarray, index: Index, kept: np.ndarray | None) -> None:
-        """Set the part to what it is in the other pass."""
+    def changed(self, part: np.ndarray, kept: np.ndarray | None) -> np.ndarray | float:
+        """Return the part of the other pass."""
         assert kept is not None
-        value[index] = kept[index]
+        return kept
 
     def statement(self, index: Index) -> str:
         """Return the same in Python."""

@@ -125,4 +125,4 @@ class Variants:
         transformer.weights.check_files()
         none = np.empty(0, np.int64)  # the tokens' ids are needed for the embedding alone
         steps = transformer.forward_steps(none, branched, last_only=True, first_layer=layer, x_TD=x_TD)
-        return Walk(steps, ops, edits).finish()
+        return Walk(steps, ops, edits, branched).finish()
