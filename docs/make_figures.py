@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from drawings import attention, drafts, numbers, text
+from drawings import attention, drafts, numbers, patching, text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from story import N_STORY, STORY
@@ -62,8 +62,10 @@ def main(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "mistral_ref"}):
         model = mistral_ref.load()
-        course = text.figures(model) | attention.figures(model) | numbers.figures(model) | drafts.figures(model)
-        for name, ax in (figures(model) | course).items():
+        drawn = figures(model)
+        for chapters in (text, attention, numbers, drafts, patching):
+            drawn |= chapters.figures(model)
+        for name, ax in drawn.items():
             ax.figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
