@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mistral_ref import sampling
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import html_table, markdown_table
 from mistral_ref.errors import InputError, checked_int
@@ -144,7 +145,7 @@ def logit_lens(model: Model, trace: Trace, *, top: int = 5) -> LogitLens:
     winners_T1, rows = None, []
     for name in reversed(names):  # the last step first: its likeliest token is looked up at all steps
         logprobs_TV = log_softmax(residual_logits(model, _value(trace, name, model.config.dim)))
-        ids_TN = np.argsort(-logprobs_TV, axis=-1, kind="stable")[:, :top]
+        ids_TN = np.stack([sampling.likeliest(logprobs_V, top) for logprobs_V in logprobs_TV])
         winners_T1 = ids_TN[:, :1] if winners_T1 is None else winners_T1
         taken = [np.take_along_axis(logprobs_TV, ids, axis=-1) for ids in (ids_TN, winners_T1)]
         rows.append((ids_TN, taken[0], taken[1][:, 0]))

@@ -125,11 +125,15 @@ def in_layers(kind: str, config: ModelConfig) -> list[str]:
 
 def _kept(config: ModelConfig, n_tokens: int) -> set[str]:
     """Return the names of the steps that a pass keeps: attention weights first, then as they come in the pass."""
-    names = list(step_names(config))
     kept = set(matching_steps(_ALWAYS_KEPT, config))
-    kinds = ("attention_weights", *dict.fromkeys(name.rpartition(".")[2] for name in names))
-    for kind in kinds:
-        more = kept | {name for name in names if name.rpartition(".")[2] == kind}
-        if count_values(config, n_tokens, 0, more) <= _MOST_KEPT:
-            kept = more
+    room = _MOST_KEPT - count_values(config, n_tokens, 0, kept)
+    of_kind: dict[str, list[str]] = {"attention_weights": []}
+    for name in step_names(config):
+        of_kind.setdefault(name.rpartition(".")[2], []).append(name)
+    for names in of_kind.values():
+        more = [name for name in names if name not in kept]
+        size = count_values(config, n_tokens, 0, more)
+        if size <= room:
+            kept.update(more)
+            room -= size
     return kept

@@ -29,7 +29,14 @@ hooks.drawn = () => {
 SHOWN.forEach((name) => {
   ACTIONS[name[0]] = () => !shownBox.hidden && showOther(name);
 });
-KEYS.push(["b a d", "before, after, difference"]);
+ACTIONS.c = () => kindField.focus();
+KEYS.push(["b a d", "before, after, difference"], ["c", "change something"]);
+
+// A view that only the live page has: {title, heading, lead, draw}, as those of the file. A number is its key.
+function addView(name, view) {
+  VIEWS[name] = view;
+  ACTIONS[Object.keys(VIEWS).length] = () => go({ view: name });
+}
 
 costMissing = () =>
   el(

@@ -15,6 +15,12 @@ const textBox = el(
 const problem = el("p", { class: "problem", role: "alert", hidden: true });
 const status = el("p", { class: "status small muted", role: "status" });
 const bar = el("progress", { "aria-label": "The pass", hidden: true });
+// On a narrow screen the changes stand below the view.
+const toChanges = el(
+  "button",
+  { type: "button", class: "tiny narrow", "data-key": "to changes", onclick: () => kindField.focus() },
+  "Change something ↓",
+);
 const merging = el("div", { class: "merges small", "aria-live": "polite" });
 
 function type(text) {
@@ -88,5 +94,5 @@ async function drawMerges() {
   }
 }
 
-tokenStrip.before(el("div", { class: "typed" }, textBox, el("div", { class: "doing" }, status, bar)), problem);
+tokenStrip.before(el("div", { class: "typed" }, textBox, el("div", { class: "doing" }, status, bar, toChanges)), problem);
 tokenStrip.after(merging);
