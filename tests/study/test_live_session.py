@@ -309,6 +309,28 @@ def test_a_newer_question_ends_the_pass_of_an_older_one() -> None:
     assert work.place("a reader") is None
 
 
+def test_what_can_wait_lets_others_go_first_and_goes_on() -> None:
+    work, begun, order = Work(), threading.Event(), []
+    threading.Thread(target=work.run, daemon=True).start()
+
+    def patient(progress: Any) -> str:
+        for done in range(10**6):
+            progress(done, 10**6)
+            begun.set()
+            if order:
+                order.append("patient")
+                return "done"
+        return "alone"
+
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(work.ask("r", "one", patient, can_wait=True)))
+    thread.start()
+    assert begun.wait(10)
+    assert work.ask("r", "one", lambda progress: order.append("urgent") or 3) == 3
+    thread.join(10)
+    assert (found, order) == (["done"], ["urgent", "patient"])
+
+
 def test_an_error_belongs_to_who_asked_and_the_work_goes_on() -> None:
     work = Work()
     threading.Thread(target=work.run, daemon=True).start()

@@ -37,7 +37,9 @@ class ChangedPass(NamedTuple):
         """
         (model, edits), ids = self.applied, list(self.values.ids)
         if not edits:
-            yield from (token.id for token in model.generate(ids, max_tokens=n))
+            for done, token in enumerate(model.generate(ids, max_tokens=n), 1):
+                progress(done, n)
+                yield token.id
             return
         for done in range(n):
             progress(done, n)

@@ -153,7 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked, parts = question_of(text, question.get("changes")), question.get("parts")
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise InputError(f"parts are {short_repr(parts)}; expected a list of objects")
-        return work.ask(reader, asked, lambda progress: session.answer(asked, parts, progress))
+        can_wait = question.get("canWait") is True
+        return work.ask(reader, asked, lambda progress: session.answer(asked, parts, progress), can_wait=can_wait)
 
     def _may(self, method: str) -> bool:
         """Return whether this is a request of the page itself, or of the reader's address bar; else refuse it."""

@@ -43,8 +43,8 @@ async function nextParts(token) {
   ];
 }
 
-// How the text goes on is computed by itself while that is quick, and else when it is asked for.
-const QUICK = 0.5; // seconds that a pass may take
+// How the text goes on is computed by itself while passes are quick, and else when it is asked for.
+const QUICK = 0.5; // seconds
 let askedFor = ""; // the question whose continuation has been asked for
 async function goesOnParts() {
   const key = JSON.stringify(question);
@@ -59,7 +59,7 @@ async function goesOnParts() {
     ];
   }
   const shown = isChanged() ? ["before", "after"] : ["before"];
-  const found = await Promise.all(shown.map((one) => partOf("goes_on", null, one).catch((error) => error)));
+  const found = await Promise.all(shown.map((one) => partOf("goes_on", null, one, askAlone).catch((error) => error)));
   return [
     el("h3", null, "How the text goes on, by the likeliest tokens"),
     ...found.map((pieces, index) =>

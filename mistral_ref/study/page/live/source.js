@@ -53,12 +53,15 @@ function askTogether(one) {
   });
 }
 
+// What can wait is asked for by itself: whatever else is asked for comes first.
+const askAlone = async (one) => (await ask("parts", { parts: [one], canWait: true }))[0];
+
 // A part of one of the passes: the views ask for those of the pass that is shown.
-function partOf(name, of, shown) {
+function partOf(name, of, shown, askFor = askTogether) {
   const key = JSON.stringify([name, of, shown]);
   if (!answers.has(key)) {
     const kept = answers,
-      answer = askTogether({ name, of, shown }).then(valueOf);
+      answer = askFor({ name, of, shown }).then(valueOf);
     answer.catch(() => kept.delete(key)); // what failed may be asked for again
     kept.set(key, answer);
   }
@@ -88,11 +91,13 @@ async function show(next, shown = passes.shown) {
       asked.map(({ name, of, shown }, index) => [JSON.stringify([name, of, shown]), answered(found[index])]),
     );
     showProblem("");
+    showBusy(false);
     showPass();
   } catch (error) {
-    if (!(error instanceof Stale) && mine === turn) showProblem(error.message);
+    if (error instanceof Stale || mine !== turn) return;
+    showProblem(error.message);
+    showBusy(false);
   }
-  if (mine === turn) showBusy(false);
 }
 
 function answered(found) {
