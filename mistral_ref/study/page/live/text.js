@@ -23,7 +23,9 @@ const toChanges = el(
 );
 const merging = el("div", { class: "merges small", "aria-live": "polite" });
 
+const MOST_TYPED = 200_000; // characters: the server takes a megabyte
 function type(text) {
+  if (text.length > MOST_TYPED) return showProblem(`The text is too long: at most ${grouped(MOST_TYPED)} characters.`);
   drawTyped(text);
   show({ text });
 }
