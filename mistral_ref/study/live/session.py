@@ -7,6 +7,7 @@ page that is loaded again, or a second tab, asks the same questions and gets the
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -57,20 +58,22 @@ class Session:
     def __init__(self, model: Model, title: str, load: str = "mistral_ref.load()") -> None:
         self.model, self.title, self.load = model, title, load
         self.first: Entry = {}  # what the page shows when it is loaded
-        self.first_text = ""
+        self.first_text, self.first_seconds = "", 0.0
         self._passes: OrderedDict[Question, ChangedPass] = OrderedDict()
 
     def begin(self, text: str, progress: Progress) -> None:
         """Take the pass that the page shows when it is loaded."""
+        begun = time.monotonic()
         (about,) = self.answer(Question(text), [{"name": "about", "shown": "before"}], progress)
         if "error" in about:
             raise InputError(about["error"])
-        self.first, self.first_text = about["value"], text
+        self.first, self.first_text, self.first_seconds = about["value"], text, time.monotonic() - begun
 
     def live_entry(self) -> Entry:
-        """Return what the live page knows of its server: the text that it begins with, and the bugs to plant."""
+        """Return what the live page knows of its server: its first text, how long that took, and the bugs to plant."""
         bugs = [] if isinstance(self.model, BrokenModel) else possible_bugs(self.model)
-        return {"text": self.first_text, "bugs": {name: BUGS[name].sentence for name in bugs}}
+        sentences = {name: BUGS[name].sentence for name in bugs}
+        return {"text": self.first_text, "seconds": self.first_seconds, "bugs": sentences}
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text; for a model without a tokenizer the text is a list of ids. Raises InputError."""

@@ -16,6 +16,9 @@ document.querySelector("main").append(aside);
 document.body.classList.add("live");
 document.querySelector(".bar").prepend(gone);
 tabs.before(shownBox);
+document.querySelector("footer").append(
+  " The page is live, from a server on this machine. Another tab is another reader of the same model, with a text and changes of its own.",
+);
 document.head.append(el("link", { rel: "icon", href: "data:," })); // or the browser asks for one
 
 hooks.drawn = () => {

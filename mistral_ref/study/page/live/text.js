@@ -50,7 +50,7 @@ function showProblem(text) {
 
 let poll = null,
   begun = 0,
-  seconds = 0; // that the newest question took
+  seconds = live.seconds; // that the newest question took
 function showBusy(isBusy) {
   clearInterval(poll);
   bar.hidden = !isBusy;
