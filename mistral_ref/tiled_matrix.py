@@ -9,6 +9,8 @@ of 4.25; the others take what they took.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +20,7 @@ from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
 from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix, Blocks
 from mistral_ref.weights import BlockKind, Rows
 
-_CODES_AT_ONCE = 2**22  # how many codes are unpacked at the same time
+_CODES_AT_ONCE = 2**20  # how many codes a thread unpacks at the same time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,7 +95,8 @@ def tiled(matrix: BlockMatrix) -> TiledMatrix:
     n_out, n_in = matrix.shape
     data, scales = (np.empty(shape, np.uint8) for shape in tiled_shapes(matrix.kind, n_out, n_in))
     at_once = max(_CODES_AT_ONCE // n_in // TILE, 1)  # tiles
-    for first in range(0, len(data), at_once):
+
+    def convert(first: int) -> None:
         tiles = slice(first, min(first + at_once, len(data)))
         blocks = matrix.blocks(slice(tiles.start * TILE, min(tiles.stop * TILE, n_out)))
         codes = blocks.codes.reshape(len(blocks.codes), n_in)
@@ -102,6 +105,10 @@ def tiled(matrix: BlockMatrix) -> TiledMatrix:
         of_group = [blocks.scales, blocks.minimums] if matrix.type.groups > 1 else []
         parts = [_of_tiles(part) for part in (*of_block, *of_group) if part is not None]
         scales[tiles] = np.concatenate(parts, axis=-1)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(convert, range(0, len(data), at_once)):  # raises what a conversion has raised
+            pass
     return TiledMatrix(matrix.name, matrix.kind, data, scales=scales, n_out=n_out)
 
 

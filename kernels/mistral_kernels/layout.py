@@ -18,6 +18,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,27 +27,36 @@ QUADS = 8  # of a row that follow each other plane by plane
 PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # bits of a code -> bits of each plane
 
 
-def _planes(bits: int) -> Iterator[tuple[int, int, range]]:
-    """Yield for each plane its bits, the number of bits below it, and the shift of each quad that shares a byte."""
+class _Plane(NamedTuple):
+    """A plane: its bits in each byte of a word, the bits of a code below it, its vectors, and its quads' shifts."""
+
+    mask: np.uint32
+    below: np.uint32
+    vectors: slice
+    shifts: range
+
+
+def _planes(bits: int) -> Iterator[_Plane]:
     below = 0
     for width in PLANES[bits]:
-        yield width, below, range(0, 8, width)
+        mask = np.uint32((2**width - 1) * 0x01010101)
+        yield _Plane(mask, np.uint32(below), slice(below, below + width), range(0, 8, width))
         below += width
 
 
 def code_tiles(codes_OI: np.ndarray, bits: int) -> np.ndarray:
     """Return codes (O, I), uint8 each, as tiles, uint8 (ceil(O/8), I * bits / 32, 8, 4); I is a multiple of 32."""
     n_out, n_in = codes_OI.shape
-    whole_tiles = np.pad(codes_OI, ((0, -n_out % TILE), (0, 0)))
-    quads = whole_tiles.reshape(-1, TILE, n_in // 32, QUADS, 4).transpose(0, 2, 3, 1, 4)
-    tiles = np.zeros((*quads.shape[:2], bits, TILE, 4), np.uint8)
-    first = 0
-    for width, below, shifts in _planes(bits):
-        for number, shift in enumerate(shifts):
-            some = quads[:, :, number :: len(shifts)] >> np.uint8(below) & np.uint8(2**width - 1)
-            tiles[:, :, first : first + width] |= some << np.uint8(shift)
-        first += width
-    return tiles.reshape(len(tiles), -1, TILE, 4)
+    whole_tiles = np.zeros((-(-n_out // TILE) * TILE, n_in), np.uint8)
+    whole_tiles[:n_out] = codes_OI
+    words = whole_tiles.view(np.uint32).reshape(-1, TILE, n_in // 32, QUADS)  # a quad each
+    quads = np.ascontiguousarray(words.transpose(0, 2, 3, 1))
+    tiles = np.zeros((*quads.shape[:2], bits, TILE), np.uint32)
+    for plane in _planes(bits):
+        for number, shift in enumerate(plane.shifts):
+            of_plane = quads[:, :, number :: len(plane.shifts)] >> plane.below & plane.mask
+            tiles[:, :, plane.vectors] |= of_plane << np.uint32(shift)
+    return tiles.view(np.uint8).reshape(len(tiles), n_in * bits // 32, TILE, 4)
 
 
 def codes_of_tiles(tiles: np.ndarray, rows: np.ndarray, bits: int) -> np.ndarray:
@@ -57,12 +67,11 @@ def codes_of_tiles(tiles: np.ndarray, rows: np.ndarray, bits: int) -> np.ndarray
     [True, True]
     """
     n_pieces = tiles.shape[1] // bits
-    vectors = tiles[rows // TILE, :, rows % TILE].reshape(len(rows), n_pieces, bits, 1, 4)
-    codes = np.zeros((len(rows), n_pieces, QUADS, 4), np.uint8)
-    first = 0
-    for width, below, shifts in _planes(bits):
-        moves = np.array(shifts, np.uint8)[:, np.newaxis]
-        shared = vectors[:, :, first : first + width] >> moves & np.uint8(2**width - 1)
-        codes |= shared.reshape(codes.shape) << np.uint8(below)
-        first += width
-    return codes.reshape(len(rows), 4 * QUADS * n_pieces)
+    words = np.ascontiguousarray(tiles[rows // TILE, :, rows % TILE]).view(np.uint32)
+    words = words.reshape(len(rows), n_pieces, bits)
+    quads = np.zeros((len(rows), n_pieces, QUADS), np.uint32)
+    for plane in _planes(bits):
+        for number, shift in enumerate(plane.shifts):
+            of_plane = words[:, :, plane.vectors] >> np.uint32(shift) & plane.mask
+            quads[:, :, number :: len(plane.shifts)] |= of_plane << plane.below
+    return quads.view(np.uint8).reshape(len(rows), 4 * QUADS * n_pieces)
