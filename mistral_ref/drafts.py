@@ -184,7 +184,7 @@ class Ahead:
 
     def prepare(self, n_tokens: int) -> None:
         """Make what verifying drafts after a prompt of so many tokens needs."""
-        passes.prepare(self.transformer, self.cache, {2, MOST + 1})
+        passes.prepare(self.transformer, self.cache, {2, 3, MOST + 1})
         if self._drafter is not None:
             self._drafter.prepare(n_tokens)
 

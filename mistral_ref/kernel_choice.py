@@ -14,7 +14,7 @@ import numpy as np
 
 from mistral_kernels import attention, elementwise, limits, panels, sharing
 from mistral_kernels.products import Blocks, Codes, Floats
-from mistral_kernels.quantized import FEW_TOKENS, ONE_TOKEN, matmul_quantized, matvec_quantized
+from mistral_kernels.quantized import TOGETHER, matmul_quantized, matvec_quantized
 from mistral_ref.block_matrix import BlockMatrix
 from mistral_ref.cache import CACHE_DTYPES, DEFAULT_CHUNK
 from mistral_ref.config import ModelConfig
@@ -93,7 +93,7 @@ def of_passes(
     needed += [attend(dtype, length, config.n_heads, config.n_kv_heads) for length in lengths]
     multiplied = [(weights.output, length) for length in ({1} if last_only else lengths)]
     # An expert gets some of a pass's tokens, so it may get one, a few or many.
-    some = lengths if config.moe is None else {*lengths, 1, min(2, max(lengths))}
+    some = lengths if config.moe is None else {*lengths, *range(1, min(3, max(lengths)) + 1)}
     multiplied += pairs_of(matrices(weights.layers), some)
     needed += [factor(weight, quantized_inputs, bf16_inputs).kernel(length) for weight, length in multiplied]
     needed += [] if config.moe is None else [partial(elementwise.mix_experts)]
@@ -116,12 +116,12 @@ def of_a_model(config: ModelConfig, weights: Weights, *, every_option: bool = Fa
         roundings.append(("int16", "bfloat16"))
         for bits, inputs in pairs_of(BITS, _ROUNDED):
             how = f"int{bits}", inputs, GROUP_SIZE
-            needed += [partial(matvec_quantized, *how, meeting) for meeting in (ONE_TOKEN, FEW_TOKENS)]
+            needed += [partial(matvec_quantized, *how, n_together) for n_together in TOGETHER]
             needed += [partial(matmul_quantized, *how)]
         needed += [partial(limits.plain_read), partial(limits.multiply_add_peak)]
     for (quantized_inputs, bf16_inputs), cache_dtype in pairs_of(roundings, CACHE_DTYPES):
         needed += of_passes(
-            config, weights, cache_dtype, {1, 2, DEFAULT_CHUNK},
+            config, weights, cache_dtype, {1, 2, 3, DEFAULT_CHUNK},
             last_only=False, quantized_inputs=quantized_inputs, bf16_inputs=bf16_inputs,
         )  # fmt: skip
     return _once(needed)

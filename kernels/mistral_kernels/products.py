@@ -13,7 +13,7 @@ from mistral_kernels.matmul import matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, matvec
 from mistral_kernels.packed import matmul_blocks, matvec_blocks
 from mistral_kernels.pool import ArrayPool
-from mistral_kernels.quantized import FEW_TOKENS, ONE_TOKEN, matmul_quantized, matvec_quantized, slab_shapes
+from mistral_kernels.quantized import TOGETHER, matmul_quantized, matvec_quantized, slab_shapes
 
 TOKENS_AT_ONCE = 512  # the results of one product should stay in the processor's caches
 
@@ -94,8 +94,8 @@ class Codes(NamedTuple):
         To fill a panel takes as long as to multiply the tiles with some tokens.
         """
         how = self.kind, self.inputs, self.group
-        if 0 < n_tokens <= FEW_TOKENS[1]:
-            return partial(matvec_quantized, *how, ONE_TOKEN if n_tokens == 1 else FEW_TOKENS)
+        if 0 < n_tokens <= max(TOGETHER):
+            return partial(matvec_quantized, *how, min(n for n in TOGETHER if n >= n_tokens))
         return partial(matmul_quantized, *how)
 
     def multiply(self, x_TI: np.ndarray, y_TO: np.ndarray, threads: int, pool: ArrayPool) -> None:

@@ -39,8 +39,8 @@ from mistral_kernels.tiles import AT_ONCE, Form, form_of, tile_groups, unpack
 
 GROUPS = (32, 64, 128)  # inputs that share a scale
 DEPTH = 256  # of a panel of codes: 12 KiB at most
-# Tiles and tokens that are multiplied together, for one token and for a few; each tile is a stream of its own.
-ONE_TOKEN, FEW_TOKENS = (4, 1), (2, 4) if LANES == 16 else (1, 4)
+# How many tokens are multiplied together, and with how many tiles, each a stream of its own.
+TOGETHER = {1: 4, 2: 2, 4: 2} if LANES == 16 else {1: 4, 2: 1, 4: 1}
 OF_GROUP = 2 * WIDTH  # floats in a panel's scales for a group: scales, then zeros
 
 
@@ -83,13 +83,13 @@ def plain_product(codes: Integers, scales: Floats, zeros: Floats, largest: int, 
             y[o] += scales[o, g] * scale_x * (dot - zeros[o, g] * sum(q))
 
 
-def _over_tiles(form: Form, inputs: str, meeting: tuple[int, int], *variant: object) -> Part:
-    """Return the function that multiplies some tiles with all tokens.
+def _over_tiles(form: Form, inputs: str, n_together: int, *variant: object) -> Part:
+    """Return the function that multiplies some tiles with all tokens, n_together at a time.
 
-    meeting     how many tiles and tokens are multiplied together; each row and token have a sum of their own
+    Each row and token have a sum of their own.
     """
-    n_tiles, n_together = meeting
-    no_group_sums, add_groups, store_group_sums = tile_groups(form, inputs, *meeting)
+    n_tiles = TOGETHER[n_together]
+    no_group_sums, add_groups, store_group_sums = tile_groups(form, inputs, n_tiles, n_together)
     bits, block, factor_bytes, at_once = form.bits, form.block, form.factor_bytes, max(form.group, AT_ONCE)
 
     @part(*variant)
@@ -123,20 +123,20 @@ def _over_tiles(form: Form, inputs: str, meeting: tuple[int, int], *variant: obj
 
 
 @made_once
-def matvec_quantized(kind: str, inputs: str, group: int, meeting: tuple[int, int]) -> Kernel:
+def matvec_quantized(kind: str, inputs: str, group: int, n_together: int) -> Kernel:
     """Return a kernel: matvec_quantized(W, S, unit, x, y, threads), for codes in tile order.
 
     kind, group     as tiles.form_of has them
-    meeting         ONE_TOKEN or FEW_TOKENS: how many tiles and tokens are multiplied together
+    n_together      of TOGETHER: how many tokens are multiplied together
     W, S            codes and factors of whole groups of inputs, as bytes, tile after tile
     unit            what scales are multiplied by
     x, y            (T, I) and (T, O) float32
 
     It does what plain_product does, for each token.
     """
-    variant = kind, inputs, group, *meeting
+    variant = kind, inputs, group, n_together
     multiply_tiles, rounded = (
-        _over_tiles(form_of(kind, group), inputs, meeting, *variant),
+        _over_tiles(form_of(kind, group), inputs, n_together, *variant),
         rounded_inputs(inputs, group),
     )
     integer = np.dtype(inputs).type

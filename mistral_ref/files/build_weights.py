@@ -44,8 +44,8 @@ def open_gguf_of(path: Path) -> GGUF | None:
 
 def model_in(path: Path, gguf: GGUF | None) -> tuple[ModelConfig, Weights]:
     """Return the configuration and the weights of the model at a path; `gguf` is what `open_gguf_of` returns."""
-    checkpoint = gguf_checkpoint(gguf) if gguf is not None and gguf.path == path else open_checkpoint(path)
     config = read_config(path) if gguf is None else gguf_config(gguf)
+    checkpoint = gguf_checkpoint(gguf) if gguf is not None and gguf.path == path else open_checkpoint(path)
     config = config.replace(rope_row_order=checkpoint.row_order)
     weights = build_weights(checkpoint, config)
     return config.replace(tied_embeddings=weights.output is weights.tok_embeddings), weights

@@ -77,6 +77,26 @@ def test_bench() -> None:
     assert "gguf_types.gguf" in done.stdout
 
 
+def test_a_file_is_brought_into_tile_order(tmp_path: Path) -> None:
+    done = run("quantize", TYPES, tmp_path / "tiles")
+    assert (done.returncode, "bits a weight" in done.stdout) == (0, True)
+    options = [
+        "--ids",
+        "1,2,3",
+        "--backend",
+        "numpy",
+        "--temperature",
+        0,
+        "--max-tokens",
+        4,
+        "--quantized-inputs",
+        "float",
+    ]
+    texts = [run("generate", "--model", model, *options).stdout for model in (TYPES, tmp_path / "tiles")]
+    assert texts[0] == texts[1] != ""
+    assert "Q4_K" in run("info", "--model", tmp_path / "tiles").stdout
+
+
 def test_mistakes_are_one_line(talking: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(TYPES.read_bytes()[:-1000])
@@ -85,7 +105,7 @@ def test_mistakes_are_one_line(talking: Path, tmp_path: Path) -> None:
     assert_complains(run("generate", "--model", TYPES, "A").stderr, "tokenizer", "--ids")
     assert_complains(run("generate", "--model", TYPES, "--ids", 1, "--window", 0).stderr, "window", 0)
     assert_complains(run("generate", "--model", TYPES, "--ids", 1, "--quantize", 8).stderr, TYPES)
-    assert_complains(run("quantize", TYPES, tmp_path / "out").stderr, TYPES, "GGUF")
+    assert_complains(run("quantize", TYPES, tmp_path / "out", "--bits", 4).stderr, TYPES, "packed")
     assert not (tmp_path / "out").exists()
     shutil.copy(TYPES, tmp_path / "second.gguf")
     assert_complains(run("info", "--model", tmp_path).stderr, "cut.gguf", "second.gguf")

@@ -242,11 +242,12 @@ EVERY_KERNEL = [
         for rows in ("FEW_ROWS", "MANY_ROWS")
     ),
     *(
-        f"from mistral_kernels.quantized import *; {product}({kind!r}, {inputs!r}, {group}{meeting})"
+        f"from mistral_kernels.quantized import *; {product}({kind!r}, {inputs!r}, {group}{more})"
         for kind, group in (("int4", 32), ("q4_k", 32), ("q6_k", 16))
-        for product, meeting in (
-            ("matvec_quantized", ", ONE_TOKEN"),
-            ("matvec_quantized", ", FEW_TOKENS"),
+        for product, more in (
+            ("matvec_quantized", ", 1"),
+            ("matvec_quantized", ", 2"),
+            ("matvec_quantized", ", 4"),
             ("matmul_quantized", ""),
         )
         for inputs in ("int16", "int8")

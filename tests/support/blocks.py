@@ -11,7 +11,7 @@ from support.kernels import rounded_product
 from support.marks import slow_but
 
 from mistral_kernels.packed import matmul_blocks, matvec_blocks
-from mistral_kernels.quantized import ONE_TOKEN, matmul_quantized, matvec_quantized
+from mistral_kernels.quantized import matmul_quantized, matvec_quantized
 from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix
 from mistral_ref.tiled_matrix import TiledMatrix, tiled
 
@@ -64,6 +64,6 @@ def block_product(matrix: BlockMatrix, x_TI: np.ndarray, inputs: str, n_threads:
     makers = partial(matvec_blocks, matrix.kind, inputs), partial(matmul_blocks, matrix.kind, inputs)
     if isinstance(matrix, TiledMatrix):
         how = matrix.kind, inputs, matrix.group_size
-        makers = partial(matvec_quantized, *how, ONE_TOKEN), partial(matmul_quantized, *how)
+        makers = partial(matvec_quantized, *how, 1), partial(matmul_quantized, *how)
         stored += [matrix.scale_bytes, np.float32(1)]
     return rounded_product(makers, tuple(stored), rounding, x_TI, matrix.shape[0], n_threads, **options)

@@ -24,7 +24,7 @@ from mistral_kernels.arrays import Kernel
 from mistral_kernels.matmul import DEPTH, matmul, slab_shape
 from mistral_kernels.matvec import FEW, ONE, matvec
 from mistral_kernels.processor import LANES
-from mistral_kernels.quantized import FEW_TOKENS, ONE_TOKEN, matmul_quantized, matvec_quantized, slab_shapes
+from mistral_kernels.quantized import TOGETHER, matmul_quantized, matvec_quantized, slab_shapes
 from mistral_kernels.team import Team, team
 from mistral_kernels.tile import WIDTH
 from mistral_ref.files.quantized_format import quantized_tensors
@@ -221,7 +221,8 @@ def rounded_product(
 def few_together(how: tuple[str, str, int], stored: tuple[Any, ...], x_TI: np.ndarray, n_out: int) -> np.ndarray:
     """Return x · Wᵀ by matvec_quantized for a few tokens, of codes in tile order."""
     y_TO = np.full((len(x_TI), n_out), np.nan, np.float32)
-    matvec_quantized(*how, FEW_TOKENS)(*stored, x_TI, y_TO, shared(1))
+    n_together = min((n for n in TOGETHER if n >= len(x_TI)), default=max(TOGETHER))
+    matvec_quantized(*how, n_together)(*stored, x_TI, y_TO, shared(1))
     return y_TO
 
 
@@ -230,7 +231,7 @@ def quantized_product(
 ) -> np.ndarray:
     """Return x · Wᵀ by matvec_quantized, token by token, or by matmul_quantized."""
     kernels = f"int{how.bits}", how.inputs, how.group
-    makers = partial(matvec_quantized, *kernels, ONE_TOKEN), partial(matmul_quantized, *kernels)
+    makers = partial(matvec_quantized, *kernels, 1), partial(matmul_quantized, *kernels)
     stored = matrix.as_bytes, matrix.scale_bytes, matrix.unit
     return rounded_product(makers, stored, (how.inputs, how.group), x_TI, matrix.shape[0], n_threads, **options)
 
