@@ -259,7 +259,7 @@ def test_the_python_is_a_program_of_its_own() -> None:
     lily, tom = ("Once upon a time, " + name + " went home.\n'''\"\"\"" for name in ("Lily", "Tom"))
     changes = [
         Patch("layers.*.heads", tom, token=-1, head=3), Freeze("layers.4.attention_weights"), Window(8), Theta(5e3),
-        PlantedBug("not-causal"), Set("layers.0.*", 0.5, token=2), Swap("layers.3.scores", 3, token=4), Zero("norm"),
+        PlantedBug("not-causal"), Set("layers.0.*", 0.5, token=2), Swap("layers.3.*", 3, token=4), Zero("norm"),
     ]  # fmt: skip
     names: dict[str, Any] = {}
     exec(python_source(model, lily, changes, load="mistral_ref.load(threads=1)"), names)

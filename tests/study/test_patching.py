@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.adapters import adapted
 from support.errors import refused
 from support.tiny import BACKENDS, MIXTURE, SMALL, configs, model_of, tokens_for
 
@@ -177,6 +178,16 @@ def test_both_backends_give_what_naive_passes_give(config: ModelConfig, backend:
         for name in found.rows
     ]
     np.testing.assert_allclose(found.values_RC, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("config", [SMALL, MIXTURE], ids=["dense", "mixture"])
+def test_the_steps_of_an_adapter_can_be_swept(config: ModelConfig) -> None:
+    model = adapted(model_of(config, dtype="float64"))
+    tokens, other = tokens_for(config, 5), tokens_for(config, 5, seed=1)
+    names = [name for name in sweepable(model.config) if "_lora_" in name and not name.startswith("layers.0")]
+    source, found = model.trace(other), patch(model, tokens, other, by="token", steps=names, metric=TO)
+    expected = [[naive(model, tokens, name, token, None, source[name]) for token in range(5)] for name in names]
+    np.testing.assert_allclose(found.values_RC, expected, atol=1e-10)
 
 
 def test_means_are_over_tokens_of_the_prompt_or_of_texts() -> None:

@@ -96,8 +96,8 @@ class StepChange(Change):
     def _whole(self, axis: str, size: int) -> slice:
         return slice(None)
 
-    def changed(self, part: np.ndarray, kept: np.ndarray | None) -> np.ndarray | float:
-        """Return what a part of a value becomes; `kept` is the same part in the other pass."""
+    def changed(self, part: np.ndarray, other: np.ndarray) -> np.ndarray | float:
+        """Return what a part of a value becomes; `other` is the part from which a change takes numbers, if it does."""
         raise NotImplementedError
 
     def statement(self, index: Index) -> str:
@@ -135,18 +135,21 @@ class ChangedStep(PositionedEdit):
 
     def at(self, value: np.ndarray, positions_T: np.ndarray, first_key: int) -> np.ndarray:
         """Return the new value in a pass of tokens at these positions. Tokens that are not in it do not change."""
-        here, there = [], []  # for each axis the indices of the part: in this pass, and in one from position 0 on
+        here, there = [], []  # for each axis the indices of the part, and of that from which numbers are taken
         for axis, size, part in zip(self.axes, value.shape, self.index, strict=True):
             positions = np.arange(size)
             if axis in _OF_TOKENS:
                 positions = np.arange(first_key, first_key + size) if axis == "key" else positions_T
             here.append(_indices(positions, part))
-            there.append(positions[here[-1]])
+            there.append(here[-1] if self.kept is None else positions[here[-1]])
+            if isinstance(part, list):
+                there[-1] = there[-1][::-1]
+                if len(here[-1]) == 1:
+                    raise InputError(f"{self.change}: this pass has one of the two tokens; expected both, or none")
         value, chosen = value.copy(), np.ix_(*here)
-        kept = None if self.kept is None else self.kept[np.ix_(*there)]
-        if value[chosen].size:
-            with np.errstate(all="ignore"):  # as in the pass itself: 0 times a score of -inf is NaN
-                value[chosen] = self.change.changed(value[chosen], kept)
+        source = value if self.kept is None else self.kept
+        with np.errstate(all="ignore"):  # as in the pass itself: 0 times a score of -inf is NaN
+            value[chosen] = self.change.changed(value[chosen], source[np.ix_(*there)])
         return value
 
 
@@ -184,7 +187,7 @@ class _Arithmetic(StepChange):
     def _number(self) -> float:
         raise NotImplementedError
 
-    def changed(self, part: np.ndarray, kept: np.ndarray | None) -> np.ndarray | float:
+    def changed(self, part: np.ndarray, other: np.ndarray) -> np.ndarray | float:
         """Return the number, or the part multiplied by it, or added to it."""
         if self.sign == "=":
             return self._number
@@ -263,12 +266,9 @@ class Swap(StepChange):
         assert isinstance(token, int)
         return (*place[:at], [token, other], *place[at + 1 :])
 
-    def changed(self, part: np.ndarray, kept: np.ndarray | None) -> np.ndarray | float:
+    def changed(self, part: np.ndarray, other: np.ndarray) -> np.ndarray | float:
         """Return the part with its two tokens in the other order."""
-        axis = 1 if inside_attention([f".{self.step}"]) else 0
-        if part.shape[axis] == 1:
-            raise InputError(f"{self}: one of the two tokens is in this pass alone; expected a pass with both")
-        return np.flip(part, axis)
+        return other
 
     def statement(self, index: Index) -> str:
         """Return the same in Python."""
@@ -300,10 +300,9 @@ class Kept(StepChange):
     def _whole(self, axis: str, size: int) -> slice:
         return slice(None, size) if axis in _OF_TOKENS else slice(None)
 
-    def changed(self, part: np.ndarray, kept: np.ndarray | None) -> np.ndarray | float:
+    def changed(self, part: np.ndarray, other: np.ndarray) -> np.ndarray | float:
         """Return the part of the other pass."""
-        assert kept is not None
-        return kept
+        return other
 
     def statement(self, index: Index) -> str:
         """Return the same in Python."""
