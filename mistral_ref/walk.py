@@ -109,10 +109,12 @@ def make_edits(step: Step, edits: Iterable[tuple[str, Edit]], positions_T: np.nd
             continue
         if not isinstance(edit, PositionedEdit):
             step.value = edit(step.value) if callable(edit) else edit
-            continue
-        n_tokens = step.value.shape[1 if "query" in step.axes else 0]
-        at_T = positions_T if "pair" in step.axes or n_tokens == len(positions_T) else positions_T[last]
-        step.value = edit.at(step.value, at_T, step.key_positions.start if step.key_positions else 0)
+        elif step.key_positions is not None:  # scores of one sequence, also in a pass of several
+            first, stop = step.key_positions.start, step.key_positions.stop
+            step.value = edit.at(step.value, np.arange(stop - step.value.shape[1], stop), first)
+        else:
+            is_whole = "pair" in step.axes or len(step.value) == len(positions_T)
+            step.value = edit.at(step.value, positions_T if is_whole else positions_T[last], 0)
 
 
 def source_of(steps: object) -> str:

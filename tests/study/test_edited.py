@@ -16,7 +16,7 @@ from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError
 from mistral_ref.steps import step_names
 from mistral_ref.study.broken import broken
-from mistral_ref.study.changes import with_config
+from mistral_ref.study.changes import Patch, Scale, Set, Swap, Zero, apply, with_config
 from mistral_ref.study.edited import edited
 from mistral_ref.study.patching import ablate, steered, steering_vector
 
@@ -92,6 +92,33 @@ def test_a_sweep_of_an_edited_model_goes_on_from_its_edits() -> None:
         for column, short in enumerate(("attention_out", "ffn_out")):
             logits_V = model.forward(TOKENS, edits=[*edits, (f"layers.{row}.{short}", np.zeros_like)])[-1]
             np.testing.assert_allclose(found.values_RC[row, column], logits_V[3] - logits_V[5], atol=1e-10)
+
+
+def test_tokens_of_several_texts_in_a_pass_keep_their_numbers() -> None:
+    """In passes of several texts, and in those of a sweep, whose branches begin anywhere in the text."""
+    model = model_of(SMALL, dtype="float64")
+    changes = [
+        Zero("layers.0.heads", token=2, head=1), Set("layers.2.attention_weights", 0.5, token=3, neuron=1),
+        Patch("layers.1.residual_after_attention", tuple(TOKENS[::-1]), token=4), Scale("layers.2.ffn_out", 2, token=9),
+    ]  # fmt: skip
+    _, edits = apply(model, TOKENS, changes)
+    changed, prompts = edited(model, edits), [TOKENS, TOKENS[:3], [*TOKENS, 5]]
+    for prompt, scores in zip(prompts, changed.score_batch(prompts), strict=True):
+        logits_TV = model.forward(prompt, edits=edits)[:-1]
+        expected = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
+        np.testing.assert_allclose(scores, expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-9)
+    swapped = apply(model, TOKENS, [*changes, Swap("layers.1.v", 5, token=0)]).edits
+    for by, some in (("head", swapped), ("token", edits)):
+        found = ablate(edited(model, some), TOKENS, by=by, metric=(3, 5))
+        for (row, column), value in np.ndenumerate(found.values_RC):
+
+            def silent(value: np.ndarray, by: str = by, column: int = column) -> np.ndarray:
+                value = value.copy()
+                value[(slice(None), column) if by == "head" else column] = 0
+                return value
+
+            logits_V = model.forward(TOKENS, edits=[*some, (found.rows[row], silent)])[-1]
+            np.testing.assert_allclose(value, logits_V[3] - logits_V[5], atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------ steering

@@ -140,12 +140,15 @@ class ChangedStep(PositionedEdit):
             positions = np.arange(size)
             if axis in _OF_TOKENS:
                 positions = np.arange(first_key, first_key + size) if axis == "key" else positions_T
-            here.append(_indices(positions, part))
-            there.append(here[-1] if self.kept is None else positions[here[-1]])
             if isinstance(part, list):
-                there[-1] = there[-1][::-1]
-                if len(here[-1]) == 1:
+                first, second = (_indices(positions, one) for one in part)
+                if len(first) != len(second):
                     raise InputError(f"{self.change}: this pass has one of the two tokens; expected both, or none")
+                here.append(np.concatenate([first, second]))
+                there.append(np.concatenate([second, first]))
+            else:
+                here.append(_indices(positions, part))
+                there.append(here[-1] if self.kept is None else positions[here[-1]])
         value, chosen = value.copy(), np.ix_(*here)
         source = value if self.kept is None else self.kept
         with np.errstate(all="ignore"):  # as in the pass itself: 0 times a score of -inf is NaN
@@ -153,15 +156,15 @@ class ChangedStep(PositionedEdit):
         return value
 
 
-def _indices(positions: np.ndarray, part: int | slice | list[int]) -> np.ndarray:
-    """Return where the numbers of a part of an index are among some positions.
+def _indices(positions: np.ndarray, part: int | slice) -> np.ndarray:
+    """Return where a number, or the numbers below the end of a slice, are among some positions.
 
-    >>> _indices(np.arange(5, 9), 7), _indices(np.arange(5, 9), slice(None, 7)), _indices(np.arange(3), [2, 0])
-    (array([2]), array([0, 1]), array([2, 0]))
+    >>> _indices(np.arange(5, 9), 7), _indices(np.arange(5, 9), slice(None, 7))
+    (array([2]), array([0, 1]))
     """
-    if isinstance(part, slice):
-        return np.flatnonzero(positions < (np.inf if part.stop is None else part.stop))
-    return np.concatenate([np.flatnonzero(positions == one) for one in (part if isinstance(part, list) else [part])])
+    if isinstance(part, int):
+        return np.flatnonzero(positions == part)
+    return np.flatnonzero(positions < (np.inf if part.stop is None else part.stop))
 
 
 def index_text(index: Index) -> str:
