@@ -69,7 +69,7 @@ function drawChanges() {
   );
 }
 
-// The editor. A field that the reader has filled stays; the others follow the view.
+// The editor. A field that the reader has filled stays until the change is added; the others follow the view.
 const filled = {};
 const field = (name, attributes) =>
   el("input", {
@@ -114,7 +114,12 @@ const editor = el(
     "aria-label": "A new change",
     onsubmit: (event) => {
       event.preventDefault();
-      change([...question.changes, edited()]);
+      const added = edited();
+      for (const name of ["step", "token", "head", "neuron"]) {
+        delete filled[name]; // the next one follows the view again
+        fields[name].value = "";
+      }
+      change([...question.changes, added]);
     },
   },
   kindField,
@@ -158,7 +163,7 @@ function drawEditor() {
         "div",
         { class: "three" },
         labelled("token", fields.token, chosen("token", state.token)),
-        labelled("head", fields.head, chosen("head", place.head || state.head)),
+        labelled("head", fields.head, place.head !== "" && chosen("head", place.head)),
         labelled("neuron", fields.neuron, chosen("neuron", chosenColumn())),
       ),
     ],
