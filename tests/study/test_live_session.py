@@ -147,6 +147,25 @@ def test_changes_that_are_off_change_nothing(session: Session) -> None:
     assert part(session, TEXT, "sizes", "q", "difference", changes) == [0.0] * session.model.config.n_layers
 
 
+def test_a_difference_says_where_it_is_more_than_rounding(session: Session) -> None:
+    names = list(step_names(session.model.config))
+    departs = part(session, TEXT, "departs", None, "difference", [HEAD])
+    assert departs == names[names.index("layers.2.heads") :]
+    assert part(session, TEXT, "departs", None, "difference", [{**HEAD, "on": False}]) == []
+
+
+@pytest.mark.slow
+def test_a_difference_to_a_pass_by_kernels_says_where_it_is_more_than_rounding() -> None:
+    compiled = Session(mistral_ref.load(), "a model")  # NumPy computes a model with a bug
+    found = part(compiled, TEXT, "departs", None, "difference", [BUG])
+    assert found[0] == "layers.0.scores"
+    for name in ("layers.0.q_rotated", "layers.0.scores"):
+        values = part(compiled, TEXT, "values", name, "difference", [BUG])
+        largest = max(abs(values["statistics"][end]) for end in ("low", "high"))
+        assert (largest <= values["rounding"]) == (name not in found)
+        assert largest > 0
+
+
 def test_a_pass_of_other_tokens_has_no_difference(session: Session) -> None:
     changes = [{"kind": "bug", "bug": "bos-twice"}]
     assert len(part(session, TEXT, "about", None, "after", changes)["tokens"]) == len(session.ids(TEXT)) + 1

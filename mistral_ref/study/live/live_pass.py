@@ -55,6 +55,10 @@ class LivePass:
             "cost": None,
         }
 
+    def kept(self) -> Iterator[Step]:
+        """Yield the steps whose values are kept, in the order of the pass."""
+        yield from self._kept.values()
+
     def step(self, name: str, progress: Progress) -> Step:
         """Return the step with this name."""
         if name not in self._kept and name not in self._again:

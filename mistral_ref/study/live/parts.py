@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mistral_ref.compare import DEFAULT_BOUND, step_difference
 from mistral_ref.errors import Progress, checked_choice, checked_int
 from mistral_ref.measure.cost_table import cost_table
 from mistral_ref.sampling import likeliest, log_softmax
@@ -60,8 +61,20 @@ def _about(view: View) -> Entry:
 
 
 def _values(view: View) -> Entry:
+    """Return the values of a step; with a difference, how large one is that rounding explains."""
     name = checked_choice("step", str(view.of), step_names(view.values.model.config))
-    return sent(view.step(name), view.values.model.config)
+    entry = sent(view.step(name), view.values.model.config)
+    if view.shown == "difference":
+        before = view.before.values.step(name, view.progress).value
+        largest = np.abs(before, where=np.isfinite(before), out=np.zeros_like(before)).max(initial=0)
+        entry["rounding"] = DEFAULT_BOUND * float(np.spacing(np.float32(largest)))
+    return entry
+
+
+def _departs(view: View) -> list[str]:
+    """Return the names of the steps whose difference is more than rounding explains, of those that both passes keep."""
+    pairs = zip(view.before.values.kept(), view.after.values.kept(), strict=False)
+    return [after.name for before, after in pairs if step_difference(after, before, DEFAULT_BOUND).departs]
 
 
 def _sizes(view: View) -> list[float | None]:
@@ -119,6 +132,7 @@ def _python(view: View) -> str:
 PARTS: Mapping[str, Callable[[View], Any]] = {
     "about": _about,
     "values": _values,
+    "departs": _departs,
     "sizes": _sizes,
     "lens": _lens,
     "next": _next,

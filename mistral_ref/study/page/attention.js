@@ -62,8 +62,8 @@ async function attentionPicture(state, go) {
   const matrices = await Promise.all(range(config.heads).map((head) => matrixOf(step, values, head)));
   const matrix = matrices[state.head],
     query = state.token,
-    { n_nan: nan, low } = values.statistics;
-  const isDifference = low < 0, // a weight is not
+    { n_nan: nan } = values.statistics;
+  const isDifference = values.rounding !== undefined,
     scale = isDifference ? scaleOf(values) : 1;
   if (state.view === "attention") markTokens(matrix, query, first); // another view may have been chosen meanwhile
   const describe = (row, column, value) => [

@@ -161,6 +161,7 @@ async function stepValues(step, state, go) {
         numbers.n_infinite > 0 && `, ${grouped(numbers.n_infinite)} infinite`,
         numbers.n_nan > 0 && `, ${grouped(numbers.n_nan)} NaN`,
         step.firstKey !== null && "; of the pairs in sight",
+        isRounding(values) && "; no more than rounding explains",
       ],
       stepCost(step),
       ["source", el("code", null, step.source), step.code && el("code", { class: "line" }, step.code)],

@@ -145,5 +145,8 @@ function narrowed(matrix, most) {
   return { ...matrix, columns: most, data, columnEdges: edges.map((edge) => matrix.columnEdges[edge]) };
 }
 
-// The largest finite number of a step without its sign.
-const scaleOf = ({ statistics: { low, high } }) => Math.max(Math.abs(low ?? 0), Math.abs(high ?? 0)) || 1;
+// What the strongest colour stands for: the largest finite number of a step without its sign. Of a difference it is no less
+// than what rounding explains.
+const largestOf = ({ statistics: { low, high } }) => Math.max(Math.abs(low ?? 0), Math.abs(high ?? 0));
+const scaleOf = (values) => Math.max(largestOf(values), values.rounding ?? 0) || 1;
+const isRounding = (values) => largestOf(values) <= (values.rounding ?? -1);

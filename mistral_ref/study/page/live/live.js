@@ -28,7 +28,18 @@ hooks.drawn = () => {
   fill(nextBox, nextParts(state.token));
   fill(goesOnBox, goesOnParts());
   drawMerges();
+  if (state.view === "block" && passes.shown === "difference") markDepartures();
 };
+
+// Marks the steps in the diagram, and their layers, that the changes have moved by more than rounding.
+async function markDepartures() {
+  const names = await partOf("departs", null, "difference").catch(() => []);
+  for (const name of names) {
+    const layer = name.split(".")[1];
+    for (const key of [`box ${name}`, `stack ${layer ?? name}`])
+      document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.classList.add("departs");
+  }
+}
 SHOWN.forEach((name) => {
   ACTIONS[name[0]] = () => !shownBox.hidden && showOther(name);
 });
