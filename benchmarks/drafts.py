@@ -129,9 +129,12 @@ def measured(name: str, kind: str, forced: Forced, repeats: int, options: dict[s
     forced.run(**options)
     for repeat in range(repeats):
         status(f"{kind}, {name}: {repeat + 1} of {repeats}")
-        plain.append(forced.run()[0])
-        seconds, tokens = forced.run(**options)
-        drafted.append(seconds)
+        for is_plain in (repeat % 2 == 0, repeat % 2 == 1):  # neither always comes first
+            if is_plain:
+                plain.append(forced.run()[0])
+            else:
+                seconds, tokens = forced.run(**options)
+                drafted.append(seconds)
     counts = {"drafted": tokens.drafted, "accepted": tokens.accepted, "tokens": forced.n}
     return {"name": name, "kind": kind, "plain": plain, "with_drafts": drafted} | counts
 

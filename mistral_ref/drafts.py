@@ -219,14 +219,17 @@ class Ahead:
         self._pass = self.cache.commit(self._pass, [self._token])
         self.logits_V = self._rows.pop(0)
 
+    def begin(self) -> None:
+        """Let the drafter read the text so far, once."""
+        if self._drafter is not None and not self._has_begun:
+            self._drafter.begin([*self.cache.tokens, self._token])
+            self._has_begun = True
+
     def unread(self, times: PassTimes) -> list[int]:
         """Return what the next pass has to take: the newest token and a draft."""
         if self._drafter is None:
             return [self._token]
         text = [*self.cache.tokens, self._token]
-        if not self._has_begun:
-            self._drafter.begin(text)
-            self._has_begun = True
         n = self._pace.length(times, min(times.most, self._n_left - 1, self.cache.chunk - 1))
         # A guess that costs nothing is made even if it is not verified: the next token tells whether it was right.
         self._guesses = self._drafter.guesses(text, max(n, int(self._drafter.is_free)))
@@ -245,6 +248,8 @@ def verify(texts: Sequence[Ahead], times: PassTimes) -> None:
 
     Raises CacheError if another pass has used a cache meanwhile.
     """
+    for text in texts:
+        text.begin()  # a long text takes long, and says nothing of how long a pass takes
     started = time.perf_counter()
     parts = [(text.unread(times), text.cache) for text in texts]
     for text, (logits_TV, this_pass) in zip(texts, passes.logits_ahead(texts[0].transformer, parts), strict=True):

@@ -11,13 +11,14 @@ class PassTimes:
     """How long passes take that go on with n texts, with and without drafts.
 
     n_texts     every pass takes the newest token of each
-    one         seconds of a pass without drafts; None: not known yet
+    one         seconds of a pass without drafts; None: fewer than two have been measured
     first, each a pass with n drafted tokens in all, and writing them, take one * (1 + first + each * n) seconds
     """
 
     def __init__(self, n_texts: int = 1) -> None:
         self.n_texts = n_texts
         self.one: float | None = None
+        self._only: float | None = None  # seconds of the first
         self.first, self.each = 0.0, _EACH
 
     @property
@@ -28,7 +29,11 @@ class PassTimes:
     def took(self, n: int, seconds: float) -> None:
         """Take into account how long a pass with n drafted tokens took, written and verified; or with 0."""
         if n == 0:
-            self.one = seconds if self.one is None else min(seconds, self.one + (seconds - self.one) / 8)
+            if self._only is None:  # it may have been held up, by a disk for example
+                self._only = seconds
+                return
+            before = self.one or self._only
+            self.one = min(seconds, before + (seconds - before) / 8)
             self.first -= self.first / 64  # so that a pass that something held up is forgotten
             self.each += (_EACH - self.each) / 64
         elif self.one:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from support.tiny import configs, model_of, tokens_for
 from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
-from mistral_ref import CacheError, InputError, Token
+from mistral_ref import CacheError, InputError, Token, drafts
 from mistral_ref.config import ModelConfig
 from mistral_ref.drafts import Ahead, Guess, Lookup
 from mistral_ref.model import Model
@@ -379,6 +380,7 @@ def test_a_pass_that_was_held_up_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     pace, times = Pace(0.5), PassTimes()
     times.took(0, 0.01)
+    times.took(0, 0.01)
     pace.right = 0.9
     times.took(4, 100.0)  # once does not matter much
     assert pace.length(times, MOST) > 0
@@ -388,3 +390,36 @@ def test_a_pass_that_was_held_up_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(300):
         times.took(0, 0.01)
     assert pace.length(times, MOST) > 4
+
+
+def test_a_first_pass_that_was_held_up_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what every other is measured by: with a draft that costs as much as its tokens, none is written."""
+    monkeypatch.undo()
+    pace, times = Pace(0.5), PassTimes()
+    times.took(0, 10.0)
+    assert pace.length(times, MOST) == 0
+    times.took(0, 0.01)
+    for _ in range(40):
+        pace.right = 0.6
+        n = pace.length(times, MOST)
+        times.took(n, 0.01 * (1 + n))
+    assert times.one == 0.01
+    assert pace.length(times, MOST) == 0
+
+
+def test_what_reading_the_text_takes_counts_as_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(drafts, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    taken = []
+    monkeypatch.setattr(PassTimes, "took", lambda self, n, seconds: taken.append(seconds))
+
+    class Slow(Scripted):
+        def begin(self, ids: Sequence[int]) -> None:
+            now[0] += 100
+
+    model, text = model_of(CONFIG), tokens_for(CONFIG, 4)
+    ahead = Ahead(model.transformer, model.new_cache(), Slow(text, set()))
+    for place, token in enumerate(text):
+        ahead.logits_after(token, 3 - place, PassTimes())
+    assert taken == [0.0] * len(taken) != []
+    assert now == [100.0]
