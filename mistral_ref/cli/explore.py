@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     model = load_model(arguments)
     load = "mistral_ref.load()" if arguments.model == DEMO_MODEL else f"mistral_ref.load({str(arguments.model)!r})"
-    session = Session(model, model_title(arguments), load)
+    session = Session(model, model_title(arguments), load, exercises=arguments.model == DEMO_MODEL)
     with progress_bar("taking the first pass", is_long=True) as progress:
         session.begin(_text(arguments, model), progress or (lambda done, total: None))
 

@@ -41,7 +41,8 @@ _SCRIPTS = (
     "dom", "values", "heat", "charts", "diagram", "block", "attention", "ring", "ring_drawing", "field", "rope",
     "heads", "lens", "cost", "main",
 )  # fmt: skip
-_LIVE_SCRIPTS = ("source", "text", "next", "changes", "keep", "live")  # in page/live/: the live page has these too
+# In page/live/: the live page has these too.
+_LIVE_SCRIPTS = ("source", "text", "next", "changes", "keep", "exercises", "live")
 _LAST_SCRIPT = "begin"
 _MAX_BY_DEFAULT = 2**22  # how many values a page holds by default: about 10 MB
 _MAX_EVER = 2**26  # how many values `keep` may choose: about 160 MB; browsers refuse strings of more than 512 MB

@@ -38,7 +38,7 @@ def model() -> mistral_ref.Model:
 
 @pytest.fixture(scope="module")
 def url(model: mistral_ref.Model) -> Iterator[str]:
-    session, work = Session(model, "a <b>model</b>"), Work()
+    session, work = Session(model, "a <b>model</b>", exercises=True), Work()
     session.begin(TEXT, lambda done, total: None)
     with LiveServer(session, work) as server:
         for target, arguments in ((server.serve_forever, (0.01,)), (work.run, ())):
@@ -253,6 +253,39 @@ def test_the_changes_are_copied_as_python(browser: Any, url: str, model: mistral
     exec(tab.evaluate("navigator.clipboard.readText()"), named)
     np.testing.assert_allclose(shown_numbers(tab, "logits"), named["logits"].ravel(), rtol=2**-9, atol=1e-3)
     context.close()
+
+
+TOM, LILY = (f"{name} went to the park. Then" for name in ("Tom", "Lily"))
+HEADS = [{"kind": "zero", "step": f"layers.{layer}.heads", "head": 3} for layer in (4, 3)]
+# Of each exercise, changes that are of the wrong kind or do too little, and a solution.
+EXERCISES = [
+    ([[], HEADS, [HEADS[1]], [{"kind": "zero", "step": "layers.4.heads", "head": 2}]], HEADS[:1]),
+    ([HEADS[:1]], HEADS),
+    ([[{"kind": "window", "window": 8}], [{"kind": "window", "window": 6}], HEADS], [{"kind": "window", "window": 7}]),
+    ([[{"kind": "bug", "bug": "row-order"}]], [{"kind": "bug", "bug": "keys-permuted-as-queries"}]),
+    (
+        [[{"kind": "patch", "step": "layers.4.residual_after_ffn", "token": 1, "text": LILY}]],
+        [{"kind": "patch", "step": "layers.2.residual_after_ffn", "token": 1, "text": LILY}],
+    ),
+    ([HEADS[:1]], [{"kind": "scale", "step": "layers.4.heads", "head": 3, "number": 2}]),
+]
+
+
+def test_the_exercises_are_checked_by_the_page(tab: Any, url: str) -> None:
+    opened(tab, url, "attention/layers.4.attention_weights/4/3/0")
+    for number, (tries, solution) in enumerate(EXERCISES):
+        tab.click(f'[data-key="exercise {number}"]')
+        tab.wait_for_function("(text) => question.text === text && !question.changes.length", arg=TOM)
+        tab.click('[data-key="hint"]')
+        for changes in (*tries, solution):
+            tab.evaluate("(changes) => show({ changes }, 'after')", changes)
+            said = tab.evaluate("(number) => verdict(EXERCISES[number])", number)
+            assert said[0] == (changes is solution), (number, changes, said)
+        tab.wait_for_selector("[aria-label=Exercises] .right")
+        assert "✓" in tab.text_content(f'[data-key="exercise {number}"]')
+    assert tab.evaluate("EXERCISES.length") == len(EXERCISES)
+    typed(tab, "Tom", ["<s>", "▁Tom"])
+    tab.wait_for_selector("text=This exercise is about another text")
 
 
 def test_the_server_computes_one_thing_and_the_page_shows_how_far_it_is(

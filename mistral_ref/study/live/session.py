@@ -53,10 +53,11 @@ class Session:
 
     title   the name of the model
     load    the Python that loads it
+    exercises   whether the page offers the course's exercises, which are made for the demonstration model
     """
 
-    def __init__(self, model: Model, title: str, load: str = "mistral_ref.load()") -> None:
-        self.model, self.title, self.load = model, title, load
+    def __init__(self, model: Model, title: str, load: str = "mistral_ref.load()", *, exercises: bool = False) -> None:
+        self.model, self.title, self.load, self.exercises = model, title, load, exercises
         self.first: Entry = {}  # what the page shows when it is loaded
         self.first_text, self.first_seconds = "", 0.0
         self._passes: OrderedDict[Question, ChangedPass] = OrderedDict()
@@ -73,7 +74,8 @@ class Session:
         """Return what the live page knows of its server: its first text, how long that took, and the bugs to plant."""
         bugs = [] if isinstance(self.model, BrokenModel) else possible_bugs(self.model)
         sentences = {name: BUGS[name].sentence for name in bugs}
-        return {"text": self.first_text, "seconds": self.first_seconds, "bugs": sentences}
+        begin = {"text": self.first_text, "seconds": self.first_seconds}
+        return begin | {"bugs": sentences, "exercises": self.exercises}
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text; for a model without a tokenizer the text is a list of ids. Raises InputError."""

@@ -11,7 +11,7 @@ function showServer(isThere) {
   gone.hidden = isThere;
 }
 
-const aside = el("aside", null, nextBox, goesOnBox, changesBox);
+const aside = el("aside", null, exerciseBox, nextBox, goesOnBox, changesBox);
 document.querySelector("main").append(aside);
 document.body.classList.add("live");
 document.querySelector(".bar").prepend(gone);
@@ -28,6 +28,7 @@ hooks.drawn = () => {
   fill(nextBox, nextParts(state.token));
   fill(goesOnBox, goesOnParts());
   drawMerges();
+  drawExercise();
   if (state.view === "block" && passes.shown === "difference") markDepartures();
 };
 
@@ -37,7 +38,10 @@ async function markDepartures() {
   for (const name of names) {
     const layer = name.split(".")[1];
     for (const key of [`box ${name}`, `stack ${layer ?? name}`])
-      document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.classList.add("departs");
+      for (const node of document.querySelectorAll(`[data-key="${CSS.escape(key)}"]`)) {
+        node.classList.add("departs");
+        node.setAttribute("aria-description", "differs by more than rounding");
+      }
   }
 }
 SHOWN.forEach((name) => {
