@@ -235,6 +235,8 @@ def test_a_fault_of_ours_is_an_answer(server: LiveServer, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(server.session, "tokens", fails)
     assert post(server, "tokens") == {"error": r"ZeroDivisionError: \x1b[2Joh"}
+    monkeypatch.setattr(server.session, "tokens", lambda text: float("nan"))
+    assert post(server, "tokens")["error"].startswith("ValueError")
 
 
 def test_a_port_that_is_taken_is_named(server: LiveServer) -> None:

@@ -126,20 +126,20 @@ class _Handler(BaseHTTPRequestHandler):
             if len(body) < int(length):
                 self.close_connection = True  # the client has gone
                 return
-            answer = self._answer(self.path.rpartition("/")[2], body)
-            self._send(HTTPStatus.OK, "application/json", json.dumps(answer, allow_nan=False, separators=(",", ":")))
+            self._send(HTTPStatus.OK, "application/json", self._answer(self.path.rpartition("/")[2], body))
 
-    def _answer(self, what: str, body: bytes) -> dict[str, Any]:
+    def _answer(self, what: str, body: bytes) -> str:
+        """Return the answer to a question as JSON."""
         try:
-            return {"answer": self._answered(what, parse_json(body.decode()))}
+            return _as_json({"answer": self._answered(what, parse_json(body.decode()))})
         except StaleError:
-            return {"stale": True}
+            return _as_json({"stale": True})
         except MistralRefError as error:
-            return {"error": str(error)}
+            return _as_json({"error": str(error)})
         except MemoryError:
-            return {"error": "not enough memory"}
+            return _as_json({"error": "not enough memory"})
         except Exception as error:  # a fault of ours: the page says so, and goes on
-            return {"error": escaped(f"{type(error).__name__}: {error}")}
+            return _as_json({"error": escaped(f"{type(error).__name__}: {error}")})
 
     def _answered(self, what: str, question: Any) -> Any:
         session, work = self.server.session, self.server.work
@@ -201,6 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Say nothing: the terminal shows the address, and stays as it is."""
+
+
+def _as_json(answer: dict[str, Any]) -> str:
+    return json.dumps(answer, allow_nan=False, separators=(",", ":"))
 
 
 def _text_field(question: Any, name: str) -> str:
