@@ -48,8 +48,10 @@ const facts = (rows) =>
     rows.filter(Boolean).map(([name, ...value]) => [el("dt", null, name), el("dd", null, value)]),
   );
 
-// Puts what a promise brings into a node, unless that has been drawn anew by then.
+// Puts what a promise brings into a node, unless the node has been drawn anew by then, or is to be filled with another.
+const fillings = new WeakMap(); // the newest promise of each node
 function fill(node, promise) {
+  fillings.set(node, promise);
   promise
     .catch((error) => [
       el(
@@ -61,7 +63,7 @@ function fill(node, promise) {
       ),
     ])
     .then((parts) => {
-      if (node.isConnected) {
+      if (node.isConnected && fillings.get(node) === promise) {
         node.replaceChildren(...parts.filter(Boolean));
         for (const canvas of node.querySelectorAll("figure canvas")) canvas.dispatchEvent(new Event("draw"));
         refocus();
