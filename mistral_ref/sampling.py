@@ -11,7 +11,8 @@ distributions in two engines. The reported log-probabilities (`log_softmax`) are
 all these operations.
 
 Every filter keeps the most probable tokens. The filters differ only in how many they keep. So the tokens are sorted
-once, equal ones by the lower id, and each filter returns the beginning of its input. All probabilities are float64.
+once, equal ones by the lower id, and each filter returns the beginning of its input. Tokens that no filter could leave
+need not be sorted. All probabilities are float64.
 
 Axes: V the vocabulary in order of ids, N the tokens that are left, most probable first.
 """
@@ -29,6 +30,8 @@ from numpy.typing import ArrayLike, NDArray
 from mistral_ref.errors import InputError, checked_float, checked_int
 
 Floats = NDArray[np.float64]
+
+_FEW = 1000  # tokens; filters mostly leave fewer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +129,30 @@ def distribution(logits_V: ArrayLike, settings: SamplingSettings, seen_ids: Iter
             raise InputError(f"the largest logit is {scores_V[best]} (token {best}); expected a finite number")
         if settings.temperature == 0:
             return Distribution(np.array([best]), np.ones(1))
-        ids_N = np.argsort(-scores_V, kind="stable")[: settings.top_k]
-        p_N = softmax(scores_V[ids_N], settings.temperature)
-        p_N = keep_min_p(keep_top_p(p_N, settings.top_p), settings.min_p)
+        return _most_probable(scores_V, settings)
+
+
+def _most_probable(scores_V: Floats, settings: SamplingSettings) -> Distribution:
+    """Return what the filters leave. Mostly that is a few tokens, so first a few are sorted, and all only if need be.
+
+    A filter that ends among the first tokens leaves none of the others, which are less probable.
+    """
+    if settings.top_k is not None and settings.top_k < len(scores_V):
+        ids_N = likeliest(scores_V, settings.top_k)
+        p_N = _filtered(softmax(scores_V[ids_N], settings.temperature), settings)
         return Distribution(ids_N[: len(p_N)], p_N)
+    p_V = softmax(scores_V, settings.temperature)
+    most = int(np.count_nonzero(p_V))
+    for n in (min(_FEW, most), most) if settings.top_p < 1 or settings.min_p > 0 else (most,):
+        ids_N = likeliest(scores_V, n)
+        p_N = _filtered(p_V[ids_N], settings)
+        if len(p_N) < n:
+            break
+    return Distribution(ids_N[: len(p_N)], p_N)
+
+
+def _filtered(p_N: Floats, settings: SamplingSettings) -> Floats:
+    return keep_min_p(keep_top_p(p_N, settings.top_p), settings.min_p)
 
 
 def penalize(logits_V: Floats, seen_ids: Iterable[int], penalty: float) -> Floats:
@@ -202,9 +225,26 @@ def likeliest(logprobs_V: np.ndarray, n: int) -> np.ndarray:
     >>> likeliest(np.log([0.1, 0.3, 0.3, 0.2, 0.1]), 3).tolist()
     [1, 2, 3]
     """
-    nth = np.partition(logprobs_V, -n)[-n]  # so that only a few tokens need be sorted
-    ids = np.flatnonzero(~(logprobs_V < nth))  # NaN is among them
-    return ids[np.argsort(-logprobs_V[ids], kind="stable")[:n]]
+    ids = np.arange(len(logprobs_V))
+    if n < len(ids):
+        nth = np.partition(logprobs_V, -n)[-n]  # so that only a few tokens need be sorted
+        ids = np.flatnonzero(~(logprobs_V < nth))  # NaN is among them
+    return ids[_largest_first(logprobs_V[ids])[:n]]
+
+
+def _largest_first(values: np.ndarray) -> np.ndarray:
+    """Return what np.argsort(-values, kind="stable") returns, five times as fast unless most values are equal.
+
+    >>> _largest_first(np.array([1.0, 3.0, 1.0, 2.0, 3.0])).tolist()
+    [1, 4, 3, 0, 2]
+    """
+    order = np.argsort(-values)
+    in_order = values[order]
+    is_new = np.append(True, in_order[1:] != in_order[:-1])
+    tied = ~(is_new & np.append(is_new[1:], True))
+    places = order[tied]
+    order[tied] = places[np.lexsort((places, np.cumsum(is_new)[tied]))]
+    return order
 
 
 def log_softmax(logits: ArrayLike) -> Floats:
@@ -215,4 +255,5 @@ def log_softmax(logits: ArrayLike) -> Floats:
            [-0.6931, -0.6931]])
     """
     shifted = np.subtract(logits, np.max(logits, axis=-1, keepdims=True), dtype=np.float64)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    shifted -= np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    return shifted

@@ -33,7 +33,7 @@ from mistral_ref.steps import Step, StepFactory, Steps, step_factory
 from mistral_ref.weights import ExpertFeedForward, FeedForward, Lora, Matrix, Weights
 
 MaybeSteps = Generator[Step, np.ndarray, np.ndarray | None]  # Steps, or no step and None
-LoraSteps = Callable[..., MaybeSteps]  # Transformer.lora_steps for one layer
+LoraSteps = Callable[..., MaybeSteps | tuple[()]]  # Transformer.lora_steps for one layer, or no_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Transformer:
         step = step_factory(config, index)
         n_heads, n_kv_heads = config.n_heads, config.n_kv_heads
         order, eps = config.rope_row_order, config.norm_eps
-        lora_steps = partial(self.lora_steps, layer.lora, step)
+        lora_steps = partial(self.lora_steps, layer.lora, step) if layer.lora else no_steps
 
         a_TD = yield step("attention_norm", ops.rms_norm(x_TD, layer.attention_norm, eps))
         lora = yield from lora_steps("q", a_TD[rows], n_heads=n_heads)
@@ -174,7 +174,7 @@ class Transformer:
     ) -> MaybeSteps:
         """Yield the two steps of an adapter, return what it adds to the step `name`: scale (x · Aᵀ) · Bᵀ.
 
-        Without an adapter there are no steps, and the result is None.
+        Without an adapter of this product there are no steps, and the result is None.
 
         n_heads     the result is cut into so many heads
         experts_N   the expert of each row of x
@@ -191,6 +191,11 @@ class Transformer:
         b = b_TO if n_heads is None else ops.split_heads(b_TO, n_heads, "interleaved")
         b = yield step(f"{name}_lora_b", b)
         return b
+
+
+def no_steps(*_: object, **__: object) -> tuple[()]:
+    """Return no step, in place of `lora_steps` in a layer without adapters: `yield from` then gives None."""
+    return ()
 
 
 def added(y: np.ndarray, lora: np.ndarray | None) -> np.ndarray:

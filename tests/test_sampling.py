@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.errors import refused
 
 from mistral_ref.errors import InputError, short_repr
-from mistral_ref.sampling import SamplingSettings, log_softmax, sample
+from mistral_ref.sampling import SamplingSettings, distribution, keep_min_p, keep_top_p, log_softmax, sample, softmax
 
 INF, NAN = math.inf, math.nan
 
@@ -150,6 +150,26 @@ def test_what_leaves_only_the_most_probable_token(settings: SamplingSettings) ->
 def test_settings_that_filter_nothing_reach_the_last_token(settings: SamplingSettings) -> None:
     # Ten equal tokens, whose probabilities do not add up to exactly 1, and one that is impossible.
     assert sample([0.0] * 10 + [-INF], settings, Uniform(1 - 2**-53), []) == 9
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_p": 0.9}, {"top_p": 0.999999, "min_p": 1e-9}, {"min_p": 0.01}, {"top_k": 1500, "top_p": 0.9}],
+    ids=str,
+)
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.001])
+def test_few_tokens_of_many_are_sorted_as_if_all_were(settings: dict[str, float], share: float) -> None:
+    rng = np.random.default_rng(4)
+    logits_V = rng.normal(size=5000).round(2).astype(np.float32)  # many are equal
+    logits_V[rng.random(5000) > share] = -INF
+    ids_N = np.argsort(-logits_V, kind="stable")[: settings.get("top_k")]
+    p_N = softmax(logits_V[ids_N].astype(np.float64), 1.3)
+    p_N = keep_min_p(keep_top_p(p_N, settings.get("top_p", 1)), settings.get("min_p", 0))
+    found = distribution(logits_V, SamplingSettings(temperature=1.3, **settings), [])
+    n = min(len(p_N), np.isfinite(logits_V).sum())
+    assert found.ids_N[:n].tolist() == ids_N[:n].tolist()
+    np.testing.assert_allclose(found.p_N[:n], p_N[:n], rtol=1e-12)
+    assert not found.p_N[n:].any()
 
 
 def test_the_token_that_crosses_top_p_is_kept() -> None:

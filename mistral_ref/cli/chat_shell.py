@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mistral_ref.cli.draft_options import draft_statistics
 from mistral_ref.cli.output import say, say_token
 from mistral_ref.conversation import Conversation
-from mistral_ref.errors import InputError, MistralRefError, did_you_mean, short_repr
+from mistral_ref.errors import InputError, MistralRefError, did_you_mean, escaped, short_repr
 from mistral_ref.generation import Token
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
@@ -132,10 +132,10 @@ class ChatShell:
         self.last_stats = "no answer yet"
         self._commands: dict[str, Callable[[str], object]] = {
             "/system": self._system,
-            "/reset": lambda _: conversation.reset(),
+            "/reset": self._reset,
             "/undo": lambda _: conversation.undo(),
             "/regen": lambda _: self.answer(conversation.again()),
-            "/save": lambda name: conversation.save(_file_name(name)),
+            "/save": self._save,
             "/load": lambda name: conversation.load(_file_name(name)),
             "/stats": lambda _: say(self.last_stats),
             "/tokens": lambda _: say("|".join(map(conversation.model.piece, conversation.cache.tokens))),
@@ -197,15 +197,18 @@ class ChatShell:
     def _print(self, tokens: Generator[Token, None, None]) -> bool:
         """Print the tokens of one answer; return whether there is one."""
         started, first_at, count, last = time.perf_counter(), 0.0, 0, None
-        printer = Printer(is_silent=self.as_json, marks=self.marks)
+        printer, is_interrupted = Printer(is_silent=self.as_json, marks=self.marks), False
         try:
             with closing(tokens):
                 for last in tokens:
                     first_at = first_at or time.perf_counter()
                     count += 1
                     printer.print(last)
+        except KeyboardInterrupt:
+            is_interrupted = True
+            raise
         finally:
-            printer.end()
+            printer.end(ends_line=not (is_interrupted and self.reader.is_terminal))  # else `run` ends it
         ended = time.perf_counter()
         if last is None or not self.conversation.has_answer:
             say("(no answer)", error=True)
@@ -225,6 +228,14 @@ class ChatShell:
         if self.always_stats:
             say(self.last_stats, error=True)
         return True
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        say("(everything is forgotten, except the system prompt)", error=True)
+
+    def _save(self, name: str) -> None:
+        self.conversation.save(_file_name(name))
+        say(f"({escaped(name)}: {len(self.conversation.messages)} messages written)", error=True)
 
     def _system(self, text: str) -> None:
         if not text:
@@ -254,10 +265,11 @@ class Printer:
         self._has_printed = self._has_printed or bool(token.text)
         say_token(token.text, is_marked=token.from_draft and self.marks)
 
-    def end(self) -> None:
-        """End the answer's last line."""
-        self._dim(False)
-        if self._has_printed:
+    def end(self, *, ends_line: bool = True) -> None:
+        """End the answer: what is dim, and its last line."""
+        if self._is_dim:
+            sys.stdout.write(_PLAIN)
+        if self._has_printed and ends_line:
             say()
 
     def _dim(self, is_dim: bool) -> None:

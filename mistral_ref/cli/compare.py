@@ -131,7 +131,7 @@ def _add_compute_options(parser: argparse.ArgumentParser) -> None:
         "--cache-dtype",
         metavar="A,B",
         default="",
-        help="float32, float16 or int8, the type of keys and values with --last and --continue: one for both models, "
+        help="float32, float16 or int8, the type of keys and values in the cache: one for both models, "
         "or one for each with a comma between (default: float32)",
     )
     add_threads_option(parser, " of each model")

@@ -77,11 +77,14 @@ def model_title(arguments: argparse.Namespace) -> str:
 def split_prompt(
     model: Model, prompt: Prompt, last: int | None, cache_dtype: str | None = None
 ) -> tuple[list[int], KVCache | None]:
-    """Return the tokens of the pass to look at, and a cache with the tokens before them; without `last` no cache."""
+    """Return the tokens of the pass to look at, and a cache with the tokens before them.
+
+    Without `last` it is a pass of all tokens; without `cache_dtype`, too, there is no cache.
+    """
     ids = model.token_ids(prompt)
-    if last is None:
+    if last is None and cache_dtype is None:
         return ids, None
-    last = checked_int("--last", last, least=1, most=len(ids))
+    last = len(ids) if last is None else checked_int("--last", last, least=1, most=len(ids))
     before, cache = ids[:-last], model.new_cache(chunk=last, dtype=cache_dtype)
     with progress_bar("reading what comes before", is_long=len(before) > DEFAULT_CHUNK) as progress:
         for start in range(0, len(before), last):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mistral_ref.cli.common import add_compute_options, add_ids_option, add_model_option, given_prompt, load_model
+from mistral_ref.cli.common import (
+    add_cache_option,
+    add_compute_options,
+    add_ids_option,
+    add_model_option,
+    given_prompt,
+    load_model,
+)
 from mistral_ref.cli.pass_options import add_broken_option, add_last_option, maybe_broken, split_prompt
 from mistral_ref.cli.walker.walker import Walker
 from mistral_ref.errors import InputError
@@ -43,6 +50,7 @@ may also be a pipe with one command on each line.""",
     add_model_option(parser)
     add_compute_options(parser, backend="numpy")
     add_last_option(parser)
+    add_cache_option(parser)
     add_broken_option(parser, "the model")
     parser.set_defaults(run=run)
 
@@ -55,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     if prompt is None:
         raise InputError("no text: give it as an argument, or its token ids with --ids")
     model = maybe_broken(load_model(arguments), arguments.broken)
-    tokens, cache = split_prompt(model, prompt, arguments.last)
+    tokens, cache = split_prompt(model, prompt, arguments.last, arguments.cache_dtype)
     walker = Walker(Stepper(model, tokens, cache))
     walker.begin()
     walker.cmdloop()

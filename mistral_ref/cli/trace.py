@@ -6,6 +6,7 @@ import argparse
 
 from mistral_ref.cache import KVCache
 from mistral_ref.cli.common import (
+    add_cache_option,
     add_compute_options,
     add_ids_option,
     add_model_option,
@@ -76,6 +77,7 @@ depends on -o:
     )
     parser.add_argument("--no-cost", action="store_true", help="for a page: do not measure how long each step takes")
     add_last_option(parser)
+    add_cache_option(parser)
     add_broken_option(parser, "the model")
     parser.set_defaults(run=run)
 
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.no_cost and (output is None or not output.endswith(".html")):
         raise InputError("--no-cost is for a page only; expected -o FILE.html with it")
     model = maybe_broken(load_model(arguments), arguments.broken)
-    tokens, cache = split_prompt(model, read_prompt(arguments), arguments.last)
+    tokens, cache = split_prompt(model, read_prompt(arguments), arguments.last, arguments.cache_dtype)
     if output is not None and output.endswith(".html"):
         _write_page(arguments, model, tokens, cache)
         return

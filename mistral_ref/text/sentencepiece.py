@@ -59,15 +59,17 @@ class SentencePieceTokenizer(Tokenizer):
                 self._processor.decode(ids)
         except Exception as error:  # the library raises several unrelated built-in exceptions
             raise TokenizerError(f"{origin}: is not a usable SentencePiece model: {short_repr(str(error))}") from error
-        self.bos_id: int = self._processor.bos_id()
+        self._bos_id: int = self._processor.bos_id()
         eos_id: int = self._processor.eos_id()
-        if self.bos_id < 0 or eos_id < 0 or self.bos_id == eos_id:
+        if self._bos_id < 0 or eos_id < 0 or self._bos_id == eos_id:
             raise TokenizerError(
-                f"{origin}: begins a sequence with id {self.bos_id} and ends it with id {eos_id}; "
+                f"{origin}: begins a sequence with id {self._bos_id} and ends it with id {eos_id}; "
                 "expected two different ids of at least 0 (-1 means absent)"
             )
         self.added = self._added_tokens()
         self.vocab_size: int = max([self.n_pieces, *(token_id + 1 for token_id in self.added.by_id)])
+        begins = config.named_id("bos_token", self._id_of_name, self._bos_id)
+        self.bos_id = None if config.add_bos_token is False else begins
         self.eos_id = config.named_id("eos_token", self._id_of_name, eos_id)
         # The first piece of whole characters. Ids are decoded behind it if they do not begin a text.
         self.anchor_id = next((i for i in range(self.n_pieces) if self._is_text(i)), -1)
@@ -176,7 +178,7 @@ class SentencePieceTokenizer(Tokenizer):
                 run = []
             else:
                 is_piece = token is None and token_id < self.n_pieces
-                run.append(token_id if is_piece else self.bos_id)  # which has no text either
+                run.append(token_id if is_piece else self._bos_id)  # which has no text either
         return text + self._text_of_pieces(run, begins=not text)
 
     def _text_of_pieces(self, ids: list[int], *, begins: bool) -> str:

@@ -68,7 +68,11 @@ def test_commands_change_the_conversation(chat_dir: Path, tmp_path: Path) -> Non
         f"/load {tmp_path / 'talk.json'}", "/tokens", "/regen", "/reset", "/system", "/quit", "not read",
     ]  # fmt: skip
     done = run("chat", "--model", chat_dir, *SHORT, stdin="\n".join(lines))
-    assert (done.returncode, done.stderr) == (0, "")
+    saved_line, reset_line = done.stderr.splitlines()
+    assert done.returncode == 0
+    assert str(tmp_path / "talk.json") in saved_line
+    assert "3 messages" in saved_line
+    assert "forgotten" in reset_line
     saved = json.loads((tmp_path / "talk.json").read_text())["messages"]
     model = mistral_ref.load(chat_dir, backend="numpy")
     assert model.tokenizer is not None
@@ -172,8 +176,8 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def expect(self, text: str) -> None:
-        """Wait until the terminal shows a text, behind what was expected before."""
+    def expect(self, text: str) -> str:
+        """Wait until the terminal shows a text, behind what was expected before; return what stands between."""
         end = time.monotonic() + PATIENCE
         while text not in self.shown:
             assert time.monotonic() < end, (text, self.shown)
@@ -183,7 +187,8 @@ class Terminal:
                     self.shown += os.read(self.master, 4096).decode(errors="replace")
                 except OSError:
                     assert text in self.shown, self.shown
-        self.shown = self.shown.partition(text)[2]
+        before, _, self.shown = self.shown.partition(text)
+        return before
 
     def close(self) -> None:
         self.process.kill()
@@ -226,7 +231,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(tmp_path: Path) -> No
         terminal.send("Once upon a time\n")
         terminal.expect("there")
         terminal.send("\x03")
-        terminal.expect("> ")
+        stopped = terminal.expect("> ")
+        assert "\r\n" in stopped
+        assert "\r\n\r\n" not in stopped  # the next prompt stands on the next line
         terminal.send("/tokens\n")
         terminal.expect("time|,")
         terminal.expect("> ")

@@ -436,6 +436,14 @@ def test_the_ring_is_walked_over_a_cache() -> None:
     assert re.search(r"@\d+$", done.stdout, re.MULTILINE)  # keys from before the pass have positions
 
 
+def test_keys_and_values_may_be_rounded(model: mistral_ref.Model) -> None:
+    for options in ((), ("--last", "1")):
+        plain, rounded = (
+            walk("jump logits", "top", options=(*options, *more)).stdout for more in ((), ("--cache-dtype", "int8"))
+        )
+        assert plain != rounded, options
+
+
 def test_a_planted_bug_shows(model: mistral_ref.Model) -> None:
     done = walk("jump layers.0.scores", "top head 6", options=("--broken", "tiled-heads"))
     assert "broken: tiled-heads" in done.stdout

@@ -344,3 +344,27 @@ def test_the_text_of_a_trained_model(shared_data: Path) -> None:
 
 if __name__ == "__main__":
     hammer()
+
+
+@pytest.mark.parametrize(
+    ("config", "begins"),
+    [
+        ({}, [1]),
+        ({"add_bos_token": True}, [1]),
+        ({"add_bos_token": None, "bos_token": "<s>"}, [1]),
+        ({"add_bos_token": False}, []),
+        ({"add_bos_token": False, "bos_token": "<s>"}, []),
+        ({"bos_token": {"content": "</s>"}}, [2]),
+    ],
+    ids=str,
+)
+def test_files_beside_a_tokenizer_say_whether_texts_begin_with_bos(
+    config: dict[str, object], begins: list[int], tmp_path: Path
+) -> None:
+    """As in the LlamaTokenizer of transformers, which reads both beside tokenizer.model."""
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("A mill") == begins + MISTRAL.encode("A mill", bos=False)
+    assert tokenizer.bos_id == (begins[0] if begins else None)
+    assert tokenizer.decode([1, *tokenizer.encode("A mill")]) == "A mill"
