@@ -314,3 +314,15 @@ def test_sequences_together_are_measured_beside_one_and_a_prompt(tmp_path: Path)
         assert len(found["together"]) == 2
         assert float(row[-1]) == pytest.approx(together / min(3 * one, prompt), abs=0.006)
     assert_complains(script("batches", "--shape", "no").stderr, "shape", "no", "tiny", program="batches.py")
+
+
+@pytest.mark.slow
+def test_the_second_turn_of_a_conversation_is_timed(tmp_path: Path) -> None:
+    settings = (*TINY, "--prompt", 60, "--answer", 3, "--new", 4, "--repeats", 2)
+    done = script("second_turn", *settings, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert len(content["first"]) == len(content["second"]) == 2
+    share = median(second / first for first, second in zip(content["first"], content["second"], strict=True))
+    assert f"share: {share:.1%}" in done.stdout
+    assert_complains(script("second_turn", *TINY, "--new", 0).stderr, "new", 0, program="second_turn.py")
