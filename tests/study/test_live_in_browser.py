@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -242,6 +243,24 @@ def test_a_link_and_a_file_bring_everything_back(
     context.close()
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *("%", "%E0%A4%A", "null", "[]", "{}", '{"text": 3, "changes": []}', '{"text": "x", "changes": [null]}'),
+        *('{"text": "x", "changes": {}}', '{"text": "\\ud800", "changes": []}'),
+        '{"text": "Tom", "changes": [{}, [], {"kind": {}, "on": "<b>"}, {"kind": "zero", "step": 3}], "shown": 7}',
+    ],
+)
+def test_a_link_that_says_nothing_is_left_aside(tab: Any, url: str, kept: str) -> None:
+    opened(tab, url, f"block/layers.1.q/1/2/3/{kept if kept.startswith('%') else quote(kept, safe='')}")
+    tab.wait_for_function(IS_DRAWN)
+    assert tab.text_content("section h2") == "layers.1.q"
+    tab.click('[data-key="tab lens"]')  # the views go on
+    tab.wait_for_selector("table.lens")
+    n_problems = tab.evaluate("document.querySelectorAll('ul.changes .problem').length")
+    assert n_problems == (4 if "Tom" in kept else 0)
+
+
 def test_the_changes_are_copied_as_python(browser: Any, url: str, model: mistral_ref.Model) -> None:
     context = browser.new_context()
     context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -311,6 +330,15 @@ def test_the_server_computes_one_thing_and_the_page_shows_how_far_it_is(
     typed(tab, "Lily", pieces_of(model, "Lily"))  # which ends the pass before
     assert time.monotonic() - started_at < 2
     assert not tab.is_visible("progress")
+
+
+def test_costs_are_measured_when_it_is_asked_for(tab: Any, url: str) -> None:
+    opened(tab, url, "cost")
+    tab.click('[data-key="measure"]')
+    tab.wait_for_selector('svg[aria-label^="Roofline"]')
+    assert not tab.is_visible("progress")
+    tab.click('[data-key="tab block"]')
+    tab.wait_for_function("() => document.querySelector('section dl')?.textContent.includes('at the roof')")
 
 
 def test_a_reload_brings_the_text_back(tab: Any, url: str, model: mistral_ref.Model) -> None:

@@ -45,6 +45,7 @@ const restored = { token: NaN }; // the token that a link names: its text may no
 // Shows what a link or a file says; returns whether it says anything.
 function restore(kept, token = kept?.view?.split?.("/")[4]) {
   if (typeof kept?.text !== "string" || !Array.isArray(kept.changes)) return false;
+  if (!kept.changes.every((one) => one !== null && typeof one === "object")) return false;
   const { text, changes } = kept,
     shown = SHOWN.includes(kept.shown) ? kept.shown : "after";
   if (JSON.stringify({ text, changes }) === JSON.stringify(question)) {

@@ -4,11 +4,13 @@ const { live } = page;
 const reader = crypto.randomUUID(); // this tab
 const question = { text: live.text, changes: [] };
 const SHOWN = ["before", "after", "difference"];
-const passes = { before: page, after: page, shown: "before" }; // what is known of each pass, and which is shown
+// What is known of each pass, which one is shown, and the question that they belong to.
+const passes = { before: page, after: page, shown: "before", question: { ...question } };
 let answers = new Map(); // the parts of these passes that have been asked for, as promises
 let wanted = new Map(); // those that the view asks for: they are asked for at once with the next question
 
 class Stale extends Error {} // something else has been asked for meanwhile
+class Gone extends Error {} // the server does not answer
 
 async function ask(what, more) {
   let response;
@@ -21,7 +23,7 @@ async function ask(what, more) {
     response = await response.json();
   } catch {
     showServer(false);
-    throw new Error("The server does not answer, so this cannot be computed.");
+    throw new Gone("The server does not answer, so this cannot be computed.");
   }
   showServer(true);
   if (response.stale) throw new Stale("…");
@@ -87,6 +89,7 @@ async function show(next, shown = passes.shown) {
     if (mine !== turn) return;
     [passes.before, passes.after] = found.slice(0, 2).map(valueOf);
     passes.shown = shown;
+    passes.question = { ...question };
     answers = new Map(
       asked.map(({ name, of, shown }, index) => [JSON.stringify([name, of, shown]), answered(found[index])]),
     );
@@ -95,8 +98,12 @@ async function show(next, shown = passes.shown) {
     showPass();
   } catch (error) {
     if (error instanceof Stale || mine !== turn) return;
+    Object.assign(question, passes.question); // the views go on with what is shown
     showProblem(error.message);
     showBusy(false);
+    if (error instanceof Gone) return; // what is there stays
+    answers = new Map(); // some may have been asked for with the question that failed
+    draw();
   }
 }
 
