@@ -97,6 +97,7 @@ def test_every_view_is_drawn_and_none_is_wider_than_the_screen(
             tab.wait_for_function(IS_DRAWN)
         assert tab.evaluate("document.documentElement.dataset.theme") == theme
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.evaluate("document.body.innerText.match(/\\b(false|null|undefined|NaN)\\b/g)") is None
     context.close()
     assert complaints == []
 

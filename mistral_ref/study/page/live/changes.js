@@ -34,8 +34,9 @@ function drawChanges() {
   const { words, problems } = passes.after.changes;
   changesBox.replaceChildren(
     el("h3", null, "Changes"),
-    question.changes.length > 0 &&
-      el(
+    question.changes.length === 0
+      ? ""
+      : el(
         "ul",
         { class: "changes" },
         question.changes.map((one, index) => {
