@@ -17,7 +17,9 @@ from mistral_ref.tiled_matrix import TiledMatrix, tiled
 
 # Kernels of a kind take seconds to compile, so only those of most files are tried each time.
 each_kind = pytest.mark.parametrize("kind", slow_but(["q4_k", "q6_k", "q8_0"], {kind: kind for kind in BLOCK_TYPES}))
-STORED = [*BLOCK_TYPES, *(f"{kind} tiles" for kind in BLOCK_TYPES)]
+# Each way in which tiles are packed: planes, groups, minimums, a table. A model in tests/files has every kind.
+_TILED = ["q4_k", "q6_k", "q3_k", "q5_k", "q8_0", "q2_k", "q4_1", "iq4_nl"]
+STORED = [*BLOCK_TYPES, *(f"{kind} tiles" for kind in _TILED)]
 USUAL = ["q4_k", "q6_k", "q8_0", "q4_k tiles", "q6_k tiles"]
 each_stored = pytest.mark.parametrize("stored", slow_but(USUAL, {stored: stored for stored in STORED}))
 _IN_TILES = {stored: stored for stored in STORED if stored.endswith("tiles")}
