@@ -42,7 +42,8 @@ _SCRIPTS = (
     "heads", "lens", "cost", "main",
 )  # fmt: skip
 # In page/live/: the live page has these too.
-_LIVE_SCRIPTS = ("source", "text", "next", "changes", "keep", "exercises", "live")
+_LIVE_SCRIPTS = ("source", "text", "next", "changes", "keep", "go_on_parts", "go_on", "exercises", "live")
+_LIVE_STYLES = ("live", "go_on")
 _LAST_SCRIPT = "begin"
 _MAX_BY_DEFAULT = 2**22  # how many values a page holds by default: about 10 MB
 _MAX_EVER = 2**26  # how many values `keep` may choose: about 160 MB; browsers refuse strings of more than 512 MB
@@ -137,7 +138,7 @@ def html(about: Mapping[str, Any], live: Mapping[str, Any] | None = None) -> str
     """
     is_live = live is not None
     connect = "; connect-src 'self'" if is_live else ""
-    style = _joined("css", ("page", *(("live/live",) if is_live else ()), "print"))
+    style = _joined("css", ("page", *(f"live/{name}" for name in _LIVE_STYLES if is_live), "print"))
     live_scripts = [f"live/{name}" for name in _LIVE_SCRIPTS if is_live]
     script = f'"use strict";\n{_joined("js", (*_SCRIPTS, *live_scripts, _LAST_SCRIPT))}'
     policy = (

@@ -3,5 +3,7 @@
 server.py       HTTP on 127.0.0.1: who may ask, and what can be asked
 work.py         the computations, one after another, in one thread
 session.py      what is computed for the page: the passes of a text without changes and with them
+parts.py        the parts of these passes that the page asks for
+going_on.py     the next token: what it is drawn from, and drafts
 live_pass.py    one pass, whose values are found when they are asked for
 """

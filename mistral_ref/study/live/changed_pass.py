@@ -58,10 +58,11 @@ def unchanged_pass(model: Model, ids: Sequence[int], progress: Progress) -> Chan
 
 
 def changed_pass(
-    model: Model, prompt: Prompt, data: Sequence[object], before: ChangedPass, progress: Progress
+    model: Model, prompt: Prompt, more: Sequence[int], data: Sequence[object], before: ChangedPass, progress: Progress
 ) -> ChangedPass:
-    """Return the pass of a prompt with the changes in `data`, dicts as JSON holds them.
+    """Return the pass of a prompt and more tokens, with the changes in `data`, dicts as JSON holds them.
 
+    more        tokens behind the prompt. The changes are those of the prompt's pass, made in this longer one
     before      the pass without changes, whose values are taken if no change is made
     """
     changes, words, problems = dict[int, Change](), [""] * len(data), dict[int, str]()
@@ -81,5 +82,6 @@ def changed_pass(
             number = numbers[error.number]
             problems[number] = error.problem
             del changes[number]
-    values = LivePass(applied.model, prompt, applied.edits, progress) if made else before.values
+    ids = [*applied.model.token_ids(prompt), *more]
+    values = LivePass(applied.model, ids, applied.edits, progress) if made else before.values
     return ChangedPass(values, applied, made, words, problems)

@@ -26,6 +26,7 @@ class View(NamedTuple):
     """The passes of a text without changes and with them, and what is asked of them.
 
     text        as it was typed
+    more        the tokens that have been chosen to follow it
     before, after   the passes
     shown       which of them is looked at, or their difference
     of          what the part is about: a step, a kind of step, a token
@@ -35,6 +36,7 @@ class View(NamedTuple):
     """
 
     text: str
+    more: tuple[int, ...]
     before: ChangedPass
     after: ChangedPass
     shown: str
@@ -44,9 +46,14 @@ class View(NamedTuple):
     progress: Progress
 
     @property
-    def values(self) -> LivePass:
+    def looked_at(self) -> ChangedPass:
         """The pass that is looked at; for the difference the pass with changes."""
-        return (self.before if self.shown == "before" else self.after).values
+        return self.before if self.shown == "before" else self.after
+
+    @property
+    def values(self) -> LivePass:
+        """The values of the pass that is looked at."""
+        return self.looked_at.values
 
     def step(self, name: str) -> Step:
         """Return a step of the pass that is looked at, or the difference."""
@@ -114,8 +121,13 @@ def _next(view: View) -> list[Entry]:
 
 def _goes_on(view: View) -> list[str]:
     """Return the pieces of the likeliest continuation."""
-    one = view.before if view.shown == "before" else view.after
-    return [one.values.model.piece(token) for token in one.goes_on(_N_GOES_ON, view.progress)]
+    return [view.values.model.piece(token) for token in view.looked_at.goes_on(_N_GOES_ON, view.progress)]
+
+
+def _text(view: View) -> str:
+    """Return the text with the tokens that have been chosen to follow it."""
+    model, ids = view.before.values.model, view.before.values.ids
+    return model.tokenizer.decode(ids) if model.tokenizer else " ".join(map(str, ids))
 
 
 def _cost(view: View) -> Entry:
@@ -137,6 +149,7 @@ PARTS: Mapping[str, Callable[[View], Any]] = {
     "lens": _lens,
     "next": _next,
     "goes_on": _goes_on,
+    "text": _text,
     "cost": _cost,
     "python": _python,
 }

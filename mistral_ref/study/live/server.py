@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             return session.merges(text, question.get("index"))
         if what == "place":
             return work.place(reader)
-        asked, parts = question_of(text, question.get("changes")), question.get("parts")
+        asked, parts = question_of(text, question.get("changes"), question.get("more", ())), question.get("parts")
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise InputError(f"parts are {short_repr(parts)}; expected a list of objects")
         can_wait = question.get("canWait") is True

@@ -26,26 +26,35 @@ from mistral_ref.errors import (
 )
 from mistral_ref.model import Model
 from mistral_ref.study.broken import BUGS, BrokenModel, possible_bugs
+from mistral_ref.study.live import going_on, parts
 from mistral_ref.study.live.changed_pass import ChangedPass, changed_pass, unchanged_pass
-from mistral_ref.study.live.parts import PARTS, SHOWN, View
+from mistral_ref.study.live.parts import SHOWN, View
 from mistral_ref.study.page_data import Entry
 
 _MOST_PASSES = 4  # that are held
 _MOST_CHANGES = 200
+_PARTS = {**parts.PARTS, **going_on.PARTS}
 
 
 class Question(NamedTuple):
-    """What a reader looks at: a text, and changes as a JSON list. Two questions that are equal have the same passes."""
+    """What a reader looks at. Two questions that are equal have the same passes.
+
+    changes     as a JSON list
+    more        tokens that have been chosen to follow the text
+    """
 
     text: str
     changes: str = "[]"
+    more: tuple[int, ...] = ()
 
 
-def question_of(text: str, changes: object) -> Question:
-    """Return the question that the page asks; raise InputError if `changes` is no list, or too long."""
+def question_of(text: str, changes: object, more: object = ()) -> Question:
+    """Return the question that the page asks; raise InputError for what is no list, or for too many changes."""
     if not isinstance(changes, list) or len(changes) > _MOST_CHANGES:
         raise InputError(f"changes are {short_repr(changes)}; expected a list of at most {_MOST_CHANGES}")
-    return Question(text, json.dumps(changes))
+    if not isinstance(more, Sequence) or isinstance(more, str):
+        raise InputError(f"more is {short_repr(more)}; expected a list of token ids")
+    return Question(text, json.dumps(changes), tuple(checked_int("more", token, 0, 2**31) for token in more))
 
 
 class Session:
@@ -125,15 +134,20 @@ class Session:
         return answers
 
     def _part(self, question: Question, part: Entry, progress: Progress) -> object:
-        name = checked_choice("name", str(part.get("name")), PARTS)
+        name = checked_choice("name", str(part.get("name")), _PARTS)
         shown = checked_choice("shown", str(part.get("shown")), SHOWN)
         ids = self.ids(question.text)
-        before = self._held(Question(question.text), lambda: unchanged_pass(self.model, ids, progress))
+        before = self._held(
+            question._replace(changes="[]"), lambda: unchanged_pass(self.model, [*ids, *question.more], progress)
+        )
         changes = json.loads(question.changes)
         after = before
         if changes:
-            after = self._held(question, lambda: changed_pass(self.model, ids, changes, before, progress))
-        return PARTS[name](View(question.text, before, after, shown, part.get("of"), self.title, self.load, progress))
+            after = self._held(
+                question, lambda: changed_pass(self.model, ids, question.more, changes, before, progress)
+            )
+        view = View(question.text, question.more, before, after, shown, part.get("of"), self.title, self.load, progress)
+        return _PARTS[name](view)
 
     def _held(self, question: Question, take: Callable[[], ChangedPass]) -> ChangedPass:
         if question not in self._passes:

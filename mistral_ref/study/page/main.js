@@ -65,23 +65,25 @@ function readAddress() {
 const tokenStrip = el("div", { class: "tokens", role: "toolbar", "aria-label": "Tokens" });
 const tabs = el("nav", { role: "tablist", "aria-label": "Views" });
 const panel = el("div", { id: "view", role: "tabpanel", tabindex: -1 });
-const help = el(
-  "dialog",
-  { "aria-label": "Keys" },
-  el("h2", null, "Keys"),
-  facts(
-    KEYS.map(([keys, what]) => [
-      el(
-        "span",
-        null,
-        keys.split(" ").map((key) => [el("kbd", null, key), " "]),
-      ),
-      what,
-    ]),
-  ),
-  el("p", { class: "small muted" }, "In a heat map the arrow keys read cells, and Enter chooses a row."),
-  el("button", { type: "button", onclick: () => help.close() }, "Close"),
-);
+const help = el("dialog", { "aria-label": "Keys" });
+function showHelp() {
+  help.replaceChildren(
+    el("h2", null, "Keys"),
+    facts(
+      KEYS.map(([keys, what]) => [
+        el(
+          "span",
+          null,
+          keys.split(" ").map((key) => [el("kbd", null, key), " "]),
+        ),
+        what,
+      ]),
+    ),
+    el("p", { class: "small muted" }, "In a heat map the arrow keys read cells, and Enter chooses a row."),
+    el("button", { type: "button", onclick: () => help.close() }, "Close"),
+  );
+  help.showModal();
+}
 
 const summaryLine = el("p");
 
@@ -188,7 +190,7 @@ const ACTIONS = {
   ",": () => go({ token: Math.max(state.token - 1, 0) }),
   ".": () => go({ token: Math.min(state.token + 1, tokens.length - 1) }),
   t: () => themeButton.click(),
-  "?": () => help.showModal(),
+  "?": showHelp,
   ...Object.fromEntries(Object.keys(VIEWS).map((view, index) => [String(index + 1), () => go({ view })])),
 };
 
@@ -252,7 +254,7 @@ document.body.append(
           "div",
           { class: "icons" },
           themeButton,
-          el("button", { type: "button", "aria-label": "Keys", onclick: () => help.showModal() }, "?"),
+          el("button", { type: "button", "aria-label": "Keys", onclick: showHelp }, "?"),
         ),
       ),
       tokenStrip,

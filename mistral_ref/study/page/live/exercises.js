@@ -75,7 +75,7 @@ function beginExercise(number) {
 // Whether the changes do what the exercise asks for, in words.
 async function verdict({ allows, isDone, done }) {
   const changes = madeChanges();
-  if (question.text !== TOM) return [false, "This exercise is about another text."];
+  if (question.text !== TOM || question.more.length > 0) return [false, "This exercise is about another text."];
   if (changes.length === 0) return [false, "Nothing has been changed yet."];
   if (!allows(changes)) return [false, "These are other changes than those that the exercise asks for."];
   const [next, departs] = await Promise.all([

@@ -46,15 +46,16 @@ const restored = { token: NaN }; // the token that a link names: its text may no
 function restore(kept, token = kept?.view?.split?.("/")[4]) {
   if (typeof kept?.text !== "string" || !Array.isArray(kept.changes)) return false;
   if (!kept.changes.every((one) => one !== null && typeof one === "object")) return false;
-  const { text, changes } = kept,
+  const { text, changes, more = [] } = kept,
     shown = SHOWN.includes(kept.shown) ? kept.shown : "after";
-  if (JSON.stringify({ text, changes }) === JSON.stringify(question)) {
+  if (!Array.isArray(more)) return false;
+  if (JSON.stringify({ text, changes, more }) === JSON.stringify(question)) {
     passes.shown = shown;
     return true;
   }
   textBox.value = text;
   restored.token = Number(token);
-  show({ text, changes }, shown);
+  show({ text, changes, more }, shown);
   return true;
 }
 

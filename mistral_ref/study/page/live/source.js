@@ -2,7 +2,7 @@
 
 const { live } = page;
 const reader = crypto.randomUUID(); // this tab
-const question = { text: live.text, changes: [] };
+const question = { text: live.text, changes: [], more: [] }; // more: the ids of tokens that follow the text
 const SHOWN = ["before", "after", "difference"];
 // What is known of each pass, which one is shown, and the question that they belong to.
 const passes = { before: page, after: page, shown: "before", question: { ...question } };
@@ -76,10 +76,13 @@ part = (name, of = null) => {
 howToKeep = () => ["They are too many to send."];
 hooks.was = async (name) => (passes.shown === "difference" ? partOf(name, null, "before") : null);
 
+let isBehind = false; // whether another question has been asked than the one whose passes are shown
+
 // Asks another question, and shows its passes once they are there. The parts that the view has asked for come with them.
 let turn = 0;
 async function show(next, shown = passes.shown) {
-  Object.assign(question, next);
+  Object.assign(question, next.text === undefined ? {} : { more: [] }, next); // another text has no tokens behind it yet
+  isBehind = true;
   const mine = ++turn,
     asked = ["before", "after"].map((shown) => ({ name: "about", of: null, shown }));
   asked.push(...[...wanted.values()].map((one) => ({ ...one, shown })));
@@ -90,6 +93,7 @@ async function show(next, shown = passes.shown) {
     [passes.before, passes.after] = found.slice(0, 2).map(valueOf);
     passes.shown = shown;
     passes.question = { ...question };
+    isBehind = false;
     answers = new Map(
       asked.map(({ name, of, shown }, index) => [JSON.stringify([name, of, shown]), answered(found[index])]),
     );
@@ -98,6 +102,7 @@ async function show(next, shown = passes.shown) {
     showPass();
   } catch (error) {
     if (error instanceof Stale || mine !== turn) return;
+    isBehind = false;
     Object.assign(question, passes.question); // the views go on with what is shown
     showProblem(error.message);
     showBusy(false);

@@ -79,6 +79,11 @@ async function drawMerges() {
   const { token } = state,
     { text } = question,
     key = JSON.stringify([text, token]);
+  if (token >= tokens.length - question.more.length) {
+    merging.replaceChildren(el("span", { class: "muted" }, placeNodes(start + token), " has been chosen to follow the text"));
+    merged = "";
+    return;
+  }
   if (key === merged) return;
   merged = key;
   try {
