@@ -42,8 +42,20 @@ _SCRIPTS = (
     "heads", "lens", "cost", "main",
 )  # fmt: skip
 # In page/live/: the live page has these too.
-_LIVE_SCRIPTS = ("source", "text", "next", "changes", "keep", "go_on_parts", "go_on", "exercises", "live")
-_LIVE_STYLES = ("live", "go_on")
+_LIVE_SCRIPTS = (
+    "source",
+    "text",
+    "next",
+    "changes",
+    "keep",
+    "go_on_parts",
+    "go_on",
+    "sweep_map",
+    "sweep",
+    "exercises",
+    "live",
+)
+_LIVE_STYLES = ("live", "go_on", "sweep")
 _LAST_SCRIPT = "begin"
 _MAX_BY_DEFAULT = 2**22  # how many values a page holds by default: about 10 MB
 _MAX_EVER = 2**26  # how many values `keep` may choose: about 160 MB; browsers refuse strings of more than 512 MB

@@ -5,5 +5,6 @@ work.py         the computations, one after another, in one thread
 session.py      what is computed for the page: the passes of a text without changes and with them
 parts.py        the parts of these passes that the page asks for
 going_on.py     the next token: what it is drawn from, and drafts
+sweeping.py     sweeps, for the page
 live_pass.py    one pass, whose values are found when they are asked for
 """

@@ -26,14 +26,14 @@ from mistral_ref.errors import (
 )
 from mistral_ref.model import Model
 from mistral_ref.study.broken import BUGS, BrokenModel, possible_bugs
-from mistral_ref.study.live import going_on, parts
+from mistral_ref.study.live import going_on, parts, sweeping
 from mistral_ref.study.live.changed_pass import ChangedPass, changed_pass, unchanged_pass
 from mistral_ref.study.live.parts import SHOWN, View
 from mistral_ref.study.page_data import Entry
 
 _MOST_PASSES = 4  # that are held
 _MOST_CHANGES = 200
-_PARTS = {**parts.PARTS, **going_on.PARTS}
+_PARTS = {**parts.PARTS, **going_on.PARTS, **sweeping.PARTS}
 
 
 class Question(NamedTuple):

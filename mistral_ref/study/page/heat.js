@@ -79,7 +79,7 @@ function labelled(n, width, chosen) {
 //   isSquare    cells are squares
 //   isSeen      (row, column) -> false for what is out of sight
 //   edges       [{stroke: () => colour, dash, at: (row) => column or null}], lines to the left of these columns
-//   chosenRow, onpick       the row that is marked, and what is done when another is picked
+//   chosenRow, onpick       the row that is marked, and what is done when the cell (row, column) is picked
 function heat(matrix, options) {
   const {
     label,
@@ -203,7 +203,7 @@ function heat(matrix, options) {
     const cell = cellAt(event);
     if (!cell) return;
     read(...cell);
-    onpick?.(cell[0]);
+    onpick?.(...cell);
   });
   canvas.addEventListener("keydown", (event) => {
     const [row, column] = cursor ?? [chosenRow ?? 0, 0];
@@ -215,7 +215,7 @@ function heat(matrix, options) {
       Home: [row, 0],
       End: [row, matrix.columns - 1],
     };
-    if (event.key === "Enter" && onpick) onpick(row);
+    if (event.key === "Enter" && onpick) onpick(row, column);
     else if (moves[event.key]) read(...(cursor ? moves[event.key] : [row, column]));
     else return;
     event.preventDefault();
