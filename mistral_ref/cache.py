@@ -144,8 +144,11 @@ class KVCache:
         if capacity == ring.capacity:
             return
         store = self._new_store(capacity)
-        kept = slice(0, self.length)  # a ring below its maximum has overwritten nothing: slot p holds position p
-        self.ops.write(store, kept, *self.ops.read(ring.store, kept))
+        # A ring below its maximum has overwritten nothing, so that slot p holds position p in every ring. Stores are
+        # tuples of arrays, in which slots follow each other along one axis.
+        for old, new in zip(ring.store, store, strict=True):
+            both = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+            new[both] = old[both]
         ring.capacity, ring.store = capacity, store
 
     def commit(self, finished: Pass, tokens_T: Sequence[int] | np.ndarray) -> Pass:
