@@ -1,11 +1,14 @@
 // The course's exercises with the demonstration model, checked by the page: each asks for changes, and looks at what they do.
 
-const TOM = "Tom went to the park. Then";
+const TOM = "Tom went to the park. Then",
+  ONCE = "Once upon a";
 const madeChanges = () =>
   question.changes.filter(({ on }, index) => on !== false && passes.after.changes.problems[index] === undefined);
 const isHead = ({ step, head }) => /^layers\.\d+\.heads$/.test(step) && head !== undefined;
 
-// Exercises: {chapter, task, hint, allows, isDone, done}.
+// Exercises: {chapter, text, watched, task, hint, allows, isDone, done}.
+//   text        the text that the exercise is about; by default the one with Tom
+//   watched     the tokens whose probabilities are said while it is not done; by default he and she
 //   allows      (changes) -> whether these changes are of the kind that is asked for
 //   isDone      ({p, departs}) -> whether they do what is asked for; p(piece) is its probability as the next token
 const EXERCISES = [
@@ -59,6 +62,47 @@ const EXERCISES = [
     isDone: ({ p }) => p("▁he") > 0.92,
     done: "What a head adds to the residual stream can be turned up as well as off.",
   },
+  {
+    chapter: 3,
+    task: "Multiply one whole step at the end of the pass, the residual stream after layer 4 or “norm”, so that “he” has more than 98 %.",
+    hint: "A norm takes the size of its input away. Which of the two has a norm behind it?",
+    allows: ([one, ...more]) =>
+      more.length === 0 &&
+      one.kind === "scale" &&
+      ["norm", "layers.4.residual_after_ffn"].includes(one.step) &&
+      [one.token, one.neuron].every((place) => place === undefined),
+    isDone: ({ p }) => p("▁he") > 0.98,
+    done: "Behind the last norm a multiplier is 1 / temperature. In front of it, it does nothing: the norm takes it away again.",
+  },
+  {
+    chapter: 4,
+    task: "Change theta, and nothing else, so that “he” falls below 25 %.",
+    hint: "The model was trained with theta 10,000. A smaller one turns the slow pairs faster. Watch “he” while you go down, to 10 and below.",
+    allows: ([one, ...more]) => more.length === 0 && one.kind === "theta",
+    isDone: ({ p }) => p("▁he") < 0.25,
+    done: "The slow pairs turn fast now, and the weights were trained with others: where a token stands is no longer understood.",
+  },
+  {
+    chapter: 5,
+    text: ONCE,
+    watched: ["▁time"],
+    task: "One head of forty tells the last token which one stands before it. Switch it off, so that “time” falls below 20 %.",
+    hint: "It is in layer 0. In the view Attention, choose the last token, and look for the head that looks at “upon” by 0.91. Or let a sweep find it.",
+    allows: (changes) => changes.length === 1 && changes.every((one) => one.kind === "zero" && isHead(one)),
+    isDone: ({ p }) => p("▁time") < 0.2,
+    done: "This head looks at the token before. Without any other one of the forty, “time” stays the likeliest.",
+  },
+  {
+    chapter: 8,
+    text: ONCE,
+    watched: ["▁time", "▁a"],
+    task: "Set a single neuron of 512 in a feed-forward, in the step ffn_hidden of a layer, to 0, so that “time” falls below 10 %.",
+    hint: "In layer 0, look at ffn_hidden of the last token. One number is nearly six times as large as the next.",
+    allows: ([one, ...more]) =>
+      more.length === 0 && one.kind === "zero" && /^layers\.\d+\.ffn_hidden$/.test(one.step) && one.neuron !== undefined,
+    isDone: ({ p }) => p("▁time") < 0.1,
+    done: "Neuron 23 of layer 0 is large at this “a”. Without it the model says “a” once more, by 92 %.",
+  },
 ];
 
 const exerciseBox = el("section", { class: "card stack", "aria-label": "Exercises" });
@@ -67,15 +111,16 @@ const exercise = { number: null, isDone: EXERCISES.map(() => false), hasHint: fa
 function beginExercise(number) {
   Object.assign(exercise, { number, hasHint: false });
   if (number === null) return drawExercise();
-  textBox.value = TOM;
+  const { text = TOM } = EXERCISES[number];
+  textBox.value = text;
   state.token = tokens.length - 1; // the last one, whatever the text
-  show({ text: TOM, changes: [] }, "before");
+  show({ text, changes: [] }, "before");
 }
 
 // Whether the changes do what the exercise asks for, in words.
-async function verdict({ allows, isDone, done }) {
+async function verdict({ text = TOM, watched = ["▁he", "▁she"], allows, isDone, done }) {
   const changes = madeChanges();
-  if (question.text !== TOM || question.more.length > 0) return [false, "This exercise is about another text."];
+  if (question.text !== text || question.more.length > 0) return [false, "This exercise is about another text."];
   if (changes.length === 0) return [false, "Nothing has been changed yet."];
   if (!allows(changes)) return [false, "These are other changes than those that the exercise asks for."];
   const [next, departs] = await Promise.all([
@@ -85,7 +130,7 @@ async function verdict({ allows, isDone, done }) {
   const p = (piece) => next.find((one) => one.piece === piece)?.after ?? 0;
   return isDone({ p, departs })
     ? [true, done]
-    : [false, `Not yet: “he” has ${percent(p("▁he"))}, “she” ${percent(p("▁she"))}.`];
+    : [false, `Not yet: ${watched.map((piece) => `“${piece.slice(1)}” has ${percent(p(piece))}`).join(", ")}.`];
 }
 
 function drawExercise() {
