@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
 
 def take_live(browser: Any, model: mistral_ref.Model, folder: Path) -> None:
     """Take the picture of the live page."""
-    session, work = Session(model, "the demonstration model"), Work()
+    session, work = Session(model, "the demonstration model", exercises=True), Work()
     session.begin(TOM, lambda done, total: None)
     kept = quote(json.dumps({"text": TOM, "changes": CHANGES, "shown": "before"}), safe="")
     with LiveServer(session, work) as server:
@@ -68,7 +68,10 @@ def take_live(browser: Any, model: mistral_ref.Model, folder: Path) -> None:
             tab = browser.new_page(viewport={"width": 1400, "height": 1000}, color_scheme=theme)
             tab.goto(f"{server.url}#attention/layers.4.attention_weights/4/3/7/{kept}")
             tab.wait_for_selector("text=take head 3 of layers.4.heads")
-            tab.wait_for_selector("text=by the likeliest tokens")
+            tab.wait_for_selector('[aria-label="How the text goes on"] h3')
+            if tab.is_visible('[data-key="goes on"]'):  # a busy machine is slow
+                tab.click('[data-key="goes on"]')
+                tab.wait_for_selector("text=by the likeliest tokens")
             tab.wait_for_selector("main figure canvas")
             tab.wait_for_timeout(500)
             tab.screenshot(path=folder / f"explore_{theme}.png")
