@@ -291,3 +291,10 @@ def test_the_parts_of_the_page_are_in_the_package() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     on_disk = {str(path.relative_to(report._FOLDER).with_suffix("")) for path in report._FOLDER.rglob("*.js")}
     assert on_disk == names
+
+
+def test_no_two_scripts_of_the_page_define_the_same_function() -> None:
+    scripts = Path(report.__file__).with_name("page").rglob("*.js")
+    names = [name for path in scripts for name in re.findall(r"^(?:async )?function (\w+)", path.read_text(), re.M)]
+    assert len(names) > 50
+    assert sorted(names) == sorted(set(names))

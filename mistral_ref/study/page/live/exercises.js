@@ -120,7 +120,8 @@ function beginExercise(number) {
 // Whether the changes do what the exercise asks for, in words.
 async function verdict({ text = TOM, watched = ["▁he", "▁she"], allows, isDone, done }) {
   const changes = madeChanges();
-  if (question.text !== text || question.more.length > 0) return [false, "This exercise is about another text."];
+  if (question.text !== text) return [false, "This exercise is about another text."];
+  if (question.more.length > 0) return [false, "This exercise is about the text without the tokens that you have added."];
   if (changes.length === 0) return [false, "Nothing has been changed yet."];
   if (!allows(changes)) return [false, "These are other changes than those that the exercise asks for."];
   const [next, departs] = await Promise.all([

@@ -101,7 +101,8 @@ async function show(next, shown = passes.shown) {
     showBusy(false);
     showPass();
   } catch (error) {
-    if (error instanceof Stale || mine !== turn) return;
+    if (mine !== turn) return;
+    if (error instanceof Stale) return show({}, shown); // an older question of this page has come to the server later
     isBehind = false;
     Object.assign(question, passes.question); // the views go on with what is shown
     showProblem(error.message);

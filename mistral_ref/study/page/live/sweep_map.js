@@ -10,7 +10,7 @@ function cellPlace({ asked, rows, columns }, row, column) {
   return { step: rows[row], [asked.by]: column };
 }
 
-function cellWords({ asked, rows, columns }, row, column) {
+function sweptWords({ asked, rows, columns }, row, column) {
   const layer = layerLabel(rows[row]);
   if (asked.by === "step") return [`${SWEEP_PARTS[columns[column]] ?? columns[column]}, ${layer}`];
   if (asked.by === "head") return [`${columns[column]}, ${layer}`];
@@ -27,7 +27,7 @@ function pickedNodes(found, go) {
   const one = how === "patch" ? { kind: "patch", ...place, text: other } : { kind: "zero", ...place };
   const isMade = question.changes.some((made) => JSON.stringify({ ...made, on: undefined }) === JSON.stringify(one));
   return [
-    el("h3", null, cellWords(found, row, column), ": ", el("b", null, signed(found.values[row][column]))),
+    el("h3", null, sweptWords(found, row, column), ": ", el("b", null, signed(found.values[row][column]))),
     el(
       "div",
       { class: "choices" },
@@ -81,7 +81,7 @@ function topTable(found, pick) {
             el(
               "button",
               { type: "button", class: "tiny", "data-key": `top ${index}`, onclick: () => pick(row, column) },
-              cellWords(found, row, column),
+              sweptWords(found, row, column),
             ),
           ),
           el("td", null, signed(found.values[row][column])),
@@ -130,7 +130,7 @@ function sweepNodes(found, go) {
     {
       label: `sweep of ${SWEPT[asked.by][0]}`,
       scale: Math.max(1e-9, ...data.filter(Number.isFinite).map(Math.abs)),
-      describe: (row, column, value) => [cellWords(found, row, column), ` moves it by ${signed(value === -Infinity ? null : value)}`],
+      describe: (row, column, value) => [sweptWords(found, row, column), ` moves it by ${signed(value === -Infinity ? null : value)}`],
       rowLabel: (row) => layerLabel(rows[row]),
       columnLabel: (column) => SWEEP_PARTS[columns[column]] ?? columns[column],
       isSquare: true,
