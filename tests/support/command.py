@@ -58,10 +58,19 @@ def run_process(
     )
 
 
+# What a process begins with that is started so: the handlers of signals that it has when a terminal starts it. With a
+# preexec_fn the process would be forked, and a fork may wait for ever for BLAS in another thread.
+_HEEDING = """import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])"""
+
+
 def start(*command: object, **options: Any) -> subprocess.Popen[Any]:
     """Start a process that signals end, also where the tests themselves ignore them (`nohup`, a background job)."""
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([str(part) for part in command], preexec_fn=heed_signals, **(piped | options))  # noqa: PLW1509
+    started = [sys.executable, "-c", _HEEDING, *(str(part) for part in command)]
+    return subprocess.Popen(started, **(piped | options))
 
 
 def heed_signals() -> None:
