@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mistral_kernels.layout import TILE, codes_of_tiles
-from mistral_ref.weights import Matrix, Rows
+from mistral_ref.weights import Matrix, Rows, flat_bytes
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)
@@ -78,9 +78,7 @@ class QuantizedMatrix(Matrix):
     @cached_property
     def scale_bytes(self) -> np.ndarray:
         """The bytes of `scales` in the order of memory, as one flat read-only array."""
-        flat = np.ascontiguousarray(self.scales).reshape(-1)
-        flat.flags.writeable = False
-        return flat
+        return flat_bytes(self.scales)
 
     def rows(self, index: Rows, dtype: DTypeLike) -> np.ndarray:
         """Return the rows at `index` as floats (R, I) of `dtype`; float32 holds every weight exactly."""

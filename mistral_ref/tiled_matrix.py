@@ -18,7 +18,7 @@ import numpy as np
 
 from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
 from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix, Blocks
-from mistral_ref.weights import BlockKind, Rows
+from mistral_ref.weights import BlockKind, Rows, flat_bytes
 
 _CODES_AT_ONCE = 2**20  # how many codes a thread unpacks at the same time
 
@@ -50,9 +50,7 @@ class TiledMatrix(BlockMatrix):
     @cached_property
     def scale_bytes(self) -> np.ndarray:
         """The bytes of `scales` in the order of memory, as one flat read-only array."""
-        flat = np.ascontiguousarray(self.scales).reshape(-1)
-        flat.flags.writeable = False
-        return flat
+        return flat_bytes(self.scales)
 
     def blocks(self, index: Rows) -> Blocks:
         """Return the numbers that the rows at `index` store."""

@@ -63,6 +63,13 @@ def bf16_values(bits: np.ndarray) -> np.ndarray:
     return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
+def flat_bytes(array: np.ndarray) -> np.ndarray:
+    """Return the bytes of an array in the order of memory, as one flat read-only array; a copy only if it has gaps."""
+    flat = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    flat.flags.writeable = False
+    return flat
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """A matrix (O, I) of O outputs and I inputs, in the number format of its file.
@@ -104,9 +111,7 @@ class Matrix:
     @cached_property
     def as_bytes(self) -> np.ndarray:
         """The bytes of `data`, row after row, as one flat read-only array. The compiled kernels take this."""
-        flat = np.ascontiguousarray(self.data).view(np.uint8).reshape(-1)
-        flat.flags.writeable = False
-        return flat
+        return flat_bytes(self.data)
 
     @cached_property
     def factors(self) -> dict[Any, Any]:
