@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -140,15 +140,9 @@ def gguf_header(path: Path) -> GGUF:
 
 def raw_fields(path: Path) -> dict[str, bytes]:
     """Return the fields of a file by their names, each with its name and its type, as the bytes in the file."""
-    mapped = MappedFile(path)
-    reader, fields = _Reader(path, mapped.bytes), {}
+    reader = _Reader(path, MappedFile(path).bytes)
     _, n_fields = reader.beginning(_MAX_TENSORS)
-    for _ in range(n_fields):
-        start = reader.at
-        name = reader.text()
-        reader.value(name)
-        fields[name] = mapped.bytes[start : reader.at].tobytes()
-    return fields
+    return {field.name: reader.data[field.place].tobytes() for field in reader.fields(n_fields)}
 
 
 def _read_file(path: Path, most_tensors: int = _MAX_TENSORS) -> GGUF:
@@ -168,13 +162,16 @@ def _read_header(path: Path, most_tensors: int) -> tuple[MappedFile, dict[str, A
     mapped = MappedFile(path)
     reader = _Reader(path, mapped.bytes)
     n_tensors, n_fields = reader.beginning(most_tensors)
-    metadata: dict[str, Any] = {}
-    for _ in range(n_fields):
-        name = reader.text()
-        if name in metadata:
-            raise CheckpointError(f"{path}: field {short_repr(name)} occurs twice")
-        metadata[name] = reader.value(name)
+    metadata = {field.name: field.value for field in reader.fields(n_fields)}
     return mapped, metadata, [reader.tensor() for _ in range(n_tensors)], reader.at
+
+
+class _Field(NamedTuple):
+    """A field of the header, and the bytes in the file in which it lies, with its name."""
+
+    name: str
+    value: Any
+    place: slice
 
 
 class _Reader:
@@ -230,6 +227,16 @@ class _Reader:
         if self.text_bytes > _MAX_TEXT_BYTES:
             raise CheckpointError(f"{self.path}: has texts of over {_MAX_TEXT_BYTES} bytes in its header, the maximum")
         return text.tobytes().decode(errors="replace")
+
+    def fields(self, n: int) -> Iterator[_Field]:
+        """Yield the next n fields. Raises CheckpointError if a name occurs twice."""
+        names = set()
+        for _ in range(n):
+            start, name = self.at, self.text()
+            if name in names:
+                raise CheckpointError(f"{self.path}: field {short_repr(name)} occurs twice")
+            names.add(name)
+            yield _Field(name, self.value(name), slice(start, self.at))
 
     def value(self, name: str) -> Any:
         """Return the value of a field, which begins with its type."""
