@@ -22,8 +22,8 @@ from mistral_ref.display import list_of_rows
 from mistral_ref.errors import InputError, escaped, size
 from mistral_ref.files.adapter_file import read_adapter
 from mistral_ref.files.adapters import with_adapters
-from mistral_ref.files.build_weights import open_gguf_of, open_model
-from mistral_ref.files.checkpoint import Checkpoint, gguf_checkpoint, open_checkpoint
+from mistral_ref.files.build_weights import checkpoint_of, open_gguf_of, open_model
+from mistral_ref.files.checkpoint import Checkpoint, open_checkpoint
 from mistral_ref.files.gguf import Texts
 from mistral_ref.files.hub import cache_folder, models
 from mistral_ref.files.paths import begins_gguf_model, checked_model, is_gguf
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         with_adapters(model.config, model.weights, arguments.adapter)  # raises an error if one does not fit
         gguf = open_gguf_of(path)
         metadata = {} if gguf is None else gguf.metadata
-        checkpoint = gguf_checkpoint(gguf) if gguf is not None and gguf.path == path else open_checkpoint(path)
+        checkpoint = checkpoint_of(path, gguf)
     print_rows("architecture", architecture(model.config))
     print_rows("checkpoint", files(checkpoint, model))
     print_rows("memory", memory(model, checkpoint))

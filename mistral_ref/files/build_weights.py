@@ -42,10 +42,15 @@ def open_gguf_of(path: Path) -> GGUF | None:
     return None if about is None else open_gguf(about)
 
 
+def checkpoint_of(path: Path, gguf: GGUF | None) -> Checkpoint:
+    """Return the tensors of the model at a path; `gguf` is what `open_gguf_of` returns, and need not hold them."""
+    return gguf_checkpoint(gguf) if gguf is not None and gguf.path == path else open_checkpoint(path)
+
+
 def model_in(path: Path, gguf: GGUF | None) -> tuple[ModelConfig, Weights]:
     """Return the configuration and the weights of the model at a path; `gguf` is what `open_gguf_of` returns."""
     config = read_config(path) if gguf is None else gguf_config(gguf)
-    checkpoint = gguf_checkpoint(gguf) if gguf is not None and gguf.path == path else open_checkpoint(path)
+    checkpoint = checkpoint_of(path, gguf)
     config = config.replace(rope_row_order=checkpoint.row_order)
     weights = build_weights(checkpoint, config)
     return config.replace(tied_embeddings=weights.output is weights.tok_embeddings), weights
