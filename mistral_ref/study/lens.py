@@ -184,7 +184,7 @@ def residual_logits(model: Model, x_TD: np.ndarray) -> np.ndarray:
 def likeliest(model: Model, logits_V: np.ndarray, n: int = 5) -> list[tuple[str, float]]:
     """Return the pieces of the n likeliest next tokens, with their probabilities."""
     logprobs_V = log_softmax(logits_V)
-    order = np.argsort(-logprobs_V, kind="stable")[:n]
+    order = sampling.likeliest(logprobs_V, min(n, len(logprobs_V)))
     return [(model.piece(int(token)), float(np.exp(logprobs_V[token]))) for token in order]
 
 
