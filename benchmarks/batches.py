@@ -20,8 +20,8 @@ import time
 from statistics import median
 
 from common import finish, parser_for, status
-from compare_peers import add_weights_options, checkpoint_of, float_runners, quantized_runners
 from peers.process import Worker, start
+from peers.runners import add_weights_options, checkpoint_of, float_runners, quantized_runners
 
 from mistral_ref.display import markdown_table
 from mistral_ref.errors import InputError, checked_int
