@@ -74,7 +74,7 @@ def take_live(browser: Any, model: mistral_ref.Model, folder: Path) -> None:
                 tab.wait_for_selector("text=by the likeliest tokens")
             tab.wait_for_selector("main figure canvas")
             tab.wait_for_timeout(500)
-            tab.screenshot(path=folder / f"explore_{theme}.png")
+            tab.screenshot(path=folder / f"page_explore_{theme}.png")
             tab.close()
         server.shutdown()
 
