@@ -265,7 +265,7 @@ def sweep(found: Sweep, *, share: bool = False, ax: Axes | None = None) -> Axes:
     ax.imshow(values_RC, cmap="RdBu_r", vmin=-scale, vmax=scale, aspect="auto", interpolation="none")
     if n_columns <= 16 and n_rows <= room(ax.yaxis):
         for (row, column), value in np.ndenumerate(values_RC):
-            text = "" if np.isnan(value) else f"{round(value, 2) + 0.0:+.2f}"
+            text = "" if np.isnan(value) else f"{value:+.2f}" if round(value, 2) else "0"
             colour = "white" if abs(value) > 0.6 * scale else INK
             ax.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=colour)
     way = f"share of the way from {found.base:.2f} to {found.other:.2f}" if share else ""
