@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.browser import Complaints, launched, needs_chromium
+from support.browser import Complaints, needs_chromium, quiet_tab
 from support.live_page import HOSTILE, PIECES, opened, served, shows, typed
 
 import mistral_ref
 from mistral_ref.study.live.session import Session
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.slow, needs_chromium]
 
 TEXT = "Tom went to the park. Then"
@@ -22,31 +21,15 @@ CUT = "[...document.querySelectorAll('ol.draws .cut small')].map((node) => node.
 
 
 @pytest.fixture(scope="module")
-def model() -> mistral_ref.Model:
-    return mistral_ref.load(backend="numpy")
-
-
-@pytest.fixture(scope="module")
 def url(model: mistral_ref.Model) -> Iterator[str]:
     with served(Session(model, "a <b>model</b>"), TEXT) as url:
         yield url
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        yield launched(driver)
-
-
 @pytest.fixture
 def tab(browser: Any, url: str) -> Iterator[Any]:
-    """A tab in which nothing may be complained of."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    tab = context.new_page()
-    complaints = Complaints(tab, url)
-    yield opened(tab, url, GO_ON)
-    context.close()
-    assert [one for one in complaints if "about:blank" not in one] == []
+    with quiet_tab(browser, url) as tab:
+        yield opened(tab, url, GO_ON)
 
 
 def pieces(model: mistral_ref.Model, *more: int) -> list[str]:

@@ -7,75 +7,36 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pytest
-from support.browser import IS_DRAWN, Complaints, launched, needs_chromium
+from support.browser import IS_DRAWN, Complaints, needs_chromium, quiet_tab
 from support.command import COMMAND, start
+from support.live_page import HOSTILE, PIECES, opened, served, typed
 
 import mistral_ref
 from mistral_ref.steps import Step
 from mistral_ref.study.live.live_pass import LivePass
-from mistral_ref.study.live.server import LiveServer
 from mistral_ref.study.live.session import Session
-from mistral_ref.study.live.work import Work
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.slow, needs_chromium]
 
 TEXT = "Once upon a time there was a little girl"
 VIEWS = ("block", "attention", "ring", "field", "rope", "heads", "lens", "cost")
-HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>bold</b>"
-PIECES = "[...document.querySelectorAll('[aria-label=Tokens] button bdi')].map((node) => node.textContent)"
-
-
-@pytest.fixture(scope="module")
-def model() -> mistral_ref.Model:
-    return mistral_ref.load(backend="numpy")
 
 
 @pytest.fixture(scope="module")
 def url(model: mistral_ref.Model) -> Iterator[str]:
-    session, work = Session(model, "a <b>model</b>", exercises=True), Work()
-    session.begin(TEXT, lambda done, total: None)
-    with LiveServer(session, work) as server:
-        for target, arguments in ((server.serve_forever, (0.01,)), (work.run, ())):
-            Thread(target=target, args=arguments, daemon=True).start()
-        yield server.url
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        yield launched(driver)
+    with served(Session(model, "a <b>model</b>", exercises=True), TEXT) as url:
+        yield url
 
 
 @pytest.fixture
 def tab(browser: Any, url: str) -> Iterator[Any]:
-    """A tab in which nothing may be complained of."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    tab = context.new_page()
-    complaints = Complaints(tab, url)
-    yield tab
-    context.close()
-    assert complaints == []
-
-
-def opened(tab: Any, url: str, address: str = "block/embedding") -> Any:
-    tab.goto(f"{url}#{address}")
-    tab.reload()
-    tab.wait_for_selector("main h2")
-    return tab
-
-
-def typed(tab: Any, text: str, pieces: list[str]) -> None:
-    """Type a text, and wait until its pass is shown."""
-    tab.fill("textarea", text)
-    tab.wait_for_function(f"(pieces) => JSON.stringify({PIECES}) === JSON.stringify(pieces)", arg=pieces)
+    with quiet_tab(browser, url) as tab:
+        yield tab
 
 
 def pieces_of(model: mistral_ref.Model, text: str) -> list[str]:

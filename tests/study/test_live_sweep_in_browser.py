@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.browser import IS_DRAWN, Complaints, launched, needs_chromium
+from support.browser import IS_DRAWN, Complaints, needs_chromium, quiet_tab
 from support.live_page import HOSTILE, opened, served
 
 import mistral_ref
@@ -15,16 +15,10 @@ from mistral_ref.study.live import sweeping
 from mistral_ref.study.live.session import Session
 from mistral_ref.study.patching import ablate, patch
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.slow, needs_chromium]
 
 TOM, LILY = (f"{name} went to the park. Then" for name in ("Tom", "Lily"))
 SWEEP = "sweep/embedding/0/0/7"
-
-
-@pytest.fixture(scope="module")
-def model() -> mistral_ref.Model:
-    return mistral_ref.load(backend="numpy")
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +27,10 @@ def url(model: mistral_ref.Model) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        yield launched(driver)
-
-
 @pytest.fixture
 def tab(browser: Any, url: str) -> Iterator[Any]:
-    """A tab in which nothing may be complained of."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    tab = context.new_page()
-    complaints = Complaints(tab, url)
-    yield opened(tab, url, SWEEP)
-    context.close()
-    assert [one for one in complaints if "about:blank" not in one] == []
+    with quiet_tab(browser, url) as tab:
+        yield opened(tab, url, SWEEP)
 
 
 def chosen(tab: Any, **fields: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.adapters import adaptable, draw_deltas, write_peft
-from support.browser import IS_DRAWN, Complaints, launched, needs_chromium
+from support.browser import IS_DRAWN, Complaints, needs_chromium, quiet_tab
 from support.tiny import MIXTURE, SMALL, model_of, tokens_for
 
 import mistral_ref
@@ -24,7 +24,6 @@ from mistral_ref.rope import rotation
 from mistral_ref.steps import step_names
 from mistral_ref.study import report
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.slow, needs_chromium]
 
 VIEWS = ("block", "attention", "ring", "field", "rope", "heads", "lens", "cost")
@@ -43,11 +42,6 @@ ROWS = """([controls, left]) =>
 
 
 @pytest.fixture(scope="module")
-def model() -> mistral_ref.Model:
-    return mistral_ref.load(backend="numpy")
-
-
-@pytest.fixture(scope="module")
 def path(model: mistral_ref.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of 64 tokens, all of their values in it."""
     path = tmp_path_factory.mktemp("page") / "trace.html"
@@ -55,21 +49,10 @@ def path(model: mistral_ref.Model, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        yield launched(driver)
-
-
 @pytest.fixture
 def tab(browser: Any) -> Iterator[Any]:
-    """A tab in which nothing may be complained of."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    tab = context.new_page()
-    complaints = Complaints(tab, "file:")
-    yield tab
-    context.close()
-    assert complaints == []
+    with quiet_tab(browser, "file:") as tab:
+        yield tab
 
 
 def opened(tab: Any, path: Path, address: str = "block/embedding") -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,3 +35,14 @@ class Complaints(list[str]):
         tab.on("pageerror", lambda error: self.append(f"error: {error}"))
         tab.on("dialog", lambda dialog: (self.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         tab.on("request", lambda request: request.url.startswith(own) or self.append(f"request: {request.url}"))
+
+
+@contextmanager
+def quiet_tab(browser: Any, own: str) -> Iterator[Any]:
+    """Yield a tab in which nothing may be complained of."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab = context.new_page()
+    complaints = Complaints(tab, own)
+    yield tab
+    context.close()
+    assert complaints == []

@@ -31,10 +31,10 @@ def served(session: Session, text: str) -> Iterator[str]:
         server.shutdown()
 
 
-def opened(tab: Any, url: str, address: str) -> Any:
+def opened(tab: Any, url: str, address: str = "block/embedding") -> Any:
     """Load the page anew, at a place."""
-    tab.goto("about:blank")
     tab.goto(f"{url}#{address}")
+    tab.reload()  # another place of the same page is no new page
     tab.wait_for_selector("main h2")
     return tab
 
