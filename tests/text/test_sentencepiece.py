@@ -342,10 +342,6 @@ def test_the_text_of_a_trained_model(shared_data: Path) -> None:
     check_stream(tokenizer, prompt_ids, golden["ids"][len(prompt_ids) :])
 
 
-if __name__ == "__main__":
-    hammer()
-
-
 @pytest.mark.parametrize(
     ("config", "begins"),
     [
@@ -361,10 +357,14 @@ if __name__ == "__main__":
 def test_files_beside_a_tokenizer_say_whether_texts_begin_with_bos(
     config: dict[str, object], begins: list[int], tmp_path: Path
 ) -> None:
-    """As in the LlamaTokenizer of transformers, which reads both beside tokenizer.model."""
+    """As in transformers, which reads both beside tokenizer.model; if they say nothing, as in mistral-common."""
     (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("A mill") == begins + MISTRAL.encode("A mill", bos=False)
     assert tokenizer.bos_id == (begins[0] if begins else None)
     assert tokenizer.decode([1, *tokenizer.encode("A mill")]) == "A mill"
+
+
+if __name__ == "__main__":
+    hammer()
