@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.browser import needs_chromium
 from support.errors import assert_complains, refused
 from support.paths import ROOT
 from support.tiny_tekken import tiny_tekken
@@ -326,3 +327,16 @@ def test_the_second_turn_of_a_conversation_is_timed(tmp_path: Path) -> None:
     share = median(second / first for first, second in zip(content["first"], content["second"], strict=True))
     assert f"share: {share:.1%}" in done.stdout
     assert_complains(script("second_turn", *TINY, "--new", 0).stderr, "new", 0, program="second_turn.py")
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_live_page_is_timed(tmp_path: Path) -> None:
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    done = script("live_page", "--tokens", 8, "--repeats", 2, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["milliseconds"]
+    assert len(found) == 8
+    assert all(len(times) == 2 for times in found.values())
+    assert all(0 < seen <= continued for times in found.values() for seen, continued in times)
+    assert_complains(script("live_page", "--tokens", 2).stderr, "tokens", 2, program="live_page.py")
