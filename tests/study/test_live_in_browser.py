@@ -18,6 +18,7 @@ from support.live_page import HOSTILE, PIECES, opened, served, typed
 
 import mistral_ref
 from mistral_ref.steps import Step
+from mistral_ref.study.live.exercises import EXERCISES
 from mistral_ref.study.live.live_pass import LivePass
 from mistral_ref.study.live.session import Session
 
@@ -236,59 +237,29 @@ def test_the_changes_are_copied_as_python(browser: Any, url: str, model: mistral
     context.close()
 
 
-TOM, LILY = (f"{name} went to the park. Then" for name in ("Tom", "Lily"))
-HEADS = [{"kind": "zero", "step": f"layers.{layer}.heads", "head": 3} for layer in (4, 3)]
-# Of each exercise, changes that are of the wrong kind or do too little, and a solution.
-EXERCISES = [
-    ([[], HEADS, [HEADS[1]], [{"kind": "zero", "step": "layers.4.heads", "head": 2}]], HEADS[:1]),
-    ([HEADS[:1]], HEADS),
-    ([[{"kind": "window", "window": 8}], [{"kind": "window", "window": 6}], HEADS], [{"kind": "window", "window": 7}]),
-    ([[{"kind": "bug", "bug": "row-order"}]], [{"kind": "bug", "bug": "keys-permuted-as-queries"}]),
-    (
-        [[{"kind": "patch", "step": "layers.4.residual_after_ffn", "token": 1, "text": LILY}]],
-        [{"kind": "patch", "step": "layers.2.residual_after_ffn", "token": 1, "text": LILY}],
-    ),
-    ([HEADS[:1]], [{"kind": "scale", "step": "layers.4.heads", "head": 3, "number": 2}]),
-    (
-        [
-            [{"kind": "scale", "step": "layers.4.residual_after_ffn", "number": 100}],
-            [{"kind": "scale", "step": "norm", "number": 0.5}],
-            [{"kind": "scale", "step": "norm", "number": 2, "token": 7}],
-        ],
-        [{"kind": "scale", "step": "norm", "number": 2}],
-    ),
-    ([[{"kind": "theta", "theta": theta}] for theta in (100, 1e6)], [{"kind": "theta", "theta": 10}]),
-    (
-        [HEADS[:1], [{"kind": "zero", "step": "layers.0.heads", "head": 1}]],
-        [{"kind": "zero", "step": "layers.0.heads", "head": 7}],
-    ),
-    (
-        [
-            [{"kind": "zero", "step": "layers.0.ffn_hidden", "neuron": 166}],
-            [{"kind": "zero", "step": "layers.0.ffn_hidden"}],
-        ],
-        [{"kind": "zero", "step": "layers.0.ffn_hidden", "neuron": 23}],
-    ),
-]
-ABOUT_ONCE = (8, 9)  # the other exercises are about Tom
-
-
-def test_the_exercises_are_checked_by_the_page(tab: Any, url: str) -> None:
+def test_an_exercise_is_done_on_the_page(tab: Any, url: str) -> None:
     opened(tab, url, "attention/layers.4.attention_weights/4/3/0")
-    for number, (tries, solution) in enumerate(EXERCISES):
-        tab.click(f'[data-key="exercise {number}"]')
-        text = "Once upon a" if number in ABOUT_ONCE else TOM
-        tab.wait_for_function("(text) => question.text === text && !question.changes.length", arg=text)
-        tab.click('[data-key="hint"]')
-        for changes in (*tries, solution):
-            tab.evaluate("(changes) => show({ changes }, 'after')", changes)
-            said = tab.evaluate("(number) => verdict(EXERCISES[number])", number)
-            assert said[0] == (changes is solution), (number, changes, said)
-        tab.wait_for_selector("[aria-label=Exercises] .right")
-        assert "✓" in tab.text_content(f'[data-key="exercise {number}"]')
-    assert tab.evaluate("EXERCISES.length") == len(EXERCISES)
+    assert not tab.is_visible('[data-key="hint"]')
+    tab.click('[data-key="exercise one-head"]')
+    tab.wait_for_selector("[aria-label=Exercises] >> text=Nothing has been changed yet")
+    exercise = EXERCISES["one-head"]
+    assert tab.input_value("textarea") == exercise.text
+    assert exercise.task in tab.text_content("[aria-label=Exercises]")
+    tab.click('[data-key="hint"]')
+    tab.wait_for_selector(f"text={exercise.hint}")
+    changed(tab, "zero", step="layers.4.heads", head="2")
+    tab.wait_for_selector("[aria-label=Exercises] >> text=/Not yet: “he” has .* %/")
+    tab.click('[data-key="remove 0"]')
+    tab.wait_for_selector("ul.changes", state="detached")
+    changed(tab, "zero", step="layers.4.heads", head="3")
+    tab.wait_for_selector(f"[aria-label=Exercises] .right >> text={exercise.done}")
+    tab.click('[data-key="exercise neuron"]')
+    tab.wait_for_selector("[aria-label=Exercises] >> text=Nothing has been changed yet")
+    assert "✓" in tab.text_content('[data-key="exercise one-head"]')
     typed(tab, "Tom", ["<s>", "▁Tom"])
     tab.wait_for_selector("text=This exercise is about another text")
+    tab.click('[data-key="exercise neuron"]')
+    tab.wait_for_selector("text=Exercises of the course")
 
 
 def test_the_server_computes_one_thing_and_the_page_shows_how_far_it_is(

@@ -6,5 +6,7 @@ session.py      what is computed for the page: the passes of a text without chan
 parts.py        the parts of these passes that the page asks for
 going_on.py     the next token: what it is drawn from, and drafts
 sweeping.py     sweeps, for the page
+exercises.py    the course's exercises
+checking.py     whether a reader has done one
 live_pass.py    one pass, whose values are found when they are asked for
 """

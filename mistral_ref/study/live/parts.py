@@ -78,10 +78,17 @@ def _values(view: View) -> Entry:
     return entry
 
 
-def _departs(view: View) -> list[str]:
-    """Return the names of the steps whose difference is more than rounding explains, of those that both passes keep."""
+def departures(view: View) -> list[str]:
+    """Return the names of the steps whose difference is more than rounding explains, of those that both passes keep.
+
+    Those of another shape, in a pass of more tokens, are among them.
+    """
     pairs = zip(view.before.values.kept(), view.after.values.kept(), strict=False)
-    return [after.name for before, after in pairs if step_difference(after, before, DEFAULT_BOUND).departs]
+    return [
+        after.name
+        for before, after in pairs
+        if after.value.shape != before.value.shape or step_difference(after, before, DEFAULT_BOUND).departs
+    ]
 
 
 def _sizes(view: View) -> list[float | None]:
@@ -144,7 +151,7 @@ def _python(view: View) -> str:
 PARTS: Mapping[str, Callable[[View], Any]] = {
     "about": _about,
     "values": _values,
-    "departs": _departs,
+    "departs": departures,
     "sizes": _sizes,
     "lens": _lens,
     "next": _next,

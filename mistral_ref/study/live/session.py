@@ -26,14 +26,15 @@ from mistral_ref.errors import (
 )
 from mistral_ref.model import Model
 from mistral_ref.study.broken import BUGS, BrokenModel, possible_bugs
-from mistral_ref.study.live import going_on, parts, sweeping
+from mistral_ref.study.live import checking, going_on, parts, sweeping
 from mistral_ref.study.live.changed_pass import ChangedPass, changed_pass, unchanged_pass
+from mistral_ref.study.live.exercises import EXERCISES
 from mistral_ref.study.live.parts import SHOWN, View
 from mistral_ref.study.page_data import Entry
 
 _MOST_PASSES = 4  # that are held
 _MOST_CHANGES = 200
-_PARTS = {**parts.PARTS, **going_on.PARTS, **sweeping.PARTS}
+_PARTS = {**parts.PARTS, **going_on.PARTS, **sweeping.PARTS, **checking.PARTS}
 
 
 class Question(NamedTuple):
@@ -80,11 +81,13 @@ class Session:
         self.first, self.first_text, self.first_seconds = about["value"], text, time.monotonic() - begun
 
     def live_entry(self) -> Entry:
-        """Return what the live page knows of its server: its first text, how long that took, and the bugs to plant."""
+        """Return what the live page knows of its server: its first text, how long that took, bugs and exercises."""
         bugs = [] if isinstance(self.model, BrokenModel) else possible_bugs(self.model)
         sentences = {name: BUGS[name].sentence for name in bugs}
         begin = {"text": self.first_text, "seconds": self.first_seconds}
-        return begin | {"bugs": sentences, "exercises": self.exercises}
+        shown = ("chapter", "text", "task", "hint")
+        exercises = {name: {one: getattr(exercise, one) for one in shown} for name, exercise in EXERCISES.items()}
+        return begin | {"bugs": sentences, "exercises": exercises if self.exercises else {}}
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text; for a model without a tokenizer the text is a list of ids. Raises InputError."""
