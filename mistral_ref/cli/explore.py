@@ -7,9 +7,11 @@ from contextlib import suppress
 
 from mistral_ref.cli.common import add_compute_options, add_model_option, as_text, load_model, progress_bar
 from mistral_ref.cli.output import say
-from mistral_ref.cli.pass_options import model_title
+from mistral_ref.cli.pass_options import NameAction, model_title
+from mistral_ref.errors import InputError
 from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
+from mistral_ref.study.live.exercises import EXERCISES
 
 _BEGINNING = "Once upon a time there was a little girl named Lily. She"
 
@@ -17,6 +19,7 @@ _EXAMPLES = """\
 examples:
   mistral-ref explore
   mistral-ref explore --prompt "Tom had a red ball. One day"
+  mistral-ref explore --exercise two-heads
   mistral-ref explore --model DIR --no-browser --port 8765
 """
 
@@ -36,11 +39,20 @@ else and asks no network. Its address, with a secret in it, is printed. Ctrl-C
 ends it.""",
         epilog=_EXAMPLES,
     )
-    parser.add_argument(
+    begins = parser.add_mutually_exclusive_group()
+    begins.add_argument(
         "--prompt",
         metavar="TEXT",
         help="the text that the page begins with; for a model without a tokenizer its token ids (default: the "
         "beginning of a story)",
+    )
+    begins.add_argument(
+        "--exercise",
+        metavar="EXERCISE",
+        action=NameAction,
+        names={name: f"Chapter {one.chapter}. {one.task}" for name, one in EXERCISES.items()},
+        help="begin with an exercise of the course, which the page checks; `--exercise list` lists the "
+        f"{len(EXERCISES)} exercises. They are for the demonstration model",
     )
     add_model_option(parser)
     add_compute_options(parser)
@@ -57,9 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
     from mistral_ref.study.live.server import serve  # noqa: PLC0415
     from mistral_ref.study.live.session import Session  # noqa: PLC0415
 
+    is_demo = arguments.model == DEMO_MODEL
+    if arguments.exercise and not is_demo:
+        raise InputError(f"--exercise {arguments.exercise} is for the demonstration model; leave out --model")
     model = load_model(arguments)
-    load = "mistral_ref.load()" if arguments.model == DEMO_MODEL else f"mistral_ref.load({str(arguments.model)!r})"
-    session = Session(model, model_title(arguments), load, exercises=arguments.model == DEMO_MODEL)
+    load = "mistral_ref.load()" if is_demo else f"mistral_ref.load({str(arguments.model)!r})"
+    session = Session(model, model_title(arguments), load, exercises=is_demo, exercise=arguments.exercise)
     with progress_bar("taking the first pass", is_long=True) as progress:
         session.begin(_text(arguments, model), progress or (lambda done, total: None))
 
@@ -75,6 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _text(arguments: argparse.Namespace, model: Model) -> str:
+    if arguments.exercise:
+        return EXERCISES[arguments.exercise].text
     if arguments.prompt is not None:
         return as_text(arguments.prompt)
     return _BEGINNING if model.tokenizer is not None else "1"

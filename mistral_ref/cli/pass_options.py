@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from mistral_ref.loading import DEMO_MODEL
 from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
 from mistral_ref.study.broken import BUGS, broken
-
-_NAME_WIDTH = max(map(len, BUGS)) + 2
 
 
 def add_last_option(parser: argparse.ArgumentParser) -> None:
@@ -40,17 +39,25 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _BugAction(argparse.Action):
-    """Stores the name of a bug. "list" prints all of them and ends the program, as --help does."""
+class NameAction(argparse.Action):
+    """Stores one of several names. "list" prints all of them and ends the program, as --help does.
+
+    names   each name with what it means
+    """
+
+    def __init__(self, *, names: Mapping[str, str], **how: Any) -> None:
+        super().__init__(**how)
+        self._names = names
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
         if values == "list":
-            width = terminal_width() or 80
-            say("\n".join(wrapped(f"{name:<{_NAME_WIDTH}}{bug.sentence}", width) for name, bug in BUGS.items()))
+            column, width = max(map(len, self._names)) + 2, terminal_width() or 80
+            say("\n".join(wrapped(f"{name:<{column}}{meaning}", width) for name, meaning in self._names.items()))
             parser.exit()
-        if values not in BUGS:
-            raise argparse.ArgumentError(self, f"{short_repr(values)} is no bug; expected one of {', '.join(BUGS)}")
-        namespace.broken = values
+        if values not in self._names:
+            expected = f"expected one of {', '.join(self._names)}"
+            raise argparse.ArgumentError(self, f"{short_repr(values)} is no {str(self.metavar).lower()}; {expected}")
+        setattr(namespace, self.dest, values)
 
 
 def add_broken_option(parser: argparse.ArgumentParser, which: str) -> None:
@@ -58,7 +65,8 @@ def add_broken_option(parser: argparse.ArgumentParser, which: str) -> None:
     parser.add_argument(
         "--broken",
         metavar="BUG",
-        action=_BugAction,
+        action=NameAction,
+        names={name: bug.sentence for name, bug in BUGS.items()},
         help=f"plant a bug in {which} to see what it does; NumPy computes the values then. `--broken list` lists the "
         f"{len(BUGS)} bugs",
     )

@@ -15,6 +15,8 @@ import pytest
 from support.command import COMMAND, run, start
 from support.errors import assert_complains
 
+from mistral_ref.study.live.exercises import EXERCISES
+
 
 @contextmanager
 def started(*arguments: object, command: Sequence[object] = COMMAND) -> Iterator[tuple[Any, str]]:
@@ -55,6 +57,22 @@ def test_the_browser_gets_the_address(tmp_path: Path) -> None:
         assert asked.read_text() == url
 
 
+@pytest.mark.slow
+def test_it_begins_with_an_exercise() -> None:
+    with started("--no-browser", "--exercise", "token-before") as (_, url), urllib.request.urlopen(url) as answer:
+        page = answer.read().decode()
+    assert '"exercise":"token-before"' in page
+    assert f'"live":{{"text":"{EXERCISES["token-before"].text}"' in page
+
+
+def test_the_exercises_are_listed() -> None:
+    found = run("explore", "--exercise", "list")
+    assert (found.returncode, found.stderr) == (0, "")
+    words = " ".join(found.stdout.split())
+    for name, exercise in EXERCISES.items():
+        assert f"{name} Chapter {exercise.chapter}. {exercise.task}" in words
+
+
 def test_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -64,7 +82,14 @@ def test_a_port_that_is_taken_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "facts"), [(["--port", "-1"], ("port", -1)), (["--model", "nowhere/x"], (Path("nowhere/x"),))]
+    ("arguments", "facts"),
+    [
+        (["--port", "-1"], ("port", -1)),
+        (["--model", "nowhere/x"], (Path("nowhere/x"),)),
+        (["--exercise", "three-heads"], ("--exercise", "'three-heads'", ", ".join(EXERCISES))),
+        (["--exercise", "two-heads", "--model", "nowhere/x"], ("--exercise", "two-heads", "--model")),
+        (["--exercise", "two-heads", "--prompt", "Tom"], ("--exercise", "--prompt")),
+    ],
 )
 def test_a_mistake_is_one_line(arguments: Sequence[str], facts: Sequence[object]) -> None:
     found = run("explore", "--backend", "numpy", "--no-browser", *arguments)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.live_page import ignored
+from support.paths import ROOT
 
 from mistral_ref.model import Model
 from mistral_ref.sampling import log_softmax
@@ -119,6 +120,12 @@ def test_the_page_gets_no_solution(session: Session) -> None:
     assert list(found) == NAMES
     assert all(list(one) == ["chapter", "text", "task", "hint"] for one in found.values())
     assert Session(session.model, "").live_entry()["exercises"] == {}
+
+
+def test_a_chapter_says_the_command_of_its_exercises() -> None:
+    for name, exercise in EXERCISES.items():
+        (chapter,) = (ROOT / "docs" / "course").glob(f"{exercise.chapter:02}-*.md")
+        assert f"mistral-ref explore --exercise {name}\n" in chapter.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -262,6 +262,18 @@ def test_an_exercise_is_done_on_the_page(tab: Any, url: str) -> None:
     tab.wait_for_selector("text=Exercises of the course")
 
 
+def test_the_page_begins_with_an_exercise(browser: Any, model: mistral_ref.Model) -> None:
+    exercise = EXERCISES["neuron"]
+    session = Session(model, "a model", exercises=True, exercise="neuron")
+    with served(session, exercise.text) as url, quiet_tab(browser, url) as tab:
+        tab.goto(url)
+        tab.wait_for_selector("[aria-label=Exercises] >> text=Nothing has been changed yet")
+        assert exercise.task in tab.text_content("[aria-label=Exercises]")
+        assert tab.input_value("textarea") == exercise.text
+        changed(tab, "zero", step="layers.0.ffn_hidden", neuron="23")
+        tab.wait_for_selector(f"[aria-label=Exercises] .right >> text={exercise.done}")
+
+
 def test_the_server_computes_one_thing_and_the_page_shows_how_far_it_is(
     tab: Any, url: str, model: mistral_ref.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,10 +64,14 @@ class Session:
     title   the name of the model
     load    the Python that loads it
     exercises   whether the page offers the course's exercises, which are made for the demonstration model
+    exercise    the name of the exercise with which it begins
     """
 
-    def __init__(self, model: Model, title: str, load: str = "mistral_ref.load()", *, exercises: bool = False) -> None:
-        self.model, self.title, self.load, self.exercises = model, title, load, exercises
+    def __init__(
+        self, model: Model, title: str, load: str = "mistral_ref.load()", *,
+        exercises: bool = False, exercise: str | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.title, self.load, self.exercises, self.exercise = model, title, load, exercises, exercise
         self.first: Entry = {}  # what the page shows when it is loaded
         self.first_text, self.first_seconds = "", 0.0
         self._passes: OrderedDict[Question, ChangedPass] = OrderedDict()
@@ -87,7 +91,8 @@ class Session:
         begin = {"text": self.first_text, "seconds": self.first_seconds}
         shown = ("chapter", "text", "task", "hint")
         exercises = {name: {one: getattr(exercise, one) for one in shown} for name, exercise in EXERCISES.items()}
-        return begin | {"bugs": sentences, "exercises": exercises if self.exercises else {}}
+        exercises = exercises if self.exercises else {}
+        return begin | {"bugs": sentences, "exercises": exercises, "exercise": self.exercise}
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text; for a model without a tokenizer the text is a list of ids. Raises InputError."""

@@ -2,7 +2,7 @@
 
 const EXERCISES = Object.entries(live.exercises);
 const exerciseBox = el("section", { class: "card stack", "aria-label": "Exercises" });
-const exercise = { name: null, done: new Set(), hasHint: false };
+const exercise = { name: live.exercise, done: new Set(), hasHint: false };
 
 function beginExercise(name) {
   Object.assign(exercise, { name, hasHint: false });
