@@ -24,6 +24,7 @@ from mistral_ref.study.changes import (
     Change,
     ChangeError,
     Freeze,
+    Mean,
     Patch,
     PlantedBug,
     Scale,
@@ -56,6 +57,8 @@ def by_hand(change: Change, value: np.ndarray, other: np.ndarray, plain: np.ndar
             value[..., -1] = -7
         case Add():
             value[5, 0, 2] += np.float32(0.1)
+        case Mean():
+            value[4, 1] = sum(plain[token, 1].astype(float) for token in range(6)) / 6
         case Swap(head=None):
             value[[1, 4]] = value[[4, 1]]
         case Swap():
@@ -71,7 +74,7 @@ def by_hand(change: Change, value: np.ndarray, other: np.ndarray, plain: np.ndar
 OF_STEPS = [
     Zero(NAME, head=1), Scale(NAME, 0.3, token=2), Set(NAME, -7, neuron=-1), Add(NAME, 0.1, token=-1, head=0, neuron=2),
     Swap(NAME, 4, token=1), Swap(NAME, 4, token=1, head=3), Freeze(NAME, token=3),
-    Patch(NAME, tuple(OTHER)), Patch(NAME, tuple(OTHER), head=1),
+    Mean(NAME, token=4, head=1), Patch(NAME, tuple(OTHER)), Patch(NAME, tuple(OTHER), head=1),
 ]  # fmt: skip
 
 
@@ -92,6 +95,8 @@ def step_changes(draw: st.DrawFn, config: ModelConfig, n_tokens: int) -> Change:
     number, token = draw(st.floats(-2, 2)), draw(st.integers(-n_tokens, n_tokens - 1))
     other = draw(st.lists(st.integers(0, config.vocab_size - 1), min_size=n_tokens, max_size=n_tokens))
     made = [Zero(name, **places), Scale(name, number, **places), Set(name, number, **places), Add(name, 1, **places)]
+    if "token" in sizes:
+        made.append(Mean(name, **places))
     if "pair" not in sizes:
         made += [Patch(name, tuple(other), **places), Freeze(name, **places)]
     if "token" in places:
@@ -191,6 +196,14 @@ def test_a_longer_pass_keeps_the_changes_of_the_prompts_tokens() -> None:
             other[1, 5] = 0
             np.testing.assert_array_equal(found[:, :6, :6], other)
             np.testing.assert_array_equal(found[:, 6:], plain[:, 6:])
+
+
+def test_a_mean_is_that_of_the_prompt_without_changes_also_for_later_tokens() -> None:
+    model, longer, name = model_of(SMALL), [*TOKENS, 3, 4], "layers.1.heads"
+    mean = model.trace(TOKENS, keep=name)[name].mean(axis=0)
+    changed, edits = apply(model, TOKENS, [Zero("layers.0.heads"), Mean(name)])
+    found = changed.trace(longer, keep=name, edits=edits)[name]
+    np.testing.assert_allclose(found, np.tile(mean, (8, 1, 1)), atol=1e-6)
 
 
 @given(st.data(), configs())
@@ -330,6 +343,8 @@ def test_a_list_of_changes_is_a_list() -> None:
         (Zero("layers.0.scores", neuron=6), ["neuron", "layers.0.scores", 6]),
         (Swap("layers.0.q", 6, token=0), ["layers.0.q", 6]),
         (Swap("layers.0.q", 0, token=6), ["layers.0.q", 6]),
+        (Mean("layers.0.scores"), ["layers.0.scores", "tokens"]),
+        (Mean("layers.0.q", head=6), ["head", "layers.0.q", 6]),
         (Patch("layers.0.q", (1, 2)), [2, 6, "tokens"]),
         (Patch("layers.0.q", (10**6,) * 6), [10**6]),
         (Patch("layers.0.q", "no tokenizer"), ["tokenizer"]),
@@ -357,12 +372,16 @@ def test_more_changes_that_cannot_be() -> None:
         apply(model, TOKENS, [PlantedBug("eps-outside"), PlantedBug("eps-outside")])
     with refused(ChangeError, "changes[0]", "bug"):
         apply(broken(model, "eps-outside"), TOKENS, [Window(3)])
-    with refused(ChangeError, "changes[1]", 7, 6):  # BOS twice makes a token more
-        apply(model, [1, 5, 6, 7, 8, 9], [PlantedBug("bos-twice"), Freeze("layers.0.q")])
+    bos_twice, prompt = PlantedBug("bos-twice"), [1, 5, 6, 7, 8, 9]  # makes a token more
+    with refused(ChangeError, "changes[1]", 7, 6):
+        apply(model, prompt, [bos_twice, Freeze("layers.0.q")])
+    assert apply(model, prompt, [bos_twice, Mean("layers.0.q")]).edits
     mixture = model_of(MIXTURE)
     for change in (Patch("layers.0.gate", (4, 5)), Freeze("layers.0.gate")):
         with refused(ChangeError, "layers.0.gate", "expert"):
             apply(mixture, [1, 2], [change])
+    with refused(ChangeError, "layers.0.gate", "tokens", "pair"):
+        apply(mixture, [1, 2], [Mean("layers.0.gate")])
     with refused(ChangeError, "layers.0.gate", "pair"):
         apply(mixture, [1, 2], [Zero("layers.0.gate", token=0)])
     with refused(InputError, "dim", "shapes"):

@@ -214,7 +214,7 @@ _NUMBER: dict[str, st.SearchStrategy[Any]] = {**_PLACE, "number": st.floats(widt
 _TEXT = st.sampled_from(["1 2 3 4 5", "1"]) | st.lists(st.integers(0, 20), min_size=5, max_size=5)
 _KINDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     **dict.fromkeys(("scale", "set", "add"), _NUMBER),
-    **dict.fromkeys(("zero", "freeze"), _PLACE),
+    **dict.fromkeys(("zero", "mean", "freeze"), _PLACE),
     "swap": {**_PLACE, "other": st.integers(-7, 7)},
     "patch": {**_PLACE, "text": _TEXT},
     "window": {"window": st.none() | st.integers(-1, 9)},

@@ -63,18 +63,20 @@ def test_the_map_is_the_librarys_and_a_cell_becomes_a_change(tab: Any, model: mi
 
 @pytest.mark.parametrize("by", ["token", "step"])
 def test_a_sweep_is_run_by_keyboard_alone(tab: Any, model: mistral_ref.Model, by: Any) -> None:
-    chosen(tab, by=by, how="zero")
+    chosen(tab, by=by, how="mean")
     tab.focus('[data-key="sweep second"]')
     tab.keyboard.press("Enter")
     tab.wait_for_selector(".sweep-found")
     metric = (model.token_ids("and she")[-1], model.token_ids("and he")[-1])
-    row, column, _ = ablate(model, TOM, by=by, metric=metric).top(1)[0]
+    row, column, _ = ablate(model, TOM, by=by, metric=metric, to="mean").top(1)[0]
     tab.focus('[data-key="top 0"]')
     tab.keyboard.press("Enter")
     tab.focus('[data-key="add from sweep"]')
     tab.keyboard.press("Enter")
     tab.wait_for_selector("ul.changes li")
     assert (f"{row}.{column}" if by == "step" else row) in tab.text_content("ul.changes li")
+    assert "to the mean" in tab.text_content("ul.changes li")
+    assert tab.evaluate("question.changes[0].kind") == "mean"
 
 
 def test_a_sweep_shows_how_far_it_is_and_can_be_ended(tab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

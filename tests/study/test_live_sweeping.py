@@ -50,12 +50,14 @@ def test_a_sweep_is_the_librarys(session: Session, by: Any, how: Any, at: int) -
     assert abs(expected.change[row, column]) == np.abs(expected.change).max()
 
 
-def test_a_cell_is_the_change_that_the_page_makes_of_it(session: Session) -> None:
-    change = {"kind": "zero", "step": "layers.4.heads", "head": 3}
+@pytest.mark.parametrize(("how", "at"), [("zero", 7), ("mean", 7), ("mean", 5), ("patch", 7)])
+def test_a_cell_is_the_change_that_the_page_makes_of_it(session: Session, how: str, at: int) -> None:
+    other = {"text": LILY} if how == "patch" else {}
+    change = {"kind": how, "step": "layers.4.heads", "head": 3, **other}
     _, edits = apply(session.model, TOM, from_dicts([change]))
-    logits_V = session.model.forward(TOM, edits=edits)[-1]
+    logits_V = session.model.forward(TOM, edits=edits)[at]
     she, he = (session.model.token_ids(f"and {word}")[-1] for word in ("she", "he"))
-    found = swept(session)
+    found = swept(session, how=how, other=LILY, at=at)
     moved = float(logits_V[she] - logits_V[he]) - found["base"]
     assert found["values"][found["rows"].index("layers.4.heads")][3] == pytest.approx(moved, abs=1e-4)
 

@@ -20,6 +20,7 @@ from mistral_ref.model import Model
 from mistral_ref.steps import axis_sizes, step_names
 from mistral_ref.study import patching
 from mistral_ref.study.broken import broken
+from mistral_ref.study.changes import Mean, apply
 from mistral_ref.study.patching import Sweep, ablate, patch, variants
 
 TOKENS, OTHER = tokens_for(SMALL, 7), tokens_for(SMALL, 7, seed=1)
@@ -194,10 +195,23 @@ def test_means_are_over_tokens_of_the_prompt_or_of_texts() -> None:
     model, name = model_of(SMALL, dtype="float64"), "layers.1.ffn_out"
     own, other = (model.trace(ids, keep=name)[name] for ids in (TOKENS, OTHER[:3]))
     for to, mean in (("mean", own.mean(axis=0)), ([TOKENS, OTHER[:3]], np.concatenate([own, other]).mean(axis=0))):
-        found = ablate(model, TOKENS, by="token", steps=name, metric=TO, to=to)
-        new = np.tile(mean, (7, 1))
-        expected = [naive(model, TOKENS, name, token, None, new) for token in range(7)]
-        np.testing.assert_allclose(found.values_RC, [expected], atol=1e-10)
+        for at in (6, 4):  # the mean is that of all tokens, wherever the logits are taken
+            found = ablate(model, TOKENS, by="token", steps=name, metric=TO, to=to, at=at)
+            new = np.tile(mean, (7, 1))
+            expected = [naive(model, TOKENS[: at + 1], name, token, None, new[: at + 1]) for token in range(at + 1)]
+            np.testing.assert_allclose(found.values_RC, [expected], atol=1e-10)
+
+
+@pytest.mark.parametrize("by", ["head", "token", "step"])
+def test_a_mean_as_a_change_is_what_a_sweep_makes_of_one_place(by: Any) -> None:
+    model = model_of(SMALL, dtype="float64")
+    found = ablate(model, TOKENS, by=by, metric=TO, to="mean", at=5)
+    for row, row_name in enumerate(found.rows):
+        for column, column_name in enumerate(found.columns):
+            name = f"{row_name}.{column_name}" if by == "step" else row_name
+            change = Mean(name, **({} if by == "step" else {by: column}))
+            logits_V = model.forward(TOKENS, edits=apply(model, TOKENS, [change]).edits)[5]
+            assert found.values_RC[row, column] == pytest.approx(logits_V[TO[0]] - logits_V[TO[1]], abs=1e-10)
 
 
 def test_a_sweep_costs_a_part_of_the_naive_passes() -> None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 from mistral_ref.study.changes.applying import Applied, ChangeError, apply
 from mistral_ref.study.changes.data import KINDS, from_dict, from_dicts
 from mistral_ref.study.changes.of_models import PlantedBug, Theta, Window, with_config
-from mistral_ref.study.changes.of_steps import Add, Change, Freeze, Patch, Scale, Set, StepChange, Swap, Zero
+from mistral_ref.study.changes.of_passes import Freeze, Mean, Patch
+from mistral_ref.study.changes.of_steps import Add, Change, Scale, Set, StepChange, Swap, Zero
 from mistral_ref.study.changes.source import python_source
 
 __all__ = [
-    "KINDS", "Add", "Applied", "Change", "ChangeError", "Freeze", "Patch", "PlantedBug", "Scale", "Set", "StepChange",
-    "Swap", "Theta", "Window", "Zero", "apply", "from_dict", "from_dicts", "python_source", "with_config",
+    "KINDS", "Add", "Applied", "Change", "ChangeError", "Freeze", "Mean", "Patch", "PlantedBug", "Scale", "Set",
+    "StepChange", "Swap", "Theta", "Window", "Zero", "apply", "from_dict", "from_dicts", "python_source", "with_config",
 ]  # fmt: skip

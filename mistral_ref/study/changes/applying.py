@@ -14,7 +14,9 @@ from mistral_ref.prompt import Prompt
 from mistral_ref.steps import catalogue_of
 from mistral_ref.study.broken import broken
 from mistral_ref.study.changes.of_models import ConfigChange, PlantedBug, with_config
-from mistral_ref.study.changes.of_steps import Change, ChangedStep, Index, Kept, Patch, StepChange
+from mistral_ref.study.changes.of_passes import OfPass
+from mistral_ref.study.changes.of_steps import Change, ChangedStep, Index, StepChange
+from mistral_ref.trace import Trace
 from mistral_ref.walk import Edit
 
 
@@ -95,18 +97,10 @@ def plan(model: Model, prompt: Prompt, changes: Sequence[Change]) -> Plan:
     for number, change in made:
         if isinstance(change, StepChange):
             with of_change(number):
-                places, other_ids = change.places(changed.config, n_tokens), None
-                if isinstance(change, Kept):
-                    other_ids = tuple(model.token_ids(change.text) if isinstance(change, Patch) else ids)
-                    _check_length(change, len(other_ids), n_tokens)
+                places = change.places(changed.config, n_tokens)
+                other_ids = change.taken_from(model, ids, n_tokens) if isinstance(change, OfPass) else None
                 steps.append(Planned(change, places, other_ids))
     return Plan(changed, configs, bugs, steps)
-
-
-def _check_length(change: Kept, n_other: int, n_tokens: int) -> None:
-    if n_other != n_tokens:
-        whose = "the other text" if isinstance(change, Patch) else "the pass without changes"
-        raise InputError(f"{whose} has {n_other} tokens; expected {n_tokens}, as many as this pass")
 
 
 def apply(model: Model, prompt: Prompt, changes: Sequence[Change]) -> Applied:
@@ -116,7 +110,7 @@ def apply(model: Model, prompt: Prompt, changes: Sequence[Change]) -> Applied:
     over a cache, and `edited`, which makes a model of them that generates.
 
     All changes are checked before a pass begins. Then the other texts that they name go through the model without
-    changes, and the prompt if something is frozen.
+    changes, and the prompt if something is frozen or set to a mean.
 
     Raises ChangeError for the first change that cannot be made, and InputError for the prompt.
     """
@@ -124,11 +118,16 @@ def apply(model: Model, prompt: Prompt, changes: Sequence[Change]) -> Applied:
     needed = defaultdict[tuple[int, ...] | None, list[str]](list)
     for _, places, other_ids in found.steps:
         needed[other_ids].extend(places)
-    kept = {ids: model.trace(ids, keep=names) for ids, names in needed.items() if ids is not None}
+    kept: dict[tuple[int, ...] | None, Trace] = {}
+    for other_ids, names in needed.items():
+        if other_ids is not None:
+            kept[other_ids] = model.trace(other_ids, keep=names)
     edits: list[tuple[str, Edit]] = []
     catalogue = catalogue_of(model.config)
     for change, places, other_ids in found.steps:
         for name, index in places.items():
-            axes, other = catalogue[name.rpartition(".")[2]].axes, None if other_ids is None else kept[other_ids][name]
+            axes, other = catalogue[name.rpartition(".")[2]].axes, None
+            if isinstance(change, OfPass):
+                other = change.taken(kept[other_ids][name])
             edits.append((name, ChangedStep(change, axes, index, other)))
     return Applied(found.model, edits)

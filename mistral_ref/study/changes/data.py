@@ -8,10 +8,11 @@ from dataclasses import MISSING, fields
 from mistral_ref.errors import InputError, checked_choice, did_you_mean, short_repr
 from mistral_ref.study.changes.applying import of_change
 from mistral_ref.study.changes.of_models import PlantedBug, Theta, Window
-from mistral_ref.study.changes.of_steps import Add, Change, Freeze, Patch, Scale, Set, Swap, Zero
+from mistral_ref.study.changes.of_passes import Freeze, Mean, Patch
+from mistral_ref.study.changes.of_steps import Add, Change, Scale, Set, Swap, Zero
 
 KINDS: dict[str, type[Change]] = {
-    kind.kind: kind for kind in (Zero, Scale, Set, Add, Swap, Patch, Freeze, Window, Theta, PlantedBug)
+    kind.kind: kind for kind in (Zero, Scale, Set, Add, Mean, Swap, Patch, Freeze, Window, Theta, PlantedBug)
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from mistral_ref.walk import PositionedEdit, inside_attention, matching_steps
 
 # Which part of a step's value changes: for each axis a number, a slice from the beginning, or two tokens.
 Index = tuple[int | slice | list[int], ...]
-_OF_TOKENS = ("token", "query", "key")
+OF_TOKENS = ("token", "query", "key")
 _MOST = 2**31  # tokens, heads and neurons are fewer
 LARGEST = 1e30  # as in configurations; float32 holds it
 
@@ -121,7 +120,7 @@ class ChangedStep(PositionedEdit):
 
     axes    the step's axes
     index   the part that changes, counted in a pass that begins at position 0
-    kept    the step's value in the other pass; None without one
+    kept    the step's value in the other pass, or one token's numbers, which stand for those of each; None without
     """
 
     change: StepChange
@@ -138,7 +137,7 @@ class ChangedStep(PositionedEdit):
         here, there = [], []  # for each axis the indices of the part, and of that from which numbers are taken
         for axis, size, part in zip(self.axes, value.shape, self.index, strict=True):
             positions = np.arange(size)
-            if axis in _OF_TOKENS:
+            if axis in OF_TOKENS:
                 positions = np.arange(first_key, first_key + size) if axis == "key" else positions_T
             if isinstance(part, list):
                 first, second = (_indices(positions, one) for one in part)
@@ -148,7 +147,7 @@ class ChangedStep(PositionedEdit):
                 there.append(np.concatenate([second, first]))
             else:
                 here.append(_indices(positions, part))
-                there.append(here[-1] if self.kept is None else positions[here[-1]])
+                there.append(here[-1] if self.kept is None else positions[here[-1]] % self.kept.shape[len(there)])
         value, chosen = value.copy(), np.ix_(*here)
         source = value if self.kept is None else self.kept
         with np.errstate(all="ignore"):  # as in the pass itself: 0 times a score of -inf is NaN
@@ -283,62 +282,3 @@ class Swap(StepChange):
 
 def _turned(index: Index) -> Index:
     return tuple(part[::-1] if isinstance(part, list) else part for part in index)
-
-
-@dataclass(frozen=True)
-class Kept(StepChange):
-    """A change to the numbers of another pass, which has as many tokens as the prompt.
-
-    In a longer pass the tokens after these keep their own numbers.
-    """
-
-    def _place(self, name: str, sizes: dict[str, int]) -> Index:
-        if "pair" in sizes:
-            raise InputError(
-                f"{name} has a row for each expert that a token is sent to, and other passes have other experts; "
-                "expected another step, such as ffn_out"
-            )
-        return super()._place(name, sizes)
-
-    def _whole(self, axis: str, size: int) -> slice:
-        return slice(None, size) if axis in _OF_TOKENS else slice(None)
-
-    def changed(self, part: np.ndarray, other: np.ndarray) -> np.ndarray | float:
-        """Return the part of the other pass."""
-        return other
-
-    def statement(self, index: Index) -> str:
-        """Return the same in Python."""
-        return f"value[{index_text(index)}] = kept[{index_text(index)}]"
-
-
-@dataclass(frozen=True)
-class Patch(Kept):
-    """Take the numbers from the same place of another text's pass, by the model without changes: activation patching.
-
-    text    the other text, or its token ids; it has as many tokens as the prompt
-    """
-
-    text: str | tuple[int, ...]
-    kind: ClassVar[str] = "patch"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.text, str):
-            return
-        if not isinstance(self.text, Sequence | np.ndarray):
-            raise InputError(f"text is {short_repr(self.text)}; expected a text, or a list of token ids")
-        self._keep("text", tuple(checked_int(f"text[{at}]", one, least=0) for at, one in enumerate(self.text)))
-
-    def __str__(self) -> str:
-        return f"take {self._words} from the pass of {short_repr(self.text)}"
-
-
-@dataclass(frozen=True)
-class Freeze(Kept):
-    """Take the numbers from the pass of the same prompt by the model without changes."""
-
-    kind: ClassVar[str] = "freeze"
-
-    def __str__(self) -> str:
-        return f"keep {self._words} as it is without changes"

@@ -9,7 +9,8 @@ from mistral_ref.errors import escaped
 from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
 from mistral_ref.study.changes.applying import Plan, Planned, plan
-from mistral_ref.study.changes.of_steps import Change, Patch
+from mistral_ref.study.changes.of_passes import Patch
+from mistral_ref.study.changes.of_steps import Change
 
 
 def python_source(model: Model, prompt: Prompt, changes: Sequence[Change], *, load: str = "mistral_ref.load()") -> str:

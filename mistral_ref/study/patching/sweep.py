@@ -84,28 +84,25 @@ def ablate(
 ) -> Sweep:
     """Return what becomes of a metric if numbers are set to zero or to a mean, one place after the other.
 
-    to      "zero"; "mean": the mean over the tokens of the prompt, BOS included; a list of texts: the mean over all of
-            their tokens
+    to      "zero"; "mean": the mean over all tokens of the prompt, BOS included, wherever the logits are taken; a list
+            of texts: the mean over all of their tokens
 
     The other arguments are those of `patch`. Raises InputError, also if the metric fails.
     """
-    grid = _Grid(model, model.token_ids(prompt), by, metric, **where)
-    if isinstance(to, str):
-        checked_choice("to", to, ("zero", "mean"))
-        if to == "zero":
-            return grid.swept(lambda name, value: np.zeros_like(value), "set to zero", None, progress)
-        return grid.swept(lambda name, value: _as_mean(value, value), "set to the mean over tokens", None, progress)
-    means = _means(model, to, grid.names)
-    return grid.swept(lambda name, value: _as_mean(means[name], value), "set to the mean over texts", None, progress)
+    ids = model.token_ids(prompt)
+    grid = _Grid(model, ids, by, metric, **where)
+    if isinstance(to, str) and checked_choice("to", to, ("zero", "mean")) == "zero":
+        return grid.swept(lambda name, value: np.zeros_like(value), "set to zero", None, progress)
+    means = _means(model, [ids] if isinstance(to, str) else to, grid.names)
 
+    def mean(name: str, value: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(means[name].astype(value.dtype), value.shape)
 
-def _as_mean(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Return an array like `like`, (T, ...), whose tokens are all the mean of the tokens of `values`."""
-    return np.broadcast_to(values.mean(axis=0, dtype=np.float64).astype(like.dtype), like.shape)
+    return grid.swept(mean, f"set to the mean over {'tokens' if isinstance(to, str) else 'texts'}", None, progress)
 
 
 def _means(model: Model, texts: Sequence[Prompt], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the mean of each step over the tokens of all texts, (1, ...)."""
+    """Return the mean of each step over the tokens of all texts, (...), in float64."""
     if not isinstance(texts, Sequence) or not texts:
         raise InputError(f"to is {short_repr(texts)}; expected 'zero', 'mean' or a list of texts")
     sums, n_tokens = dict.fromkeys(names, np.zeros(())), 0
@@ -114,7 +111,7 @@ def _means(model: Model, texts: Sequence[Prompt], names: Sequence[str]) -> dict[
             trace = model.trace(text, keep=names)
         sums = {name: sums[name] + trace[name].sum(axis=0, dtype=np.float64) for name in names}
         n_tokens += trace.n_tokens
-    return {name: total[np.newaxis] / n_tokens for name, total in sums.items()}
+    return {name: total / n_tokens for name, total in sums.items()}
 
 
 class _Grid:

@@ -6,6 +6,7 @@ const CHANGES = {
   scale: ["multiply by", "place", "number"],
   set: ["set to", "place", "number"],
   add: ["add", "place", "number"],
+  mean: ["set to the mean over the tokens", "place"],
   swap: ["exchange with another token", "place", "other"],
   patch: ["take from the pass of another text", "place", "text"],
   freeze: ["keep as it is without changes", "place"],

@@ -24,7 +24,7 @@ function pickedNodes(found, go) {
   const [row, column] = sweeping.picked,
     place = cellPlace(found, row, column),
     { how, other } = found.asked;
-  const one = how === "patch" ? { kind: "patch", ...place, text: other } : { kind: "zero", ...place };
+  const one = { kind: how, ...place, ...(how === "patch" ? { text: other } : {}) };
   const isMade = question.changes.some((made) => JSON.stringify({ ...made, on: undefined }) === JSON.stringify(one));
   return [
     el("h3", null, sweptWords(found, row, column), ": ", el("b", null, signed(found.values[row][column]))),
@@ -46,20 +46,18 @@ function pickedNodes(found, go) {
         },
         "Show the step",
       ),
-      how !== "mean" &&
-        el(
-          "button",
-          {
-            type: "button",
-            "data-key": "add from sweep",
-            disabled: isMade,
-            onclick: () => change([...question.changes, one]),
-          },
-          isMade ? "It is among your changes" : "Add as a change",
-        ),
+      el(
+        "button",
+        {
+          type: "button",
+          "data-key": "add from sweep",
+          disabled: isMade,
+          onclick: () => change([...question.changes, one]),
+        },
+        isMade ? "It is among your changes" : "Add as a change",
+      ),
     ),
-    how === "mean" && el("p", { class: "small muted" }, "A mean over tokens is not among the changes; try to set it to 0."),
-  ].filter(Boolean);
+  ];
 }
 
 function topTable(found, pick) {
