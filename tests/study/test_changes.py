@@ -259,12 +259,13 @@ def test_any_changes_go_through_json_and_run_as_python_bit_for_bit(data: st.Data
     model = model_of(config)
     tokens = data.draw(st.lists(st.integers(0, config.vocab_size - 1), min_size=1, max_size=7))
     changes = [*data.draw(st.lists(step_changes(config, len(tokens)), max_size=4)), data.draw(model_changes(model))]
+    more = data.draw(st.lists(st.integers(0, config.vocab_size - 1), max_size=3))
     assert from_dicts(json.loads(json.dumps([change.to_dict() for change in changes]))) == changes
     changed, edits = apply(model, tokens, changes)
     names: dict[str, Any] = {"model": model}
     with np.errstate(all="ignore"):  # 0 times a score of -inf
-        exec(python_source(model, tokens, changes, load="model"), names)
-    np.testing.assert_array_equal(names["logits"], changed.forward(tokens, edits=edits))
+        exec(python_source(model, tokens, changes, load="model", more=more), names)
+    np.testing.assert_array_equal(names["logits"], changed.forward([*tokens, *more], edits=edits))
 
 
 def test_the_python_is_a_program_of_its_own() -> None:

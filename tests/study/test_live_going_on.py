@@ -25,6 +25,7 @@ PLAIN = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "repetit
 HEAD = {"kind": "zero", "step": "layers.4.heads", "head": 3}
 LAST = {"kind": "scale", "step": "layers.2.residual_after_ffn", "token": -1, "number": 3}
 TWICE = {"kind": "bug", "bug": "bos-twice"}
+PATCH = {"kind": "patch", "step": "norm", "text": "Lily went to the park. Then"}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,27 @@ def test_changes_are_those_of_the_text_in_a_pass_of_more_tokens(session: Session
     logits_TV = session.model.forward([*ids, *more], edits={"layers.2.residual_after_ffn": edit})
     p_V = np.exp(log_softmax(logits_TV[-1]))
     assert [one["after"] for one in found] == pytest.approx([p_V[one["id"]] for one in found], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:the prompt begins with BOS twice")
+@pytest.mark.parametrize("changes", [[], [LAST, HEAD], [TWICE, HEAD], [PATCH]], ids=str)
+def test_the_python_gives_the_logits_of_the_text_with_its_new_tokens(session: Session, changes: list[Any]) -> None:
+    he, was = session.model.token_ids("and he was")[-2:]
+    named: dict[str, Any] = {}
+    exec(asked(session, TEXT, "python", None, [he, was], changes), named)
+    shown = asked(session, TEXT, "about", None, [he, was], changes)["tokens"]
+    assert len(named["logits"]) == len(shown)
+    p_V = np.exp(log_softmax(named["logits"][-1]))
+    found = asked(session, TEXT, "next", len(shown) - 1, [he, was], changes)
+    assert [one["after"] for one in found] == pytest.approx([p_V[one["id"]] for one in found], rel=1e-2, abs=1e-6)
+
+
+def test_the_python_of_a_model_without_a_tokenizer_has_the_new_tokens_once() -> None:
+    found = Session(model_of(SMALL), "", load="model")
+    named: dict[str, Any] = {"model": found.model}
+    exec(asked(found, "1 2 3", "python", None, [4, 5], [{"kind": "zero", "step": "layers.0.q", "token": -1}]), named)
+    edits = apply(found.model, [1, 2, 3], from_dicts([{"kind": "zero", "step": "layers.0.q", "token": -1}])).edits
+    np.testing.assert_array_equal(named["logits"], found.model.forward([1, 2, 3, 4, 5], edits=edits))
 
 
 def test_a_text_that_has_ended_says_so(session: Session) -> None:

@@ -234,6 +234,14 @@ def test_the_changes_are_copied_as_python(browser: Any, url: str, model: mistral
     named: dict[str, Any] = {}
     exec(tab.evaluate("navigator.clipboard.readText()"), named)
     np.testing.assert_allclose(shown_numbers(tab, "logits"), named["logits"].ravel(), rtol=2**-9, atol=1e-3)
+    tab.click('[data-key="tab go_on"]')
+    tab.click("[data-key=next]")
+    tab.wait_for_function(f"(n) => {PIECES}.length === n", arg=len(pieces_of(model, TEXT)) + 1)
+    tab.click('[data-key="Copy as Python"]')
+    tab.wait_for_function("async () => (await navigator.clipboard.readText()).includes('token_ids(prompt)')")
+    exec(tab.evaluate("navigator.clipboard.readText()"), named)
+    assert len(named["logits"]) == len(pieces_of(model, TEXT)) + 1
+    np.testing.assert_allclose(shown_numbers(tab, "logits"), named["logits"].ravel(), rtol=2**-9, atol=1e-3)
     context.close()
 
 

@@ -13,10 +13,14 @@ from mistral_ref.study.changes.of_passes import Patch
 from mistral_ref.study.changes.of_steps import Change
 
 
-def python_source(model: Model, prompt: Prompt, changes: Sequence[Change], *, load: str = "mistral_ref.load()") -> str:
+def python_source(
+    model: Model, prompt: Prompt, changes: Sequence[Change], *,
+    load: str = "mistral_ref.load()", more: Sequence[int] = (),
+) -> str:  # fmt: skip
     """Return a program that makes these changes. At its end `logits` (T, V) are those after `apply`, bit for bit.
 
     load    the expression that loads the model
+    more    ids of tokens that follow the prompt: `logits` are those of both together
 
     Changes that are off are left out. Raises ChangeError and InputError as `apply`.
     """
@@ -34,7 +38,8 @@ def python_source(model: Model, prompt: Prompt, changes: Sequence[Change], *, lo
         lines += [*functions, "", "", "edits = [", *entries, "]"]
     changed = "changed" if found.configs or found.bugs else "model"
     edits = ", edits=edits" if functions else ""
-    return "\n".join([*lines, f"logits = {changed}.forward(prompt{edits})", ""])
+    tokens = f"[*{changed}.token_ids(prompt), {', '.join(map(str, more))}]" if more else "prompt"
+    return "\n".join([*lines, f"logits = {changed}.forward({tokens}{edits})", ""])
 
 
 def _imports(found: Plan) -> list[str]:

@@ -144,8 +144,9 @@ def _cost(view: View) -> Entry:
 
 def _python(view: View) -> str:
     """Return the Python that makes the changes."""
-    prompt = view.text if view.before.values.model.tokenizer else view.before.values.ids
-    return python_source(view.before.values.model, prompt, view.after.made, load=view.load)
+    model, ids = view.before.values.model, view.before.values.ids
+    prompt = view.text if model.tokenizer else ids[: len(ids) - len(view.more)]
+    return python_source(model, prompt, view.after.made, load=view.load, more=view.more)
 
 
 PARTS: Mapping[str, Callable[[View], Any]] = {
