@@ -10,8 +10,10 @@ import numpy as np
 from mistral_ref.errors import InputError, Progress
 from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
-from mistral_ref.study.changes import Applied, Change, ChangeError, apply, from_dict
+from mistral_ref.study.changes import Applied, Change, ChangeError, Swap, apply, from_dict
+from mistral_ref.study.edited import edited
 from mistral_ref.study.live.live_pass import LivePass
+from mistral_ref.walk import inside_attention
 
 
 class ChangedPass(NamedTuple):
@@ -33,11 +35,12 @@ class ChangedPass(NamedTuple):
     def goes_on(self, n: int, progress: Progress) -> Iterator[int]:
         """Yield the ids of up to n more tokens, always the likeliest one.
 
-        With edits each token takes a pass of all tokens before it, in which the edits are made again.
+        Where a change needs a whole pass, each token takes a pass of all tokens before it.
         """
         (model, edits), ids = self.applied, list(self.values.ids)
-        if not edits:
-            for done, token in enumerate(model.generate(ids, max_tokens=n), 1):
+        if not self._needs_whole_passes():
+            changed = edited(model, edits) if edits else model
+            for done, token in enumerate(changed.generate(ids, max_tokens=n, progress=progress), 1):
                 progress(done, n)
                 yield token.id
             return
@@ -50,6 +53,11 @@ class ChangedPass(NamedTuple):
             yield ids[-1]
             if ids[-1] in model.eos_ids:
                 return
+
+    def _needs_whole_passes(self) -> bool:
+        """Return whether a change needs several tokens at once: the two that it swaps, or all keys, unseen ones too."""
+        swaps = any(isinstance(change, Swap) for change in self.made)
+        return swaps or inside_attention(name for name, _ in self.applied.edits)
 
 
 def unchanged_pass(model: Model, ids: Sequence[int], progress: Progress) -> ChangedPass:
