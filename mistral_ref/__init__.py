@@ -139,4 +139,7 @@ if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *(name for modules in _ROOMS.values() for name in modules)})
+    from importlib.util import find_spec  # noqa: PLC0415
+
+    missing = set() if find_spec("matplotlib") else {"diagrams", "drawing", "plots"}  # help() imports all that is here
+    return sorted({*globals(), *__all__, *(name for modules in _ROOMS.values() for name in modules)} - missing)

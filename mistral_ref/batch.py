@@ -43,7 +43,7 @@ class Waiting(NamedTuple):
     @property
     def most_tokens(self) -> int:
         """How many tokens its cache may have to hold."""
-        return len(self.request.prompt_ids) + self.request.max_tokens
+        return self.request.most_in_cache(len(self.request.prompt_ids))
 
 
 class _Running:

@@ -14,7 +14,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from mistral_ref.errors import InputError, short_repr
+from mistral_ref.errors import InputError, checked_settings, short_repr
 from mistral_ref.files.json_file import Limits, read_json
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.text_file import read_text
@@ -56,6 +56,7 @@ class Conversation:
         cache_dtype: str | None = None,
         **settings: Unpack[GenerationSettings],
     ) -> None:
+        checked_settings(settings, GenerationSettings.__annotations__)
         if model.tokenizer is None:
             raise InputError("this model has no tokenizer; a conversation cannot be encoded")
         self.model, self.tokenizer, self.tools = model, model.tokenizer, tools
@@ -123,9 +124,10 @@ class Conversation:
 
         If there is a seed, the next one is taken.
         """
+        text = self.undo()
         if self.settings.get("seed") is not None:
             self.settings["seed"] += 1  # type: ignore[operator]
-        return self._answer([{"role": "user", "content": self.undo()}])
+        return self._answer([{"role": "user", "content": text}])
 
     def undo(self) -> str:
         """Take back the last text of the user's and everything after it; return that text."""

@@ -103,8 +103,8 @@ class Lookup:
 class DraftModel:
     """Drafts what a second model says: its likeliest tokens or, with `sampling`, tokens drawn from it.
 
-    The draft has the same vocabulary. It may have more ids, without pieces; only the first n_ids are drafted. Its cache
-    may hold the beginning of the text.
+    The draft has the same vocabulary. It may have more ids, without pieces; only the first n_ids are drafted. It may
+    have fewer; behind an id that it lacks it drafts nothing. Its cache may hold the beginning of the text.
     """
 
     trust, is_free = 0.5, False
@@ -126,25 +126,31 @@ class DraftModel:
         longest = self._transformer.config.max_seq_len
         return MOST if longest is None else longest - len(ids)
 
+    def _has(self, ids: Sequence[int]) -> bool:
+        return max(ids) < self._transformer.config.vocab_size
+
     def begin(self, ids: Sequence[int]) -> None:
         """Read the text so far, except its last token and what the cache holds of it."""
         before = list(ids[:-1])
         self._cache.truncate(self._cache.shared_with(before))
         unread = before[self._cache.length :]
-        if unread and self._left(ids) > 0:
+        if unread and self._left(ids) > 0 and self._has(unread):
             passes.last_logits(self._transformer, unread, self._cache)
         self._n_read = self._cache.length
 
     def guesses(self, ids: Sequence[int], n: int) -> list[Guess]:
-        """Return n tokens, or fewer: none beyond the longest sequence, and none that only the draft model has."""
+        """Return n tokens, or fewer: none beyond the longest sequence, and none that only one of the models has."""
         cache, n = self._cache, min(n, self._left(ids))
         if n <= 0:
             return []
         # What was drafted last is in the cache too, right or wrong. The last token is read for its logits.
         agreed = self._n_read + shared_length(cache.tokens[self._n_read :], ids[self._n_read : -1])
         cache.truncate(agreed)
-        self._n_read = len(ids) - 1
+        self._n_read = agreed
         unread, text = ids[agreed:], list(ids)
+        if not self._has(unread):
+            return []
+        self._n_read = len(ids) - 1
         drafted: list[Guess] = []
         while len(drafted) < n:
             logits_V = passes.last_logits(self._transformer, unread, cache)[0]

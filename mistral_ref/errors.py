@@ -194,6 +194,24 @@ def checked_choice(name: str, value: _Choice, choices: Iterable[str]) -> _Choice
     return value
 
 
+def checked_function(name: str, value: object) -> None:
+    """Raise InputError unless an argument can be called, or is None."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name} is {short_repr(value)}; expected a function")
+
+
+def checked_settings(settings: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError if one of these names of settings is not known.
+
+    >>> checked_settings(["top_pp"], ["top_k", "top_p"])
+    Traceback (most recent call last):
+    mistral_ref.errors.InputError: 'top_pp' is no setting; expected one of top_k, top_p
+    """
+    known = list(known)
+    if unknown := [name for name in settings if name not in known]:
+        raise InputError(f"{short_repr(unknown[0])} is no setting; expected one of {', '.join(known)}")
+
+
 def checked_int(name: str, value: object, least: int, most: int | None = None) -> int:
     """Return an argument as an int; raise InputError unless it is a whole number from `least` to `most`.
 

@@ -191,10 +191,9 @@ def cache_for(model: ReadingModel, request: GenerationRequest, given: KVCache | 
     Raises InputError or CacheError if the text has no room: in the cache, in memory, or in the model's positions.
     """
     held = [] if given is None or request.shares_prompt else given.tokens
-    in_prompt, longest = len(request.prompt_ids), request.max_seq_len
+    in_prompt = len(request.prompt_ids)
     end = len(held) + in_prompt
-    last = end + request.max_tokens - 1  # the last token is not in the cache
-    last = last if longest is None else min(last, max(end, longest))
+    last = request.most_in_cache(end)
     cache = model.new_cache(max_tokens=last) if given is None else given
     cache.require_room(end - cache.length)
     n_more = min(last, cache.max_tokens or last) - cache.length

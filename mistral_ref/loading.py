@@ -15,6 +15,7 @@ from mistral_ref.errors import (
     Progress,
     TokenizerError,
     UnknownTokenizerError,
+    checked_function,
     checked_int,
     short_repr,
     warn,
@@ -91,6 +92,8 @@ def load(
     Raises MistralRefError; the message names the file and the problem. Warns with MistralRefWarning if something is
     assumed or ignored.
     """
+    checked_function("progress", progress)
+    checked_function("on_compile", on_compile)
     path = checked_model(DEMO_MODEL if path is None else path)
     ops = _make_ops(
         backend, dtype, on_compile,
@@ -103,7 +106,7 @@ def load(
     if scheme is not None:
         if check_memory:
             require_memory(rounded_bytes(weights, scheme), f"{path}: weights of {quantize} bits", _ROUNDED_HINT)
-        weights = quantized_weights(weights, scheme, progress)
+        weights = quantized_weights(weights, scheme, progress, threads)
     config, weights = with_adapters(config, weights, adapters)
     tokenizer, eos_ids = _text_side(path, gguf, config)
     return Model(config, weights, ops, tokenizer=tokenizer, eos_ids=eos_ids, check_memory=check_memory)

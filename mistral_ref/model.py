@@ -13,9 +13,9 @@ from weakref import WeakSet
 from mistral_ref.batch import Row, Waiting, generate_batch, seed_of_each
 from mistral_ref.cache import KVCache, check_cache
 from mistral_ref.drafts import Ahead, Drafter, DraftModel, Lookup, check_vocabulary
-from mistral_ref.errors import InputError, Progress, checked_int, short_repr
+from mistral_ref.errors import InputError, Progress, checked_function, checked_int, checked_settings, short_repr
 from mistral_ref.generation import BatchSettings, Generation, GenerationSettings, answer, cache_for, generate
-from mistral_ref.prompt import Prompt, of_prompt
+from mistral_ref.prompt import Prompt, checked_ids, of_prompt
 from mistral_ref.reading import ReadingModel
 from mistral_ref.request import LogitsProcessor, request_for
 from mistral_ref.sampling import SamplingSettings
@@ -102,7 +102,8 @@ class Model(ReadingModel):
             top_logprobs=top_logprobs, max_seconds=max_seconds,
         )  # fmt: skip
         used = cache_for(self, request, prompt_cache if cache is None else cache)
-        stream = self.text_stream(request.prompt_ids if follows is None else follows)
+        before = request.prompt_ids if follows is None else checked_ids("follows", follows, self.config.vocab_size)
+        stream = self.text_stream(before)
         drafter = self._drafter(lookup, draft, request.sampling if draft_sampling else None, request.seed, prompt_cache)
         ahead = None if drafter is None else Ahead(self.transformer, used, drafter)
         return Generation(generate(request, self._prepare, self._next_logits, used, stream, ahead), ahead)
@@ -166,6 +167,8 @@ class Model(ReadingModel):
 
         All arguments are checked before this function returns. Raises InputError.
         """
+        checked_function("progress", progress)
+        checked_settings(settings, BatchSettings.__annotations__)
         all_ids = self._ids_of_each(prompts)
         seeds = seed_of_each(seed, len(all_ids))
         requests = [request_for(self, ids, one, **settings) for ids, one in zip(all_ids, seeds, strict=True)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import CacheError, InputError, short_repr, warn
+from mistral_ref.errors import CacheError, InputError, checked_int, short_repr, warn
 from mistral_ref.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -38,6 +38,13 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig,
     if tokenizer is not None and ids[:2] == [tokenizer.bos_id] * 2:
         warn("the prompt begins with BOS twice; the model was trained on texts with one BOS")
     return ids
+
+
+def checked_ids(name: str, ids: object, vocab_size: int) -> list[int]:
+    """Return an argument that is a sequence of token ids, or of none, as a list; raise InputError if it is not."""
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise InputError(f"{name} is {short_repr(ids)}; expected a list of token ids")
+    return [checked_int(name, token, 0, vocab_size - 1) for token in ids]
 
 
 @contextmanager

@@ -190,6 +190,7 @@ class ReadingModel:
 
     def piece(self, token: int) -> str:
         """Return the tokenizer's piece of a token id, safe to print; "[7]" for an id 7 without a piece."""
+        token = checked_int("token", token, least=0)
         if self.tokenizer is None or token >= self.tokenizer.vocab_size:
             return f"[{token}]"
         return self.tokenizer.piece(token)

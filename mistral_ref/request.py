@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mistral_ref.cache import shared_length
-from mistral_ref.errors import InputError, Progress, checked_float, checked_int, short_repr, warn
+from mistral_ref.errors import InputError, Progress, checked_float, checked_function, checked_int, short_repr, warn
 from mistral_ref.reading import ReadingModel
 from mistral_ref.sampling import SamplingSettings, likeliest
 from mistral_ref.stops import Stop, split_stops
@@ -58,9 +58,8 @@ class GenerationRequest:
             object.__setattr__(self, "seed", checked_int("seed", self.seed, least=0))
         if self.max_seconds is not None:
             checked_float("max_seconds", self.max_seconds, least=0, most=1e9)
-        for name in ("progress", "logits_processor"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise InputError(f"{name} is {short_repr(getattr(self, name))}; expected a function")
+        checked_function("progress", self.progress)
+        checked_function("logits_processor", self.logits_processor)
 
     def require_positions(self, n_tokens: int) -> None:
         """Raise InputError if so many tokens, the prompt's end, leave the model no position for another one."""
@@ -68,6 +67,11 @@ class GenerationRequest:
             raise InputError(
                 f"the prompt fills the model's {self.max_seq_len} positions (max_seq_len); expected a shorter one"
             )
+
+    def most_in_cache(self, end: int) -> int:
+        """Return how many tokens a cache may have to hold for a text whose prompt ends with its `end`-th token."""
+        last = end + self.max_tokens - 1  # the last token is not in the cache
+        return last if self.max_seq_len is None else min(last, max(end, self.max_seq_len))
 
     def warn_of_mistakes(self, held: Sequence[int], bos_id: int | None) -> None:
         """Warn of settings without effect, and of a prompt that repeats the tokens `held` by the cache it follows.

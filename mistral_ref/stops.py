@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from mistral_ref.errors import InputError, checked_int
-from mistral_ref.text.tokenizer import Tokenizer
+from mistral_ref.text.tokenizer import Tokenizer, checked_text
 
 Stop = str | int | Iterable[str | int] | None
 
@@ -69,6 +69,7 @@ def split_stops(stop: Stop, vocab_size: int, tokenizer: Tokenizer | None) -> tup
     if "" in strings:
         raise InputError("stop is ''; expected text of at least one character, or a token id")
     for string in strings:
+        checked_text(string)
         if tokenizer is None:
             raise InputError("this model has no tokenizer; expected stops as token ids")
         with suppress(InputError):

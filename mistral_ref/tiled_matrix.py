@@ -9,7 +9,6 @@ of 4.25; the others take what they took.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 
 from mistral_kernels.layout import TILE, code_tiles, codes_of_tiles
 from mistral_ref.block_matrix import BLOCK_TYPES, BlockMatrix, Blocks
+from mistral_ref.host import chosen_threads
 from mistral_ref.weights import BlockKind, Rows, flat_bytes
 
 _CODES_AT_ONCE = 2**20  # how many codes a thread unpacks at the same time
@@ -104,7 +104,7 @@ def tiled(matrix: BlockMatrix) -> TiledMatrix:
         parts = [_of_tiles(part) for part in (*of_block, *of_group) if part is not None]
         scales[tiles] = np.concatenate(parts, axis=-1)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(chosen_threads(None)) as pool:
         for _ in pool.map(convert, range(0, len(data), at_once)):  # raises what a conversion has raised
             pass
     return TiledMatrix(matrix.name, matrix.kind, data, scales=scales, n_out=n_out)

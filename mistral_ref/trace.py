@@ -100,6 +100,8 @@ class Trace(Mapping[str, np.ndarray]):
         `unmatched` names the steps that only one of the two traces holds. A step whose shapes differ departs. Raises
         InputError if the traces have different tokens or first positions, or if they have no step in common.
         """
+        if not isinstance(reference, Trace):
+            raise InputError(f"reference is {short_repr(reference)}; expected a Trace")
         if self.tokens and reference.tokens and self.tokens != reference.tokens:
             difference = first_difference(self.tokens, reference.tokens, "tokens")
             raise InputError(f"the two traces have different tokens, so their values cannot be compared: {difference}")

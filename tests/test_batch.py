@@ -123,13 +123,21 @@ def test_texts_have_streams_and_stop_strings_of_their_own() -> None:
 
 
 def test_fewer_texts_are_begun_where_memory_holds_no_more_caches() -> None:
-    model, prompts = model_of(SMALL), [tokens_for(SMALL, 60, n) for n in range(4)]
+    model, prompts = model_of(SMALL), [tokens_for(SMALL, 61, n) for n in range(4)]
     whole, begun = (model.new_cache(max_tokens=65).bytes_for(length) for length in (65, 64))
     for left, most in ((0, 1), (whole, 1), (whole + (whole - begun), 2), (None, 4)):
         with mock.patch.object(batch, "available_memory", return_value=left):
             rows = list(model.generate_batch(prompts, max_tokens=5))
         assert max(sum(token is not None for token in row) for row in rows) == most
         same(columns(rows, 4), alone(model, prompts, max_tokens=5))
+
+
+def test_no_cache_is_longer_than_the_model_s_positions() -> None:
+    model = model_of(SMALL.replace(max_seq_len=64))
+    with mock.patch.object(batch, "available_memory", return_value=model.new_cache().bytes_for(200)):
+        rows = list(model.generate_batch([[1, 2], [3]], max_tokens=10**8))
+    assert max(sum(token is not None for token in row) for row in rows) == 2
+    same(columns(rows, 2), alone(model, [[1, 2], [3]], max_tokens=10**8))
 
 
 def test_what_is_wrong_is_said_before_anything_is_computed() -> None:
@@ -147,6 +155,8 @@ def test_what_is_wrong_is_said_before_anything_is_computed() -> None:
         ({"prompts": [[1]], "seed": -1}, ("seed", -1)),
         ({"prompts": [[1]], "cache_dtype": "int4"}, ("dtype", "int4")),
         ({"prompts": [[1]], "temperature": -1}, ("temperature", -1)),
+        ({"prompts": [[1]], "progress": 5}, ("progress", 5)),
+        ({"prompts": [[1]], "draft": model}, ("draft", "no setting", "max_tokens")),
     ]
     for arguments, facts in cases:
         with refused(InputError, *facts):

@@ -80,6 +80,10 @@ def test_what_was_said_can_be_taken_back_and_said_again() -> None:
     assert conversation.undo() == "Hi"
     with refused(InputError, "nothing"):
         conversation.undo()
+    conversation.settings["seed"] = 3
+    with refused(InputError, "nothing"):
+        conversation.again()
+    assert conversation.settings.pop("seed") == 3
     list(conversation.say("Hi"))
     conversation.reset()
     assert conversation.system == "S"

@@ -196,6 +196,19 @@ def test_a_draft_model_whose_memory_is_not_checked_is_given_any(monkeypatch: pyt
         list(model.generate(text, draft=draft, max_tokens=9))
 
 
+@pytest.mark.parametrize("unknown", [0, 1, 3])
+def test_behind_an_id_that_a_draft_lacks_it_drafts_nothing(unknown: int) -> None:
+    """Vocabularies of one tokenizer may be padded to other sizes."""
+    own = model_of(CONFIG)
+    draft, prompt = model_of(CONFIG.replace(vocab_size=9)), [1, 2, 3, 4]
+    prompt[unknown] = 10
+    for small in (draft, own):
+        own._checked_drafts.add(small)  # without tokenizers their sizes would have to be the same
+        text = own.generate(prompt, draft=small, max_tokens=12)
+        assert [token.id for token in text] == [token.id for token in own.generate(prompt, max_tokens=12)]
+        assert (text.drafted > 0) == (small is own)
+
+
 def test_how_much_was_drafted_and_accepted() -> None:
     model = mistral_ref.load(backend="numpy")
     plain, drafted = (

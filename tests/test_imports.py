@@ -23,7 +23,7 @@ def dotted(path: Path) -> str:
 
 MODULES = {dotted(path): path for path in (ROOT / "mistral_ref").rglob("*.py")}
 WINGS = ("files", "text", "measure", "study", "cli")
-FILLED = re.compile(r"mistral_ref\.(config|weights|steps|display|errors|\w+_matrix)")  # what files/ and text/ fill
+FILLED = re.compile(r"mistral_ref\.(config|weights|steps|display|errors|host|\w+_matrix)")  # what files/ and text/ fill
 MAY_IMPORT = {
     "ground": {"ground", "filled", "files", "text"},
     "files": {"filled", "files"},
@@ -88,6 +88,14 @@ def test_the_package_imports_what_is_asked_for_and_nothing_before() -> None:
     code = "import sys; before = {*sys.modules}; import mistral_ref; print(*{*sys.modules} - before)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert set(found.stdout.split()) == {"mistral_ref", "__future__"}
+
+
+def test_all_that_is_listed_can_be_had_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """help() looks at every name."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert {"diagrams", "drawing", "plots"} & {*dir(mistral_ref)} == set()
+    monkeypatch.undo()
+    assert {"diagrams", "drawing", "plots"} <= {*dir(mistral_ref)}
 
 
 def test_kernels_know_nothing_of_models() -> None:

@@ -413,7 +413,7 @@ def test_weights_that_are_no_numbers_are_refused(bits: int, bad: float, where: i
     """In the last block of rows as in the first."""
     weights = np.random.RandomState(0).normal(size=(300, 1700)).astype(np.float32)
     weights[where, 40] = bad
-    with refused(CheckpointError, "w", abs(bad), f"{2**bits} steps"):
+    with refused(CheckpointError, "w", abs(bad), f"{2**bits} codes"):
         quantized(float_matrix(weights), bits, 32)
 
 

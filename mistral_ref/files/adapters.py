@@ -30,7 +30,7 @@ def with_adapters(
     The adapters' matrices are in memory. Raises InputError, CheckpointError as `read_adapter`, and CheckpointError if
     an adapter does not fit the model.
     """
-    if isinstance(sources, (str, os.PathLike)):
+    if isinstance(sources, (str, os.PathLike)) or not isinstance(sources, Iterable):
         raise InputError(f"adapters is {short_repr(sources)}; expected a list of paths, or of (path, scale)")
     adapters = [_read(source) for source in sources]
     for adapter, _ in adapters:

@@ -19,6 +19,7 @@ import numpy as np
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import CacheError, CheckpointError, escaped, first_difference, short_repr
 from mistral_ref.files.json_file import parse_json
+from mistral_ref.files.mapped_file import require_regular_file
 from mistral_ref.files.paths import local_path
 from mistral_ref.files.tensor_file import Tensor, open_tensor_file, write_tensor_file
 
@@ -67,6 +68,10 @@ def read_cache_file(path: str | os.PathLike[str], config: ModelConfig) -> SavedC
     Raises CacheError if the file is not a saved cache, is damaged, or belongs to another configuration.
     """
     path = local_path(path)
+    try:
+        require_regular_file(path)
+    except CheckpointError as error:
+        raise CacheError(str(error)) from None
     try:
         file = open_tensor_file(path)
         metadata = file.metadata

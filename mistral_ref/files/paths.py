@@ -18,7 +18,12 @@ _OTHER_GGUF = re.compile(r"mmproj|.*-(?!00001-)\d{5}-of-\d{5}\.gguf$", re.DOTALL
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path as a Path. `~` at its beginning becomes the user's home, if the user has one."""
+    """Return a path as a Path. `~` at its beginning becomes the user's home, if the user has one.
+
+    Raises InputError for what is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"{short_repr(path)} is no path; expected a string or a Path")
     return Path(os.path.expanduser(os.fspath(path)))
 
 

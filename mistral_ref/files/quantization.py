@@ -80,8 +80,12 @@ def rounded_bytes(weights: Weights, scheme: Scheme) -> int:
     return sum(spec.nbytes for tensors in specs for spec in tensors.values())
 
 
-def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | None = None) -> Weights:
+def quantized_weights(
+    weights: Weights, scheme: Scheme, progress: Progress | None = None, threads: int | None = None
+) -> Weights:
     """Return the weights, rounded in memory by a scheme. `progress` is called with (weights done, weights in all).
+
+    threads     number of threads, as in `load`
 
     Raises InputError if the scheme does not fit, and CheckpointError if a weight is not finite.
     """
@@ -93,7 +97,9 @@ def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | Non
         nonlocal done
         if id(matrix) not in rounded:
             bits = scheme.bits_of(matrix.name)
-            rounded[id(matrix)] = matrix if bits is None else rounded_matrix(weights, matrix, bits, scheme.group_size)
+            rounded[id(matrix)] = (
+                matrix if bits is None else rounded_matrix(weights, matrix, bits, scheme.group_size, threads=threads)
+            )
             done += matrix.size
             if progress is not None:
                 progress(done, total)
@@ -103,11 +109,16 @@ def quantized_weights(weights: Weights, scheme: Scheme, progress: Progress | Non
 
 
 def rounded_matrix(
-    weights: Weights, matrix: Matrix, bits: int, group_size: int, row_order: np.ndarray | None = None
+    weights: Weights,
+    matrix: Matrix,
+    bits: int,
+    group_size: int,
+    row_order: np.ndarray | None = None,
+    threads: int | None = None,
 ) -> QuantizedMatrix:
     """Return one of the weights' matrices, rounded as `quantized` does it. Errors name the matrix's file."""
     weights.check_files()
     try:
-        return quantized(matrix, bits, group_size, row_order)
+        return quantized(matrix, bits, group_size, row_order, threads)
     except CheckpointError as error:
         raise CheckpointError(f"{weights.path_of(matrix) or 'memory'}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from mistral_kernels.layout import TILE, code_tiles
 from mistral_ref.errors import CheckpointError
 from mistral_ref.files.quantized_format import quantized_tensors
+from mistral_ref.host import chosen_threads
 from mistral_ref.quantized_matrix import QuantizedMatrix, scale_values
 from mistral_ref.weights import Matrix
 
@@ -82,7 +82,7 @@ def quantized(
     """Return a matrix rounded to 8 or 4 bits.
 
     row_order   for each row of the result its number in `matrix`; None: no row moves
-    threads     number of threads; None: the number of processors
+    threads     number of threads, as in `load`
 
     Raises CheckpointError for a weight that is not finite, or for a matrix that is quantized already.
     """
@@ -107,10 +107,10 @@ def quantized(
         by_row[: len(groups)] = np.stack(scales, axis=1)
         all_scales[tiles] = by_row.reshape(-1, TILE, 2, n_groups).transpose(0, 3, 2, 1)
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(chosen_threads(threads)) as pool:
         largest = np.max(list(pool.map(largest_of, _blocks(n_out, n_in))))  # NaN if a weight is NaN
         if not np.isfinite(largest):
-            raise CheckpointError(f"{matrix.name} holds {largest}, which cannot be rounded to one of {2**bits} steps")
+            raise CheckpointError(f"{matrix.name} holds {largest}, which cannot be one of {2**bits} codes")
         unit = _unit(float(largest), bits)
         for _ in pool.map(round_rows, _blocks(n_out, n_in)):
             pass

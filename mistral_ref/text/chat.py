@@ -64,6 +64,8 @@ def encode_chat(
     Raises InputError for what Mistral's library refuses too; the message names the message and the field. Warns if the
     conversation has no place for the tools.
     """
+    if tokenizer is None:
+        raise InputError("there is no tokenizer; a conversation cannot be encoded")
     template = tokenizer.chat_template
     if template is not None and _is_by_template(tokenizer, chat_format):
         if reasoning_effort is not None:

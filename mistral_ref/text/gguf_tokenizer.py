@@ -117,7 +117,12 @@ class _File:
     @cached_property
     def types(self) -> list[int]:
         """What each piece is."""
-        return self.numbers("token_type")
+        types = self.numbers("token_type")
+        wrong = [kind for kind in types if type(kind) is not int or not 0 <= kind <= _BYTE]
+        if wrong:
+            where = f"{self.origin}: tokenizer.ggml.token_type"
+            raise TokenizerError(f"{where} has a type {wrong[0]}; expected whole numbers from 0 to {_BYTE}")
+        return types
 
     def named(self, name: str) -> str | None:
         """Return the token that a field such as `bos_token_id` names by its id; None if it names none in use."""

@@ -9,7 +9,7 @@ import string
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeGuard
 
-from mistral_ref.errors import InputError
+from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.text.tokenizer import Tokenizer
 
 Kind = Literal["text", "thinking", "tool_call"]
@@ -82,9 +82,13 @@ def parse_reply(ids: Iterable[int], tokenizer: Tokenizer) -> dict[str, Any]:
     tool_calls  only if tools are called: dicts {"id", "type", "function": {"name", "arguments"}}, the arguments as a
                 string of JSON. A call without an id gets one that is made of the ids
 
-    What cannot be read as a call is text. Ids without a piece are passed over.
+    What cannot be read as a call is text. Ids without a piece are passed over. Raises InputError for what are no ids.
     """
-    ids = [int(token_id) for token_id in ids]
+    if tokenizer is None:
+        raise InputError("there is no tokenizer; ids without one say nothing")
+    if not isinstance(ids, Iterable):
+        raise InputError(f"ids are {short_repr(ids)}; expected a list of token ids")
+    ids = [checked_int("ids", token_id, least=0) for token_id in ids]
     reader = ReplyReader(tokenizer)
     for token_id in ids:
         if token_id < tokenizer.vocab_size:

@@ -107,6 +107,8 @@ class Tokenizer(ABC):
 
     def checked(self, ids: Iterable[int]) -> list[int]:
         """Return `ids` as a list of Python integers; raise InputError unless each is an integer in [0, vocab_size)."""
+        if not isinstance(ids, Iterable):
+            raise InputError(f"token ids are {short_repr(ids)}; expected a list of integers")
         ids = list(ids)
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):

@@ -444,11 +444,11 @@ def test_weights_that_cannot_be_rounded_leave_nothing(bad: float, name: str, tmp
     weights = draw_weights(DENSE)
     weights[f"{name}.weight"][3, 5] = bad
     write_consolidated(source, DENSE, weights)
-    with refused(CheckpointError, source / WEIGHTS, name, bad, "steps") as caught:
+    with refused(CheckpointError, source / WEIGHTS, name, bad, "codes") as caught:
         mistral_ref.quantize(source, tmp_path / "target")
     assert_short(caught)
     assert names_in(tmp_path) == ["source"]
-    with refused(CheckpointError, source / WEIGHTS, name, bad, "steps"):
+    with refused(CheckpointError, source / WEIGHTS, name, bad, "codes"):
         load(source, quantize=4)
 
 

@@ -192,6 +192,9 @@ def test_the_two_templates_and_their_tokens(tmp_path: Path) -> None:
         ({"add_space_prefix": 1}, ("tokenizer.ggml.add_space_prefix", 1)),
         ({"token_type": Typed("i32", [3] * 384)}, ("SentencePiece",)),
         ({"model": "none"}, ("tokenizer.ggml.model", "none")),
+        ({"token_type": Typed("i32", [-3] + [1] * 383)}, ("tokenizer.ggml.token_type", -3, 0, 6)),
+        ({"token_type": Typed("i32", [7] + [1] * 383)}, ("tokenizer.ggml.token_type", 7, 0, 6)),
+        ({"token_type": Typed("f32", [1.0] * 384)}, ("tokenizer.ggml.token_type", 1.0, 0, 6)),
     ],
 )
 def test_wrong_fields_are_named(changes: dict[str, Any], facts: tuple[object, ...], tmp_path: Path) -> None:

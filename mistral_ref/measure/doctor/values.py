@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mistral_ref.errors import Progress
+from mistral_ref.host import chosen_threads
 from mistral_ref.measure.doctor.finding import Finding
 from mistral_ref.measure.doctor.patient import Opened, Patient
 from mistral_ref.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ def check_values(patient: Patient, progress: Progress | None = None) -> Iterator
     """Check every weight; `progress` is called with (weights done, weights in all)."""
     total = sum(matrix.size for opened in patient.opened for matrix in matrices(opened.weights))
     done = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(chosen_threads(None)) as pool:
         for opened in patient.opened:
             for name, values in norms(opened.weights).items():
                 yield from _norm(opened.checkpoint.tensors[name].path, name, values)
