@@ -76,6 +76,33 @@ def test_what_is_typed_is_shown_in_every_view(tab: Any, url: str, model: mistral
         tab.wait_for_function("(piece) => document.querySelector('aside tbody bdi')?.textContent === piece", arg=best)
 
 
+def test_the_tokens_before_what_is_typed_keep_their_buttons(tab: Any, url: str, model: mistral_ref.Model) -> None:
+    opened(tab, url, "attention/layers.0.attention_weights/0/0/4")
+    marked = "[...tokenStrip.children].filter((node) => node.style.boxShadow).length"
+    tab.wait_for_function(f"() => {marked} > 0")  # by their weights
+    tab.evaluate("[...tokenStrip.children].forEach((node, index) => (node.madeAt = index))")
+    stops = "[...tokenStrip.children].flatMap((node, index) => (node.tabIndex === 0 ? [index, node.ariaPressed] : []))"
+    for text, n_same in (
+        (f"{TEXT} named", len(pieces_of(model, TEXT))),
+        (TEXT, len(pieces_of(model, TEXT))),
+        ("Once upon a day", 4),
+        ("Tom", 1),
+    ):
+        typed(tab, text, pieces_of(model, text))
+        kept = tab.evaluate("[...tokenStrip.children].map((node) => node.madeAt)")
+        assert kept == [*range(n_same), *[None] * (len(pieces_of(model, text)) - n_same)]
+        chosen = min(4, len(pieces_of(model, text)) - 1)
+        assert tab.evaluate(stops) == [chosen, "true"]
+        numbers = tab.evaluate("[...tokenStrip.children].map((node) => Number(node.lastChild.textContent))")
+        assert numbers == list(range(len(numbers)))
+    tab.focus("[aria-label=Tokens] button[tabindex='0']")
+    tab.keyboard.press("ArrowLeft")
+    tab.wait_for_function(f"() => JSON.stringify({stops}) === '[0,\"true\"]'")
+    assert tab.evaluate("document.activeElement === tokenStrip.children[0]")
+    tab.click('[data-key="tab lens"]')
+    assert tab.evaluate(marked) == 0
+
+
 def test_the_chosen_token_shows_its_merges(tab: Any, url: str, model: mistral_ref.Model) -> None:
     opened(tab, url)
     tab.click("[aria-label=Tokens] button:nth-child(5)")
@@ -237,8 +264,9 @@ def test_the_changes_are_copied_as_python(browser: Any, url: str, model: mistral
     tab.click('[data-key="tab go_on"]')
     tab.click("[data-key=next]")
     tab.wait_for_function(f"(n) => {PIECES}.length === n", arg=len(pieces_of(model, TEXT)) + 1)
+    tab.evaluate("said.textContent = ''")
     tab.click('[data-key="Copy as Python"]')
-    tab.wait_for_function("async () => (await navigator.clipboard.readText()).includes('token_ids(prompt)')")
+    tab.wait_for_selector("text=copied")
     exec(tab.evaluate("navigator.clipboard.readText()"), named)
     assert len(named["logits"]) == len(pieces_of(model, TEXT)) + 1
     np.testing.assert_allclose(shown_numbers(tab, "logits"), named["logits"].ravel(), rtol=2**-9, atol=1e-3)

@@ -89,24 +89,44 @@ const summaryLine = el("p");
 
 function drawTokens() {
   summaryLine.textContent = `${grouped(config.parameters)} parameters · ${counted(config.layers, "layer")} · ${counted(tokens.length, "token")}${start ? ` from position ${start}; @ marks those before it` : ""}`;
-  tokenStrip.replaceChildren(
-    ...tokens.map(({ piece, id }, index) =>
-      el(
-        "button",
-        {
-          type: "button",
-          "aria-pressed": String(index === state.token),
-          tabindex: index === state.token ? 0 : -1,
-          "data-key": `token ${index}`,
-          title: `token id ${id}`,
-          onclick: () => go({ token: index }),
-        },
-        pieceText(piece),
-        el("small", null, start + index),
-      ),
-    ),
+  fillStrip(tokens, tokenButton);
+  withButton = tokens;
+  for (const marked of tokenStrip.querySelectorAll("[style]")) marked.removeAttribute("style"); // by a view
+  for (const pressed of tokenStrip.querySelectorAll('[aria-pressed="true"]')) press(pressed, false);
+  const chosen = tokenStrip.children[state.token];
+  press(chosen, true);
+  centre(tokenStrip, chosen);
+}
+
+// Puts a node for each token into the strip. A text mostly changes at its end, and a long one has thousands of tokens:
+// the buttons before the first token that is another stay. Returns how many they are.
+let withButton = []; // the tokens of the strip's buttons
+function fillStrip(shown, make) {
+  let same = 0;
+  while (same < Math.min(shown.length, withButton.length) && shown[same].id === withButton[same].id) same += 1;
+  for (const node of [...tokenStrip.children].slice(same)) node.remove();
+  tokenStrip.append(...shown.slice(same).map((token, index) => make(token, same + index)));
+  return same;
+}
+
+const tokenButton = ({ piece, id }, index) =>
+  el(
+    "button",
+    {
+      type: "button",
+      "aria-pressed": "false",
+      tabindex: -1,
+      "data-key": `token ${index}`,
+      title: `token id ${id}`,
+      onclick: () => go({ token: index }),
+    },
+    pieceText(piece),
+    el("small", null, start + index),
   );
-  centre(tokenStrip, tokenStrip.children[state.token]);
+
+function press(button, isPressed) {
+  button.setAttribute("aria-pressed", String(isPressed));
+  button.tabIndex = isPressed ? 0 : -1;
 }
 
 // Scrolls a row sideways, and nothing else.

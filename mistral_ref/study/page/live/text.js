@@ -39,7 +39,8 @@ async function drawTyped(text) {
     return; // the pass says it
   }
   if (text !== question.text || bar.hidden) return;
-  tokenStrip.replaceChildren(...typed.map(({ piece }, index) => el("span", null, pieceText(piece), el("small", null, index))));
+  const typedToken = ({ piece }, index) => el("span", null, pieceText(piece), el("small", null, index));
+  withButton = typed.slice(0, fillStrip(typed, typedToken));
   tokenStrip.scrollLeft = tokenStrip.scrollWidth;
 }
 
