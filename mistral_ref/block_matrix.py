@@ -1,4 +1,4 @@
-"""Matrices in the packed types of GGUF files, from Q2_K to Q8_0: the bytes stay as they lie in the file.
+"""Matrices in the packed types of GGUF files, such as Q4_K: the bytes stay as they lie in the file.
 
 Each row is cut into blocks of 32 or 256 neighbouring weights, and each block into groups of 16 or 32. In every type
 

@@ -27,12 +27,7 @@ from mistral_ref.text.reply import ReplyReader
 class Model(ReadingModel):
     """A transformer with its tokenizer. It reads texts as every ReadingModel does, and continues them.
 
-    config      ModelConfig
-    weights     the tensors, under Mistral's own names
-    ops         the operations that compute with them
-    tokenizer   None if the directory has no tokenizer; prompts must then be token ids
-    eos_ids     the ids that end a text
-    check_memory    whether work is refused that takes more memory than is left
+    Its attributes are those of a ReadingModel (reading.py): config, weights, ops, tokenizer, eos_ids, check_memory.
     """
 
     def generate(

@@ -25,9 +25,8 @@ from mistral_ref.rounded_inputs import Bf16Inputs, QuantizedInputs, rounded
 from mistral_ref.steps import StepFactory, Steps
 from mistral_ref.weights import Matrix, Weights, bf16_bits, bf16_values
 
-# Maximum elements of a temporary array. The rows that are widened to floats should still be in the processor's cache
-# when they are multiplied. Measured with bf16 and one token: 3.7 to 5.5 GB/s with 2**18, 2.5 to 3.9 GB/s with 2**22.
-# With 512 tokens the difference was a fifth.
+# Maximum elements of a temporary array. Rows that are widened to floats should still be in the processor's cache when
+# they are multiplied (docs/measurements/2026-11-machine-not-recorded.md).
 _WIDENED_ELEMENTS = 2**18
 SCORE_ELEMENTS = 2**22
 

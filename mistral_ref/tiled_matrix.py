@@ -2,9 +2,11 @@
 
 A row's blocks (block_matrix.py) hold bits of codes and bits of scales side by side. In tile order the codes of eight
 rows lie as mistral_kernels.layout has them, and their scales and minimums beside each other in an array of their own.
-Nothing is rounded. Scales and minimums of 4 and 6 bits get a byte each, so that Q4_K takes 4.625 bits a weight instead
-of 4.5, Q5_K 5.625 instead of 5.5, Q2_K 3.125 instead of 2.625, and Q3_K 3.5625 instead of 3.4375, IQ4_XS 4.3125 instead
-of 4.25; the others take what they took.
+Nothing is rounded. Scales and minimums of 4 and 6 bits get a byte each. So some types take more bits a weight:
+
+            Q2_K    Q3_K    Q4_K    Q5_K    IQ4_XS
+    blocks  2.625   3.4375  4.5     5.5     4.25
+    tiles   3.125   3.5625  4.625   5.625   4.3125
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Session:
         return [{"id": token, "piece": self.model.piece(token)} for token in self.ids(text)]
 
     def merges(self, text: str, index: int) -> Entry:
-        """Return how the word was made that the token at this index is a part of.
+        """Return how the word of the token at this index was made.
 
         `states` are its parts before each merge and at the end. There is none for a token that is no text, or if
         merging does not lead to the tokens; `why` says so.
