@@ -100,8 +100,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def blocks(n: int, row_elements: int, most_elements: int) -> Iterator[slice]:
     """Yield slices of range(n). The rows of one slice have at most `most_elements` elements, or it is one row."""
-    step = max(1, most_elements // row_elements)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+    height = max(1, most_elements // row_elements)
+    return (slice(start, min(start + height, n)) for start in range(0, n, height))
 
 
 class ReferenceOps:

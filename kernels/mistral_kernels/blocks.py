@@ -1,4 +1,4 @@
-"""The packed types of GGUF files, from Q2_K to Q8_0: how codes, scales and offsets lie in a block.
+"""The packed types of GGUF files, such as Q4_K: how codes, scales and offsets lie in a block.
 
 A block holds 32 or 256 neighbours of a row, in groups of 16 or 32. Here the codes of every type are whole numbers, from
 0 on, and
@@ -35,6 +35,7 @@ class Packing(NamedTuple):
     zero        the code that stands for 0
     codes       codes(block, n) returns the codes 32 n, ..., 32 n + 31 of the block at an address, in order
     factors     factors(block) returns its scales and minimums
+    has_minimums    whether groups have minimums
     """
 
     weights: int
@@ -44,11 +45,7 @@ class Packing(NamedTuple):
     zero: int
     codes: Callable[[Address, int], Value]
     factors: Callable[[Address], Factors]
-
-    @property
-    def has_minimums(self) -> bool:
-        """Whether groups have minimums."""
-        return self.factors in (_both_units, _factors_of_k, _factors_of_q2_k)
+    has_minimums: bool = False
 
     @property
     def groups(self) -> int:
@@ -175,14 +172,16 @@ def _codes_of_q6_k(block: Address, n: int) -> Value:
 
 PACKINGS: dict[str, Packing] = {
     "q4_0": Packing(32, 32, 18, 4, 8, lambda block, _: _nibbles(block + 2), _only_scale),
-    "q4_1": Packing(32, 32, 20, 4, 0, lambda block, _: _nibbles(block + 4), _both_units),
+    "q4_1": Packing(32, 32, 20, 4, 0, lambda block, _: _nibbles(block + 4), _both_units, has_minimums=True),
     "q5_0": Packing(32, 32, 22, 5, 16, lambda block, _: _nibbles(block + 6) | (_bits(block + 2) << 4), _only_scale),
-    "q5_1": Packing(32, 32, 24, 5, 0, lambda block, _: _nibbles(block + 8) | (_bits(block + 4) << 4), _both_units),
+    "q5_1": Packing(
+        32, 32, 24, 5, 0, lambda block, _: _nibbles(block + 8) | (_bits(block + 4) << 4), _both_units, has_minimums=True
+    ),
     "q8_0": Packing(32, 32, 34, 8, 128, lambda block, _: (block + 2).load(U8, VECTOR) + 128, _only_scale),
-    "q2_k": Packing(256, 16, 84, 2, 0, lambda block, n: _field(block + 16, n, 2), _factors_of_q2_k),
+    "q2_k": Packing(256, 16, 84, 2, 0, lambda block, n: _field(block + 16, n, 2), _factors_of_q2_k, has_minimums=True),
     "q3_k": Packing(256, 16, 110, 3, 4, _codes_of_q3_k, _factors_of_q3_k),
-    "q4_k": Packing(256, 32, 144, 4, 0, lambda block, n: _field(block + 16, n, 4), _factors_of_k),
-    "q5_k": Packing(256, 32, 176, 5, 0, _codes_of_q5_k, _factors_of_k),
+    "q4_k": Packing(256, 32, 144, 4, 0, lambda block, n: _field(block + 16, n, 4), _factors_of_k, has_minimums=True),
+    "q5_k": Packing(256, 32, 176, 5, 0, _codes_of_q5_k, _factors_of_k, has_minimums=True),
     "q6_k": Packing(256, 16, 210, 6, 32, _codes_of_q6_k, _factors_of_q6_k),
     "iq4_nl": Packing(32, 32, 18, 8, 128, lambda block, _: iq4_codes(_nibbles(block + 2)), _only_scale),
     "iq4_xs": Packing(

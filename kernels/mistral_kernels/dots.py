@@ -51,7 +51,7 @@ EIGHT = FloatVectorType(8)
 GROUP_ROWS = TILE_ROWS // 2
 
 
-def products(sums: Value, codes: Value, x: list[Value], bits: int) -> Value:
+def code_products(sums: Value, codes: Value, x: list[Value], bits: int) -> Value:
     """Return sums, as no_dots begins them, plus the products of codes, four in each lane, with inputs.
 
     x   int16 even and odd, or int8 together

@@ -173,7 +173,7 @@ def matmul(kind: str) -> Kernel:
     """
     way = _way(kind)
     at_once = way.at_once
-    multiply_tile = tile(TILE_ROWS, VECTORS, way.kind_of_panel, steps=2, asks_for_next_rows=True)
+    multiply_tile = tile(TILE_ROWS, VECTORS, way.kind_of_panel, in_round=2, asks_for_next_rows=True)
     fill_panel = _panel_filler(way.kind_of_matrix)
     cut = _cutter(kind, way.copy, at_once)
 

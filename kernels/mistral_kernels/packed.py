@@ -30,7 +30,7 @@ from mistral_kernels.arrays import (
 )
 from mistral_kernels.blocks import PACKINGS, VECTOR
 from mistral_kernels.compiling import kernel, made_once, part
-from mistral_kernels.dots import EIGHT, INPUTS, group_tile, products, words_of_four
+from mistral_kernels.dots import EIGHT, INPUTS, code_products, group_tile, words_of_four
 from mistral_kernels.matmul import SLABS, Block, over_blocks
 from mistral_kernels.pairs import no_dots, total_of
 from mistral_kernels.panel_codes import PanelCodes, panel_codes, store_codes
@@ -65,7 +65,7 @@ def _row_sums(kind: str, inputs: str) -> tuple[Operation, Operation, Operation]:
     sums_type = types.UniTuple(EIGHT, STREAMS)
 
     def inputs_at(q: Address) -> list[Value]:
-        """Return 32 inputs as `products` takes them."""
+        """Return 32 inputs as `code_products` takes them."""
         if INPUTS[inputs] is not I16:
             return [q.load(INPUTS[inputs], VECTOR)]
         return [(q + start).load(I16, VECTOR // 2) for start in (0, VECTOR // 2)]
@@ -121,9 +121,9 @@ def _row_sums(kind: str, inputs: str) -> tuple[Operation, Operation, Operation]:
         for vector in range(packing.weights // VECTOR):
             x, nothing = inputs_at(q_block + VECTOR * vector), no_dots(8, words_of_four(inputs))
             zeros = constant(U8, packing.zero, VECTOR)
-            start = -products(nothing, zeros, x, packing.bits) if packing.zero else nothing
+            start = -code_products(nothing, zeros, x, packing.bits) if packing.zero else nothing
             for row, address in enumerate(addresses):
-                dots = products(start, packing.codes(address, vector), x, packing.bits)
+                dots = code_products(start, packing.codes(address, vector), x, packing.bits)
                 new[row] = fma(of_vector(scales[row], vector), total_of(dots, 8).to(F32), new[row])
         return new
 

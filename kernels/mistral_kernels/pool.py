@@ -66,8 +66,8 @@ class ArrayPool:
 
     def _take(self, n_bytes: int) -> np.ndarray:
         """Return at least n bytes: the smallest free memory that is less than twice as large, or new memory."""
-        step = 1 << n_bytes.bit_length() - 3
-        size = -(-n_bytes // step) * step  # one of four between powers of two, so that what grows finds memory, too
+        quarter = 1 << n_bytes.bit_length() - 3
+        size = -(-n_bytes // quarter) * quarter  # one of four sizes from 2^n on, so that what grows finds memory, too
         with self._taking:  # memory may come back meanwhile, at the end
             places = [i for i in reversed(range(len(self._free))) if size <= len(self._free[i]) < 2 * size]
             if places:

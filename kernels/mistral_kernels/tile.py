@@ -46,7 +46,7 @@ def tile(
     *,
     of_vectors: int | None = None,
     ahead: int = 0,
-    steps: int = 1,
+    in_round: int = 1,
     asks_for_next_rows: bool = False,
 ) -> Operation:
     """Return the operation multiply_tile(A, a, B, b, n_k, C, c, continues), with a panel of numbers of a kind.
@@ -60,8 +60,8 @@ def tile(
     continues       whether to add to what C holds
 
     Cache lines of the panel are asked for when the tile is `ahead` bytes before them; 0: when they are read. Those of
-    A's next n_rows rows, where the next tile will be, may be asked for meanwhile. A round of the loop takes one step of
-    k or more: more are faster while the addresses of rows fit the registers.
+    A's next n_rows rows, where the next tile will be, may be asked for meanwhile. A round of the loop takes `in_round`
+    numbers k: several are faster while the addresses of rows fit the registers.
 
         for r in range(n_rows):
             for lane in range(n_vectors * LANES):
@@ -89,7 +89,7 @@ def tile(
         A_rows, panel = addresses_at(A, a, n_rows), B.of(U8) + b * size
         next_rows = A_rows[0] + a.stride * n_rows
 
-        def step(k: Value, sums: list[Value]) -> list[Value]:
+        def with_k(k: Value, sums: list[Value]) -> list[Value]:
             vectors = vectors_of(panel + k * row_bytes)
             if asks_for_next_rows:
                 (next_rows + k * n_rows).prefetch(level=1)
@@ -100,16 +100,16 @@ def tile(
             return new
 
         def whole_round(k: Value, sums: list[Value]) -> list[Value]:
-            for number in range(steps):
-                sums = step(k + number, sums)
+            for number in range(in_round):
+                sums = with_k(k + number, sums)
             return sums
 
         sums = [constant(F32, 0.0, LANES)] * (n_rows * n_vectors)
         done: Value | int = 0
-        if steps > 1:
-            done = n_k - n_k % steps
-            sums = loop(0, done, steps, sums, whole_round)
-        sums = loop(done, n_k, 1, sums, step)
+        if in_round > 1:
+            done = n_k - n_k % in_round
+            sums = loop(0, done, in_round, sums, whole_round)
+        sums = loop(done, n_k, 1, sums, with_k)
         C_rows = addresses_at(C, c, n_rows)
         before = sums_before(C_rows, n_vectors, continues)
         store_sums(C_rows, [old + value for old, value in zip(before, sums, strict=True)])

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from numba import types
 
 from mistral_kernels.blocks import IQ4, PACKINGS, iq4_codes
-from mistral_kernels.dots import EIGHT, INPUTS, products, words_of_four
+from mistral_kernels.dots import EIGHT, INPUTS, code_products, words_of_four
 from mistral_kernels.layout import PLANES, QUADS, TILE
 from mistral_kernels.pairs import no_dots, total_of
 from mistral_kernels.panel_codes import panel_codes, store_codes
@@ -189,7 +189,7 @@ def tile_groups(form: Form, inputs: str, n_tiles: int, n_tokens: int) -> tuple[A
                     codes = _codes(address + start * form.bits, form, number, lanes)
                     for token in range(n_tokens):
                         at = tile * n_tokens + token
-                        dots[at] = products(dots[at], codes, x[token], form.code_bits)
+                        dots[at] = code_products(dots[at], codes, x[token], form.code_bits)
         return [of_eight(total_of(one, lanes)).to(F32) for one in dots]
 
     def of_eight(dots: Value) -> Value:

@@ -350,11 +350,11 @@ def loop(
     stop: Value,
     stride: int,
     sums: list[Value],
-    step: Callable[[Value, list[Value]], list[Value]],
+    one_round: Callable[[Value, list[Value]], list[Value]],
     *,
     stays: bool = False,
 ) -> list[Value]:
-    """Return sums that stay in registers: step(k, sums) gives the next ones, for k in range(start, stop, stride).
+    """Return sums that stay in registers: one_round(k, sums) gives the next, for k in range(start, stop, stride).
 
     If the loop `stays`, LLVM does not write its rounds out one after the other. It would add up the rounds' sums
     first, in an order for which registers do not suffice.
@@ -371,7 +371,7 @@ def loop(
         phi.llvm.add_incoming(value.llvm, before)
     builder.cbranch((k < stop).llvm, body, after)
     builder.position_at_end(body)
-    new = step(k, phis)
+    new = one_round(k, phis)
     k.llvm.add_incoming((k + stride).llvm, builder.block)
     for phi, value in zip(phis, new, strict=True):
         phi.llvm.add_incoming(value.llvm, builder.block)

@@ -72,8 +72,8 @@ def _best_codes(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, 
 
 def _blocks(n_rows: int, n_in: int) -> Iterator[slice]:
     """Yield slices of rows. A slice has whole tiles and at most _BLOCK_ELEMENTS weights, or it is one tile."""
-    step = max(_BLOCK_ELEMENTS // n_in // TILE, 1) * TILE
-    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+    height = max(_BLOCK_ELEMENTS // n_in // TILE, 1) * TILE
+    return (slice(start, min(start + height, n_rows)) for start in range(0, n_rows, height))
 
 
 def quantized(

@@ -152,13 +152,13 @@ def spread(wanted: Sequence[float], gap: float) -> np.ndarray:
     [0.75, 0.125, 0.375]
     """
     order = np.argsort(wanted, kind="stable")
-    steps = gap * np.arange(len(order))
+    offsets = gap * np.arange(len(order))
     groups: list[list[float]] = []
-    for value in np.asarray(wanted)[order] - steps:
+    for value in np.asarray(wanted)[order] - offsets:
         groups.append([value])
         while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
             groups[-2:] = [groups[-2] + groups[-1]]
     means = np.concatenate([[np.mean(group)] * len(group) for group in groups])
     placed = np.empty(len(order))
-    placed[order] = np.clip(means, 0, max(0, 1 - steps[-1])) + steps
+    placed[order] = np.clip(means, 0, max(0, 1 - offsets[-1])) + offsets
     return placed

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numba import types
 
-from mistral_kernels.dots import INPUTS, LARGEST, products, words_of_four
+from mistral_kernels.dots import INPUTS, LARGEST, code_products, words_of_four
 from mistral_kernels.pairs import no_dots, total_of
 from mistral_kernels.processor import LANES, sums_of_bytes
 from mistral_kernels.value import ARRAY, U8, Address, operation
@@ -32,7 +32,7 @@ def dots() -> Any:
                     (x + (four * n_words + word) * 4 * lanes // n_words).load(INPUTS[inputs], 4 * lanes // n_words)
                     for word in range(n_words)
                 ]
-                sums = products(sums, (codes + four * 4 * lanes).load(U8, 4 * lanes), words, bits)
+                sums = code_products(sums, (codes + four * 4 * lanes).load(U8, 4 * lanes), words, bits)
             (out + n * 4 * WAYS[-1][2]).store(total_of(sums, lanes))
 
     @numba.njit
@@ -43,7 +43,7 @@ def dots() -> Any:
 
 
 def words_of(x: np.ndarray, inputs: str) -> np.ndarray:
-    """Return inputs (four, lane, 4) as `products` takes them: int16 even and odd, that is, 0 and 2, 1 and 3."""
+    """Return inputs (four, lane, 4) as `code_products` takes them: int16 even and odd, that is, 0 and 2, 1 and 3."""
     return np.stack([x[..., 0::2], x[..., 1::2]], axis=1) if inputs == "int16" else x
 
 

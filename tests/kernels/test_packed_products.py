@@ -68,8 +68,9 @@ def product_exactly(matrix: BlockMatrix, x_TI: np.ndarray, inputs: Any) -> tuple
 
 
 def test_kernels_and_numpy_cut_rows_in_the_same_way() -> None:
-    assert {kind: packing[:3] for kind, packing in PACKINGS.items()} == {
-        kind: (packed.weights, packed.group_size, packed.bytes) for kind, packed in BLOCK_TYPES.items()
+    assert {kind: (*packing[:3], packing.has_minimums) for kind, packing in PACKINGS.items()} == {
+        kind: (packed.weights, packed.group_size, packed.bytes, packed.has_minimums)
+        for kind, packed in BLOCK_TYPES.items()
     }
 
 

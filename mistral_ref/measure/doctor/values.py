@@ -51,12 +51,12 @@ def _peaks(matrix: Matrix, pool: Executor) -> Iterator[np.ndarray]:
     """Return the largest size of a weight in each row, in pieces; NaN or infinite if one is."""
 
     def of_rows(first: int) -> np.ndarray:
-        rows = matrix.rows(slice(first, first + step), np.float32)
+        rows = matrix.rows(slice(first, first + height), np.float32)
         return np.maximum(rows.max(axis=1), -rows.min(axis=1))
 
     n_out, n_in = matrix.shape
-    step = max(1, _SLICE // n_in)
-    return pool.map(of_rows, range(0, n_out, step))
+    height = max(1, _SLICE // n_in)
+    return pool.map(of_rows, range(0, n_out, height))
 
 
 def _norm(path: Path, name: str, values: np.ndarray) -> Iterator[Finding]:
