@@ -142,4 +142,5 @@ def __dir__() -> list[str]:
     from importlib.util import find_spec  # noqa: PLC0415
 
     missing = set() if find_spec("matplotlib") else {"diagrams", "drawing", "plots"}  # help() imports all that is here
-    return sorted({*globals(), *__all__, *(name for modules in _ROOMS.values() for name in modules)} - missing)
+    own = {name for name in globals() if name.startswith("__")}
+    return sorted({*own, *__all__, *(name for modules in _ROOMS.values() for name in modules)} - missing)

@@ -284,21 +284,19 @@ class KVCache:
         self.ops.write(ring.store, ring.slots(oldest, length), k_SGK, v_SGK)
 
 
-def check_cache(cache: object, config: ModelConfig, ops: Ops) -> None:
-    """Raise InputError unless `cache` is a cache or None, and CacheError if it is another model's."""
+def check_cache(cache: object, config: ModelConfig, ops: Ops, name: str = "cache") -> None:
+    """Raise InputError unless an argument is a cache or None, and CacheError if it is another model's."""
     if cache is None:
         return
     if not isinstance(cache, KVCache):
-        raise InputError(f"cache is {short_repr(cache)}; expected one from this model's new_cache()")
+        raise InputError(f"{name} is {short_repr(cache)}; expected one from this model's new_cache()")
     if cache.ops is not ops or cache.config != config:
         found, expected = (
             {"dtype": str(ops.dtype), "backend": ops.name, **asdict(config)}
             for ops, config in ((cache.ops, cache.config), (ops, config))
         )
         difference = first_difference(found, expected) or "its settings are the same"
-        raise CacheError(
-            f"the cache belongs to another model: {difference}; expected one from this model's new_cache()"
-        )
+        raise CacheError(f"{name} belongs to another model: {difference}; expected one from this model's new_cache()")
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import overload
 
 import numpy as np
@@ -73,7 +74,7 @@ def difference(
     >>> d.max_abs, d.max_rel, d.ulps, d.worst
     (0.5, 0.2, 1048576.0, (1,))
     """
-    if not bound >= 0:
+    if not isinstance(bound, Real) or not bound >= 0:
         raise InputError(f"bound is {short_repr(bound)}; expected a number of at least 0")
     if value.shape != reference.shape:
         raise InputError(f"{name} has shape {value.shape} in one pass and {reference.shape} in the other")

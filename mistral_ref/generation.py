@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 from mistral_ref import memory
 from mistral_ref.cache import KVCache
 from mistral_ref.drafts import Ahead, Guess
-from mistral_ref.errors import CacheError, Progress
+from mistral_ref.errors import CacheError, InputError, Progress
 from mistral_ref.pace import PassTimes
 from mistral_ref.reading import ReadingModel
 from mistral_ref.request import FinishReason, GenerationRequest, LogitsProcessor
@@ -103,6 +104,8 @@ class Generation(Iterator[Token]):
         return 0 if self.ahead is None else self.ahead.drafted
 
     def __next__(self) -> Token:
+        if inspect.getgeneratorstate(self._tokens) == inspect.GEN_RUNNING:
+            raise InputError("another thread waits for this text's next token; expected one thread at a time")
         token = next(self._tokens)
         self.accepted += token.from_draft
         return token

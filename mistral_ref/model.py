@@ -87,7 +87,7 @@ class Model(ReadingModel):
         Log-probabilities are the model's own, before the logits processor and before every sampling setting. All
         arguments are checked before this function returns. Raises InputError or CacheError.
         """
-        check_cache(prompt_cache, self.config, self.ops)
+        check_cache(prompt_cache, self.config, self.ops, "prompt_cache")
         if cache is not None and prompt_cache is not None:
             raise InputError("cache and prompt_cache are both given; expected one of them")
         request = request_for(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from support.checkpoints import FAMILIES
 from support.errors import assert_says, refused, warned
 from support.marks import slow
-from support.tiny import model_of, tokens_for
+from support.tiny import SMALL, model_of, tokens_for
 from support.tiny_tokenizers import tiny_tokenizer
 
 import mistral_ref
@@ -134,6 +136,24 @@ def test_a_sequence_ends_where_the_models_positions_do() -> None:
     assert [token.finish_reason for token in tokens] == [None, None, "model_length"]
     with refused(InputError, "4 positions", "max_seq_len"):
         Scripted([9], max_seq_len=4).generate([5, 5, 5, 5])
+
+
+def test_two_threads_cannot_take_the_same_next_token() -> None:
+    model, waiting, go_on = model_of(SMALL), threading.Event(), threading.Event()
+
+    def wait(ids: list[int], logits_V: np.ndarray) -> np.ndarray:
+        waiting.set()
+        go_on.wait(10)
+        return logits_V
+
+    text = model.generate([1, 2], max_tokens=2, logits_processor=wait)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, text)
+        assert waiting.wait(10)
+        with refused(InputError, "another thread"):
+            next(text)
+        go_on.set()
+        assert [first.result().id, next(text).id] == [token.id for token in model.generate([1, 2], max_tokens=2)]
 
 
 def test_no_pass_runs_after_the_last_token() -> None:

@@ -122,7 +122,7 @@ def _problem(error: OSError) -> str:
         os.getcwd()
     except FileNotFoundError:
         return "the working directory has been removed; expected a start in another one"
-    return str(error)
+    return str(error) if error.filename else f"standard output: {error.strerror or error}"
 
 
 @contextmanager

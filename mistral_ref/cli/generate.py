@@ -116,6 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch is not None:
         run_batch(arguments, model, stop)
         return
+    if arguments.at_once is not None:
+        raise InputError("at-once is given without --batch; expected both")
     prompt = read_prompt(arguments)
     ids = model.token_ids(prompt) if arguments.system is None else ids_of_turn(model, arguments.system, prompt)
     with prompt_cache(model, arguments.prompt_cache, arguments.cache_dtype) as kept:

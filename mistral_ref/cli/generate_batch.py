@@ -15,6 +15,7 @@ from mistral_ref.generation import Token
 from mistral_ref.model import Model
 from mistral_ref.stops import Stop
 
+_AT_ONCE = 8  # texts in a pass
 _OTHERS = ("prompt", "ids", "system", "prompt_cache", "stats", "draft", "draft_sampling", "mark_accepted")
 
 
@@ -31,10 +32,9 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at-once",
         type=int,
-        default=8,
         metavar="N",
         help="with --batch, make the next tokens of N lines together: that takes little longer than the next token of "
-        "one (default: %(default)s)",
+        f"one (default: {_AT_ONCE})",
     )
 
 
@@ -51,7 +51,7 @@ def run_batch(arguments: argparse.Namespace, model: Model, stop: Stop) -> None:
     with progress_bar("generating", is_long=not sys.stdout.isatty()) as progress:
         rows = model.generate_batch(
             prompts,
-            at_once=arguments.at_once,
+            at_once=_AT_ONCE if arguments.at_once is None else arguments.at_once,
             max_tokens=arguments.max_tokens,
             **sampling_settings(arguments),
             stop=stop,

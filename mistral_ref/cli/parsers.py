@@ -90,7 +90,8 @@ class CommandParser(OneLineParser):
 
     def _refuse(self, words: Sequence[str]) -> NoReturn:
         """Exit with the error that says which words are no option or argument, and what may have been meant."""
-        hint = "put a text of several words in quotes"
+        takes_model = "--model" in self._option_string_actions and not self._get_positional_actions()
+        hint = f"expected --model {words[0]}" if takes_model else "put a text of several words in quotes"
         if options := [word for word in words if word.startswith("-")]:
             words, hint = options, did_you_mean(options[0].partition("=")[0], self._option_string_actions)
         self.error(f"unrecognized arguments: {' '.join(words)}{hint and '; '}{hint}")

@@ -22,7 +22,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
     Raises InputError for what is no path.
     """
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike)) or path == "":
         raise InputError(f"{short_repr(path)} is no path; expected a string or a Path")
     return Path(os.path.expanduser(os.fspath(path)))
 
@@ -48,7 +48,8 @@ def checked_model(path: str | os.PathLike[str]) -> Path:
     try:
         names = os.listdir(os.path.join(directory, "."))  # the dot: files in it can be opened, too
     except FileNotFoundError:
-        raise InputError(f"{directory}: no such directory") from None
+        hint = "; load() without a path is the demonstration model" if str(path) == "demo" else ""
+        raise InputError(f"{directory}: no such directory{hint}") from None
     except (OSError, ValueError) as error:
         if os.path.isfile(directory):
             raise InputError(

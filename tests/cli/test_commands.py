@@ -324,6 +324,8 @@ def test_a_users_mistake_is_one_line_and_status_2(model_dir: Path, tmp_path: Pat
     one_line_error(run("generate", "--model", model_dir, "--threads", 0, "A"), "threads", 0)
     one_line_error(run("generate", "--model", model_dir, "--no-such-option", "A"), "--no-such-option", "--help")
     one_line_error(run("generate", "Once", "upon", "a"), "upon a", "quotes", "--help")
+    one_line_error(run("info", "nope"), "nope", "--model", "--help")
+    one_line_error(run("generate", "--at-once", 2, "a"), "at-once", "--batch")
     one_line_error(run("generate", "--ids", "1,x"), "--ids", "'1,x'")
     one_line_error(run("generate", "--ids", "99999"), "99999", "2047")
     one_line_error(run("step", "--ids", "1,2", "A"), "--ids", "text")
@@ -358,7 +360,7 @@ def test_a_full_disk_is_one_line(model_dir: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert_complains(done.stderr, "No space left")
+    assert_complains(done.stderr, "standard output", "No space left")
 
 
 def test_closed_standard_streams_are_no_traceback(model_dir: Path) -> None:
