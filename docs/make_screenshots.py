@@ -71,7 +71,7 @@ def take_live(browser: Any, model: mistral_ref.Model, folder: Path) -> None:
             tab.wait_for_selector('[aria-label="How the text goes on"] h3')
             if tab.is_visible('[data-key="goes on"]'):  # a busy machine is slow
                 tab.click('[data-key="goes on"]')
-                tab.wait_for_selector("text=by the likeliest tokens")
+                tab.wait_for_selector(".goes-on")
             tab.wait_for_selector("main figure canvas")
             tab.wait_for_timeout(500)
             tab.screenshot(path=folder / f"page_explore_{theme}.png")

@@ -47,6 +47,7 @@ _LIVE_SCRIPTS = (
     "text",
     "next",
     "changes",
+    "editor",
     "keep",
     "go_on_parts",
     "go_on",

@@ -81,6 +81,7 @@ def test_a_sweep_tells_its_progress_and_can_be_ended(session: Session) -> None:
         ({"first": "nosuchword"}, "first is 'nosuchword'"),
         ({"second": ""}, "second is ''"),
         ({"second": None}, "second is ''"),
+        ({"first": "he", "second": "▁he"}, "▁he"),
         ({"by": "neuron"}, "by"),
         ({"how": "median"}, "how"),
         ({"at": 8}, "at"),

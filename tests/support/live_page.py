@@ -48,3 +48,13 @@ def typed(tab: Any, text: str, pieces: list[str]) -> None:
     """Type a text, and wait until its pass is shown."""
     tab.fill("textarea", text)
     shows(tab, pieces)
+
+
+def changed(tab: Any, kind: str, **fields: str) -> None:
+    """Add a change by the editor, and wait until it is shown."""
+    before = tab.locator("ul.changes li").count()
+    tab.select_option('[data-key="edit kind"]', kind)
+    for name, value in fields.items():
+        tab.fill(f'[data-key="edit {name.replace("_", " ")}"]', value)
+    tab.click('[data-key="add change"]')
+    tab.wait_for_function("(n) => document.querySelectorAll('ul.changes li').length === n", arg=before + 1)

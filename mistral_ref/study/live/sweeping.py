@@ -28,6 +28,8 @@ def _sweep(view: View) -> Entry:
         raise InputError(f"the sweep is {short_repr(asked)}; expected by, how, first, second and at")
     model, ids = view.before.values.model, view.before.values.ids
     first, second = (token_named(model, name, asked.get(name)) for name in ("first", "second"))
+    if first == second:
+        raise InputError(f"both tokens are {short_repr(printable(model.piece(first)))}; expected two different ones")
     at = checked_int("at", asked.get("at"), 0, len(ids) - 1)
     settings: dict[str, Any] = {"by": asked.get("by"), "metric": (first, second), "at": at, "progress": view.progress}
     how = checked_choice("how", str(asked.get("how")), HOW)

@@ -63,6 +63,7 @@ async function attentionPicture(state, go) {
   const matrix = matrices[state.head],
     query = state.token,
     { n_nan: nan } = values.statistics;
+  const changesOf = (head) => ["attention_weights", "heads"].flatMap((kind) => hooks.changesAt(nameOf(kind, state.layer), head));
   const isDifference = values.rounding !== undefined,
     scale = isDifference ? scaleOf(values) : 1;
   if (state.view === "attention") markTokens(matrix, query, first); // another view may have been chosen meanwhile
@@ -86,7 +87,14 @@ async function attentionPicture(state, go) {
       "div",
       { class: "thumbs", role: "group", "aria-label": "Head" },
       matrices.map((one, head) =>
-        choice(`head ${head}`, head === state.head, () => go({ head }), thumbnail(one, scale, isSeen), `head ${head}`),
+        choice(
+          `head ${head}`,
+          head === state.head,
+          () => go({ head }),
+          thumbnail(one, scale, isSeen),
+          `head ${head}`,
+          changesOf(head).length > 0 && el("small", { class: "changed" }, "changed"),
+        ),
       ),
     ),
     el(
@@ -121,6 +129,9 @@ async function attentionPicture(state, go) {
               : `the window's edge: ${grouped(window)} keys, itself included${start + tokens.length > window ? "" : " (this text is shorter)"}`,
           ),
         ),
+        changeNotes(changesOf(state.head)),
+        isRounding(values) &&
+          el("p", { class: "small" }, "The changes do not reach these weights: they are the same before and after."),
       ),
       el(
         "div",
@@ -133,7 +144,7 @@ async function attentionPicture(state, go) {
           nan
             ? "Some weights are NaN."
             : isDifference
-              ? "The differences of a row add up to 0."
+              ? isRounding(values) ? "Nothing differs here." : "The differences of a row add up to 0."
               : "The weights of a row add up to 1.",
           " Choose another token above, or a row in the picture.",
         ),

@@ -27,6 +27,9 @@ function headChooser(count, head, name, go) {
   );
 }
 
+// The column of each step that the reader has chosen in its picture or its bars.
+const picked = new Map();
+
 const axisHead = (step, head) => (headAxis(step) === "kv_head" ? readBy(head) : head);
 
 const spanWords = (edges, index) =>
@@ -80,13 +83,19 @@ async function stepPicture(step, values, state, go) {
     first = step.firstKey ?? 0,
     isAttention = step.firstKey !== null;
   const seen = (row, column) => !isAttention || attends(start + row, first + column, window);
+  const label = `Heat map of ${step.name}${count ? `, head ${head}` : ""}`;
+  const pick = (token, column) => {
+    picked.set(step.name, column);
+    cursors.set(label, [token, column]);
+    go({ token });
+  };
   const parts = [
     count > 0 &&
       headChooser(count, head, headAxis(step).replace("_", "/").replace("kv/head", "key/value head"), (index) =>
         go({ head: headAxis(step) === "kv_head" ? index * group : index }),
       ),
     heat(matrix, {
-      label: `Heat map of ${step.name}${count ? `, head ${head}` : ""}`,
+      label,
       scale: scaleOf(values),
       describe: cellWords(step, matrix, count ? head : null),
       rowLabel: (row) =>
@@ -98,7 +107,7 @@ async function stepPicture(step, values, state, go) {
             ),
       isSeen: seen,
       chosenRow: isTokens && isWhole ? state.token : undefined,
-      onpick: isTokens && isWhole ? (token) => go({ token }) : undefined,
+      onpick: isTokens && isWhole ? pick : undefined,
     }),
     legend(
       values,
@@ -128,6 +137,7 @@ async function stepPicture(step, values, state, go) {
           count > 0 && `, head ${head}`,
         ),
         rowBars(row, scaleOf(values), `The numbers of token ${start + state.token}, one after the other`),
+        largestNumbers(row, matrix.axes[1].replaceAll("_", " "), (column) => pick(state.token, column)),
       ),
     );
   }
@@ -182,6 +192,8 @@ async function stepValues(step, state, go) {
   ];
 }
 
+const changeNotes = (words) => words.map((one) => el("p", { class: "small changed" }, "Your change: ", el("bdi", null, one)));
+
 function stepDetails(state, go) {
   const step = stepByName.get(state.name),
     { formula, sentence } = page.kinds[step.kind];
@@ -204,6 +216,7 @@ function stepDetails(state, go) {
         el("div", { class: "icons" }, walkTo(-1, "the step before", "←"), walkTo(1, "the next step", "→")),
       ),
       el("p", null, sentence),
+      changeNotes(hooks.changesAt(step.name)),
     ),
     el("div", { class: "formula", tabindex: 0, "aria-label": "formula" }, formula),
     fill(el("div", { class: "stack" }), stepValues(step, state, go)),

@@ -43,8 +43,8 @@ const lineSwatch = (stroke, dash) =>
 // How many values lie where, between the smallest and the largest.
 function histogram({ histogram: counts, statistics: { low, high } }) {
   if (counts.length === 0) return el("p", { class: "muted small" }, "no finite values");
-  const width = 480,
-    height = 110,
+  const width = 240,
+    height = 64,
     bar = width / counts.length,
     most = Math.max(...counts);
   const zero = low < 0 && high > 0 ? (width * -low) / (high - low) : null;
@@ -60,7 +60,7 @@ function histogram({ histogram: counts, statistics: { low, high } }) {
       const tall = count && Math.max(1.5, (height - 4) * Math.sqrt(count / most));
       return svg(
         "rect",
-        { x: index * bar + 0.5, y: height - tall, width: bar - 1, height: tall },
+        { x: index * bar + 0.3, y: height - tall, width: bar - 0.6, height: tall },
         svg(
           "title",
           null,
@@ -111,12 +111,37 @@ function rowBars(values, scale, label) {
   );
 }
 
+// The largest numbers of a row, whatever their sign, each a way to its cell in the picture.
+const N_LARGEST = 4;
+function largestNumbers(values, axis, ongo) {
+  const order = range(values.length)
+    .filter((index) => values[index])
+    .sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]))
+    .slice(0, N_LARGEST);
+  return (
+    order.length > 0 &&
+    el(
+      "div",
+      { class: "choices small", role: "group", "aria-label": "The largest of them" },
+      el("span", { class: "muted" }, "largest"),
+      order.map((index) =>
+        el(
+          "button",
+          { type: "button", class: "tiny", "data-key": `largest ${index}`, onclick: () => ongo(index) },
+          `${axis} ${index}: `,
+          el("b", null, digits(values[index])),
+        ),
+      ),
+    )
+  );
+}
+
 // The root mean square of one kind of step in every layer, each a way there.
 function overLayers(found, layer, ongo) {
   const sizes = found.map((size) => size ?? NaN), // some layers may lack an adapter
     most = Math.max(...sizes.filter(Number.isFinite)) || 1;
-  const width = 480,
-    height = 84,
+  const width = 240,
+    height = 62,
     bar = width / sizes.length,
     space = Math.min(6, bar * 0.2);
   return svg(
@@ -141,7 +166,7 @@ function overLayers(found, layer, ongo) {
           width: bar - 2 * space,
           height: tall,
         }),
-        bar > 40 &&
+        bar > 28 &&
           svg(
             "text",
             { class: "muted", x: (index + 0.5) * bar, y: height - tall - 5, "text-anchor": "middle", "font-size": 11 },

@@ -105,6 +105,7 @@ async function lensParts(state, go) {
   });
   return [
     table,
+    was !== null && el("p", { class: "small muted" }, "Struck out: what stood there before the changes. The darker a cell, the more its probability has changed."),
     el(
       "div",
       { class: "card stack" },

@@ -38,11 +38,12 @@ function go(patch) {
   Object.assign(state, accepted(patch));
   history[isOtherView ? "pushState" : "replaceState"](null, "", address()); // the browser's Back leads to the view before
   draw();
+  if (isOtherView && panel.getBoundingClientRect().top < 0) tabs.scrollIntoView(); // its heading is seen
 }
 
-// What the live page adds: a last part of the address, what is done with it, what is drawn beside the view, and a part of
-// the pass before, where the difference to it is shown.
-const hooks = { keep: () => "", restore: () => {}, drawn: () => {}, was: async () => null };
+// What the live page adds: a last part of the address, what is done with it, what is drawn beside the view, a part of the
+// pass before, where the difference to it is shown, and the words of the changes at a step or at a head of it.
+const hooks = { keep: () => "", restore: () => {}, drawn: () => {}, was: async () => null, changesAt: () => [] };
 
 const place = () => `${state.view}/${state.name}/${state.layer}/${state.head}/${state.token}`;
 const address = () => `#${place()}${hooks.keep()}`;

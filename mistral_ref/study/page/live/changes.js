@@ -17,186 +17,83 @@ const CHANGES = {
 const changesBox = el("section", { class: "card stack", "aria-label": "Changes" });
 const shownBox = el("div", { class: "choices shown", role: "group", "aria-label": "Which pass is shown" });
 
-function change(changes, next) {
-  const isFirst = !question.changes.some(({ on }) => on !== false) && passes.shown === "before";
-  show({ changes }, next ?? (isFirst ? "after" : passes.shown));
+const isOn = ({ on }) => on !== false;
+let rested = "after"; // which pass was shown when the last change was switched off
+
+// Shows the passes with other changes. Without changes there is one pass; the first change shows the pass after it.
+function change(changes) {
+  const had = question.changes.some(isOn),
+    has = changes.some(isOn);
+  if (had && !has) rested = passes.shown;
+  const first = changes.length > question.changes.length ? "after" : rested;
+  show({ changes }, !has ? "before" : had ? passes.shown : first);
+}
+
+// The model has one window and one theta: another one takes the place of the one before.
+const ONLY_ONE = ["window", "theta"];
+function add(one) {
+  const others = question.changes.filter(({ kind }) => kind !== one.kind || !ONLY_ONE.includes(kind));
+  change([...others, one]);
+}
+
+// What a change is that the server cannot put into words.
+function plainWords({ kind, on, ...fields }) {
+  const name = Object.hasOwn(CHANGES, kind) ? CHANGES[kind][0] : JSON.stringify(kind);
+  const values = Object.entries(fields).map(([field, value]) => `${field} ${typeof value === "string" ? value : JSON.stringify(value)}`);
+  return [name, ...values].join(", ");
+}
+
+// The words of the changes that are made at a step, or at a head of it.
+function changesAt(name, head) {
+  const matches = (glob) => new RegExp(`^${glob.replace(/[.+^${}()|[\]\\]/g, "\\$&").replaceAll("*", ".*")}$`).test(name);
+  return question.changes.flatMap((one, index) =>
+    isOn(one) &&
+    typeof one.step === "string" &&
+    matches(one.step) &&
+    (head === undefined || [undefined, null, head].includes(one.head))
+      ? [passes.after.changes.words[index]].filter(Boolean)
+      : [],
+  );
 }
 
 function drawShown() {
-  shownBox.hidden = question.changes.length === 0;
+  shownBox.hidden = !question.changes.some(isOn);
   shownBox.replaceChildren(
     el("span", { class: "muted small" }, "shown"),
     ...SHOWN.map((name) => choice(`shown ${name}`, name === passes.shown, () => showOther(name), name)),
-    el("span", { class: "muted small" }, passes.shown === "difference" ? "after − before" : ""),
   );
 }
 
 function drawChanges() {
   const { words, problems } = passes.after.changes;
+  if (editing >= question.changes.length) stopEditing();
+  const items = question.changes.map((one, index) => {
+    const name = words[index] || plainWords(one);
+    const set = (on) => change(question.changes.map((other, at) => (at === index ? { ...other, on } : other)));
+    const box = el("input", {
+      type: "checkbox",
+      checked: isOn(one),
+      "data-key": `on ${index}`,
+      onchange: () => set(box.checked),
+    });
+    const act = (sign, key, label, onclick) =>
+      el("button", { type: "button", "data-key": `${key} ${index}`, "aria-label": `${label}: ${name}`, title: label, onclick }, sign);
+    return el(
+      "li",
+      { class: index === editing ? "edited" : "" },
+      el("label", null, box, el("bdi", null, name)),
+      act("✎", "edit", "Edit", () => edit(index)),
+      act("✕", "remove", "Remove", () => {
+        stopEditing();
+        change(question.changes.filter((_, at) => at !== index));
+      }),
+      problems[index] !== undefined && el("p", { class: "problem small", role: "alert" }, problems[index]),
+    );
+  });
   changesBox.replaceChildren(
     el("h3", null, "Changes"),
-    question.changes.length === 0
-      ? ""
-      : el(
-        "ul",
-        { class: "changes" },
-        question.changes.map((one, index) => {
-          const set = (on) => change(question.changes.map((other, at) => (at === index ? { ...other, on } : other)));
-          const box = el("input", {
-            type: "checkbox",
-            checked: one.on !== false,
-            "data-key": `on ${index}`,
-            onchange: () => set(box.checked),
-          });
-          return el(
-            "li",
-            null,
-            el("label", null, box, el("bdi", null, words[index] || JSON.stringify(one))),
-            el(
-              "button",
-              {
-                type: "button",
-                "data-key": `remove ${index}`,
-                "aria-label": `Remove: ${words[index]}`,
-                onclick: () => change(question.changes.filter((_, at) => at !== index)),
-              },
-              "✕",
-            ),
-            problems[index] !== undefined && el("p", { class: "problem small", role: "alert" }, problems[index]),
-          );
-        }),
-      ),
+    items.length === 0 ? "" : el("ul", { class: "changes" }, items),
     editor,
     actions,
   );
-}
-
-// The editor. A field that the reader has filled stays until the change is added; the others follow the view.
-const filled = {};
-const field = (name, attributes) =>
-  el("input", {
-    type: "text",
-    class: attributes?.wide ? "wide" : "",
-    "aria-label": name,
-    "data-key": `edit ${name}`,
-    autocomplete: "off",
-    spellcheck: "false",
-    placeholder: "all",
-    oninput: (event) => (filled[name] = event.target.value),
-    ...attributes,
-  });
-const fields = {
-  step: field("step", { wide: true, placeholder: "a step, or layers.*.heads" }),
-  token: field("token"),
-  head: field("head"),
-  neuron: field("neuron"),
-  number: field("number", { placeholder: "0.5", value: "2" }),
-  other: field("other token", { placeholder: "a token" }),
-  text: field("other text", { wide: true, placeholder: "a text of as many tokens" }),
-  window: field("window", { placeholder: "none" }),
-  theta: field("theta", { placeholder: "10000" }),
-  bug: el(
-    "select",
-    { class: "wide", "aria-label": "bug", "data-key": "edit bug", onchange: () => drawEditor() },
-    Object.entries(live.bugs).map(([name]) => el("option", { value: name }, name)),
-  ),
-};
-const kindField = el(
-  "select",
-  { class: "wide", "aria-label": "What to change", "data-key": "edit kind", onchange: () => drawEditor() },
-  Object.entries(CHANGES)
-    .filter(([kind]) => kind !== "bug" || Object.keys(live.bugs).length)
-    .map(([kind, [words]]) => el("option", { value: kind }, words)),
-);
-const editorFields = el("div", { class: "fields" });
-const editor = el(
-  "form",
-  {
-    class: "editor",
-    "aria-label": "A new change",
-    onsubmit: (event) => {
-      event.preventDefault();
-      const added = edited();
-      for (const name of ["step", "token", "head", "neuron"]) {
-        delete filled[name]; // the next one follows the view again
-        fields[name].value = "";
-      }
-      change([...question.changes, added]);
-    },
-  },
-  kindField,
-  editorFields,
-  el("button", { type: "submit", "data-key": "add change" }, "Add this change"),
-);
-
-// What is chosen in the view: a step and a head of it; in the views of heads, what these heads have gathered.
-function chosenPlace() {
-  const name = ["attention", "heads"].includes(state.view) ? nameOf("heads", state.layer) : state.name;
-  const step = stepByName.get(name);
-  return { step: name, head: headAxis(step) ? String(axisHead(step, state.head)) : "" };
-}
-
-function drawEditor() {
-  const [, ...asked] = CHANGES[kindField.value],
-    place = chosenPlace();
-  if (filled.step === undefined) {
-    fields.step.value = place.step;
-    if (filled.head === undefined) fields.head.value = place.head;
-  }
-  const chosen = (name, value) =>
-    el(
-      "button",
-      {
-        type: "button",
-        class: "tiny",
-        "data-key": `this ${name}`,
-        "aria-label": `the ${name} that is chosen`,
-        onclick: () => {
-          fields[name].value = filled[name] = String(value);
-        },
-      },
-      String(value),
-    );
-  const labelled = (name, node, ...more) => el("label", null, el("span", null, name), node, more);
-  const rows = {
-    place: () => [
-      labelled("step", fields.step),
-      el(
-        "div",
-        { class: "three" },
-        labelled("token", fields.token, chosen("token", state.token)),
-        labelled("head", fields.head, place.head !== "" && chosen("head", place.head)),
-        labelled("neuron", fields.neuron, chosen("neuron", chosenColumn())),
-      ),
-    ],
-    bug: () => [labelled("bug", fields.bug), el("p", { class: "small muted" }, live.bugs[fields.bug.value])],
-  };
-  const names = { number: "number", other: "other token", text: "other text", window: "window", theta: "theta" };
-  editorFields.replaceChildren(
-    ...asked.flatMap((name) => rows[name]?.() ?? [labelled(names[name], fields[name])]).filter(Boolean),
-  );
-}
-
-// The column under the cursor of the heat map that is shown.
-const chosenColumn = () => {
-  const key = document.querySelector("main figure canvas")?.dataset.key?.slice("heat ".length);
-  return cursors.get(key)?.[1] ?? 0;
-};
-
-// What the fields say, as plain data. Whether it can be done the server says, beside the change.
-function edited() {
-  const kind = kindField.value,
-    [, ...asked] = CHANGES[kind],
-    found = { kind };
-  const number = (text) => (text.trim() !== "" && Number.isFinite(Number(text)) ? Number(text) : text);
-  for (const name of asked.includes("place") ? ["token", "head", "neuron"] : [])
-    if (fields[name].value.trim() !== "") found[name] = number(fields[name].value);
-  if (asked.includes("place")) found.step = fields.step.value.trim();
-  if (asked.includes("number")) found.number = number(fields.number.value);
-  if (asked.includes("other")) found.other = number(fields.other.value);
-  if (asked.includes("text")) found.text = fields.text.value;
-  if (asked.includes("bug")) found.bug = fields.bug.value;
-  if (asked.includes("window")) found.window = fields.window.value.trim() === "" ? null : number(fields.window.value);
-  if (asked.includes("theta")) found.theta = number(fields.theta.value);
-  return found;
 }

@@ -1,6 +1,7 @@
 // Going on: the next token is drawn, or the reader chooses it, and the text goes on with it.
 
-const drawing = { temperature: 1, top_k: null, top_p: 1, min_p: 0, repetition_penalty: 1, seed: 1 };
+const AT_FIRST = { temperature: 1, top_k: null, top_p: 1, min_p: 0, repetition_penalty: 1, seed: 1 };
+const drawing = { ...AT_FIRST };
 const DRAWING_WORDS = { temperature: "temperature 0", top_k: "top-k", top_p: "top-p", min_p: "min-p" };
 const ALL_K = 60; // the end of the slider, where top-k keeps all
 
@@ -119,7 +120,10 @@ async function drawSides() {
   } while (isOld);
   isAsking = false;
   clearTimeout(draftTimer);
-  draftTimer = setTimeout(() => fill(draftBox, draftParts()), 300); // when the sliders rest
+  draftTimer = setTimeout(() => {
+    history.replaceState(null, "", address());
+    fill(draftBox, draftParts());
+  }, 300); // when the sliders rest
 }
 
 const set = (name, value) => {
@@ -127,30 +131,43 @@ const set = (name, value) => {
   drawSides();
 };
 const hundredth = (value) => (value / 100).toFixed(2);
-const drawingControls = el(
-  "div",
-  { class: "controls" },
-  slider("temperature", [0, 200], 100, hundredth, (value) => set("temperature", value / 100)).node,
-  slider("top-k", [1, ALL_K], ALL_K, (value) => (value === ALL_K ? "all" : value), (value) =>
+const hundredths = (name, words, least, most) =>
+  slider(words, [100 * least, 100 * most], 100 * drawing[name], hundredth, (value) => set(name, value / 100));
+const sliders = {
+  temperature: hundredths("temperature", "temperature", 0, 2),
+  top_k: slider("top-k", [1, ALL_K], ALL_K, (value) => (value === ALL_K ? "all" : value), (value) =>
     set("top_k", value === ALL_K ? null : value),
-  ).node,
-  slider("top-p", [0, 100], 100, hundredth, (value) => set("top_p", value / 100)).node,
-  slider("min-p", [0, 100], 0, hundredth, (value) => set("min_p", value / 100)).node,
-  slider("repetition penalty", [100, 200], 100, hundredth, (value) => set("repetition_penalty", value / 100)).node,
-  el(
-    "label",
-    null,
-    el("span", null, "seed"),
-    el("input", {
-      type: "number",
-      min: 0,
-      step: 1,
-      value: drawing.seed,
-      "data-key": "seed",
-      oninput: (event) => set("seed", clamp(Math.trunc(Number(event.target.value)) || 0, 0, Number.MAX_SAFE_INTEGER)),
-    }),
   ),
-);
+  top_p: hundredths("top_p", "top-p", 0, 1),
+  min_p: hundredths("min_p", "min-p", 0, 1),
+  repetition_penalty: hundredths("repetition_penalty", "repetition penalty", 1, 2),
+};
+const drawingControls = el("div", { class: "controls" }, Object.values(sliders).map(({ node }) => node));
+const seedBox = el("input", {
+  type: "number",
+  min: 0,
+  step: 1,
+  value: drawing.seed,
+  "data-key": "seed",
+  oninput: () => set("seed", clamp(Math.trunc(Number(seedBox.value)) || 0, 0, Number.MAX_SAFE_INTEGER)),
+});
+
+// Sets what a link or a file says; what it does not say is as at first.
+function setDrawing(kept) {
+  const number = (name, least, most) => (Number.isFinite(kept[name]) ? clamp(kept[name], least, most) : AT_FIRST[name]);
+  Object.assign(drawing, {
+    temperature: number("temperature", 0, 2),
+    top_k: Number.isInteger(kept.top_k) ? clamp(kept.top_k, 1, ALL_K - 1) : null,
+    top_p: number("top_p", 0, 1),
+    min_p: number("min_p", 0, 1),
+    repetition_penalty: number("repetition_penalty", 1, 2),
+    seed: Math.trunc(number("seed", 0, Number.MAX_SAFE_INTEGER)),
+  });
+  const { top_k, seed, ...shares } = drawing;
+  for (const [name, value] of Object.entries(shares)) sliders[name].set(Math.round(100 * value));
+  sliders.top_k.set(top_k ?? ALL_K);
+  seedBox.value = seed;
+}
 
 const goOnView = {
   title: "Go on",
@@ -166,6 +183,7 @@ const goOnView = {
       writing.button,
       el("button", { type: "button", "data-key": "undo", "aria-keyshortcuts": "u", disabled: question.more.length === 0, onclick: undo }, "Undo"),
       question.more.length > 0 && el("button", { type: "button", "data-key": "make text", onclick: makeText }, "Make it the text"),
+      el("label", { class: "seed small muted" }, "seed", seedBox),
     );
     return el(
       "div",

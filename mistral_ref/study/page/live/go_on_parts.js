@@ -2,10 +2,14 @@
 
 // A node is a token that has followed the one before; `next` are those that have followed it.
 const chosen = { text: null, root: null };
+const trees = new Map(); // those of other texts
 
 // Puts the path that is shown into the tree of its text.
 function remember() {
-  if (chosen.text !== question.text) Object.assign(chosen, { text: question.text, root: { id: null, next: [] } });
+  if (chosen.text !== question.text) {
+    if (chosen.root?.next.length) trees.set(chosen.text, chosen.root);
+    Object.assign(chosen, { text: question.text, root: trees.get(question.text) ?? { id: null, next: [] } });
+  }
   const shown = tokens.slice(tokens.length - question.more.length);
   let node = chosen.root;
   question.more.forEach((id, index) => {
@@ -102,7 +106,7 @@ function ringCard() {
             type: "button",
             class: "tiny",
             "data-key": "few slots",
-            onclick: () => change([...question.changes, { kind: "window", window: FEW_SLOTS }]),
+            onclick: () => add({ kind: "window", window: FEW_SLOTS }),
           },
           `Give the model a window of ${FEW_SLOTS}`,
         ),

@@ -3,9 +3,10 @@
 const gone = el(
   "p",
   { class: "problem", role: "alert", hidden: true },
-  "The server has ended, or does not answer. What is here stays; to go on, start ",
+  "The server has ended, or does not answer. What is here stays. To go on, start ",
   el("code", null, "mistral-ref explore"),
-  " again.",
+  " again, and open there what you save here: ",
+  el("button", { type: "button", class: "tiny", "data-key": "save here", onclick: save }, "Save"),
 );
 function showServer(isThere) {
   gone.hidden = isThere;
@@ -15,13 +16,21 @@ const aside = el("aside", null, exerciseBox, nextBox, goesOnBox, changesBox);
 document.querySelector("main").append(aside);
 document.body.classList.add("live");
 document.querySelector(".bar").prepend(gone);
-tabs.before(shownBox);
+const viewsRow = el("div", { class: "views-row" });
+tabs.before(viewsRow);
+viewsRow.append(tabs, shownBox);
+// A panel that is higher than the window stops at its lower edge, where the editor is.
+new ResizeObserver(() => aside.style.setProperty("--height", `${aside.offsetHeight}px`)).observe(aside);
 document.querySelector("footer").append(
   " The page is live, from a server on this machine. Another tab is another reader of the same model, with a text and changes of its own.",
 );
 document.head.append(el("link", { rel: "icon", href: "data:," })); // or the browser asks for one
 
+const departsLegend = el("p", { class: "small muted" }, "Filled: differs by more than rounding explains.");
+hooks.changesAt = changesAt;
 hooks.drawn = () => {
+  document.title = `${question.text.trim().slice(0, 40) || "no text"} · ${page.title}`;
+  document.body.dataset.shown = passes.shown;
   drawShown();
   drawEditor();
   drawChanges();
@@ -29,8 +38,19 @@ hooks.drawn = () => {
   fill(goesOnBox, goesOnParts());
   drawMerges();
   drawExercise();
-  if (state.view === "block" && passes.shown === "difference") markDepartures();
+  if (state.view !== "block") return;
+  markChanges();
+  if (passes.shown === "difference") markDepartures();
 };
+
+// Marks the steps in the diagram that the reader has changed.
+function markChanges() {
+  for (const box of document.querySelectorAll(".box")) {
+    if (changesAt(box.dataset.key.slice("box ".length)).length === 0) continue;
+    box.classList.add("edited");
+    box.setAttribute("aria-description", "you have changed it");
+  }
+}
 
 // Marks the steps in the diagram, and their layers, that the changes have moved by more than rounding.
 async function markDepartures() {
@@ -43,6 +63,7 @@ async function markDepartures() {
         node.setAttribute("aria-description", "differs by more than rounding");
       }
   }
+  document.querySelector("main .split .card")?.append(departsLegend);
 }
 SHOWN.forEach((name) => {
   ACTIONS[name[0]] = () => !shownBox.hidden && showOther(name);

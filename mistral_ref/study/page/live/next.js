@@ -4,7 +4,9 @@ const nextBox = el("section", { class: "card stack", "aria-label": "What comes n
 const goesOnBox = el("section", { class: "card stack", "aria-label": "How the text goes on" });
 const isChanged = () => passes.after.changes.words.some((words, index) => words && question.changes[index]?.on !== false);
 
-const percent = (p) => (p === null ? "NaN" : `${digits(Number((100 * p).toPrecision(3)))} %`);
+const LEAST_PERCENT = 0.001; // what is less is not written out
+const percent = (p) =>
+  p === null ? "NaN" : p > 0 && 100 * p < LEAST_PERCENT ? `< ${LEAST_PERCENT} %` : `${Number((100 * p).toPrecision(3))} %`;
 
 const share = (p, name) => {
   const bar = el("i", { class: name });
@@ -61,13 +63,13 @@ async function goesOnParts() {
   const shown = isChanged() ? ["before", "after"] : ["before"];
   const found = await Promise.all(shown.map((one) => partOf("goes_on", null, one, askAlone).catch((error) => error)));
   return [
-    el("h3", null, "How the text goes on, by the likeliest tokens"),
+    el("h3", { title: "always by the likeliest token" }, "How the text goes on"),
     ...found.map((pieces, index) =>
       el(
         "p",
         { class: "goes-on" },
         shown.length > 1 && el("span", { class: "muted small" }, `${shown[index]} `),
-        pieces instanceof Error ? pieces.message : pieces.map((piece) => [pieceText(piece), el("wbr")]),
+        pieces instanceof Error ? pieces.message : pieces.map((piece) => [piece.startsWith("▁") && el("wbr"), pieceText(piece)]),
       ),
     ),
   ];

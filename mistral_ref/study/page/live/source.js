@@ -73,14 +73,15 @@ part = (name, of = null) => {
   wanted.set(JSON.stringify([name, of]), { name, of });
   return partOf(name, of, passes.shown);
 };
-howToKeep = () => ["They are too many to send."];
+howToKeep = () => ["They are too many to send: a shorter text has all of them."];
 hooks.was = async (name) => (passes.shown === "difference" ? partOf(name, null, "before") : null);
 
 let isBehind = false; // whether another question has been asked than the one whose passes are shown
 
 // Asks another question, and shows its passes once they are there. The parts that the view has asked for come with them.
+// Other changes are another place to which the browser's Back leads.
 let turn = 0;
-async function show(next, shown = passes.shown) {
+async function show(next, shown = passes.shown, isPlace = next.changes !== undefined) {
   Object.assign(question, next.text === undefined ? {} : { more: [] }, next); // another text has no tokens behind it yet
   isBehind = true;
   const mine = ++turn,
@@ -99,10 +100,10 @@ async function show(next, shown = passes.shown) {
     );
     showProblem("");
     showBusy(false);
-    showPass();
+    showPass(isPlace);
   } catch (error) {
     if (mine !== turn) return;
-    if (error instanceof Stale) return show({}, shown); // an older question of this page has come to the server later
+    if (error instanceof Stale) return show({}, shown, isPlace); // an older question of this page has come to the server later
     isBehind = false;
     Object.assign(question, passes.question); // the views go on with what is shown
     showProblem(error.message);
@@ -119,14 +120,14 @@ function answered(found) {
   return answer;
 }
 
-function showPass() {
+function showPass(isPlace = false) {
   const wasLast = state.token === tokens.length - 1;
   load(passes.shown === "before" ? passes.before : passes.after);
   if (restored.token < tokens.length) state.token = restored.token;
   else if (wasLast || state.token >= tokens.length) state.token = tokens.length - 1;
   restored.token = NaN;
   wanted = new Map();
-  history.replaceState(null, "", address());
+  history[isPlace ? "pushState" : "replaceState"](null, "", address());
   draw();
 }
 

@@ -90,9 +90,11 @@ async function drawMerges() {
   try {
     const { states, why } = await ask("merges", { index: token });
     if (key !== merged) return;
+    const isByte = states.length > 0 && !states.at(-1).includes(pieceAt(start + token));
+    const words = why ? ` ${why}` : isByte ? " is a byte of a character that is no token, in " : " is made of: ";
     merging.replaceChildren(
-      el("span", { class: "muted" }, placeNodes(start + token), why ? ` ${why}` : " is made of: "),
-      ...states.map((parts, index) => [
+      el("span", { class: "muted" }, placeNodes(start + token), words),
+      ...(isByte ? states.slice(-1) : states).map((parts, index) => [
         index > 0 && el("span", { class: "muted", "aria-label": "then" }, " → "),
         el("span", { class: "state" }, parts.map((one) => pieceText(one))),
       ]).flat().filter(Boolean),
