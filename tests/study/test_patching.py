@@ -22,6 +22,7 @@ from mistral_ref.study import patching
 from mistral_ref.study.broken import broken
 from mistral_ref.study.changes import Mean, apply
 from mistral_ref.study.patching import Sweep, ablate, patch, variants
+from mistral_ref.walk import inside_attention
 
 TOKENS, OTHER = tokens_for(SMALL, 7), tokens_for(SMALL, 7, seed=1)
 TO = (3, 5)  # two token ids
@@ -32,8 +33,12 @@ def naive(model: Model, tokens: list[int], name: str, token: int | None, head: i
 
     def edit(value: np.ndarray) -> np.ndarray:
         value = value.copy()
-        index = (slice(None) if token is None else token, *(() if head is None else (head,)))
-        value[index] = new[index]
+        tokens_axis = 1 if inside_attention([name]) else 0
+        index: list[Any] = [slice(None)] * 2
+        index[tokens_axis] = slice(None) if token is None else token
+        if head is not None:
+            index[1 - tokens_axis] = head
+        value[tuple(index)] = new[tuple(index)]
         return value
 
     logits_V = model.forward(tokens, edits={name: edit})[-1]
@@ -41,9 +46,15 @@ def naive(model: Model, tokens: list[int], name: str, token: int | None, head: i
 
 
 def sweepable(config: ModelConfig) -> list[str]:
-    """Return the names of the steps that a sweep can go over."""
+    """Return the names of the steps that any sweep can go over."""
     names = [name for name in step_names(config) if name not in ("norm", "logits")]
     return [name for name in names if "token" in axis_sizes(config, name, 1)]
+
+
+def other_sweepable(config: ModelConfig, is_patch: bool) -> list[str]:
+    """Return the names of the steps inside attention that can have numbers of another text, or zeros."""
+    kinds = ("attention_weights", "scores") if is_patch else ("attention_weights",)
+    return [f"layers.{layer}.{kind}" for layer in range(config.n_layers) for kind in kinds]
 
 
 @given(st.data(), configs())
@@ -53,7 +64,8 @@ def test_sweeps_of_any_model_are_what_naive_passes_give(data: st.DataObject, con
     model = model_of(config, dtype="float64")
     n_tokens = data.draw(st.integers(1, 14))
     tokens, other = tokens_for(config, n_tokens), tokens_for(config, n_tokens, seed=1)
-    name = data.draw(st.sampled_from(sweepable(config)))
+    is_patch = data.draw(st.booleans())
+    name = data.draw(st.sampled_from(sweepable(config)) | st.sampled_from(other_sweepable(config, is_patch)))
     sizes = axis_sizes(config, name, n_tokens)
     n_heads = sizes.get("head", sizes.get("kv_head", 0))
     by = data.draw(st.sampled_from(["token", "step", *["head"] * bool(n_heads)]))
@@ -63,7 +75,7 @@ def test_sweeps_of_any_model_are_what_naive_passes_give(data: st.DataObject, con
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(variants, "TOGETHER", data.draw(st.integers(1, 40)))
         where: dict[str, Any] = {"steps": name, "token": token, "head": head, "at": at}
-        if is_patch := data.draw(st.booleans()):
+        if is_patch:
             found = patch(model, tokens, other, by=by, metric=TO, **where)
             new = model.trace(other, keep=name)[name]
         else:
@@ -74,7 +86,8 @@ def test_sweeps_of_any_model_are_what_naive_passes_give(data: st.DataObject, con
         "token": [(number, head) for number in range(at + 1)],
         "step": [(token, head)],
     }[by]
-    expected = [naive(model, tokens[: at + 1], name, *place, new[: at + 1]) for place in places]
+    new = new[:, : at + 1, : at + 1] if inside_attention([name]) else new[: at + 1]
+    expected = [naive(model, tokens[: at + 1], name, *place, new) for place in places]
     np.testing.assert_allclose(found.values_RC, [expected], rtol=0, atol=1e-9)
     logits_TV = [model.forward(one)[at] for one in (tokens, other)]
     differences = [logits_V[TO[0]] - logits_V[TO[1]] for logits_V in logits_TV]
@@ -109,6 +122,22 @@ def by_hand(model: Model, tokens: list[int], change: Callable[[str, np.ndarray],
                 turned_THK[position, :, 2 * pair + 1] = a * np.sin(angle) + b * np.cos(angle)
         return turned_THK
 
+    def mixed(b_TD: np.ndarray, ffn: Any, layer: str) -> np.ndarray:
+        """Return what a mixture of experts adds, with the pairs of a token and an expert one after the other."""
+        router_TE = b_TD @ rows(ffn.gate).T
+        chosen = [sorted(np.argsort(-router_E)[: config.moe.num_experts_per_tok]) for router_E in router_TE]
+        pairs = [(token, expert) for token, experts in enumerate(chosen) for expert in experts]
+        experts = ffn.experts
+        gate_NF = change(f"{layer}.gate", np.array([rows(experts[e].w1) @ b_TD[t] for t, e in pairs]))
+        up_NF = change(f"{layer}.up", np.array([rows(experts[e].w3) @ b_TD[t] for t, e in pairs]))
+        hidden_NF = change(f"{layer}.ffn_hidden", gate_NF / (1 + np.exp(-gate_NF)) * up_NF)
+        out_TD = np.zeros_like(b_TD)
+        for (token, expert), hidden_F in zip(pairs, hidden_NF, strict=True):
+            shares = np.exp(router_TE[token, chosen[token]])
+            share = np.exp(router_TE[token, expert]) / shares.sum()
+            out_TD[token] += share * (rows(experts[expert].w2) @ hidden_F)
+        return out_TD
+
     n_tokens = len(tokens)
     x_TD = change("embedding", rows(weights.tok_embeddings)[tokens])
     for number, layer in enumerate(weights.layers):
@@ -117,20 +146,30 @@ def by_hand(model: Model, tokens: list[int], change: Callable[[str, np.ndarray],
             (a_TD @ rows(matrix).T).reshape(n_tokens, -1, config.head_dim) for matrix in (layer.wq, layer.wk, layer.wv)
         )
         q, k = turned(q), turned(k)
+        places = [(head, query) for head in range(config.n_heads) for query in range(n_tokens)]
+        kv_heads = [head // (config.n_heads // config.n_kv_heads) for head in range(config.n_heads)]
+        scores_HTS = np.full((config.n_heads, n_tokens, n_tokens), -np.inf)
+        for head, query in places:
+            for key in range(max(0, query - config.sliding_window[number] + 1), query + 1):
+                scores_HTS[head, query, key] = q[query, head] @ k[key, kv_heads[head]] / np.sqrt(config.head_dim)
+        scores_HTS = change(f"layers.{number}.scores", scores_HTS)
+        weights_HTS = np.zeros_like(scores_HTS)
+        for head, query in places:
+            shares = np.exp(scores_HTS[head, query] - scores_HTS[head, query].max())
+            weights_HTS[head, query] = shares / shares.sum()
+        weights_HTS = change(f"layers.{number}.attention_weights", weights_HTS)
         heads_THK = np.zeros_like(q)
-        for query in range(n_tokens):
-            first = max(0, query - config.sliding_window[number] + 1)
-            for head in range(config.n_heads):
-                kv_head = head // (config.n_heads // config.n_kv_heads)
-                scores = k[first : query + 1, kv_head] @ q[query, head] / np.sqrt(config.head_dim)
-                shares = np.exp(scores - scores.max())
-                heads_THK[query, head] = shares / shares.sum() @ v[first : query + 1, kv_head]
+        for head, query in places:
+            heads_THK[query, head] = weights_HTS[head, query] @ v[:, kv_heads[head]]
         heads_THK = change(f"layers.{number}.heads", heads_THK)
         x_TD = x_TD + change(f"layers.{number}.attention_out", heads_THK.reshape(n_tokens, -1) @ rows(layer.wo).T)
         b_TD, ffn = norm(x_TD, layer.ffn_norm), layer.feed_forward
-        gate_TF = b_TD @ rows(ffn.w1).T
-        hidden_TF = gate_TF / (1 + np.exp(-gate_TF)) * (b_TD @ rows(ffn.w3).T)
-        x_TD = x_TD + change(f"layers.{number}.ffn_out", hidden_TF @ rows(ffn.w2).T)
+        if config.moe is None:
+            gate_TF = b_TD @ rows(ffn.w1).T
+            out_TD = gate_TF / (1 + np.exp(-gate_TF)) * (b_TD @ rows(ffn.w3).T) @ rows(ffn.w2).T
+        else:
+            out_TD = mixed(b_TD, ffn, f"layers.{number}")
+        x_TD = x_TD + change(f"layers.{number}.ffn_out", out_TD)
         x_TD = change(f"layers.{number}.residual_after_ffn", x_TD)
     return norm(x_TD, weights.norm)[-1] @ rows(weights.output).T
 
@@ -161,6 +200,51 @@ def test_names_and_numbers_are_those_of_a_transformer_written_by_hand(by: str) -
             np.testing.assert_allclose(found.values_RC[row, column], logits_V[3] - logits_V[5], atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["scores", "attention_weights"])
+@pytest.mark.parametrize("by", ["head", "token", "step"])
+def test_inside_attention_the_numbers_are_those_of_a_transformer_written_by_hand(by: Any, kind: str) -> None:
+    model = model_of(SMALL, dtype="float64")
+    seen: dict[str, np.ndarray] = {}
+    by_hand(model, OTHER, seen.setdefault)
+    where: dict[str, Any] = {"by": by, "steps": f"layers.*.{kind}", "metric": TO}
+    sweeps = [patch(model, TOKENS, OTHER, **where)]
+    if kind == "attention_weights":
+        sweeps.append(ablate(model, TOKENS, **where))
+    for sweep in sweeps:
+        for layer, column in np.ndindex(sweep.values_RC.shape):
+            name = f"layers.{layer}.{kind}"
+            place: Any = {"head": np.index_exp[column], "token": np.index_exp[:, column], "step": ...}[by]
+            new = np.zeros_like(seen[name]) if sweep.other is None else seen[name]
+
+            def changed(step: str, value: np.ndarray, name: str = name, place: Any = place, new: Any = new) -> Any:
+                if step == name:
+                    value = value.copy()
+                    value[place] = new[place]
+                return value
+
+            logits_V = by_hand(model, TOKENS, changed)
+            np.testing.assert_allclose(sweep.values_RC[layer, column], logits_V[3] - logits_V[5], atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["gate", "up", "ffn_hidden"])
+@pytest.mark.parametrize("by", ["token", "step"])
+def test_inside_experts_zeros_give_the_numbers_of_a_transformer_written_by_hand(by: Any, kind: str) -> None:
+    config = MIXTURE.replace(sliding_window=(9,) * MIXTURE.n_layers)
+    model, tokens, n_pairs = model_of(config, dtype="float64"), tokens_for(config, 4), config.moe.num_experts_per_tok
+    found = ablate(model, tokens, by=by, steps=f"layers.*.{kind}", metric=TO)
+    for layer in range(config.n_layers):
+        for column in range(found.values_RC.shape[1]):
+
+            def changed(step: str, value: np.ndarray, layer: int = layer, token: int = column) -> np.ndarray:
+                if step == f"layers.{layer}.{kind}":
+                    value = value.copy()
+                    value[slice(None) if by == "step" else slice(token * n_pairs, (token + 1) * n_pairs)] = 0
+                return value
+
+            logits_V = by_hand(model, tokens, changed)
+            assert found.values_RC[layer, column] == pytest.approx(logits_V[3] - logits_V[5], abs=1e-10)
+
+
 # ------------------------------------------------------------------------------------------------------- other sweeps
 
 
@@ -170,6 +254,11 @@ def test_both_backends_give_what_naive_passes_give(config: ModelConfig, backend:
     model = model_of(config, backend=backend)
     tokens, other = tokens_for(config, 12), tokens_for(config, 12, seed=1)
     source = model.trace(other)
+    weights = "layers.*.attention_weights"
+    found = patch(model, tokens, other, by="head", steps=weights, metric=TO)
+    heads = range(config.n_heads)
+    expected = [[naive(model, tokens, name, None, head, source[name]) for head in heads] for name in found.rows]
+    np.testing.assert_allclose(found.values_RC, expected, atol=2e-4)
     found = patch(model, tokens, other, by="token", metric=TO)
     expected = [[naive(model, tokens, name, token, None, source[name]) for token in range(12)] for name in found.rows]
     np.testing.assert_allclose(found.values_RC, expected, atol=2e-4)
@@ -345,5 +434,11 @@ def test_other_refusals() -> None:
             ablate(model, TOKENS, by="head", metric=TO, to=to)
     with refused(InputError, "bug"):
         ablate(broken(model, "theta"), TOKENS, by="head", metric=TO)
+    for to in ("mean", [[1, 2]]):
+        for kind in ("scores", "attention_weights"):
+            with refused(InputError, f"layers.0.{kind}", "mean", "tokens"):
+                ablate(model, TOKENS, by="head", steps=f"layers.0.{kind}", metric=TO, to=to)
+        with refused(InputError, "layers.0.gate", "tokens"):
+            ablate(model_of(MIXTURE), [1, 2], by="token", steps="layers.0.gate", metric=TO, to=to)
     with refused(InputError, "layers.0.gate", "tokens"):
-        ablate(model_of(MIXTURE), [1, 2], by="token", steps="layers.0.gate", metric=TO)
+        patch(model_of(MIXTURE), [1, 2], [1, 3], by="token", steps="layers.0.gate", metric=TO)

@@ -16,8 +16,9 @@ from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt, of_prompt
 from mistral_ref.steps import axis_sizes
 from mistral_ref.study.broken import BrokenModel
+from mistral_ref.study.patching.places import Place
 from mistral_ref.study.patching.result import Sweep
-from mistral_ref.study.patching.variants import Place, Variants
+from mistral_ref.study.patching.variants import Variants
 from mistral_ref.walk import matching_steps
 
 By = Literal["head", "token", "step"]
@@ -51,13 +52,15 @@ def patch(
 ) -> Sweep:
     """Return what becomes of a metric if numbers come from another text's pass, one place after the other.
 
-    other       the other text, with as many tokens as the prompt
+    other       the other text, with as many tokens as the prompt; steps with a row for each token and expert cannot be
+                taken from there
     by          what one place is. "head": a head of a step; "token": a token of a step; "step": a whole step
     metric      a function of the logits (V,) that returns a number; or two token ids: by how much the logit of the
                 first is above that of the second
     progress    called with (places done, places in all)
     steps       names or globs of steps. None: by head layers.*.heads; by token the residual stream, which is embedding
-                and layers.*.residual_after_ffn; by step layers.*.attention_out and layers.*.ffn_out
+                and layers.*.residual_after_ffn; by step layers.*.attention_out and layers.*.ffn_out. In scores and
+                attention weights a token is a query
     token, head change the numbers of this token, or of this head, alone; None: of all
     at          the token after which the logits are taken; by default the last
 
@@ -68,6 +71,7 @@ def patch(
     if len(other_ids) != len(ids):
         raise InputError(f"the other text has {len(other_ids)} tokens; expected {len(ids)}, as many as the prompt")
     grid = _Grid(model, ids, by, metric, **where)
+    grid.check_steps("taken from another text", ("token", "query"))
     source = Variants(model, other_ids[: grid.n_tokens], grid.names)
     return grid.swept(lambda name, value: source.values[name], "taken from the other text", source, progress)
 
@@ -85,14 +89,17 @@ def ablate(
     """Return what becomes of a metric if numbers are set to zero or to a mean, one place after the other.
 
     to      "zero"; "mean": the mean over all tokens of the prompt, BOS included, wherever the logits are taken; a list
-            of texts: the mean over all of their tokens
+            of texts: the mean over all of their tokens. Scores cannot be set to zero, with which unseen keys would be
+            seen; scores, attention weights and steps with a row for each token and expert have no mean
 
     The other arguments are those of `patch`. Raises InputError, also if the metric fails.
     """
     ids = model.token_ids(prompt)
     grid = _Grid(model, ids, by, metric, **where)
     if isinstance(to, str) and checked_choice("to", to, ("zero", "mean")) == "zero":
+        grid.check_steps("set to zero", ("token", "query", "pair"), but="scores")
         return grid.swept(lambda name, value: np.zeros_like(value), "set to zero", None, progress)
+    grid.check_steps("set to a mean over tokens", ("token",))
     means = _means(model, [ids] if isinstance(to, str) else to, grid.names)
 
     def mean(name: str, value: np.ndarray) -> np.ndarray:
@@ -152,11 +159,24 @@ class _Grid:
         elif by == "token":
             self.places = [Place(number, head) for number in range(self.n_tokens)]
 
+    def check_steps(self, what: str, axes: Sequence[str], but: str = "") -> None:
+        """Raise InputError for a step whose numbers cannot be changed so.
+
+        axes    which axis of tokens, queries or pairs a step may have
+        but     a kind of step that is refused nevertheless
+        """
+        for name in self.names:
+            sizes = axis_sizes(self.model.config, name, self.n_tokens)
+            if not sizes.keys() & set(axes) or name.rpartition(".")[2] == but:
+                raise InputError(
+                    f"{name} cannot be {what}; expected embedding, or a step of a layer with an axis of tokens"
+                )
+
     def _checked_heads(self, name: str, head: int | None) -> int:
         """Return how many heads a step has, 0 if it has no such axis; raise InputError if it cannot be swept."""
         sizes = axis_sizes(self.model.config, name, self.n_tokens)
-        if "token" not in sizes or name in ("norm", "logits"):
-            raise InputError(f"{name} cannot be swept; expected embedding, or a step of a layer with an axis of tokens")
+        if name in ("norm", "logits"):
+            raise InputError(f"{name} cannot be swept; expected embedding, or a step of a layer")
         n_heads = sizes.get("head", sizes.get("kv_head", 0))
         if not n_heads and (self.by == "head" or head is not None):
             raise InputError(f"{name} has no heads; it has {', '.join(sizes)}")

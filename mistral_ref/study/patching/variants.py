@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from mistral_ref.cache import DEFAULT_CHUNK
 from mistral_ref.model import Model
-from mistral_ref.steps import LORA_A, LORA_B
+from mistral_ref.steps import LORA_A, LORA_B, catalogue_of
 from mistral_ref.study.patching.branches import BranchedPass
-from mistral_ref.walk import Edit, Walk
+from mistral_ref.study.patching.places import Place, of_queries, of_tokens, zeros_of_pairs
+from mistral_ref.walk import Edit, Walk, inside_attention
 
 TOGETHER = DEFAULT_CHUNK  # as many tokens go through the model together, or those of one variant
 # In the last layer only these steps of earlier tokens reach the last one: they lead to keys and values.
 _TO_KEYS = ("attention_norm", "k", "v", "k_rotated")
-
-
-class Place(NamedTuple):
-    """A part of a step's value: the numbers of one token and one head. None: those of all."""
-
-    token: int | None
-    head: int | None
 
 
 def layer_of(name: str) -> tuple[int, bool]:
@@ -61,7 +54,7 @@ class Variants:
     def logits(self, name: str, places: Sequence[Place], new: np.ndarray) -> Iterator[tuple[Place, np.ndarray]]:
         """Yield each place, and the logits (V,) after the last token if the step has the values of `new` there.
 
-        new     like the step's value, (T, ...)
+        new     like the step's value
 
         A pass takes several variants. None is needed for a place that cannot reach the last token.
         """
@@ -97,19 +90,17 @@ class Variants:
         x_TD = np.concatenate([self._inputs[layer][start:] for start in branched.starts])
         self.computed += len(x_TD) * (self._n_layers - layer)
 
-        def change(value: np.ndarray) -> np.ndarray:
-            value = value.copy()
-            is_last = len(value) < len(x_TD)  # in the last layer some steps have only each branch's last token
-            for number, (place, rows) in enumerate(zip(places, branched.rows, strict=True)):
-                part = value[number : number + 1] if is_last else value[rows]
-                index = (slice(None) if place.token is None else 0, slice(None) if place.head is None else place.head)
-                part[index[: value.ndim]] = new[self._n_tokens - len(part) :][index[: value.ndim]]
-            return value
-
-        if not is_input:
-            return self._finish(branched, layer, x_TD, [(name, change)])
-        x_TD = change(x_TD)
-        return self._finish(branched, layer, x_TD if layer < self._n_layers else x_TD[branched.last], [])
+        axes = catalogue_of(self._model.config)[name.rpartition(".")[2]].axes
+        if is_input:
+            x_TD = of_tokens(places, branched, new)(x_TD)
+            return self._finish(branched, layer, x_TD if layer < self._n_layers else x_TD[branched.last], [])
+        if "query" in axes:
+            edits = [(name, of_queries(places, new))]
+        elif "pair" in axes:
+            edits = zeros_of_pairs(name, places, branched)
+        else:
+            edits = [(name, of_tokens(places, branched, new))]
+        return self._finish(branched, layer, x_TD, edits)
 
     def _branched(self, places: Sequence[Place]) -> BranchedPass:
         starts = [place.token or 0 for place in places]
@@ -124,5 +115,8 @@ class Variants:
         ops.prepare(transformer.config, transformer.weights, ops.dtype.name, lengths, last_only=True)
         transformer.weights.check_files()
         none = np.empty(0, np.int64)  # the tokens' ids are needed for the embedding alone
-        steps = transformer.forward_steps(none, branched, last_only=True, first_layer=layer, x_TD=x_TD)
+        steps = transformer.forward_steps(
+            none, branched, last_only=True, first_layer=layer, x_TD=x_TD,
+            observe_attention=inside_attention(name for name, _ in edits),
+        )  # fmt: skip
         return Walk(steps, ops, edits, branched).finish()
