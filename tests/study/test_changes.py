@@ -85,9 +85,9 @@ def logits_of(model: Model, changes: list[Change], tokens: list[int] = TOKENS) -
 
 
 @st.composite
-def step_changes(draw: st.DrawFn, config: ModelConfig, n_tokens: int) -> Change:
-    """Draw a change of a step that fits a model."""
-    name = draw(st.sampled_from(list(step_names(config))))
+def step_changes(draw: st.DrawFn, config: ModelConfig, n_tokens: int, end: str = "") -> Change:
+    """Draw a change of a step that fits a model; the step's name has this end."""
+    name = draw(st.sampled_from([name for name in step_names(config) if name.endswith(end)]))
     sizes = axis_sizes(config, name, n_tokens)
     axes = {"token": ("token", "query"), "head": ("head", "kv_head"), "neuron": tuple(sizes)[-1:]}
     most = {word: sizes[axis] for word, both in axes.items() for axis in both if axis in sizes}
@@ -215,8 +215,6 @@ def test_chunks_over_a_cache_get_the_changes_of_a_whole_pass(data: st.DataObject
     longer = [*tokens, *tokens_for(config, 6)]
     drawn = data.draw(st.lists(step_changes(config, len(tokens)), min_size=1, max_size=3))
     changes = [change for change in drawn if not isinstance(change, Swap)]  # needs both tokens in one pass
-    inside = ("scores", "attention_weights")  # how many keys are out of sight depends on the pass
-    changes = [change for change in changes if not change.step.endswith(inside) or isinstance(change, Patch | Freeze)]
     changed, edits = apply(model, tokens, changes)
     expected = changed.forward(longer, edits=edits)
     lengths = data.draw(chunkings(len(longer), 5))
@@ -229,6 +227,34 @@ def test_chunks_over_a_cache_get_the_changes_of_a_whole_pass(data: st.DataObject
     cache = edited(changed, edits).new_cache(chunk=4)
     found = edited(changed, edits).forward(longer, cache, last_only=True)
     np.testing.assert_allclose(found, expected[-1:], atol=1e-9)
+
+
+@given(st.data(), configs())
+@settings(max_examples=20)
+def test_what_a_query_does_not_see_stays_unseen(data: st.DataObject, config: ModelConfig) -> None:
+    model, tokens = model_of(config, dtype="float64"), tokens_for(config, 7)
+    kinds = st.sampled_from(["scores", "attention_weights"])
+    changes = [data.draw(step_changes(config, 6, data.draw(kinds))) for _ in range(2)]
+    changes += data.draw(st.lists(st.builds(Window, st.none() | st.integers(1, 4)), max_size=1))
+    changed, edits = apply(model, tokens[:6], changes)
+    found = changed.trace(tokens, edits=edits)
+    for layer, window in enumerate(changed.config.sliding_window):
+        unseen = ~np.tri(7, dtype=bool) if window is None else ~np.tri(7, dtype=bool) | np.tri(7, k=-window, dtype=bool)
+        assert (found[f"layers.{layer}.scores"][:, unseen] == -np.inf).all()
+        assert (found[f"layers.{layer}.attention_weights"][:, unseen] == 0).all()
+    assert not np.isnan(found["logits"]).any()
+    np.testing.assert_allclose(changed.forward(tokens[:6], edits=edits), found["logits"][:6], atol=1e-9)
+
+
+def test_two_queries_exchange_the_scores_of_keys_that_both_see() -> None:
+    model, name = model_of(SMALL), "layers.1.scores"
+    plain, found = (
+        model.trace(TOKENS, keep=name, edits=edits)[name]
+        for edits in ((), apply(model, TOKENS, [Swap(name, 4, token=1)]).edits)
+    )
+    expected = plain.copy()
+    expected[:, [1, 4], :2] = plain[:, [4, 1], :2]
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_two_tokens_change_places_only_in_a_pass_with_both() -> None:

@@ -181,7 +181,7 @@ GOES_ON: list[list[dict[str, Any]]] = [
     [{"kind": "scale", "step": "layers.2.residual_after_ffn", "token": -1, "number": 3}],
     [{"kind": "scale", "step": "logits", "neuron": 5, "number": -2}],
     [{"kind": "swap", "step": "layers.0.k", "token": 1, "other": 7}],
-    [{"kind": "set", "step": "layers.*.scores", "head": 2, "number": 1}],  # keys are seen that nobody should see
+    [{"kind": "set", "step": "layers.*.scores", "head": 2, "number": 1}],
     [{"kind": "zero", "step": "layers.3.attention_weights", "neuron": 0}],
 ]
 

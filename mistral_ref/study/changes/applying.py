@@ -15,7 +15,7 @@ from mistral_ref.steps import catalogue_of
 from mistral_ref.study.broken import broken
 from mistral_ref.study.changes.of_models import ConfigChange, PlantedBug, with_config
 from mistral_ref.study.changes.of_passes import OfPass
-from mistral_ref.study.changes.of_steps import Change, ChangedStep, Index, StepChange
+from mistral_ref.study.changes.of_steps import Change, ChangedStep, Index, StepChange, window_of
 from mistral_ref.trace import Trace
 from mistral_ref.walk import Edit
 
@@ -129,5 +129,5 @@ def apply(model: Model, prompt: Prompt, changes: Sequence[Change]) -> Applied:
             axes, other = catalogue[name.rpartition(".")[2]].axes, None
             if isinstance(change, OfPass):
                 other = change.taken(kept[other_ids][name])
-            edits.append((name, ChangedStep(change, axes, index, other)))
+            edits.append((name, ChangedStep(change, axes, index, other, window_of(found.model.config, name))))
     return Applied(found.model, edits)

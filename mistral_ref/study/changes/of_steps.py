@@ -9,6 +9,7 @@ import numpy as np
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.errors import InputError, checked_float, checked_int, escaped, short_repr
+from mistral_ref.reference_ops import attends
 from mistral_ref.steps import axis_sizes
 from mistral_ref.walk import PositionedEdit, inside_attention, matching_steps
 
@@ -53,7 +54,8 @@ class StepChange(Change):
     head    which head's; the steps k, v and k_rotated have key/value heads. None: those of all heads
     neuron  which index of the last axis; of scores and attention weights, which key. None: all
 
-    Numbers below 0 count from the end. So token -1 is the last one of the prompt, also in a longer pass.
+    Numbers below 0 count from the end. So token -1 is the last one of the prompt, also in a longer pass. Of scores and
+    attention weights only those of keys that the query sees change. So what it does not see cannot reach it.
     """
 
     step: str
@@ -103,6 +105,10 @@ class StepChange(Change):
         """Return the line of Python that changes this part, of the names `value` and `kept`."""
         raise NotImplementedError
 
+    def seen_statements(self, index: Index, window: int | None) -> list[str]:
+        """Return the lines of Python that find the `seen` scores of a layer with this window, of `query` and `key`."""
+        return [f"seen = attends(query, key, window={window})"]
+
     @property
     def _words(self) -> str:
         last = "key" if inside_attention([f".{self.step}"]) else "neuron"
@@ -121,12 +127,14 @@ class ChangedStep(PositionedEdit):
     axes    the step's axes
     index   the part that changes, counted in a pass that begins at position 0
     kept    the step's value in the other pass, or one token's numbers, which stand for those of each; None without
+    window  of the layer, for scores and attention weights
     """
 
     change: StepChange
     axes: tuple[str, ...]
     index: Index
     kept: np.ndarray | None
+    window: int | None
 
     def __call__(self, value: np.ndarray) -> np.ndarray:
         """Return the new value in a pass that begins at position 0."""
@@ -148,10 +156,16 @@ class ChangedStep(PositionedEdit):
             else:
                 here.append(_indices(positions, part))
                 there.append(here[-1] if self.kept is None else positions[here[-1]] % self.kept.shape[len(there)])
-        value, chosen = value.copy(), np.ix_(*here)
+        value, chosen, taken = value.copy(), np.ix_(*here), np.ix_(*there)
         source = value if self.kept is None else self.kept
-        with np.errstate(all="ignore"):  # as in the pass itself: 0 times a score of -inf is NaN
-            value[chosen] = self.change.changed(value[chosen], source[np.ix_(*there)])
+        with np.errstate(all="ignore"):  # as in the pass itself
+            changed = self.change.changed(value[chosen], source[taken])
+        if "query" in self.axes:
+            keys_S = np.arange(first_key, first_key + value.shape[-1])
+            seen_HTS = np.broadcast_to(attends(positions_T[:, np.newaxis], keys_S, self.window), value.shape)
+            both = seen_HTS[chosen] & (seen_HTS[taken] if self.kept is None else True)
+            changed = np.where(both, changed, value[chosen])
+        value[chosen] = changed
         return value
 
 
@@ -276,8 +290,19 @@ class Swap(StepChange):
         """Return the same in Python."""
         return f"value[{index_text(index)}] = value[{index_text(_turned(index))}]"
 
+    def seen_statements(self, index: Index, window: int | None) -> list[str]:
+        """Return the same in Python; two queries exchange the scores of keys that both of them see."""
+        tokens = index[1]
+        assert isinstance(tokens, list)
+        return [*super().seen_statements(index, window), f"seen[{tokens}] &= seen[{tokens[::-1]}]"]
+
     def __str__(self) -> str:
         return f"exchange {self._words} with that of token {self.other}"
+
+
+def window_of(config: ModelConfig, name: str) -> int | None:
+    """Return the window of the layer whose scores or attention weights a step holds; None for any other step."""
+    return config.sliding_window[int(name.split(".")[1])] if inside_attention([name]) else None
 
 
 def _turned(index: Index) -> Index:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from mistral_ref.config import ModelConfig
 from mistral_ref.errors import escaped
 from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
 from mistral_ref.study.changes.applying import Plan, Planned, plan
 from mistral_ref.study.changes.of_passes import Patch
-from mistral_ref.study.changes.of_steps import Change
+from mistral_ref.study.changes.of_steps import Change, Index, StepChange, window_of
+from mistral_ref.walk import inside_attention
 
 
 def python_source(
@@ -31,7 +33,7 @@ def python_source(
     for number, planned in enumerate(found.steps, 1):
         if planned.other_ids is not None:
             lines.append(f"kept_{number} = model.trace({_other(planned)}, keep={planned.change.step!r})")
-        for function, entry in _edits(number, planned):
+        for function, entry in _edits(number, planned, found.model.config):
             functions += ["", "", *function]
             entries.append(f"    {entry},")
     if functions:
@@ -43,7 +45,10 @@ def python_source(
 
 
 def _imports(found: Plan) -> list[str]:
-    imports = ["import mistral_ref"]
+    inside = any(inside_attention(planned.places) for planned in found.steps)
+    imports = ["import numpy as np", "", "import mistral_ref"] if inside else ["import mistral_ref"]
+    if inside:
+        imports.append("from mistral_ref.reference_ops import attends")
     if found.bugs:
         imports.append("from mistral_ref.study.broken import broken")
     if found.configs:
@@ -68,25 +73,36 @@ def _other(planned: Planned) -> str:
     return repr(text if isinstance(text, str) else list(text))
 
 
-def _edits(number: int, planned: Planned) -> Iterator[tuple[list[str], str]]:
+def _edits(number: int, planned: Planned, config: ModelConfig) -> Iterator[tuple[list[str], str]]:
     """Yield functions, as lines, and for each the entries of the list of edits that name it."""
     change, takes_other = planned.change, planned.other_ids is not None
-    names_by_statement = defaultdict[str, list[str]](list)
+    names_by_body = defaultdict[tuple[str, ...], list[str]](list)
     for name, index in planned.places.items():
-        names_by_statement[change.statement(index)].append(name)
-    for part, (statement, names) in enumerate(names_by_statement.items(), 1):
-        is_whole = len(names_by_statement) == 1
+        names_by_body[tuple(_body(change, name, index, config))].append(name)
+    for part, (body, names) in enumerate(names_by_body.items(), 1):
+        is_whole = len(names_by_body) == 1
         function = f"change_{number}" if is_whole else f"change_{number}_{part}"
         yield (
             [
                 f"def {function}(value{', kept' if takes_other else ''}):",
                 f"    # {escaped(str(change))}",
-                "    value = value.copy()",
-                f"    {statement}",
-                "    return value",
+                *(f"    {line}" for line in body),
             ],
             _entry(change.step if is_whole else "", names, function, f"kept_{number}" if takes_other else ""),
         )
+
+
+def _body(change: StepChange, name: str, index: Index, config: ModelConfig) -> list[str]:
+    """Return the lines of the function that changes a step."""
+    if not inside_attention([name]):
+        return ["value = value.copy()", change.statement(index), "return value"]
+    return [
+        "before, value = value, value.copy()",
+        change.statement(index),
+        "query, key = np.ogrid[: value.shape[1], : value.shape[2]]",
+        *change.seen_statements(index, window_of(config, name)),
+        "return np.where(seen, value, before)",
+    ]
 
 
 def _entry(step: str, names: list[str], function: str, kept: str) -> str:

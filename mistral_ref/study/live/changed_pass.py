@@ -13,7 +13,6 @@ from mistral_ref.prompt import Prompt
 from mistral_ref.study.changes import Applied, Change, ChangeError, Swap, apply, from_dict
 from mistral_ref.study.edited import edited
 from mistral_ref.study.live.live_pass import LivePass
-from mistral_ref.walk import inside_attention
 
 
 class ChangedPass(NamedTuple):
@@ -55,9 +54,8 @@ class ChangedPass(NamedTuple):
                 return
 
     def _needs_whole_passes(self) -> bool:
-        """Return whether a change needs several tokens at once: the two that it swaps, or all keys, unseen ones too."""
-        swaps = any(isinstance(change, Swap) for change in self.made)
-        return swaps or inside_attention(name for name, _ in self.applied.edits)
+        """Return whether a change needs several tokens at once: the two that it swaps."""
+        return any(isinstance(change, Swap) for change in self.made)
 
 
 def unchanged_pass(model: Model, ids: Sequence[int], progress: Progress) -> ChangedPass:
