@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -23,15 +22,30 @@ from mistral_ref.walk import Edit, Edits, checked_edits, inside_attention, make_
 
 @dataclass(frozen=True, eq=False)
 class EditedTransformer(Transformer):
-    """A transformer whose steps are edited before anybody gets them."""
+    """A transformer whose steps are edited before anybody gets them.
+
+    touched     the names of the steps that are edited
+    """
 
     edits: Sequence[tuple[str, Edit]]
-    edits_attention: bool
+    touched: frozenset[str]
 
-    def forward_steps(self, tokens_T: np.ndarray, this_pass: AnyPass, **how: Any) -> Steps:
-        """Yield every step of one pass with its edits made, and return the logits."""
-        how["observe_attention"] = how.get("observe_attention", False) or self.edits_attention
-        steps = super().forward_steps(tokens_T, this_pass, **how)
+    def forward_steps(
+        self, tokens_T: np.ndarray, this_pass: AnyPass, *, last_only: bool = False, observe_attention: bool = False,
+        first_layer: int = 0, x_TD: np.ndarray | None = None,
+    ) -> Steps:  # fmt: skip
+        """Yield every step of one pass with its edits made, and return the logits.
+
+        If an edit changes a step of the last layer, or one after it, these steps have all tokens, also with
+        `last_only`: an edit may take the last token's numbers from another one.
+        """
+        last_layer = self.config.n_layers - 1
+        ends = (f"layers.{last_layer}.", "norm", "logits")
+        needs_all = last_only and first_layer <= last_layer and any(name.startswith(ends) for name in self.touched)
+        steps = super().forward_steps(
+            tokens_T, this_pass, last_only=last_only and not needs_all, first_layer=first_layer, x_TD=x_TD,
+            observe_attention=observe_attention or inside_attention(self.touched),
+        )  # fmt: skip
         step = next(steps)
         while True:
             step.source = source_of(steps)
@@ -40,7 +54,7 @@ class EditedTransformer(Transformer):
             try:
                 step = steps.send(value)
             except StopIteration as end:
-                return end.value
+                return end.value[this_pass.last] if needs_all else end.value
 
 
 def refuse_edits(model: Model) -> None:
@@ -53,9 +67,8 @@ def edited(model: Model, edits: Edits) -> Model:
     """Return a model, over the same weights and tokenizer, in whose passes these edits are always made.
 
     edits   as in `Model.forward`. An edit is called in each pass with the value of this pass's tokens: while a text is
-            generated, those of a chunk of the prompt, and then of one token. In the last layer such a pass has only
-            the last token. So an edit must not count tokens, unless it is a PositionedEdit (walk.py), as those of
-            `changes.apply` are
+            generated, those of a chunk of the prompt, and then of one token. So an edit must not count tokens, unless
+            it is a PositionedEdit (walk.py), as those of `changes.apply` are
 
     A cache that such a model has filled holds edited keys and values. Raises InputError for wrong edits.
     """
@@ -65,8 +78,7 @@ def edited(model: Model, edits: Edits) -> Model:
         if not isinstance(getattr(kind, name, None), cached_property):  # what drafts have left there
             twin.__dict__[name] = value
     own = model.transformer
-    edits_attention = inside_attention(touched)
     if isinstance(own, EditedTransformer):
-        pairs, edits_attention = [*own.edits, *pairs], edits_attention or own.edits_attention
-    twin.transformer = EditedTransformer(own.config, own.weights, own.ops, pairs, edits_attention)
+        pairs, touched = [*own.edits, *pairs], [*own.touched, *touched]
+    twin.transformer = EditedTransformer(own.config, own.weights, own.ops, pairs, frozenset(touched))
     return twin

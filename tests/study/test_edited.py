@@ -18,7 +18,7 @@ from mistral_ref.steps import step_names
 from mistral_ref.study.broken import broken
 from mistral_ref.study.changes import Patch, Scale, Set, Swap, Zero, apply, with_config
 from mistral_ref.study.edited import edited
-from mistral_ref.study.patching import ablate, steered, steering_vector
+from mistral_ref.study.patching import ablate, patch, steered, steering_vector
 
 TOKENS = tokens_for(SMALL, 11)
 
@@ -94,6 +94,26 @@ def test_a_sweep_of_an_edited_model_goes_on_from_its_edits() -> None:
             np.testing.assert_allclose(found.values_RC[row, column], logits_V[3] - logits_V[5], atol=1e-10)
 
 
+def test_a_sweep_of_a_model_with_an_array_as_edit_is_refused() -> None:
+    model, name = model_of(SMALL), "layers.0.heads"
+    fixed = edited(edited(model, {name: model.trace(TOKENS, keep=name)[name]}), {"norm": halved})
+    with refused(InputError, "edit", name, "array"):
+        ablate(fixed, TOKENS, by="step", metric=(3, 5))
+    with refused(InputError, "edit", name, "array"):
+        patch(fixed, TOKENS, TOKENS, by="step", metric=(3, 5))
+
+
+@pytest.mark.parametrize("name", ["layers.2.attention_out", "layers.2.scores", "layers.2.ffn_hidden", "norm", "logits"])
+def test_the_last_token_changes_places_also_where_its_logits_alone_are_needed(name: str) -> None:
+    model = model_of(SMALL)
+    _, edits = apply(model, TOKENS, [Swap(name, -1, token=-3)])
+    changed, whole = edited(model, edits), model.forward(TOKENS, edits=edits)
+    np.testing.assert_allclose(changed.forward(TOKENS, last_only=True), whole[-1:], atol=1e-5)
+    assert not np.allclose(whole[-1], model.forward(TOKENS)[-1], atol=1e-4)
+    (token,) = changed.generate(TOKENS, max_tokens=1)
+    assert token.id == whole[-1].argmax()
+
+
 def test_tokens_of_several_texts_in_a_pass_keep_their_numbers() -> None:
     """In passes of several texts, and in those of a sweep, whose branches begin anywhere in the text."""
     model = model_of(SMALL, dtype="float64")
@@ -107,7 +127,8 @@ def test_tokens_of_several_texts_in_a_pass_keep_their_numbers() -> None:
         logits_TV = model.forward(prompt, edits=edits)[:-1]
         expected = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
         np.testing.assert_allclose(scores, expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-9)
-    swapped = apply(model, TOKENS, [*changes, Swap("layers.1.v", 5, token=0)]).edits
+    swaps = [Swap("layers.1.v", 5, token=0), Swap("layers.2.attention_out", -1, token=1)]
+    swapped = apply(model, TOKENS, [*changes, *swaps]).edits
     for by, some in (("head", swapped), ("token", edits)):
         found = ablate(edited(model, some), TOKENS, by=by, metric=(3, 5))
         for (row, column), value in np.ndenumerate(found.values_RC):

@@ -16,6 +16,7 @@ from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt, of_prompt
 from mistral_ref.steps import axis_sizes
 from mistral_ref.study.broken import BrokenModel
+from mistral_ref.study.edited import EditedTransformer
 from mistral_ref.study.patching.places import Place
 from mistral_ref.study.patching.result import Sweep
 from mistral_ref.study.patching.variants import Variants
@@ -138,6 +139,9 @@ class _Grid:
     ) -> None:
         if isinstance(model, BrokenModel):
             raise InputError(f"{model!r} has a bug; expected a model without a bug")
+        for pattern, edit in model.transformer.edits if isinstance(model.transformer, EditedTransformer) else ():
+            if not callable(edit):  # a sweep's passes begin in the middle of the text, and have fewer tokens
+                raise InputError(f"the model's edit of {pattern} is an array; expected a function of the step's value")
         self.model, self.by = model, checked_choice("by", by, get_args(By))
         self.metric = _checked_metric(metric, model.config.vocab_size)
         self.n_tokens = checked_int("at", at, -len(ids), len(ids) - 1) % len(ids) + 1  # later ones do not matter
