@@ -221,6 +221,20 @@ def test_a_slow_client_holds_up_nobody_and_is_left(server: LiveServer, monkeypat
         assert slow.recv(100) == b""  # closed
 
 
+def test_a_connection_whose_thread_cannot_begin_leaves_its_place(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(thread: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with LiveServer(server.session, server.work) as other, monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", fails)
+        for _ in range(live_server._MOST_CONNECTIONS + 1):
+            ours, theirs = socket.socketpair()
+            with ours, theirs, pytest.raises(RuntimeError):
+                other.process_request(theirs, ("127.0.0.1", 1))
+
+
 def test_of_too_many_connections_the_newest_is_closed(server: LiveServer) -> None:
     with ExitStack() as stack:
         for _ in range(live_server._MOST_CONNECTIONS):
