@@ -13,7 +13,7 @@ import numpy as np
 from mistral_ref import memory, passes
 from mistral_ref.cache import DEFAULT_CHUNK, KVCache, check_cache
 from mistral_ref.config import ModelConfig
-from mistral_ref.errors import InputError, Progress, checked_int, short_repr
+from mistral_ref.errors import InputError, Progress, checked_int, printable, short_repr
 from mistral_ref.ops import Ops
 from mistral_ref.passes import Scores, pass_lengths
 from mistral_ref.prompt import Prompt, of_prompt, prompt_ids
@@ -189,11 +189,14 @@ class ReadingModel:
         return Trace(steps, ids, pieces, start=start, made_by=made_by, windows=windows)
 
     def piece(self, token: int) -> str:
-        """Return the tokenizer's piece of a token id, safe to print; "[7]" for an id 7 without a piece."""
+        """Return the tokenizer's piece of a token id, safe to print; "[7]" for an id 7 without a piece.
+
+        At most 200 characters are kept.
+        """
         token = checked_int("token", token, least=0)
         if self.tokenizer is None or token >= self.tokenizer.vocab_size:
             return f"[{token}]"
-        return self.tokenizer.piece(token)
+        return printable(self.tokenizer.piece(token))
 
     def _walk(
         self,

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -279,6 +280,9 @@ def test_any_pieces_and_any_number_of_them_come_back(tmp_path: Path) -> None:
 def test_pieces_are_made_safe_to_print_whoever_makes_them() -> None:
     trace = Trace([], [1, 2], ["\x1b[2J\u202e", "a\nb"])
     assert trace.pieces == ["\\x1b[2J\\u202e", "a\\nb"]
+    model, long = model_of(DENSE), SimpleNamespace(vocab_size=2, piece=lambda token: "x" * 300)
+    model.tokenizer = long
+    assert [len(model.piece(token)) for token in (1, 2)] == [200, len("[2]")]
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 
 from mistral_ref.config import ModelConfig
 from mistral_ref.display import statistics
-from mistral_ref.errors import printable
 from mistral_ref.heat_map import heat_map
 from mistral_ref.measure.cost_table import CostTable
 from mistral_ref.model import Model
@@ -36,7 +35,7 @@ def pass_entry(model: Model, title: str, ids: Sequence[int], start: int) -> Entr
         "title": title or f"a model of {model.config.n_parameters:,} parameters",
         "madeBy": f"mistral_ref {version('mistral-ref')}, {model.ops.dtype} by {model.ops.name}",
         "start": start,
-        "tokens": [{"id": token, "piece": printable(model.piece(token))} for token in ids],
+        "tokens": [{"id": token, "piece": model.piece(token)} for token in ids],
         "config": _config_entry(model.config),
         "kinds": _kind_entries(model.config),
     }
