@@ -145,12 +145,32 @@ def test_the_python_gives_the_logits_of_the_text_with_its_new_tokens(session: Se
     assert [one["after"] for one in found] == pytest.approx([p_V[one["id"]] for one in found], rel=1e-2, abs=1e-6)
 
 
-def test_the_python_of_a_model_without_a_tokenizer_has_the_new_tokens_once() -> None:
-    found = Session(model_of(SMALL), "", load="model")
+@pytest.mark.parametrize(
+    "change", [{"kind": "zero"}, {"kind": "patch", "text": "1 2 4"}, {"kind": "patch", "text": [1, 2, 4]}], ids=str
+)
+def test_the_python_of_a_model_without_a_tokenizer_has_the_new_tokens_once(change: dict[str, Any]) -> None:
+    found, change = Session(model_of(SMALL), "", load="model"), {"step": "layers.0.q", "token": -1, **change}
     named: dict[str, Any] = {"model": found.model}
-    exec(asked(found, "1 2 3", "python", None, [4, 5], [{"kind": "zero", "step": "layers.0.q", "token": -1}]), named)
-    edits = apply(found.model, [1, 2, 3], from_dicts([{"kind": "zero", "step": "layers.0.q", "token": -1}])).edits
+    exec(asked(found, "1 2 3", "python", None, [4, 5], [change]), named)
+    ids = {"text": [1, 2, 4]} if "text" in change else {}
+    edits = apply(found.model, [1, 2, 3], from_dicts([{**change, **ids}])).edits
     np.testing.assert_array_equal(named["logits"], found.model.forward([1, 2, 3, 4, 5], edits=edits))
+
+
+ZERO = {"kind": "zero", "step": "layers.0.heads"}
+SWAP = {"kind": "swap", "step": "layers.1.q", "token": 1, "other": -1}
+
+
+@pytest.mark.parametrize("change", [{**ZERO, "on": False}, ZERO, SWAP], ids=str)
+def test_no_text_goes_on_beyond_the_models_positions(change: dict[str, Any]) -> None:
+    found = Session(model_of(SMALL.replace(max_seq_len=8)), "")
+    for text, n in (("1 2 1 2 1", 3), ("1 2 1 2 1 2 1", 1)):
+        assert len(asked(found, text, "goes_on", None, [], [change])) == n
+        draft = asked(found, text, "draft", {**PLAIN, "temperature": 0}, [], [change])
+        assert len(draft["drafted"]) == n - 1
+        assert len(draft["drawn"]) <= n
+    assert "max_seq_len" in asked(found, "1 2 1 2 1 2 1 2", "goes_on", None, [], [change])
+    assert asked(found, "1 2 1 2 1 2 1 2", "draft", PLAIN, [], [change]) == {"drafted": [], "drawn": []}
 
 
 def test_a_text_that_has_ended_says_so(session: Session) -> None:

@@ -154,6 +154,16 @@ def test_a_difference_says_where_it_is_more_than_rounding(session: Session) -> N
     assert part(session, TEXT, "departs", None, "difference", [{**HEAD, "on": False}]) == []
 
 
+@pytest.mark.parametrize("room", [0, 700, 1500, 3000, 2**25])
+def test_a_step_of_other_tokens_departs_if_both_passes_keep_it(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_pass, "_MOST_KEPT", room)
+    found, text = Session(model_of(SMALL), ""), "1 5 6 7 8"
+    departs = part(found, text, "departs", None, "difference", [{"kind": "bug", "bug": "bos-twice"}])
+    kept = [{step.name for step in one.values.kept()} for one in found._passes.values()]
+    assert len(kept) == 2
+    assert departs == [name for name in step_names(SMALL) if name in kept[0] & kept[1]]
+
+
 @pytest.mark.slow
 def test_a_difference_to_a_pass_by_kernels_says_where_it_is_more_than_rounding() -> None:
     compiled = Session(mistral_ref.load(), "a model")  # NumPy computes a model with a bug
@@ -303,6 +313,8 @@ def test_a_part_that_is_wrong_does_not_spoil_the_others(session: Session) -> Non
         {"name": "next", "of": 99, "shown": "before"},
         {"name": "next", "of": [1], "shown": "before"},
         {"name": "sizes", "of": None, "shown": "before"},
+        {"name": "sizes", "of": "logits", "shown": "before"},
+        {"name": "sizes", "of": "q_lora_a", "shown": "difference"},
         {"name": "values", "of": "norm", "shown": "never"},
         {},
         {"name": "next", "of": 0, "shown": "before"},

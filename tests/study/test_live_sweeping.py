@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from support.tiny import SMALL, model_of
 import mistral_ref
 from mistral_ref.errors import InputError
 from mistral_ref.study.changes import apply, from_dicts
+from mistral_ref.study.edited import edited
 from mistral_ref.study.live.session import Session, question_of
-from mistral_ref.study.live.sweeping import token_named
+from mistral_ref.study.live.typed import token_named
 from mistral_ref.study.live.work import StaleError
 from mistral_ref.study.patching import ablate, patch
 
@@ -62,6 +64,42 @@ def test_a_cell_is_the_change_that_the_page_makes_of_it(session: Session, how: s
     assert found["values"][found["rows"].index("layers.4.heads")][3] == pytest.approx(moved, abs=1e-4)
 
 
+@pytest.mark.parametrize("other", ["1 2 4", "1, 2, 4"])
+def test_the_other_text_of_a_model_without_a_tokenizer_is_ids(other: str) -> None:
+    found = Session(model_of(SMALL), "")
+    of = {"by": "step", "how": "patch", "other": other, "first": "5", "second": "6", "at": 2}
+    (answer,) = found.answer(question_of("1 2 3", []), [{"name": "sweep", "of": of, "shown": "before"}], ignored)
+    expected = patch(found.model, [1, 2, 3], [1, 2, 4], by="step", metric=(5, 6))
+    np.testing.assert_array_equal(np.array(answer["value"]["values"]), expected.change)
+    wanted: list[Any] = [{"name": "next", "of": 2, "shown": "after"}]
+    changes = [{"kind": "patch", "step": "layers.0.heads", "text": text} for text in (other, [1, 2, 4])]
+    logits = [found.answer(question_of("1 2 3", [change]), wanted, ignored) for change in changes]
+    assert logits[0] == logits[1]
+    assert logits[0][0]["value"][0]["before"] != logits[0][0]["value"][0]["after"]
+
+
+def test_the_tokens_that_follow_the_text_follow_the_other_one_too(session: Session) -> None:
+    model, more = session.model, session.model.token_ids("and he was")[-2:]
+    metric = (model.token_ids("and she")[-1], model.token_ids("and he")[-1])
+    ids, other_ids = ([*model.token_ids(text), *more] for text in (TOM, LILY))
+    expected = patch(model, ids, other_ids, by="head", metric=metric, at=9)
+    of = {"by": "head", "how": "patch", "other": LILY, "first": "she", "second": "he", "at": 9}
+    found, short = (
+        session.answer(question_of(TOM, [], more), [{"name": "sweep", "of": one, "shown": "before"}], ignored)[0]
+        for one in (of, {**of, "other": "Lily"})
+    )
+    np.testing.assert_array_equal(np.array(found["value"]["values"]), expected.change)
+    assert "2 tokens; expected 8" in short["error"]
+
+
+def test_a_sweep_whose_logits_are_no_numbers_is_answered() -> None:
+    found = Session(edited(model_of(SMALL), {"logits": lambda logits_TV: logits_TV * np.float32("nan")}), "")
+    of = {"by": "head", "how": "patch", "other": "1 2 4", "first": "5", "second": "6", "at": 2}
+    (answer,) = found.answer(question_of("1 2 3", []), [{"name": "sweep", "of": of, "shown": "before"}], ignored)
+    assert (answer["value"]["base"], answer["value"]["other"]) == (None, None)
+    json.dumps(answer, allow_nan=False)
+
+
 def test_a_sweep_tells_its_progress_and_can_be_ended(session: Session) -> None:
     told = list[tuple[int, int]]()
     swept(session, lambda done, total: told.append((done, total)))
@@ -86,6 +124,7 @@ def test_a_sweep_tells_its_progress_and_can_be_ended(session: Session) -> None:
         ({"how": "median"}, "how"),
         ({"at": 8}, "at"),
         ({"how": "patch", "other": "Tom"}, "8"),
+        ({"how": "patch", "other": None}, "other text is None"),
     ],
     ids=str,
 )

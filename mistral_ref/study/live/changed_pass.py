@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
-
-import numpy as np
 
 from mistral_ref.errors import InputError, Progress
 from mistral_ref.model import Model
 from mistral_ref.prompt import Prompt
-from mistral_ref.study.changes import Applied, Change, ChangeError, Swap, apply, from_dict
+from mistral_ref.study.changes import Applied, Change, ChangeError, Patch, apply, from_dict
 from mistral_ref.study.edited import edited
 from mistral_ref.study.live.live_pass import LivePass
+from mistral_ref.study.live.typed import typed_ids
 
 
 class ChangedPass(NamedTuple):
@@ -32,30 +32,21 @@ class ChangedPass(NamedTuple):
     problems: dict[int, str]
 
     def goes_on(self, n: int, progress: Progress) -> Iterator[int]:
-        """Yield the ids of up to n more tokens, always the likeliest one.
-
-        Where a change needs a whole pass, each token takes a pass of all tokens before it.
-        """
-        (model, edits), ids = self.applied, list(self.values.ids)
-        if not self._needs_whole_passes():
-            changed = edited(model, edits) if edits else model
-            for done, token in enumerate(changed.generate(ids, max_tokens=n, progress=progress), 1):
-                progress(done, n)
-                yield token.id
-            return
-        for done in range(n):
+        """Yield the ids of up to n more tokens, always the likeliest one; no more than the model has positions for."""
+        (model, edits), ids = self.applied, self.values.ids
+        changed = edited(model, edits) if edits else model
+        cache = changed.new_cache(chunk=len(ids))  # a change may need any two tokens in one pass
+        tokens = changed.generate(ids, max_tokens=n, cache=cache, progress=progress)
+        for done, token in enumerate(tokens, 1):
             progress(done, n)
-            logits_V = model.forward(ids, edits=edits, last_only=True)[0]
-            if np.isnan(logits_V).any():
-                raise InputError("the logits hold NaN, so nothing is likeliest")
-            ids.append(int(logits_V.argmax()))
-            yield ids[-1]
-            if ids[-1] in model.eos_ids:
-                return
+            yield token.id
 
-    def _needs_whole_passes(self) -> bool:
-        """Return whether a change needs several tokens at once: the two that it swaps."""
-        return any(isinstance(change, Swap) for change in self.made)
+
+def _with_ids(model: Model, change: Change) -> Change:
+    """Return a change that is on with the ids of its other text, as a reader types them without a tokenizer."""
+    if model.tokenizer is None and change.on and isinstance(change, Patch) and isinstance(change.text, str):
+        return replace(change, text=tuple(typed_ids(model, "the other text", change.text)))
+    return change
 
 
 def unchanged_pass(model: Model, ids: Sequence[int], progress: Progress) -> ChangedPass:
@@ -74,7 +65,7 @@ def changed_pass(
     changes, words, problems = dict[int, Change](), [""] * len(data), dict[int, str]()
     for number, one in enumerate(data):
         try:
-            changes[number] = from_dict(one)
+            changes[number] = _with_ids(model, from_dict(one))
             words[number] = str(changes[number])
         except InputError as error:
             problems[number] = str(error)

@@ -11,7 +11,7 @@ from mistral_ref.errors import checked_choice
 from mistral_ref.sampling import log_softmax
 from mistral_ref.study.live.exercises import EXERCISES, Exercise, Goal
 from mistral_ref.study.live.parts import View, departures
-from mistral_ref.study.live.sweeping import token_named
+from mistral_ref.study.live.typed import token_named
 from mistral_ref.study.page_data import Entry
 
 

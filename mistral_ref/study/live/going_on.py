@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mistral_ref.drafts import Lookup
-from mistral_ref.errors import InputError, checked_int, printable, short_repr
+from mistral_ref.errors import InputError, checked_int, short_repr
 from mistral_ref.sampling import Distribution, SamplingSettings, distribution, draw, log_softmax
 from mistral_ref.study.live.parts import View
 from mistral_ref.study.page_data import Entry
@@ -70,7 +70,7 @@ def _distribution(view: View) -> Entry:
     token = draws.token(drawn_from, len(view.more))
     return {
         "rows": [
-            {"id": one, "piece": printable(model.piece(one)), "own": own, "uncut": uncut, "share": share}
+            {"id": one, "piece": model.piece(one), "own": own, "uncut": uncut, "share": share}
             for one, own, uncut, share in zip(
                 shown.tolist(),
                 own_V[shown].tolist(),
@@ -91,8 +91,9 @@ def _draft(view: View) -> Entry:
 
     One pass gives the logits behind all drafted tokens.
     """
-    draws, ids = _draws(view.of), view.values.ids
-    drafted = [guess.token for guess in Lookup().guesses(ids, _N_DRAFTED)]
+    draws, ids, longest = _draws(view.of), view.values.ids, view.values.model.config.max_seq_len
+    n = _N_DRAFTED if longest is None else min(_N_DRAFTED, longest - len(ids) - 1)  # one more is drawn
+    drafted = [guess.token for guess in Lookup().guesses(ids, n)]
     drawn: list[int] = []
     if drafted:
         model, edits = view.looked_at.applied
@@ -106,7 +107,7 @@ def _draft(view: View) -> Entry:
 
 
 def _token(view: View, token: int) -> Entry:
-    return {"id": token, "piece": printable(view.values.model.piece(token))}
+    return {"id": token, "piece": view.values.model.piece(token)}
 
 
 PARTS: Mapping[str, Callable[[View], Any]] = {"distribution": _distribution, "draft": _draft}

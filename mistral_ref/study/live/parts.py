@@ -11,7 +11,7 @@ from mistral_ref.compare import DEFAULT_BOUND, step_difference
 from mistral_ref.errors import Progress, checked_choice, checked_int
 from mistral_ref.measure.cost_table import cost_table
 from mistral_ref.sampling import likeliest, log_softmax
-from mistral_ref.steps import Step, catalogue_of, step_names
+from mistral_ref.steps import Step, step_names
 from mistral_ref.study.changes import python_source
 from mistral_ref.study.live.changed_pass import ChangedPass
 from mistral_ref.study.live.live_pass import LivePass, difference, in_layers, sent
@@ -81,20 +81,22 @@ def _values(view: View) -> Entry:
 def departures(view: View) -> list[str]:
     """Return the names of the steps whose difference is more than rounding explains, of those that both passes keep.
 
-    Those of another shape, in a pass of more tokens, are among them.
+    Those that cannot be compared, in a pass of more tokens, are among them.
     """
-    pairs = zip(view.before.values.kept(), view.after.values.kept(), strict=False)
-    return [
-        after.name
-        for before, after in pairs
-        if after.value.shape != before.value.shape or step_difference(after, before, DEFAULT_BOUND).departs
-    ]
+    before = {step.name: step for step in view.before.values.kept()}
+    pairs = [(step, before[step.name]) for step in view.after.values.kept() if step.name in before]
+    return [step.name for step, other in pairs if _departs(step, other)]
+
+
+def _departs(step: Step, other: Step) -> bool:
+    return step.value.shape != other.value.shape or step_difference(step, other, DEFAULT_BOUND).departs
 
 
 def _sizes(view: View) -> list[float | None]:
     """Return the root mean square of a kind of step in every layer."""
     config = view.values.model.config
-    kind = checked_choice("kind", str(view.of), catalogue_of(config))
+    kinds = {name.rpartition(".")[2] for name in step_names(config) if "." in name}
+    kind = checked_choice("kind", str(view.of), kinds)
     if view.shown != "difference":
         return view.values.sizes(kind, view.progress)
     names = set(step_names(config))

@@ -30,6 +30,7 @@ from mistral_ref.study.live import checking, going_on, parts, sweeping
 from mistral_ref.study.live.changed_pass import ChangedPass, changed_pass, unchanged_pass
 from mistral_ref.study.live.exercises import EXERCISES
 from mistral_ref.study.live.parts import SHOWN, View
+from mistral_ref.study.live.typed import typed_ids
 from mistral_ref.study.page_data import Entry
 
 _MOST_PASSES = 4  # that are held
@@ -59,7 +60,10 @@ def question_of(text: str, changes: object, more: object = ()) -> Question:
 
 
 class Session:
-    """What can be asked of one model. Only `tokens` and `merges` may be called while another thread computes.
+    """What can be asked of one model.
+
+    While one thread is in `answer`, others may call `ids`, `tokens`, `merges` and `live_entry`, and read what `begin`
+    has left.
 
     title   the name of the model
     load    the Python that loads it
@@ -96,12 +100,7 @@ class Session:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text; for a model without a tokenizer the text is a list of ids. Raises InputError."""
-        if self.model.tokenizer is not None:
-            return self.model.token_ids(text)
-        words = text.replace(",", " ").split()
-        if not all(word.isdecimal() and len(word) < 10 for word in words):
-            raise InputError(f"the text is {short_repr(text)}; expected token ids, since this model has no tokenizer")
-        return self.model.token_ids(list(map(int, words)))
+        return typed_ids(self.model, "the text", text)
 
     def tokens(self, text: str) -> list[Entry]:
         """Return the tokens of a text."""
