@@ -185,3 +185,20 @@ def test_a_token_that_is_a_byte_is_made_of_no_merges(tab: Any, url: str) -> None
     typed(tab, "Tom <", ["<s>", "▁Tom", "▁", "<0x3C>"])
     tab.wait_for_selector(".merges >> text=is a byte of a character that is no token")
     assert tab.locator(".merges .state").count() == 1
+
+
+def test_a_reload_keeps_the_colours(tab: Any, url: str) -> None:
+    opened(tab, url)
+    tab.keyboard.press("t")
+    tab.reload()
+    tab.wait_for_selector("main h2")
+    assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_another_view_is_seen_from_its_heading(tab: Any, url: str) -> None:
+    opened(tab, url, "block/embedding")
+    tab.wait_for_function(IS_DRAWN)
+    tab.evaluate("scrollTo(0, 600)")
+    tab.keyboard.press("2")
+    tab.wait_for_function("() => document.querySelector('main h2').textContent === 'Who looks at whom'")
+    assert tab.evaluate("document.querySelector('main h2').getBoundingClientRect().top >= 0")

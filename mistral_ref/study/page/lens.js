@@ -105,7 +105,7 @@ async function lensParts(state, go) {
   });
   return [
     table,
-    was !== null && el("p", { class: "small muted" }, "Struck out: what stood there before the changes. The darker a cell, the more its probability has changed."),
+    was !== null && el("p", { class: "small muted" }, "Struck out: what stood there before the changes. The stronger its colour, the more a probability has changed."),
     el(
       "div",
       { class: "card stack" },

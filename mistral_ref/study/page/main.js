@@ -37,8 +37,8 @@ function go(patch) {
   const isOtherView = patch.view !== undefined && patch.view !== state.view;
   Object.assign(state, accepted(patch));
   history[isOtherView ? "pushState" : "replaceState"](null, "", address()); // the browser's Back leads to the view before
+  if (isOtherView && panel.getBoundingClientRect().top < 0) tabs.scrollIntoView(); // the heading of the next view is seen
   draw();
-  if (isOtherView && panel.getBoundingClientRect().top < 0) tabs.scrollIntoView(); // its heading is seen
 }
 
 // What the live page adds: a last part of the address, what is done with it, what is drawn beside the view, a part of the

@@ -28,11 +28,11 @@ const nameOf = (kind, layer) =>
   isEnd(kind) ? kind : (inLayer(kind, layer)?.name ?? `layers.${layer}.${kind.replace(/_lora_[ab]$/, "")}`);
 const kindsIn = (layer) => Object.keys(page.kinds).filter((kind) => inLayer(kind, layer));
 
-// What stands at a position: the token's piece and where it is, or the position alone where the pass began later.
+// What stands at a position: the token's piece and where it is. Positions before the pass, and behind it, have no piece here.
 const pieceAt = (position) => tokens[position - start]?.piece ?? "";
 const placeText = (position) => `\u2068${pieceAt(position) || "@"}\u2069 ${position}`; // isolated: pieces may run from right to left
 const placeNodes = (position) =>
-  pieceAt(position) ? [pieceText(pieceAt(position)), ` ${position}`] : [`@ ${position}`];
+  pieceAt(position) ? [pieceText(pieceAt(position)), ` ${position}`] : [`${position < start ? "@" : "position"} ${position}`];
 
 // Whether the token at position `query` sees the one at `key`: 0 <= query - key < window, as in reference_ops.py.
 const attends = (query, key, window) => query >= key && (window === null || query - key < window);

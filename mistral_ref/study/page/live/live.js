@@ -71,6 +71,10 @@ SHOWN.forEach((name) => {
 ACTIONS.c = () => kindField.focus();
 KEYS.push(["b a d", "before, after, difference"], ["c", "change something"]);
 
+// A reload keeps the colours that the reader has chosen.
+themeButton.addEventListener("click", () => sessionStorage.setItem("theme", theme()));
+if (sessionStorage.getItem("theme")) setTheme(sessionStorage.getItem("theme"));
+
 // A view that only the live page has: {title, heading, lead, draw}, as those of the file. A number is its key.
 function addView(name, view) {
   VIEWS[name] = view;
