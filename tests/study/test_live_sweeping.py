@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ def session() -> Session:
     return Session(mistral_ref.load(backend="numpy"), "a model")
 
 
-def swept(session: Session, progress: Any = ignored, **asked: Any) -> Any:
+def swept(session: Session, progress: Any = ignored, more: Sequence[int] = (), **asked: Any) -> Any:
     of = {"by": "head", "how": "zero", "other": "", "first": "she", "second": "he", "at": 7, **asked}
-    (found,) = session.answer(question_of(TOM, []), [{"name": "sweep", "of": of, "shown": "before"}], progress)
+    question = question_of(TOM, [], more)
+    (found,) = session.answer(question, [{"name": "sweep", "of": of, "shown": "before"}], progress)
     return found.get("value", found.get("error"))
 
 
@@ -52,14 +54,17 @@ def test_a_sweep_is_the_librarys(session: Session, by: Any, how: Any, at: int) -
     assert abs(expected.change[row, column]) == np.abs(expected.change).max()
 
 
-@pytest.mark.parametrize(("how", "at"), [("zero", 7), ("mean", 7), ("mean", 5), ("patch", 7)])
-def test_a_cell_is_the_change_that_the_page_makes_of_it(session: Session, how: str, at: int) -> None:
+@pytest.mark.parametrize(
+    ("how", "at", "word"), [("zero", 7, ""), ("mean", 7, ""), ("mean", 5, ""), ("patch", 7, ""), ("mean", 8, "she")]
+)
+def test_a_cell_is_the_change_that_the_page_makes_of_it(session: Session, how: str, at: int, word: str) -> None:
     other = {"text": LILY} if how == "patch" else {}
     change = {"kind": how, "step": "layers.4.heads", "head": 3, **other}
     _, edits = apply(session.model, TOM, from_dicts([change]))
-    logits_V = session.model.forward(TOM, edits=edits)[at]
+    more = session.model.token_ids(f"and {word}")[-1:] if word else []
+    logits_V = session.model.forward([*session.model.token_ids(TOM), *more], edits=edits)[at]
     she, he = (session.model.token_ids(f"and {word}")[-1] for word in ("she", "he"))
-    found = swept(session, how=how, other=LILY, at=at)
+    found = swept(session, more=more, how=how, other=LILY, at=at)
     moved = float(logits_V[she] - logits_V[he]) - found["base"]
     assert found["values"][found["rows"].index("layers.4.heads")][3] == pytest.approx(moved, abs=1e-4)
 
@@ -83,13 +88,9 @@ def test_the_tokens_that_follow_the_text_follow_the_other_one_too(session: Sessi
     metric = (model.token_ids("and she")[-1], model.token_ids("and he")[-1])
     ids, other_ids = ([*model.token_ids(text), *more] for text in (TOM, LILY))
     expected = patch(model, ids, other_ids, by="head", metric=metric, at=9)
-    of = {"by": "head", "how": "patch", "other": LILY, "first": "she", "second": "he", "at": 9}
-    found, short = (
-        session.answer(question_of(TOM, [], more), [{"name": "sweep", "of": one, "shown": "before"}], ignored)[0]
-        for one in (of, {**of, "other": "Lily"})
-    )
-    np.testing.assert_array_equal(np.array(found["value"]["values"]), expected.change)
-    assert "2 tokens; expected 8" in short["error"]
+    found = swept(session, more=more, how="patch", other=LILY, at=9)
+    np.testing.assert_array_equal(np.array(found["values"]), expected.change)
+    assert "2 tokens; expected 8" in swept(session, more=more, how="patch", other="Lily", at=9)
 
 
 def test_a_sweep_whose_logits_are_no_numbers_is_answered() -> None:

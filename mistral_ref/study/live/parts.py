@@ -95,7 +95,7 @@ def _departs(step: Step, other: Step) -> bool:
 def _sizes(view: View) -> list[float | None]:
     """Return the root mean square of a kind of step in every layer."""
     config = view.values.model.config
-    kinds = {name.rpartition(".")[2] for name in step_names(config) if "." in name}
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in step_names(config) if "." in name)
     kind = checked_choice("kind", str(view.of), kinds)
     if view.shown != "difference":
         return view.values.sizes(kind, view.progress)

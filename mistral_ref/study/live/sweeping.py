@@ -17,9 +17,11 @@ HOW = ("zero", "mean", "patch")
 def _sweep(view: View) -> Entry:
     """Return what a sweep of the pass without changes finds.
 
-    of      by: "head", "token" or "step"; how: "zero", "mean" or "patch"; other: the other text, for "patch",
-            which the chosen tokens follow as they follow the text;
+    of      by: "head", "token" or "step"; how: "zero", "mean" or "patch"; other: the other text, for "patch";
             first, second: the tokens whose logits are compared; at: the token after which they are taken
+
+    The tokens that have been chosen to follow the text follow the other one, too. A mean is that of the text itself, as
+    changes make it.
 
     values      by how much each change moves the first logit above the second
     base        by how much the first is above the second without a change; other: in the other text
@@ -34,13 +36,14 @@ def _sweep(view: View) -> Entry:
     at = checked_int("at", asked.get("at"), 0, len(ids) - 1)
     settings: dict[str, Any] = {"by": asked.get("by"), "metric": (first, second), "at": at, "progress": view.progress}
     how = checked_choice("how", str(asked.get("how")), HOW)
+    n_typed = len(ids) - len(view.more)
     if how == "patch":
-        other_ids, n_typed = typed_ids(model, "the other text", asked.get("other")), len(ids) - len(view.more)
+        other_ids = typed_ids(model, "the other text", asked.get("other"))
         if len(other_ids) != n_typed:
             raise InputError(f"the other text has {len(other_ids)} tokens; expected {n_typed}, as many as the text")
         found = patch(model, ids, [*other_ids, *view.more], **settings)
     else:
-        found = ablate(model, ids, to=how, **settings)
+        found = ablate(model, ids, to=[ids[:n_typed]] if how == "mean" else "zero", **settings)
     return {
         "rows": found.rows,
         "columns": found.columns,
