@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.errors import assert_says
 from support.live_page import ignored
 from support.paths import ROOT
 
@@ -30,10 +31,10 @@ NEAR: dict[str, tuple[list[list[Change]], list[list[Change]]]] = {
         [[Zero("layers.4.heads", head=2)]],
     ),
     "two-heads": (
-        [HEADS[:1], [*HEADS, Zero("layers.0.heads", head=0)], [HEADS[0], Scale("layers.3.heads", 0, head=3)]],
+        [[*HEADS, Zero("layers.0.heads", head=0)], [HEADS[0], Scale("layers.3.heads", 0, head=3)]],
         [[HEADS[0], Zero("layers.3.heads", head=2)]],
     ),
-    "window": ([[Window(8)], [Window(None)], [Window(7), Window(7)], HEADS[:1]], [[Window(6)], [Window(1)]]),
+    "window": ([[Window(7), Window(7)], HEADS[:1]], [[Window(6)], [Window(1)]]),
     "bug": ([HEADS[:1]], [[PlantedBug(name)] for name in ("row-order", "bos-twice")]),
     "one-vector": (
         [[Patch("layers.2.residual_after_ffn", LILY)], [Patch("layers.*.residual_after_ffn", LILY, token=1)]],
@@ -73,6 +74,17 @@ def shares(model: Model, text: str, changes: Sequence[Change] = ()) -> dict[str,
     changed, edits = apply(model, text, changes)
     p_V = np.exp(log_softmax(changed.forward(text, edits=edits)[-1]))
     return {model.piece(token): float(p) for token, p in enumerate(p_V)}
+
+
+def test_who_is_on_the_right_way_hears_how_far(session: Session) -> None:
+    for head in HEADS:
+        done, words = said(session, "two-heads", [head])
+        assert not done
+        assert_says(words, "Go on", 1, 2)
+    for window in (8, 9, None):
+        done, words = said(session, "window", [Window(window)])
+        assert not done
+        assert_says(words, "Not yet", 8, "tokens")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -210,10 +210,15 @@ def test_the_text_goes_on_by_the_likeliest_tokens(
     assert part(session, TEXT, "goes_on", None, "before", changes) == part(session, TEXT, "goes_on")
 
 
-def test_the_python_of_the_changes_gives_their_logits(session: Session) -> None:
+def test_the_python_of_the_changes_gives_their_logits_and_prints_the_likeliest_tokens(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
     named: dict[str, Any] = {}
     exec(part(session, TEXT, "python", None, "after", [BUG, WRONG, HEAD]), named)
-    np.testing.assert_allclose(named["logits"], logits_of(session, TEXT, [BUG, HEAD]), rtol=2e-3, atol=2e-3)
+    expected = logits_of(session, TEXT, [BUG, HEAD])
+    np.testing.assert_allclose(named["logits"], expected, rtol=2e-3, atol=2e-3)
+    likeliest = [session.model.piece(token) for token in np.argsort(expected[-1])[:-6:-1]]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == likeliest
 
 
 def test_numbers_that_are_none_are_answered(session: Session) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 
 from mistral_ref.errors import checked_choice
 from mistral_ref.sampling import log_softmax
-from mistral_ref.study.live.exercises import EXERCISES, Exercise, Goal
+from mistral_ref.study.changes import Window
+from mistral_ref.study.live.exercises import EXERCISES, Asked, Exercise, Goal
 from mistral_ref.study.live.parts import View, departures
 from mistral_ref.study.live.typed import token_named
 from mistral_ref.study.page_data import Entry
@@ -32,9 +33,17 @@ def _other_question(view: View, exercise: Exercise) -> str:
         return "This exercise is about the text without the tokens that you have added."
     if not view.after.made:
         return "Nothing has been changed yet."
-    if not exercise.asked.fits(view.after.made):
-        return "These are other changes than those that the exercise asks for."
-    return ""
+    return "" if exercise.asked.fits(view.after.made) else _other_changes(view, exercise.asked)
+
+
+def _other_changes(view: View, asked: Asked) -> str:
+    """Return why the changes are not those that are asked for."""
+    made = view.after.made
+    if asked.begun(made):
+        return f"Go on: this is {len(made)} of the {asked.n} changes that the exercise asks for."
+    if asked.most is not None and len(made) == 1 and isinstance(made[0], Window):
+        return f"Not yet: the text has {len(view.after.values.ids)} tokens, and in such a window there is room for all."
+    return "These are other changes than those that the exercise asks for."
 
 
 def _reached(exercise: Exercise, view: View) -> str:

@@ -38,6 +38,10 @@ class Asked:
         """Return whether these are such changes."""
         return len(changes) == self.n and all(map(self._fits, changes))
 
+    def begun(self, changes: Sequence[Change]) -> bool:
+        """Return whether these are some of such changes, and others are missing."""
+        return len(changes) < self.n and all(map(self._fits, changes))
+
     def _fits(self, change: Change) -> bool:
         if not isinstance(change, self.kind):
             return False

@@ -145,10 +145,11 @@ def _cost(view: View) -> Entry:
 
 
 def _python(view: View) -> str:
-    """Return the Python that makes the changes."""
+    """Return the Python that makes the changes, and prints the likeliest next tokens."""
     model, ids = view.before.values.model, view.before.values.ids
     prompt = view.text if model.tokenizer else ids[: len(ids) - len(view.more)]
-    return python_source(model, prompt, view.after.made, load=view.load, more=view.more)
+    source = python_source(model, prompt, view.after.made, load=view.load, more=view.more)
+    return f"{source}for token in logits[-1].argsort()[:-6:-1]:\n    print(model.piece(token), logits[-1, token])\n"
 
 
 PARTS: Mapping[str, Callable[[View], Any]] = {
