@@ -328,6 +328,26 @@ def test_the_server_computes_one_thing_and_the_page_shows_how_far_it_is(
     assert not tab.is_visible("progress")
 
 
+def test_the_lens_of_a_long_text_shows_the_tokens_around_the_chosen_one(
+    tab: Any, url: str, model: mistral_ref.Model
+) -> None:
+    text = "Once upon a time there was a little girl. " * 18
+    pieces = pieces_of(model, text)
+    opened(tab, url, "lens")
+    typed(tab, text, pieces)
+    places = "[...document.querySelectorAll('table.lens thead small')].map((node) => +node.textContent)"
+    last = len(pieces) - 1
+    for token in (last, 0, 100):
+        tab.evaluate("(token) => go({ token })", token)
+        first = min(max(token - 80, 0), last - 159)
+        tab.wait_for_function(f"(n) => {places}[0] === n", arg=first)
+        assert tab.evaluate(places) == list(range(first, first + 160))
+    tab.focus("table.lens button[tabindex='0']")
+    tab.keyboard.press("ArrowRight")
+    tab.wait_for_function(f"() => {places}[0] === 21 && document.activeElement.closest('table.lens')")
+    assert tab.is_visible(f"text=Of {len(pieces)} tokens")
+
+
 def test_costs_are_measured_when_it_is_asked_for(tab: Any, url: str) -> None:
     opened(tab, url, "cost")
     tab.click('[data-key="measure"]')

@@ -16,11 +16,16 @@ function probabilityColours(p) {
   return [`rgb(${rgb.join(" ")})`, 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000000" : "#ffffff"];
 }
 
+// The tokens that have a column: all of a short text, else those around the chosen one. A browser needs seconds for more.
+const LENS_COLUMNS = 160;
+const lensColumns = (token) =>
+  range(Math.min(tokens.length, LENS_COLUMNS), clamp(token - LENS_COLUMNS / 2, 0, Math.max(0, tokens.length - LENS_COLUMNS)));
+
 // `was` is the lens of the pass before, where the difference is shown: then a colour says how much likelier or less
 // likely the piece has become, and a piece that has taken another's place stands behind it.
 function lensTable(lens, was, cell, go) {
   const { names, ids, probabilities } = lens,
-    columns = tokens.length;
+    columns = lensColumns(cell[1]);
   const move = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   return el(
     "table",
@@ -32,8 +37,8 @@ function lensTable(lens, was, cell, go) {
         "tr",
         null,
         el("th", null, ""),
-        tokens.map(({ piece }, token) =>
-          el("th", { scope: "col" }, pieceText(piece), " ", el("small", null, start + token)),
+        columns.map((token) =>
+          el("th", { scope: "col" }, pieceText(tokens[token].piece), " ", el("small", null, start + token)),
         ),
       ),
     ),
@@ -47,7 +52,7 @@ function lensTable(lens, was, cell, go) {
             "tr",
             null,
             el("th", { scope: "row" }, lensLabel(names[row])),
-            range(columns).map((token) => {
+            columns.map((token) => {
               const isChosen = row === cell[0] && token === cell[1],
                 p = probabilities[row][token][0],
                 isBroken = p === null,
@@ -68,7 +73,7 @@ function lensTable(lens, was, cell, go) {
                     if (!by) return;
                     event.preventDefault();
                     event.stopPropagation();
-                    go([clamp(row + by[0], 0, names.length - 1), clamp(token + by[1], 0, columns - 1)]);
+                    go([clamp(row + by[0], 0, names.length - 1), clamp(token + by[1], 0, tokens.length - 1)]);
                   },
                 },
                 old !== piece && [el("del", null, pieceText(old)), " "],
@@ -103,8 +108,11 @@ async function lensParts(state, go) {
     table.scrollLeft +=
       cell.getBoundingClientRect().left - table.getBoundingClientRect().left - table.clientWidth / 2;
   });
+  const columns = lensColumns(token);
   return [
     table,
+    columns.length < tokens.length &&
+      el("p", { class: "small muted" }, `Of ${counted(tokens.length, "token")} those around the chosen one are shown, ${start + columns[0]} to ${start + columns.at(-1)}.`),
     was !== null && el("p", { class: "small muted" }, "Struck out: what stood there before the changes. The stronger its colour, the more a probability has changed."),
     el(
       "div",
