@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.browser import launched
+from support.browser import launched, quiet_tab
 
 import mistral_ref
 
@@ -23,3 +23,10 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver:
         yield launched(driver)
+
+
+@pytest.fixture
+def tab(browser: Any, url: str) -> Iterator[Any]:
+    """A tab in which nothing may be complained of; a module's `url` is the address of its page."""
+    with quiet_tab(browser, url) as tab:
+        yield tab

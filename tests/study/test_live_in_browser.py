@@ -34,12 +34,6 @@ def url(model: mistral_ref.Model) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def tab(browser: Any, url: str) -> Iterator[Any]:
-    with quiet_tab(browser, url) as tab:
-        yield tab
-
-
 def pieces_of(model: mistral_ref.Model, text: str) -> list[str]:
     return [model.piece(token) for token in model.token_ids(text)]
 

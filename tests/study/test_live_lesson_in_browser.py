@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import IS_DRAWN, needs_chromium, quiet_tab
+from support.browser import IS_DRAWN, needs_chromium
 from support.live_page import changed, opened, served, shows, typed
 
 import mistral_ref
@@ -23,12 +23,6 @@ WORDS = "[...document.querySelectorAll('ul.changes li bdi')].map((node) => node.
 def url(model: mistral_ref.Model) -> Iterator[str]:
     with served(Session(model, "a model", exercises=True), TEXT) as url:
         yield url
-
-
-@pytest.fixture
-def tab(browser: Any, url: str) -> Iterator[Any]:
-    with quiet_tab(browser, url) as tab:
-        yield tab
 
 
 def lists(tab: Any, *words: str) -> None:
